@@ -1,0 +1,241 @@
+//! A packed matrix in canonical order.
+
+use std::borrow::Cow;
+
+use crate::size::{Sizes, sparse_row_bytes};
+use crate::{ColumnOrder, FormatError, ScaleKind, Scheme, Sparsity, ZeroKind, bits, decode};
+
+/// A matrix `[rows, cols]` in the storage its [`Scheme`] describes, borrowed (from a mapped file) or owned.
+///
+/// All multi-byte values are little endian. `G` is the number of groups of a row.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PackedMatrix<'a> {
+    /// Output features, N.
+    pub rows: usize,
+    /// Input features, K.
+    pub cols: usize,
+    /// The storage of everything below.
+    pub scheme: Scheme,
+    /// Codes, `[rows, ceil(stored columns · bits / 8)]` bytes, least-significant bit first along K.
+    pub codes: Cow<'a, [u8]>,
+    /// Scales, one per group: `[rows, G]` for column groups, `[rows]`, `[1]`, or `[row tiles, column tiles]`.
+    /// Two-level scales: inner scales packed along G, each row starting on a byte border.
+    pub scales: Cow<'a, [u8]>,
+    /// Zero points (packed along G, each row starting on a byte border) or biases (as scales); empty without.
+    pub zeros: Cow<'a, [u8]>,
+    /// Second-level values. NVFP4: one f32. Two-level scales: f16 `[rows, super-groups]`, followed by the same for
+    /// minima if there are any. Empty otherwise.
+    pub globals: Cow<'a, [u8]>,
+    /// Group of each column (u32 `[cols]`) under [`crate::ColumnOrder::GroupIndex`]; empty otherwise.
+    pub group_index: Cow<'a, [u8]>,
+    /// 2:4 metadata, `[rows, cols / 4 · 4 bits]` (`cols` is a multiple of 4), each row starting on a byte border; empty when dense.
+    pub sparse_index: Cow<'a, [u8]>,
+}
+
+impl<'a> PackedMatrix<'a> {
+    /// A matrix of plain floats: `bytes` are its little-endian values, row by row.
+    ///
+    /// # Errors
+    /// The scheme is not dense, or `bytes` has the wrong length.
+    pub fn from_dense_bytes(
+        scheme: Scheme,
+        rows: usize,
+        cols: usize,
+        bytes: impl Into<Cow<'a, [u8]>>,
+    ) -> Result<Self, FormatError> {
+        if !scheme.is_dense() {
+            return Err(FormatError::InvalidScheme(format!("{scheme} is no dense format")));
+        }
+        let matrix = Self { codes: bytes.into(), ..Self::empty(scheme, rows, cols) };
+        matrix.validate()?;
+        Ok(matrix)
+    }
+
+    /// A matrix all of whose buffers are still to be filled in.
+    pub(crate) fn empty(scheme: Scheme, rows: usize, cols: usize) -> Self {
+        let none = Cow::Borrowed(&[][..]);
+        Self {
+            rows,
+            cols,
+            scheme,
+            codes: none.clone(),
+            scales: none.clone(),
+            zeros: none.clone(),
+            globals: none.clone(),
+            group_index: none.clone(),
+            sparse_index: none,
+        }
+    }
+
+    /// The same matrix with buffers of its own.
+    pub fn into_owned(self) -> PackedMatrix<'static> {
+        let own = |bytes: Cow<'_, [u8]>| Cow::Owned(bytes.into_owned());
+        PackedMatrix {
+            rows: self.rows,
+            cols: self.cols,
+            scheme: self.scheme,
+            codes: own(self.codes),
+            scales: own(self.scales),
+            zeros: own(self.zeros),
+            globals: own(self.globals),
+            group_index: own(self.group_index),
+            sparse_index: own(self.sparse_index),
+        }
+    }
+
+    /// The same matrix, borrowed.
+    pub fn borrowed(&self) -> PackedMatrix<'_> {
+        PackedMatrix {
+            rows: self.rows,
+            cols: self.cols,
+            scheme: self.scheme,
+            codes: Cow::Borrowed(&self.codes),
+            scales: Cow::Borrowed(&self.scales),
+            zeros: Cow::Borrowed(&self.zeros),
+            globals: Cow::Borrowed(&self.globals),
+            group_index: Cow::Borrowed(&self.group_index),
+            sparse_index: Cow::Borrowed(&self.sparse_index),
+        }
+    }
+
+    /// Joins matrices of consecutive rows into one, as [`crate::Encoder::encode_rows`] makes them.
+    ///
+    /// # Errors
+    /// The parts differ in scheme, columns or whole-matrix values, or a part other than the last ends within a tile.
+    pub fn concat_rows(parts: &[PackedMatrix<'_>]) -> Result<PackedMatrix<'static>, FormatError> {
+        let Some(first) = parts.first() else {
+            return Err(FormatError::Empty { rows: 0, cols: 0 });
+        };
+        let scheme = first.scheme;
+        let apart = |reason: String| Err(FormatError::RowSlice { scheme: Box::new(scheme), reason });
+        for (index, part) in parts.iter().enumerate() {
+            if part.scheme != scheme || part.cols != first.cols {
+                return apart(format!(
+                    "part {index} is [_, {}] of {}, not [_, {}]",
+                    part.cols, part.scheme, first.cols
+                ));
+            }
+            if scheme.scale == ScaleKind::E4M3Global && part.globals != first.globals {
+                return apart(format!("part {index} has a global scale of its own"));
+            }
+            if part.group_index != first.group_index {
+                return apart(format!("part {index} has a group index of its own"));
+            }
+            let (is_last, tile) = (index + 1 == parts.len(), scheme.group_rows(usize::MAX));
+            if parts.len() > 1 && scheme.scale != ScaleKind::None && !is_last && part.rows % tile != 0 {
+                return apart(format!("part {index} of {} rows ends within a tile of {tile}", part.rows));
+            }
+        }
+        let joined = PackedMatrix {
+            rows: parts.iter().map(|part| part.rows).sum(),
+            codes: join(parts.iter().map(|part| &part.codes[..])),
+            scales: join(parts.iter().map(|part| &part.scales[..])),
+            zeros: join(parts.iter().map(|part| &part.zeros[..])),
+            globals: join_globals(parts),
+            group_index: Cow::Owned(first.group_index.to_vec()),
+            sparse_index: join(parts.iter().map(|part| &part.sparse_index[..])),
+            ..PackedMatrix::empty(scheme, 0, first.cols)
+        };
+        joined.validate()?;
+        Ok(joined)
+    }
+
+    /// Checks everything that decoding relies on: the length of each buffer, groups in range, 2:4 metadata that names
+    /// two ascending columns, and finite scales and biases. Codes are not looked at, so a NaN code of E4M3 passes.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn validate(&self) -> Result<(), FormatError> {
+        let sizes = self.scheme.sizes(self.rows, self.cols)?;
+        self.check_lengths(&sizes)?;
+        self.check_indices(&sizes)?;
+        self.check_scales(&sizes)
+    }
+
+    fn check_lengths(&self, sizes: &Sizes) -> Result<(), FormatError> {
+        let fields = [
+            ("codes", &self.codes, sizes.codes),
+            ("scales", &self.scales, sizes.scales),
+            ("zeros", &self.zeros, sizes.zeros),
+            ("globals", &self.globals, sizes.globals),
+            ("group_index", &self.group_index, sizes.group_index),
+            ("sparse_index", &self.sparse_index, sizes.sparse_index),
+        ];
+        for (field, bytes, wanted) in fields {
+            if bytes.len() != wanted {
+                return Err(FormatError::BufferLength {
+                    field,
+                    found: bytes.len(),
+                    wanted,
+                    rows: self.rows,
+                    cols: self.cols,
+                    scheme: Box::new(self.scheme),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn check_indices(&self, sizes: &Sizes) -> Result<(), FormatError> {
+        if self.scheme.order == ColumnOrder::GroupIndex {
+            let groups = sizes.groups;
+            for col in 0..self.cols {
+                let found = decode::read_u32(&self.group_index, col);
+                if found as usize >= groups {
+                    return Err(FormatError::GroupIndex { col, found, groups });
+                }
+            }
+        }
+        if self.scheme.sparsity == Sparsity::TwoOfFour {
+            for (row, bytes) in self.sparse_index.chunks_exact(sparse_row_bytes(self.cols)).enumerate() {
+                for quad in 0..self.cols / 4 {
+                    let found = bits::get(bytes, quad, 4);
+                    if found & 3 >= found >> 2 {
+                        return Err(FormatError::SparseIndex { row, col: quad * 4, found });
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_scales(&self, sizes: &Sizes) -> Result<(), FormatError> {
+        let count = sizes.group_rows * sizes.groups;
+        let check = |field, count, value: &dyn Fn(usize) -> f32| {
+            let bad = (0..count).map(|index| (index, value(index))).find(|(_, value)| !value.is_finite());
+            bad.map_or(Ok(()), |(index, value)| Err(FormatError::NonFiniteScale { field, index, value }))
+        };
+        if let Some(read) = decode::scale_reader(self.scheme.scale) {
+            check("scales", count, &|index| read(&self.scales, index))?;
+        }
+        if let Some(read) = decode::bias_reader(self.scheme.zero) {
+            check("zeros", count, &|index| read(&self.zeros, index))?;
+        }
+        match self.scheme.scale {
+            ScaleKind::E4M3Global => check("globals", 1, &|index| decode::read_f32(&self.globals, index)),
+            ScaleKind::TwoLevel { .. } => {
+                check("globals", self.globals.len() / 2, &|index| decode::read_f16(&self.globals, index))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Whole-matrix values stand once; of second-level values, those of all scales come before those of all minima.
+fn join_globals(parts: &[PackedMatrix<'_>]) -> Cow<'static, [u8]> {
+    let scheme = parts[0].scheme;
+    if !matches!(scheme.scale, ScaleKind::TwoLevel { .. }) {
+        return Cow::Owned(parts[0].globals.to_vec());
+    }
+    let has_minima = matches!(scheme.zero, ZeroKind::TwoLevelMin { .. });
+    let split = |part: &PackedMatrix<'_>| part.globals.len() / if has_minima { 2 } else { 1 };
+    let scales = parts.iter().map(|part| &part.globals[..split(part)]);
+    let minima = parts.iter().map(|part| &part.globals[split(part)..]);
+    join(scales.chain(minima))
+}
+
+fn join<'p>(buffers: impl Iterator<Item = &'p [u8]> + Clone) -> Cow<'static, [u8]> {
+    let mut joined = Vec::with_capacity(buffers.clone().map(<[u8]>::len).sum());
+    buffers.for_each(|buffer| joined.extend_from_slice(buffer));
+    Cow::Owned(joined)
+}

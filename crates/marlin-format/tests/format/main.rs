@@ -1,0 +1,8 @@
+//! Tests of the number formats through the public API.
+
+mod common;
+mod elements;
+mod encode;
+mod layouts;
+mod packed;
+mod scheme;
