@@ -1,0 +1,368 @@
+//! Reading a checkpoint.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fmt;
+use std::path::Path;
+
+use half::{bf16, f16};
+use marlin_format::{PackedMatrix, Scheme};
+use safetensors::Dtype;
+use serde_json::Value;
+
+use crate::layout::{self, Buffer};
+use crate::shard::{Location, Shard};
+use crate::source::Source;
+use crate::weights::{self, Weights};
+use crate::{CheckpointError, GenerationConfig, QuantizationConfig, Tokenizer, chat_template};
+
+const CONFIG_FILE: &str = "config.json";
+
+/// Small files that belong to a model and are copied along when it is quantised.
+const SIDE_FILES: [&str; 9] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+];
+
+/// An opened model: a Hugging Face folder, a folder quantised by this project, or files embedded in the program.
+///
+/// Weights are mapped, not read; matrices borrow from the map.
+pub struct Checkpoint {
+    source: Source,
+    name: String,
+    config: Value,
+    quantization: Option<QuantizationConfig>,
+    shards: Vec<Shard>,
+    /// In the order of the files and of the bytes in them.
+    tensors: Vec<(String, Entry)>,
+    index: HashMap<String, usize>,
+}
+
+enum Entry {
+    Plain(Location),
+    Packed(PackedEntry),
+}
+
+struct PackedEntry {
+    scheme: Scheme,
+    rows: usize,
+    cols: usize,
+    buffers: Vec<(Buffer, Location)>,
+}
+
+/// How a tensor is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Storage {
+    /// As an ordinary tensor.
+    Plain(Dtype),
+    /// As a packed matrix.
+    Packed(Scheme),
+}
+
+/// What is known of a tensor without reading it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// The shape its values have when unpacked.
+    pub shape: Vec<usize>,
+    /// How it is stored.
+    pub storage: Storage,
+    /// Bytes it takes, scales and all included.
+    pub bytes: u64,
+}
+
+/// An ordinary tensor, as stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tensor<'a> {
+    /// Type of an element.
+    pub dtype: Dtype,
+    /// Dimensions, outermost first.
+    pub shape: &'a [usize],
+    /// Elements, little endian, row-major.
+    pub bytes: &'a [u8],
+}
+
+impl Checkpoint {
+    /// Opens a folder and checks that its files agree: the index with the shards, every shard's header with its length,
+    /// and the packed matrices with config.json. Weight files must not be changed while the checkpoint is open.
+    pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
+        if !folder.is_dir() {
+            return Err(CheckpointError::NotAFolder { path: folder.to_path_buf() });
+        }
+        Self::load(Source::Folder(folder.to_path_buf()))
+    }
+
+    /// Opens a model whose files, as `(name, bytes)`, are embedded in the program. `name` stands for the folder in
+    /// messages.
+    pub fn from_static(name: &str, files: &'static [(&'static str, &'static [u8])]) -> Result<Self, CheckpointError> {
+        Self::load(Source::Static { name: name.to_owned(), files })
+    }
+
+    fn load(source: Source) -> Result<Self, CheckpointError> {
+        let config_label = source.label(CONFIG_FILE);
+        let config: Value = source.json(CONFIG_FILE)?.ok_or_else(|| CheckpointError::MissingFile {
+            file: config_label.clone(),
+            hint: "a model folder holds config.json beside its *.safetensors files".to_owned(),
+        })?;
+        if !config.is_object() {
+            return Err(CheckpointError::malformed(&config_label, "it holds no JSON object"));
+        }
+        let quantization = QuantizationConfig::read(&config, &config_label)?;
+        let Weights { shards, tensors: stored } = weights::load(&source)?;
+        let tensors = match &quantization {
+            Some(quantization) => gather(quantization, stored, &shards, &config_label)?,
+            None => stored.into_iter().map(|(name, location)| (name, Entry::Plain(location))).collect(),
+        };
+        let index = tensors.iter().enumerate().map(|(i, (name, _))| (name.clone(), i)).collect();
+        Ok(Self { name: source.name(), source, config, quantization, shards, tensors, index })
+    }
+
+    /// The folder, or the name given to an embedded model.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// config.json.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// The whole of another small file of the model; `None` if there is none.
+    pub fn file(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>, CheckpointError> {
+        self.source.read(name)
+    }
+
+    /// The files a converted copy of the model needs beside config.json and the weights: tokenizer, chat template,
+    /// generation settings.
+    pub fn side_files(&self) -> Result<Vec<(String, Vec<u8>)>, CheckpointError> {
+        let mut files = Vec::new();
+        for name in SIDE_FILES {
+            if let Some(bytes) = self.source.read(name)? {
+                files.push((name.to_owned(), bytes.into_owned()));
+            }
+        }
+        Ok(files)
+    }
+
+    /// Names of all tensors in storage order. A packed matrix is one tensor.
+    pub fn tensor_names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.iter().map(|(name, _)| name.as_str())
+    }
+
+    /// Whether there is a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.index.contains_key(name)
+    }
+
+    /// The shape of a tensor, unpacked.
+    pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.info(name).map(|info| info.shape)
+    }
+
+    /// Shape, storage and size of a tensor.
+    pub fn info(&self, name: &str) -> Option<TensorInfo> {
+        Some(match self.entry(name)? {
+            Entry::Plain(location) => TensorInfo {
+                shape: location.shape.clone(),
+                storage: Storage::Plain(location.dtype),
+                bytes: location.range.len() as u64,
+            },
+            Entry::Packed(packed) => TensorInfo {
+                shape: vec![packed.rows, packed.cols],
+                storage: Storage::Packed(packed.scheme),
+                bytes: packed.buffers.iter().map(|(_, location)| location.range.len() as u64).sum(),
+            },
+        })
+    }
+
+    /// Bytes of all tensors.
+    pub fn weight_bytes(&self) -> u64 {
+        self.tensor_names().filter_map(|name| self.info(name)).map(|info| info.bytes).sum()
+    }
+
+    /// How the matrices of a quantised folder are packed; `None` for an unquantised model.
+    pub fn quantization(&self) -> Option<&QuantizationConfig> {
+        self.quantization.as_ref()
+    }
+
+    /// A matrix of the shape `[rows, cols]`, borrowed from the map.
+    pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<PackedMatrix<'_>, CheckpointError> {
+        let matrix = self.matrix_any(name)?;
+        if (matrix.rows, matrix.cols) != (rows, cols) {
+            return Err(self.wrong_shape(name, vec![matrix.rows, matrix.cols], format!("[{rows}, {cols}]")));
+        }
+        Ok(matrix)
+    }
+
+    /// A matrix of whatever shape it has, borrowed from the map: packed, or BF16, F16 or F32.
+    pub fn matrix_any(&self, name: &str) -> Result<PackedMatrix<'_>, CheckpointError> {
+        let matrix = match self.require(name)? {
+            Entry::Plain(location) => {
+                let &[rows, cols] = location.shape.as_slice() else {
+                    return Err(self.wrong_shape(name, location.shape.clone(), "a matrix [rows, cols]".to_owned()));
+                };
+                let scheme =
+                    layout::dense_scheme(location.dtype).ok_or_else(|| self.wrong_type(name, "BF16, F16 or F32"))?;
+                let mut matrix = layout::empty_matrix(scheme, rows, cols);
+                matrix.codes = Cow::Borrowed(self.bytes(location));
+                matrix
+            }
+            Entry::Packed(packed) => {
+                let mut matrix = layout::empty_matrix(packed.scheme, packed.rows, packed.cols);
+                for (buffer, location) in &packed.buffers {
+                    buffer.set(&mut matrix, self.bytes(location));
+                }
+                matrix
+            }
+        };
+        matrix.validate().map_err(|source| CheckpointError::Format {
+            file: self.file_of(name),
+            tensor: name.to_owned(),
+            source,
+        })?;
+        Ok(matrix)
+    }
+
+    /// A vector of `len` finite values (norm weights, a bias), converted to f32 from BF16, F16 or F32.
+    pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, CheckpointError> {
+        let wrong_type = || self.wrong_type(name, "BF16, F16 or F32");
+        let tensor = self.tensor(name).map_err(|e| match e {
+            CheckpointError::Type { .. } => wrong_type(),
+            other => other,
+        })?;
+        if tensor.shape != [len] {
+            return Err(self.wrong_shape(name, tensor.shape.to_vec(), format!("[{len}]")));
+        }
+        let pairs = || tensor.bytes.as_chunks::<2>().0.iter();
+        let values: Vec<f32> = match tensor.dtype {
+            Dtype::BF16 => pairs().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
+            Dtype::F16 => pairs().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+            Dtype::F32 => tensor.bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            _ => return Err(wrong_type()),
+        };
+        if let Some(index) = values.iter().position(|v| !v.is_finite()) {
+            let (file, tensor) = (self.file_of(name), name.to_owned());
+            return Err(CheckpointError::NotFinite { file, tensor, index, value: values[index] });
+        }
+        Ok(values)
+    }
+
+    /// An ordinary tensor as it is stored, for copying it verbatim. Packed matrices are had from
+    /// [`Checkpoint::matrix_any`].
+    pub fn tensor(&self, name: &str) -> Result<Tensor<'_>, CheckpointError> {
+        match self.require(name)? {
+            Entry::Plain(location) => {
+                Ok(Tensor { dtype: location.dtype, shape: &location.shape, bytes: self.bytes(location) })
+            }
+            Entry::Packed(_) => Err(self.wrong_type(name, "an ordinary tensor")),
+        }
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> Result<Tokenizer, CheckpointError> {
+        Tokenizer::read(&self.source)
+    }
+
+    /// The chat template (Jinja): chat_template.jinja, or else that of tokenizer_config.json; `None` if there is none.
+    pub fn chat_template(&self) -> Result<Option<String>, CheckpointError> {
+        chat_template::read(&self.source)
+    }
+
+    /// The recommended generation settings.
+    pub fn generation_config(&self) -> Result<GenerationConfig, CheckpointError> {
+        GenerationConfig::read(&self.source, &self.config)
+    }
+
+    fn entry(&self, name: &str) -> Option<&Entry> {
+        self.index.get(name).map(|i| &self.tensors[*i].1)
+    }
+
+    fn require(&self, name: &str) -> Result<&Entry, CheckpointError> {
+        self.entry(name).ok_or_else(|| CheckpointError::NoTensor { model: self.name.clone(), tensor: name.to_owned() })
+    }
+
+    fn bytes(&self, location: &Location) -> &[u8] {
+        self.shards[location.shard].bytes(&location.range)
+    }
+
+    /// The shard of an existing tensor (of its codes, if packed).
+    fn file_of(&self, name: &str) -> String {
+        let shard = match self.entry(name) {
+            Some(Entry::Plain(location)) => location.shard,
+            Some(Entry::Packed(packed)) => packed.buffers[0].1.shard,
+            None => return self.name.clone(),
+        };
+        self.shards[shard].label.clone()
+    }
+
+    fn wrong_shape(&self, name: &str, found: Vec<usize>, wanted: String) -> CheckpointError {
+        CheckpointError::Shape { file: self.file_of(name), tensor: name.to_owned(), found, wanted }
+    }
+
+    fn wrong_type(&self, name: &str, wanted: &'static str) -> CheckpointError {
+        let found = match self.entry(name) {
+            Some(Entry::Plain(location)) => location.dtype.to_string(),
+            Some(Entry::Packed(packed)) => format!("packed {}", packed.scheme),
+            None => "nothing".to_owned(),
+        };
+        CheckpointError::Type { file: self.file_of(name), tensor: name.to_owned(), found, wanted }
+    }
+}
+
+impl fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Checkpoint").field("name", &self.name).field("tensors", &self.tensors.len()).finish()
+    }
+}
+
+/// Gathers the stored tensors of each packed matrix into one entry; the others stay as they are.
+fn gather(
+    quantization: &QuantizationConfig,
+    stored: Vec<(String, Location)>,
+    shards: &[Shard],
+    config_label: &str,
+) -> Result<Vec<(String, Entry)>, CheckpointError> {
+    let order: Vec<String> = stored.iter().map(|(name, _)| name.clone()).collect();
+    let mut stored: HashMap<String, Location> = stored.into_iter().collect();
+    let mut packed = HashMap::new();
+    for (name, tensor) in &quantization.tensors {
+        let [rows, cols] = tensor.shape;
+        let scheme = quantization.schemes[&tensor.scheme];
+        let parts = layout::parts(&scheme, rows, cols).map_err(|source| CheckpointError::Format {
+            file: config_label.to_owned(),
+            tensor: name.clone(),
+            source,
+        })?;
+        let mut buffers = Vec::with_capacity(parts.len());
+        for part in parts {
+            let part_name = format!("{name}{}", part.buffer.suffix());
+            let location = stored.remove(&part_name).ok_or_else(|| {
+                let problem = format!("tensor `{name}` is packed as {scheme}, but the weights lack `{part_name}`");
+                CheckpointError::malformed(config_label, problem)
+            })?;
+            if (location.dtype, &location.shape) != (part.dtype, &part.shape) {
+                let problem = format!(
+                    "tensor `{part_name}` is {} {:?}; wanted {} {:?} for `{name}` [{rows}, {cols}] packed as {scheme}",
+                    location.dtype, location.shape, part.dtype, part.shape
+                );
+                return Err(CheckpointError::malformed(&shards[location.shard].label, problem));
+            }
+            buffers.push((part.buffer, location));
+        }
+        packed.insert(name.as_str(), PackedEntry { scheme, rows, cols, buffers });
+    }
+    let entry = |name: String| {
+        let entry = match packed.remove(name.as_str()) {
+            Some(packed) => Entry::Packed(packed),
+            None => Entry::Plain(stored.remove(&name)?),
+        };
+        Some((name, entry))
+    };
+    Ok(order.into_iter().filter_map(entry).collect())
+}

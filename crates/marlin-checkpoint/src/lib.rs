@@ -1,0 +1,26 @@
+//! Checkpoint folders in and out.
+//!
+//! [`Checkpoint`] opens a Hugging Face folder (config.json, safetensors by mmap, tokenizer, chat template, generation
+//! settings) or a folder quantised by this project, and hands out matrices without copying them. [`CheckpointWriter`]
+//! writes quantised folders: crash-safe, resumable, one tensor in memory at a time. `docs/formats.md` describes the
+//! layout to the bit.
+
+mod chat_template;
+mod checkpoint;
+mod error;
+mod generation_config;
+mod layout;
+mod quantization;
+mod shard;
+mod source;
+mod tokenizer;
+mod weights;
+mod writer;
+
+pub use checkpoint::{Checkpoint, Storage, Tensor, TensorInfo};
+pub use error::CheckpointError;
+pub use generation_config::GenerationConfig;
+pub use quantization::{QuantizationConfig, QuantizedTensor};
+pub use safetensors::Dtype;
+pub use tokenizer::Tokenizer;
+pub use writer::{CheckpointWriter, PlannedTensor, WriterOptions};

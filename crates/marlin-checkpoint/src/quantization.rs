@@ -1,0 +1,105 @@
+//! The `quantization_config` of config.json.
+
+use std::collections::BTreeMap;
+
+use marlin_format::Scheme;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::CheckpointError;
+
+/// The `quant_method` of folders that this project writes.
+pub(crate) const METHOD: &str = "metal-marlin";
+const VERSION: u32 = 1;
+
+/// What a quantised folder of this project says about its packed matrices.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QuantizationConfig {
+    quant_method: String,
+    version: u32,
+    /// Schemes by a name that is local to the file.
+    pub schemes: BTreeMap<String, Scheme>,
+    /// The packed matrices; every other tensor is stored as it is.
+    pub tensors: BTreeMap<String, QuantizedTensor>,
+}
+
+/// Storage of one packed matrix.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QuantizedTensor {
+    /// A name in [`QuantizationConfig::schemes`].
+    pub scheme: String,
+    /// `[rows, cols]` = `[output features, input features]`, unpacked.
+    pub shape: [usize; 2],
+}
+
+impl QuantizationConfig {
+    /// Describes packed matrices `(name, scheme, shape)`.
+    pub(crate) fn describe<'a>(matrices: impl Iterator<Item = (&'a str, Scheme, [usize; 2])>) -> Self {
+        let mut config = Self {
+            quant_method: METHOD.to_owned(),
+            version: VERSION,
+            schemes: BTreeMap::new(),
+            tensors: BTreeMap::new(),
+        };
+        for (name, scheme, shape) in matrices {
+            let scheme_name = config.name(scheme);
+            config.schemes.insert(scheme_name.clone(), scheme);
+            config.tensors.insert(name.to_owned(), QuantizedTensor { scheme: scheme_name, shape });
+        }
+        config
+    }
+
+    /// A name that no other scheme has: short names are for people and may coincide.
+    fn name(&self, scheme: Scheme) -> String {
+        let mut name = scheme.to_string();
+        while self.schemes.get(&name).is_some_and(|taken| *taken != scheme) {
+            name.push('*');
+        }
+        name
+    }
+
+    /// Reads it from config.json; `None` for an unquantised model. `file` names config.json in messages.
+    pub(crate) fn read(config: &Value, file: &str) -> Result<Option<Self>, CheckpointError> {
+        let Some(found) = config.get("quantization_config").or_else(|| config.get("quantization")) else {
+            return Ok(None);
+        };
+        if found.is_null() {
+            return Ok(None);
+        }
+        match found.get("quant_method").and_then(Value::as_str) {
+            Some(METHOD) => {}
+            Some(layout) => return Err(foreign(file, layout)),
+            // MLX writes group_size and bits without naming itself.
+            None if found.get("group_size").is_some() => return Err(foreign(file, "mlx")),
+            None => return Err(CheckpointError::malformed(file, "quantization_config lacks quant_method")),
+        }
+        let version = found.get("version").unwrap_or(&Value::Null);
+        if version.as_u64() != Some(u64::from(VERSION)) {
+            return Err(CheckpointError::Version {
+                file: file.to_owned(),
+                found: version.to_string(),
+                supported: VERSION,
+            });
+        }
+        let read = Self::deserialize(found)
+            .map_err(|e| CheckpointError::malformed(file, format!("quantization_config is invalid: {e}")))?;
+        for (name, tensor) in &read.tensors {
+            if !read.schemes.contains_key(&tensor.scheme) {
+                let problem = format!("tensor `{name}` has scheme `{}`, which `schemes` lacks", tensor.scheme);
+                return Err(CheckpointError::malformed(file, problem));
+            }
+        }
+        Ok(Some(read))
+    }
+
+    /// The scheme of a packed matrix; `None` for a tensor stored as it is.
+    pub fn scheme(&self, tensor: &str) -> Option<Scheme> {
+        self.tensors.get(tensor).and_then(|t| self.schemes.get(&t.scheme)).copied()
+    }
+}
+
+fn foreign(file: &str, layout: &str) -> CheckpointError {
+    CheckpointError::ForeignLayout { file: file.to_owned(), layout: layout.to_owned() }
+}

@@ -1,0 +1,128 @@
+//! Text to token ids and back.
+
+use std::collections::HashSet;
+
+use serde::Deserialize;
+
+use crate::CheckpointError;
+use crate::source::Source;
+
+const TOKENIZER_FILE: &str = "tokenizer.json";
+
+/// A Hugging Face tokenizer (tokenizer.json with the settings of tokenizer_config.json that change its output).
+#[derive(Debug, Clone)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    /// tokenizer.json, in messages.
+    file: String,
+    special: HashSet<u32>,
+    vocabulary_size: usize,
+    bos: BosRule,
+}
+
+/// What `encode` does about the first token, on top of what tokenizer.json does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum BosRule {
+    AsTokenizer,
+    Prepend(u32),
+    Strip,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct TokenizerConfig {
+    add_bos_token: Option<bool>,
+    bos_token: Option<SpecialToken>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "a token or an object with its `content`")]
+enum SpecialToken {
+    Text(String),
+    Added { content: String },
+}
+
+impl Tokenizer {
+    pub(crate) fn read(source: &Source) -> Result<Self, CheckpointError> {
+        let bytes = source.read(TOKENIZER_FILE)?.ok_or_else(|| CheckpointError::MissingFile {
+            file: source.label(TOKENIZER_FILE),
+            hint: "download it with the model; older tokenizer files (tokenizer.model, vocab.json) are not read, but \
+                   `AutoTokenizer.from_pretrained(…).save_pretrained(…)` of transformers makes one from them"
+                .to_owned(),
+        })?;
+        let config: TokenizerConfig = source.json("tokenizer_config.json")?.unwrap_or_default();
+        Self::new(&bytes, &config, source.label(TOKENIZER_FILE))
+    }
+
+    fn new(json: &[u8], config: &TokenizerConfig, file: String) -> Result<Self, CheckpointError> {
+        let failed =
+            |e: tokenizers::Error| CheckpointError::Tokenizer { file: file.clone(), problem: format!("invalid: {e}") };
+        let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(failed)?;
+        // Settings of whoever saved the file, meant for training batches; `transformers` drops them as well.
+        inner.with_truncation(None).map_err(failed)?;
+        inner.with_padding(None);
+
+        let special =
+            inner.get_added_tokens_decoder().iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
+        let vocabulary_size = inner.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1);
+
+        let bos_text = config.bos_token.as_ref().map(|token| match token {
+            SpecialToken::Text(text) | SpecialToken::Added { content: text } => text,
+        });
+        let bos = match (config.add_bos_token, bos_text.and_then(|text| inner.token_to_id(text))) {
+            (Some(wanted), Some(id)) => {
+                let added = inner.encode_fast("", true).map_err(failed)?.get_ids().first() == Some(&id);
+                match (wanted, added) {
+                    (true, false) => BosRule::Prepend(id),
+                    (false, true) => BosRule::Strip,
+                    _ => BosRule::AsTokenizer,
+                }
+            }
+            _ => BosRule::AsTokenizer,
+        };
+        Ok(Self { inner, file, special, vocabulary_size, bos })
+    }
+
+    /// Token ids of a text. `add_special` adds what the model expects around a text, for instance a
+    /// beginning-of-sequence token; special tokens that are spelled out in the text become their ids either way.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, CheckpointError> {
+        let encoding =
+            self.inner.encode_fast(text, add_special).map_err(|e| self.error("cannot encode the text", &e))?;
+        let ids = encoding.get_ids();
+        Ok(match self.bos {
+            BosRule::Prepend(bos) if add_special => [&[bos], ids].concat(),
+            BosRule::Strip if add_special => ids[1..].to_vec(),
+            _ => ids.to_vec(),
+        })
+    }
+
+    /// Text of token ids, without special tokens if `skip_special`. Ids outside the vocabulary stand for nothing; bytes
+    /// that are not UTF-8 become U+FFFD.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, CheckpointError> {
+        self.inner.decode(ids, skip_special).map_err(|e| self.error("cannot decode the tokens", &e))
+    }
+
+    /// The id of a token as it is spelled in tokenizer.json.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// A token as it is spelled in tokenizer.json.
+    pub fn id_to_token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// Whether a token stands for no text (`<|im_end|>` and its like).
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special.contains(&id)
+    }
+
+    /// One more than the highest id. A model's own vocabulary may be padded beyond it.
+    pub fn vocabulary_size(&self) -> usize {
+        self.vocabulary_size
+    }
+
+    fn error(&self, what: &str, reason: &tokenizers::Error) -> CheckpointError {
+        CheckpointError::Tokenizer { file: self.file.clone(), problem: format!("{what}: {reason}") }
+    }
+}

@@ -1,0 +1,191 @@
+//! The folder beside the output in which a model grows until it is whole.
+//!
+//! ```text
+//! OUT.partial/
+//!   lock       held by the process that writes
+//!   journal    fingerprint of the work and names of finished tensors
+//!   model/     becomes OUT by one rename
+//!   replaced/  the old OUT, between two renames only
+//! ```
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use crate::CheckpointError;
+
+const ENTRIES: [&str; 4] = ["lock", "journal", "model", "replaced"];
+
+#[derive(Debug)]
+pub(super) struct Workspace {
+    pub(super) out: PathBuf,
+    folder: PathBuf,
+    force: bool,
+    /// Holds the lock until dropped.
+    _lock: File,
+}
+
+impl Workspace {
+    /// Makes or reopens the folder for `out` and locks it. An existing output is refused unless `force`.
+    pub(super) fn open(out: &Path, force: bool) -> Result<Self, CheckpointError> {
+        let out = std::path::absolute(out).map_err(CheckpointError::io("resolve", out))?;
+        let (Some(parent), Some(name)) = (out.parent(), out.file_name()) else {
+            let problem = "the output needs a folder name of its own".to_owned();
+            return Err(CheckpointError::Plan { path: out, problem });
+        };
+        check_output(&out, force)?;
+
+        let mut partial = name.to_owned();
+        partial.push(".partial");
+        let folder = parent.join(partial);
+        fs::create_dir_all(&folder).map_err(CheckpointError::io("create", &folder))?;
+        let lock = lock(&folder)?;
+        let workspace = Self { out, folder, force, _lock: lock };
+        workspace.refuse_foreign_entries()?;
+        workspace.recover()?;
+        check_output(&workspace.out, force)?;
+        Ok(workspace)
+    }
+
+    /// The folder itself, for messages.
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    pub(super) fn journal(&self) -> PathBuf {
+        self.folder.join("journal")
+    }
+
+    /// A file of the model that grows.
+    pub(super) fn model_file(&self, name: &str) -> PathBuf {
+        self.model().join(name)
+    }
+
+    /// Discards whatever is unfinished and starts with an empty model folder.
+    pub(super) fn clear(&self) -> Result<(), CheckpointError> {
+        // The journal goes first: without it nothing counts as finished.
+        remove(&self.journal())?;
+        sync_folder(&self.folder)?;
+        remove(&self.model())?;
+        let model = self.model();
+        fs::create_dir(&model).map_err(CheckpointError::io("create", &model))
+    }
+
+    /// Renames the finished model, all of whose files are synced, to the output, and removes the folder.
+    pub(super) fn publish(self) -> Result<(), CheckpointError> {
+        sync_folder(&self.model())?;
+        check_output(&self.out, self.force)?;
+        let replaced = self.replaced();
+        let replaces = self.out.exists();
+        if replaces {
+            rename(&self.out, &replaced)?;
+        }
+        if let Err(e) = rename(&self.model(), &self.out) {
+            if replaces {
+                rename(&replaced, &self.out)?;
+            }
+            return Err(e);
+        }
+        sync_folder(self.out.parent().unwrap_or(&self.out))?;
+
+        // The model is whole; if something of the folder stays behind, the next run to this output removes it.
+        let _ =
+            remove(&replaced).and_then(|()| remove(&self.journal())).and_then(|()| remove(&self.folder.join("lock")));
+        let _ = fs::remove_dir(&self.folder);
+        Ok(())
+    }
+
+    /// The folder that becomes the output.
+    pub(super) fn model(&self) -> PathBuf {
+        self.folder.join("model")
+    }
+
+    fn replaced(&self) -> PathBuf {
+        self.folder.join("replaced")
+    }
+
+    /// Finishes or undoes a replacement that was cut short.
+    fn recover(&self) -> Result<(), CheckpointError> {
+        let replaced = self.replaced();
+        if self.out.exists() {
+            remove(&replaced)
+        } else if replaced.exists() {
+            rename(&replaced, &self.out)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn refuse_foreign_entries(&self) -> Result<(), CheckpointError> {
+        let failed = |e| CheckpointError::io("read", &self.folder)(e);
+        for entry in fs::read_dir(&self.folder).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name();
+            if !ENTRIES.iter().any(|known| name == *known) {
+                let entry = name.to_string_lossy().into_owned();
+                return Err(CheckpointError::Foreign { path: self.folder.clone(), entry });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Only a model folder may be replaced, and only if asked; an empty folder is as good as none then.
+fn check_output(out: &Path, force: bool) -> Result<(), CheckpointError> {
+    let found = match fs::symlink_metadata(out) {
+        Ok(found) => found,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(CheckpointError::io("look at", out)(e)),
+    };
+    let path = out.to_path_buf();
+    if !force {
+        return Err(CheckpointError::OutputExists { path });
+    }
+    let is_model = || out.join("config.json").is_file();
+    let is_empty = || fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_none());
+    if found.is_dir() && (is_model() || is_empty()) { Ok(()) } else { Err(CheckpointError::NotAModel { path }) }
+}
+
+fn lock(folder: &Path) -> Result<File, CheckpointError> {
+    let path = folder.join("lock");
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(CheckpointError::io("create", &path))?;
+    let locked = || CheckpointError::Locked { path: folder.to_path_buf() };
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(locked()),
+        Err(TryLockError::Error(e)) => return Err(CheckpointError::io("lock", &path)(e)),
+    }
+    // A process that finished in this moment has removed the file that was locked here.
+    let identity = |found: fs::Metadata| (found.dev(), found.ino());
+    match (file.metadata().map(identity), fs::metadata(&path).map(identity)) {
+        (Ok(locked_file), Ok(current)) if locked_file == current => Ok(file),
+        _ => Err(locked()),
+    }
+}
+
+fn rename(from: &Path, to: &Path) -> Result<(), CheckpointError> {
+    fs::rename(from, to).map_err(CheckpointError::io("rename into place", to))
+}
+
+/// Removes a file or a folder of the workspace, if it is there.
+fn remove(path: &Path) -> Result<(), CheckpointError> {
+    let removed = match fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(e) => Err(e),
+    };
+    match removed {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(CheckpointError::io("remove", path)(e)),
+        _ => Ok(()),
+    }
+}
+
+/// Makes renames, creations and removals in a folder permanent.
+pub(super) fn sync_folder(folder: &Path) -> Result<(), CheckpointError> {
+    File::open(folder).and_then(|opened| opened.sync_all()).map_err(CheckpointError::io("sync", folder))
+}
