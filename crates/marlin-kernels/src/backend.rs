@@ -1,0 +1,198 @@
+//! What a device offers a decoder.
+
+use marlin_format::PackedMatrix;
+
+use crate::{KernelError, KvLayout, KvType, SampleRow, Step};
+
+/// A device: it holds weights, activations and KV blocks, and hands out encoders.
+///
+/// Weights are put into the device's own tile order once, by [`Backend::load_linear`]; nobody else knows tile orders.
+/// Activations are f32, row-major; a buffer carries its current number of rows (never more than it was made for), and an
+/// operation sets the rows of what it writes.
+pub trait Backend: Send + Sync + Sized + 'static {
+    /// Activations `[rows, width]`, f32.
+    type Buffer: Send;
+    /// One or several packed matrices that share their input, in tile order.
+    type Linear: Send + Sync;
+    /// A small f32 vector: norm weights, rotary frequencies.
+    type Vector: Send + Sync;
+    /// The paged keys and values of all layers.
+    type KvCache: Send;
+    /// Runs or records operations.
+    type Encoder: Encoder<Self> + Send;
+
+    /// What this device is, for reports.
+    fn info(&self) -> DeviceInfo;
+
+    /// Repacks matrices with equal `cols` into one linear whose output is theirs side by side.
+    /// What the device has no kernel for is converted, exactly where that is possible.
+    fn load_linear(&self, parts: &[LinearPart<'_>]) -> Result<Self::Linear, KernelError>;
+
+    /// Uploads a vector.
+    fn load_vector(&self, values: &[f32]) -> Result<Self::Vector, KernelError>;
+
+    /// Makes a buffer of at most `rows` rows of `width` values.
+    fn buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer, KernelError>;
+
+    /// Writes `rows` rows into a buffer (embeddings made elsewhere, test inputs); `values` is `[rows, width]`.
+    fn upload(&self, buffer: &mut Self::Buffer, rows: usize, values: &[f32]) -> Result<(), KernelError>;
+
+    /// Makes a pool of `blocks` KV blocks for every layer of `layout`.
+    fn kv_cache(&self, layout: &KvLayout, kv_type: KvType, blocks: usize) -> Result<Self::KvCache, KernelError>;
+
+    /// Makes an encoder whose steps stay within `limits`; it owns whatever scratch memory its operations need, so that a step
+    /// allocates nothing.
+    fn encoder(&self, limits: &StepLimits) -> Result<Self::Encoder, KernelError>;
+}
+
+/// A device in words.
+#[derive(Debug, Clone)]
+pub struct DeviceInfo {
+    /// For example `cpu` or `reference`.
+    pub name: String,
+    /// Instruction set, threads, arithmetic mode.
+    pub detail: String,
+}
+
+/// The largest step an encoder must be ready for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepLimits {
+    /// Tokens in a step.
+    pub tokens: usize,
+    /// Tokens a sequence may reach (its context).
+    pub context: usize,
+    /// The widest input (K) of any linear.
+    pub width: usize,
+    /// The most attention heads of any layer.
+    pub heads: usize,
+    /// Size of the vocabulary.
+    pub vocabulary: usize,
+}
+
+/// One matrix of a fused linear, with its bias.
+#[derive(Debug, Clone)]
+pub struct LinearPart<'a> {
+    /// Weights `[N, K]`.
+    pub weight: PackedMatrix<'a>,
+    /// Added to each output row, `[N]`.
+    pub bias: Option<Vec<f32>>,
+}
+
+/// Checks the parts of a fused linear, each by itself and against the others, and gives their common number of columns.
+pub(crate) fn check_parts(parts: &[LinearPart<'_>]) -> Result<usize, KernelError> {
+    let Some(first) = parts.first().map(|part| part.weight.cols) else {
+        return Err(KernelError::Device("a linear needs at least one matrix, found none".into()));
+    };
+    for (index, part) in parts.iter().enumerate() {
+        part.weight.validate()?;
+        if part.weight.cols != first {
+            return Err(KernelError::FusedWidth { first, part: index, found: part.weight.cols });
+        }
+        if let Some(bias) = part.bias.as_ref().filter(|bias| bias.len() != part.weight.rows) {
+            return Err(KernelError::BiasLength { rows: part.weight.rows, found: bias.len() });
+        }
+    }
+    Ok(first)
+}
+
+/// The gate's non-linearity in a gated MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// x · sigmoid(x).
+    Silu,
+    /// GELU, tanh approximation.
+    GeluTanh,
+}
+
+/// The sizes of one layer's attention.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; `heads` is a multiple of it.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Factor on the scores, usually `head_dim^-½`.
+    pub scale: f32,
+    /// A query at position p sees keys at positions > p − window; all of them if `None`.
+    pub window: Option<usize>,
+}
+
+/// RMS norms over each head of Q and K, before rotary embedding.
+#[derive(Debug)]
+pub struct QkNorm<'a, B: Backend> {
+    /// `[head_dim]`.
+    pub q: &'a B::Vector,
+    /// `[head_dim]`.
+    pub k: &'a B::Vector,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// The operations of a decoder step. A CPU runs them at once; a GPU records them until [`Encoder::submit`].
+///
+/// Shapes are fixed by the model at load, so operations do not return errors: a shape that does not fit is a bug in the caller and
+/// panics. `T` is the number of tokens of the step, `L` of its logit rows.
+pub trait Encoder<B: Backend> {
+    /// Starts a step: takes over its tokens, positions and block tables. `step` has been validated against `limits`.
+    fn begin(&mut self, step: &Step<'_>);
+
+    /// `out[t] = table[token t]`; table rows decode to f32. Sets `out` to T rows.
+    fn embed(&mut self, table: &B::Linear, out: &mut B::Buffer);
+
+    /// Cosines and sines of the step's positions: `out[t] = [cos(p·f_i)·scaling … | sin(p·f_i)·scaling …]`, width 2·len(inv_freq).
+    /// The angle p·f_i is rounded to f32, as models are trained with.
+    fn rope_angles(&mut self, inv_freq: &B::Vector, scaling: f32, out: &mut B::Buffer);
+
+    /// `out = x / sqrt(mean(x²) + eps) · weight`, row by row.
+    fn rms_norm(&mut self, x: &B::Buffer, weight: &B::Vector, eps: f32, out: &mut B::Buffer);
+
+    /// `out = x · Wᵀ + bias`.
+    fn linear(&mut self, x: &B::Buffer, linear: &B::Linear, out: &mut B::Buffer);
+
+    /// `out += x · Wᵀ + bias`: a projection back into the residual stream.
+    fn linear_add(&mut self, x: &B::Buffer, linear: &B::Linear, out: &mut B::Buffer);
+
+    /// `gate_up` has two parts of equal N: `out = activation(x · Gᵀ) ⊙ (x · Uᵀ)`, width N.
+    fn linear_gated(&mut self, x: &B::Buffer, gate_up: &B::Linear, activation: Activation, out: &mut B::Buffer);
+
+    /// Prepares attention: on rows `[q heads | k heads | v heads]` normalises each Q and K head if asked, rotates Q and K in the half-split
+    /// layout (dimension i with i + rotary/2, `rotary` = width of `angles`, even; the rest passes through), leaves Q in
+    /// place, and writes K and V of each token to its slot in the layer's cache.
+    fn rope_store_kv(
+        &mut self,
+        qkv: &mut B::Buffer,
+        shape: &AttentionShape,
+        norm: Option<QkNorm<'_, B>>,
+        angles: &B::Buffer,
+        kv: &mut B::KvCache,
+        layer: usize,
+    );
+
+    /// Causal attention of each token's Q (in `qkv`) over its sequence's cached keys up to its own position.
+    /// `out` is `[T, heads · head_dim]`.
+    fn attention(
+        &mut self,
+        qkv: &B::Buffer,
+        shape: &AttentionShape,
+        kv: &B::KvCache,
+        layer: usize,
+        out: &mut B::Buffer,
+    );
+
+    /// `out[l] = x[logit row l]`; sets `out` to L rows.
+    fn select_logit_rows(&mut self, x: &B::Buffer, out: &mut B::Buffer);
+
+    /// Chooses one token per row of `logits` (see [`SampleRow`]); the logits are consumed. `rows`, `tokens` and the rows of `logits` are as many.
+    fn sample(&mut self, logits: &mut B::Buffer, rows: &[SampleRow<'_>], tokens: &mut [u32]);
+
+    /// Copies KV blocks `(from, to)` in every layer (copy on write), one pair after the other.
+    fn copy_kv_blocks(&mut self, kv: &mut B::KvCache, pairs: &[(u32, u32)]);
+
+    /// Runs whatever is recorded and waits for it.
+    fn submit(&mut self) -> Result<(), KernelError>;
+
+    /// Reads the rows of a buffer after [`Encoder::submit`]; `out` has rows × width values.
+    fn read(&mut self, buffer: &B::Buffer, out: &mut [f32]) -> Result<(), KernelError>;
+}

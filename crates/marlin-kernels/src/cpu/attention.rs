@@ -1,0 +1,376 @@
+//! Causal attention over paged keys and values, with an online softmax (Milakov & Gimelshein 2018; Dao et al. 2022).
+//!
+//! A work item is a few rows of one sequence × the query heads of one KV head. It walks the keys in partitions of
+//! [`PARTITION`] absolute positions, and a query's arithmetic depends on its own position only: results are bitwise
+//! the same whatever else is in the step, however a prompt is cut into chunks, and on any number of threads.
+
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use half::f16;
+
+use super::disjoint::Disjoint;
+use super::simd::{Simd, SimdLevel, WithSimd};
+use super::threads::Threads;
+use super::vector::{LANES, dots, exp, load, sum};
+use crate::host::{HostKvCache, HostKvLayer, HostStep, KvData, KvPlane, visible};
+use crate::{AttentionShape, HostBuffer};
+
+/// Keys whose scores are exponentiated together.
+const PARTITION: usize = 16;
+/// Rows of a work item, which share a pass over the keys.
+const TILE_ROWS: usize = 8;
+/// Query heads of a work item that share a pass over the keys.
+const TILE_HEADS: usize = 8;
+const TILE_QUERIES: usize = TILE_ROWS * TILE_HEADS;
+
+/// The step's rows in tiles, and each thread's memory.
+#[derive(Debug)]
+pub(super) struct Attention {
+    tiles: Vec<Tile>,
+    scratch: Vec<Mutex<Scratch>>,
+}
+
+/// Rows of one sequence.
+#[derive(Debug)]
+struct Tile {
+    sequence: usize,
+    rows: Range<usize>,
+}
+
+/// What a thread needs for a work item; grows to the widest head met. Rows are `stride` wide: `head_dim`, padded with zeros
+/// to whole vectors.
+#[derive(Debug, Default)]
+struct Scratch {
+    /// Scaled queries `[TILE_QUERIES, stride]`.
+    queries: Vec<f32>,
+    /// Weighted sums of values `[TILE_QUERIES, stride]`.
+    sums: Vec<f32>,
+    /// Keys of a partition `[PARTITION, stride]`.
+    keys: Vec<f32>,
+    /// Values of a partition `[PARTITION, stride]`.
+    values: Vec<f32>,
+}
+
+/// What all work items of one call share.
+struct Call<'a> {
+    step: &'a HostStep,
+    qkv: &'a HostBuffer,
+    shape: &'a AttentionShape,
+    cache: &'a HostKvLayer,
+    block_tokens: usize,
+}
+
+impl Attention {
+    pub(super) fn new(threads: &Threads) -> Self {
+        Self { tiles: Vec::new(), scratch: (0..threads.count()).map(|_| Mutex::default()).collect() }
+    }
+
+    /// Cuts a new step into tiles.
+    pub(super) fn begin(&mut self, step: &HostStep) {
+        self.tiles.clear();
+        for sequence in 0..step.sequences() {
+            let Range { start, end } = step.rows_of(sequence);
+            let starts = (start..end).step_by(TILE_ROWS);
+            self.tiles.extend(starts.map(|start| Tile { sequence, rows: start..end.min(start + TILE_ROWS) }));
+        }
+    }
+
+    /// Attention of every row of `qkv`; `out` is `[T, heads · head_dim]`.
+    #[expect(clippy::too_many_arguments, reason = "those of the operation, and where to run it")]
+    pub(super) fn run(
+        &self,
+        step: &HostStep,
+        qkv: &HostBuffer,
+        shape: &AttentionShape,
+        kv: &HostKvCache,
+        layer: usize,
+        out: &mut HostBuffer,
+        simd: SimdLevel,
+        threads: &Threads,
+    ) {
+        let call = Call { step, qkv, shape, cache: &kv.layers[layer], block_tokens: kv.block_tokens };
+        let (dim, width) = (shape.head_dim, shape.heads * shape.head_dim);
+        let out = Disjoint::new(out.output(step.rows(), width));
+        let group = shape.heads / shape.kv_heads;
+        let items = self.tiles.len() * shape.kv_heads;
+        let next = AtomicUsize::new(0);
+        threads.run(self.scratch.len().min(items), &|lane| {
+            let mut scratch = self.scratch[lane].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            loop {
+                let item = next.fetch_add(1, Ordering::Relaxed);
+                if item >= items {
+                    break;
+                }
+                let (tile, kv_head) = (&self.tiles[item / shape.kv_heads], item % shape.kv_heads);
+                let end = (kv_head + 1) * group;
+                for first in (kv_head * group..end).step_by(TILE_HEADS) {
+                    let heads = first..end.min(first + TILE_HEADS);
+                    let work = Item { call: &call, tile, kv_head, heads: heads.clone(), scratch: &mut scratch };
+                    simd.dispatch(work).expect("the backend was made for a SIMD level of this processor");
+                    for (query, sums) in
+                        scratch.sums.chunks_exact(padded(dim)).take(tile.rows.len() * heads.len()).enumerate()
+                    {
+                        let (row, head) = (tile.rows.start + query / heads.len(), first + query % heads.len());
+                        // SAFETY: work items differ in their rows or their heads.
+                        let out = unsafe { out.slice(row * width + head * dim, dim) };
+                        out.copy_from_slice(&sums[..dim]);
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// A head's width in whole vectors.
+fn padded(dim: usize) -> usize {
+    dim.next_multiple_of(LANES)
+}
+
+/// Rows of one sequence × query heads of one KV head. Its queries are all heads of the first row, of the second, …
+struct Item<'a> {
+    call: &'a Call<'a>,
+    tile: &'a Tile,
+    kv_head: usize,
+    heads: Range<usize>,
+    scratch: &'a mut Scratch,
+}
+
+impl WithSimd for Item<'_> {
+    type Output = ();
+
+    /// Leaves the results in `scratch.sums`.
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { call, tile, kv_head, heads, scratch } = self;
+        let queries = tile.rows.len() * heads.len();
+        let stride = padded(call.shape.head_dim);
+        scratch.resize(stride);
+        load_queries(simd, call, tile, &heads, &mut scratch.queries);
+        scratch.sums[..queries * stride].fill(0.0);
+        let mut softmax =
+            Softmax { simd, stride, scratch, largest: [f32::NEG_INFINITY; TILE_QUERIES], total: [0.0; TILE_QUERIES] };
+
+        // Positions rise by one from row to row, so the first row sees furthest back and the last one furthest on.
+        let seen = call.seen(tile.rows.start).start..call.seen(tile.rows.end - 1).end;
+        let mut start = seen.start / PARTITION * PARTITION;
+        while start < seen.end {
+            let partition = start..start + PARTITION;
+            call.load_keys_and_values(
+                simd,
+                tile.sequence,
+                kv_head,
+                intersection(&partition, &seen),
+                start,
+                softmax.scratch,
+            );
+            let mut query = 0;
+            while query < queries {
+                // Queries that see the same keys of the partition share the loads.
+                let keys = call.seen_in(&partition, tile.rows.start + query / heads.len());
+                let mut alike = 1;
+                while alike < 4
+                    && query + alike < queries
+                    && call.seen_in(&partition, tile.rows.start + (query + alike) / heads.len()) == keys
+                {
+                    alike += 1;
+                }
+                query += match alike {
+                    4 => softmax.attend::<4>(query, keys),
+                    2 | 3 => softmax.attend::<2>(query, keys),
+                    _ => softmax.attend::<1>(query, keys),
+                };
+            }
+            start += PARTITION;
+        }
+        softmax.normalise(queries);
+    }
+}
+
+fn intersection(a: &Range<usize>, b: &Range<usize>) -> Range<usize> {
+    let start = a.start.max(b.start);
+    start..a.end.min(b.end).max(start)
+}
+
+impl Call<'_> {
+    /// The positions that a row sees.
+    fn seen(&self, row: usize) -> Range<usize> {
+        visible(self.step.positions[row] as usize, self.shape.window)
+    }
+
+    /// Those of a partition, counted from its start.
+    fn seen_in(&self, partition: &Range<usize>, row: usize) -> Range<usize> {
+        let keys = intersection(partition, &self.seen(row));
+        keys.start - partition.start..keys.end - partition.start
+    }
+
+    /// Loads keys and values of `positions`, to where they lie in the partition that begins at `start`.
+    #[inline(always)]
+    fn load_keys_and_values<S: Simd>(
+        &self,
+        simd: S,
+        sequence: usize,
+        kv_head: usize,
+        positions: Range<usize>,
+        start: usize,
+        scratch: &mut Scratch,
+    ) {
+        let stride = padded(self.shape.head_dim);
+        for position in positions {
+            let slot = self.step.slot(sequence, position, self.block_tokens);
+            let to = (position - start) * stride;
+            load_cached(simd, &self.cache.keys, kv_head, slot, &mut scratch.keys[to..][..stride]);
+            load_cached(simd, &self.cache.values, kv_head, slot, &mut scratch.values[to..][..stride]);
+        }
+    }
+}
+
+/// Loads one head's key or value of one token, padded with zeros.
+#[inline(always)]
+fn load_cached<S: Simd>(simd: S, plane: &KvPlane, head: usize, slot: usize, to: &mut [f32]) {
+    let (to, _) = to.as_chunks_mut::<LANES>();
+    match &plane.data {
+        KvData::F16(data) => {
+            let (chunks, tail) = data[plane.range(head, slot)].as_chunks::<LANES>();
+            for (to, from) in to.iter_mut().zip(chunks) {
+                *to = simd.store(simd.load_f16(from));
+            }
+            if !tail.is_empty() {
+                let mut padded = [f16::ZERO; LANES];
+                padded[..tail.len()].copy_from_slice(tail);
+                to[chunks.len()] = simd.store(simd.load_f16(&padded));
+            }
+        }
+        KvData::F32(data) => {
+            let from = &data[plane.range(head, slot)];
+            for (i, to) in to.iter_mut().enumerate() {
+                *to = simd.store(load(simd, from, i * LANES));
+            }
+        }
+    }
+}
+
+/// Loads the scaled queries of a work item, padded with zeros.
+#[inline(always)]
+fn load_queries<S: Simd>(simd: S, call: &Call<'_>, tile: &Tile, heads: &Range<usize>, to: &mut [f32]) {
+    let dim = call.shape.head_dim;
+    let scale = simd.splat(call.shape.scale);
+    let mut rows = to.chunks_exact_mut(padded(dim));
+    for row in tile.rows.clone() {
+        for head in heads.clone() {
+            let from = &call.qkv.row(row)[head * dim..][..dim];
+            let Some(to) = rows.next() else { unreachable!("scratch holds a whole tile") };
+            for (i, to) in to.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+                *to = simd.store(simd.mul(load(simd, from, i * LANES), scale));
+            }
+        }
+    }
+}
+
+impl Scratch {
+    /// Makes room for rows of `stride`.
+    fn resize(&mut self, stride: usize) {
+        self.queries.resize(TILE_QUERIES * stride, 0.0);
+        self.sums.resize(TILE_QUERIES * stride, 0.0);
+        self.keys.resize(PARTITION * stride, 0.0);
+        self.values.resize(PARTITION * stride, 0.0);
+    }
+}
+
+/// The running softmax of a work item's queries.
+struct Softmax<'a, S> {
+    simd: S,
+    stride: usize,
+    scratch: &'a mut Scratch,
+    /// The largest score of each query so far.
+    largest: [f32; TILE_QUERIES],
+    /// The sum of `exp(score − largest)` of each query.
+    total: [f32; TILE_QUERIES],
+}
+
+impl<S: Simd> Softmax<'_, S> {
+    /// Takes `keys` of the loaded partition into `N` queries from `first` on; gives `N`.
+    #[inline(always)]
+    fn attend<const N: usize>(&mut self, first: usize, keys: Range<usize>) -> usize {
+        if keys.is_empty() {
+            return N;
+        }
+        let mut weights = self.scores::<N>(first, &keys);
+
+        let mut shrink = [0.0; N];
+        for n in 0..N {
+            let (largest, total) = (&mut self.largest[first + n], &mut self.total[first + n]);
+            let mut new = *largest;
+            for score in weights[n] {
+                new = if score > new { score } else { new };
+            }
+            for weight in &mut weights[n] {
+                *weight = exp(*weight - new);
+            }
+            shrink[n] = exp(*largest - new);
+            *total = *total * shrink[n] + sum(weights[n]);
+            *largest = new;
+        }
+
+        self.add_values(first, &keys, &shrink, &weights);
+        N
+    }
+
+    /// Scores of `keys`; −∞ for others.
+    #[inline(always)]
+    fn scores<const N: usize>(&self, first: usize, keys: &Range<usize>) -> [[f32; PARTITION]; N] {
+        let mut queries: [&[f32]; N] = [&[]; N];
+        for (n, query) in queries.iter_mut().enumerate() {
+            *query = &self.scratch.queries[(first + n) * self.stride..][..self.stride];
+        }
+        let mut scores = [[f32::NEG_INFINITY; PARTITION]; N];
+        for key in keys.clone() {
+            let values = dots(self.simd, queries, &self.scratch.keys[key * self.stride..][..self.stride]);
+            for n in 0..N {
+                scores[n][key] = values[n];
+            }
+        }
+        scores
+    }
+
+    /// `sums = sums · shrink + Σ weight · value`.
+    #[inline(always)]
+    fn add_values<const N: usize>(
+        &mut self,
+        first: usize,
+        keys: &Range<usize>,
+        shrink: &[f32; N],
+        weights: &[[f32; PARTITION]; N],
+    ) {
+        let simd = self.simd;
+        let vectors = self.stride / LANES;
+        let sums = &mut self.scratch.sums.as_chunks_mut::<LANES>().0[first * vectors..][..N * vectors];
+        let values = self.scratch.values.as_chunks::<LANES>().0;
+        for i in 0..vectors {
+            let mut partial = [simd.splat(0.0); N];
+            for n in 0..N {
+                partial[n] = simd.mul(simd.load(&sums[n * vectors + i]), simd.splat(shrink[n]));
+            }
+            for key in keys.clone() {
+                let value = simd.load(&values[key * vectors + i]);
+                for n in 0..N {
+                    partial[n] = simd.mul_add(simd.splat(weights[n][key]), value, partial[n]);
+                }
+            }
+            for n in 0..N {
+                sums[n * vectors + i] = simd.store(partial[n]);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn normalise(self, queries: usize) {
+        for (sums, total) in self.scratch.sums.chunks_exact_mut(self.stride).zip(&self.total[..queries]) {
+            let share = 1.0 / total;
+            for sum in sums {
+                *sum *= share;
+            }
+        }
+    }
+}

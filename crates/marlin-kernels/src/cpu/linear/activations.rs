@@ -1,0 +1,145 @@
+//! The inputs of a linear, in the forms kernels read.
+
+use bytemuck::Zeroable;
+
+use super::codes::CHUNK;
+use crate::KernelError;
+use crate::cpu::simd::{Simd, SimdLevel, WithSimd};
+use crate::cpu::threads::Threads;
+use crate::host::allocate;
+
+/// 32 activations quantised to int8: `x ≈ scale · code`, codes within ±127.
+#[derive(Debug, Clone, Copy, Zeroable)]
+#[repr(C)]
+pub(super) struct Block {
+    pub(super) scale: f32,
+    /// Sums of the codes of each half, which weights with an offset are corrected by.
+    pub(super) sums: [i16; 2],
+    pub(super) codes: [i8; CHUNK],
+}
+
+/// Scratch memory for the inputs of linears; reused, so that applying one allocates nothing.
+#[derive(Debug)]
+pub(crate) struct Activations {
+    blocks: Vec<Block>,
+    /// Rows padded to whole chunks, for widths that are none. Untouched memory of it costs nothing.
+    padded: Vec<[f32; CHUNK]>,
+}
+
+/// The inputs of one linear: every form is `[rows, chunks]`, and empty if no kernel of the linear reads it.
+#[derive(Clone, Copy)]
+pub(super) struct Inputs<'a> {
+    pub(super) blocks: &'a [Block],
+    pub(super) floats: &'a [[f32; CHUNK]],
+}
+
+impl Activations {
+    /// Room for `max_rows` rows of at most `max_width` values.
+    pub(crate) fn new(max_rows: usize, max_width: usize) -> Result<Self, KernelError> {
+        let sizes = [max_rows, max_width.div_ceil(CHUNK)];
+        let blocks = allocate("quantised activations", &sizes, "cpu")?;
+        Ok(Self { blocks, padded: allocate("padded activations", &sizes, "cpu")? })
+    }
+
+    /// Prepares `x`, `[rows, width]`, in the forms asked for.
+    pub(super) fn prepare<'a>(
+        &'a mut self,
+        x: &'a [f32],
+        width: usize,
+        forms: Forms,
+        simd: SimdLevel,
+        threads: &Threads,
+    ) -> Inputs<'a> {
+        let chunks = width.div_ceil(CHUNK);
+        let count = x.len() / width * chunks;
+        let mut inputs = Inputs { blocks: &[], floats: &[] };
+        if forms.floats && width.is_multiple_of(CHUNK) {
+            inputs.floats = x.as_chunks().0;
+        } else if forms.floats {
+            let padded = &mut self.padded[..count];
+            for (row, values) in padded.chunks_exact_mut(chunks).zip(x.chunks_exact(width)) {
+                let (values_of, rest) = row.as_flattened_mut().split_at_mut(width);
+                values_of.copy_from_slice(values);
+                rest.fill(0.0);
+            }
+            inputs.floats = padded;
+        }
+        if forms.blocks {
+            let blocks = &mut self.blocks[..count];
+            threads.for_each_chunk(blocks, chunks, |row, blocks| {
+                let quantise = Quantise { x: &x[row * width..][..width], blocks };
+                simd.dispatch(quantise).expect("the level was checked when the linear was loaded");
+            });
+            inputs.blocks = blocks;
+        }
+        inputs
+    }
+}
+
+/// Which forms of its input a linear's kernels read.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Forms {
+    pub(super) blocks: bool,
+    pub(super) floats: bool,
+}
+
+/// Quantises one row.
+struct Quantise<'a> {
+    x: &'a [f32],
+    blocks: &'a mut [Block],
+}
+
+impl WithSimd for Quantise<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let (whole, tail) = self.x.as_chunks::<CHUNK>();
+        let (blocks, last) = self.blocks.split_at_mut(whole.len());
+        for (block, x) in blocks.iter_mut().zip(whole) {
+            quantise(x, block);
+        }
+        if let Some(block) = last.first_mut() {
+            let mut x = [0.0; CHUNK];
+            x[..tail.len()].copy_from_slice(tail);
+            quantise(&x, block);
+        }
+    }
+}
+
+/// Added to a float below 2^22 in magnitude, this leaves the float rounded to the nearest integer (ties to even) in the low
+/// bits of the sum.
+const ROUND: f32 = 12_582_912.0; // 1.5 · 2^23
+
+/// Codes are x · (127 / max|x|), rounded to the nearest, ties to even. An input that is infinite or NaN makes the scale so,
+/// and with it every output that depends on it.
+#[inline(always)]
+fn quantise(x: &[f32; CHUNK], block: &mut Block) {
+    // Bit patterns of magnitudes order like the magnitudes, infinity and NaN last.
+    let mut max = 0;
+    for &value in x {
+        max = max.max(value.to_bits() & 0x7fff_ffff);
+    }
+    let max = f32::from_bits(max);
+    if max < 1e-30 {
+        // The reciprocal might overflow; such inputs are zeros in all but name.
+        *block = Block::zeroed();
+        return;
+    }
+    block.scale = max / 127.0;
+    let inverse = 127.0 / max;
+    let mut codes = [0i32; CHUNK];
+    for (code, &value) in codes.iter_mut().zip(x) {
+        *code = (value * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
+    }
+    for (half, codes) in codes.as_chunks::<{ CHUNK / 2 }>().0.iter().enumerate() {
+        let mut sum = 0;
+        for &code in codes {
+            sum += code as i8 as i32;
+        }
+        block.sums[half] = sum as i16;
+    }
+    for (to, &code) in block.codes.iter_mut().zip(&codes) {
+        *to = code as i8;
+    }
+}

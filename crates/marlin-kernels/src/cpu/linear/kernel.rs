@@ -1,0 +1,433 @@
+//! The micro-kernels: sums over K of one panel for a few rows of the input.
+//!
+//! Each output is summed in one fixed order, whatever the number of input rows, so it does not depend on the batch.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::slice::ChunksExact;
+
+use super::activations::{Block, Forms, Inputs};
+use super::codes::{CHUNK, Codes, Floats, LANES, Quads};
+use super::tiles::{GroupSpan, Tiles};
+use crate::cpu::simd::{Simd, WithSimd};
+
+/// The part of a chunk that [`Dot::add_dot`] sums.
+const FIRST_HALF: usize = 0;
+const SECOND_HALF: usize = 1;
+const WHOLE: usize = 2;
+
+/// Scale and offset of a group, one a lane.
+pub(super) struct Group<S: Simd> {
+    pub(super) scale: S::F32,
+    pub(super) offset: S::I32,
+    /// The same, as floats.
+    pub(super) offset_f32: S::F32,
+}
+
+/// How a chunk of weights in some format meets a chunk of activations.
+pub(super) trait Dot: Send + Sync + 'static {
+    /// A chunk of one row of activations.
+    type Input;
+    /// A chunk, as far as it is decoded at once.
+    type Weights<'t, S: Simd>: Copy;
+    /// Bytes of a chunk in tile order.
+    const CHUNK_BYTES: usize;
+    /// Bytes of one code while a chunk is packed.
+    const CODE_BYTES: usize;
+    const FORMS: Forms;
+
+    fn inputs(inputs: Inputs<'_>) -> &[Self::Input];
+    /// Puts column `k` of row `r`, at `(r · stride + k) · CODE_BYTES` of `rows`, into tile order.
+    fn pack(rows: &[u8], stride: usize, tile: &mut [u8]);
+    fn decode<S: Simd>(simd: S, tile: &[u8]) -> Self::Weights<'_, S>;
+    /// Column `k` of a chunk, unscaled.
+    fn column<S: Simd>(simd: S, weights: &Self::Weights<'_, S>, group: &Group<S>, k: usize) -> S::F32;
+    /// Adds `Σ x · weight` over a part of the chunk, unscaled, to the sum of each input row.
+    fn add_dots<S: Simd, const PART: usize, const ROWS: usize>(
+        simd: S,
+        weights: &Self::Weights<'_, S>,
+        group: &Group<S>,
+        x: [&Self::Input; ROWS],
+        sums: &mut [S::F32; ROWS],
+    );
+}
+
+/// Integer weights, activations in int8: exact integer sums within 32 (or 16) columns.
+pub(super) struct IntegerDot<C>(PhantomData<C>);
+/// Integer weights, activations in f32.
+pub(super) struct ExactDot<C>(PhantomData<C>);
+/// Float weights, activations in f32.
+pub(super) struct FloatDot<F>(PhantomData<F>);
+
+impl<C: Codes> Dot for IntegerDot<C> {
+    type Input = Block;
+    type Weights<'t, S: Simd> = [S::Bytes; 8];
+    const CHUNK_BYTES: usize = C::CHUNK_BYTES;
+    const CODE_BYTES: usize = 1;
+    const FORMS: Forms = Forms { blocks: true, floats: false };
+
+    fn inputs(inputs: Inputs<'_>) -> &[Block] {
+        inputs.blocks
+    }
+
+    fn pack(rows: &[u8], stride: usize, tile: &mut [u8]) {
+        C::pack(&quads(rows, stride), tile);
+    }
+
+    #[inline(always)]
+    fn decode<S: Simd>(simd: S, tile: &[u8]) -> [S::Bytes; 8] {
+        C::unpack(simd, tile)
+    }
+
+    #[inline(always)]
+    fn column<S: Simd>(simd: S, weights: &[S::Bytes; 8], group: &Group<S>, k: usize) -> S::F32 {
+        integer_column::<S, C>(simd, weights, group, k)
+    }
+
+    #[inline(always)]
+    fn add_dots<S: Simd, const PART: usize, const ROWS: usize>(
+        simd: S,
+        w: &[S::Bytes; 8],
+        group: &Group<S>,
+        x: [&Block; ROWS],
+        sums: &mut [S::F32; ROWS],
+    ) {
+        let (w_first, w_second) = ([w[0], w[1], w[2], w[3]], [w[4], w[5], w[6], w[7]]);
+        for (x, sum) in x.into_iter().zip(sums) {
+            let (first, second) = x.codes.split_first_chunk::<16>().expect("32 codes");
+            let second = second.first_chunk::<16>().expect("32 codes");
+            let (dot, x_sum) = match PART {
+                FIRST_HALF => (integer_dot::<S, C>(simd, w_first, first), x.sums[0]),
+                SECOND_HALF => (integer_dot::<S, C>(simd, w_second, second), x.sums[1]),
+                _ => {
+                    let first = integer_dot::<S, C>(simd, w_first, first);
+                    (simd.add_i32(first, integer_dot::<S, C>(simd, w_second, second)), x.sums[0] + x.sums[1])
+                }
+            };
+            // Σ (byte − offset)·x = Σ byte·x − offset·Σx.
+            let dot = simd.sub_i32(dot, simd.mul_i16(group.offset, x_sum));
+            *sum = simd.mul_add(simd.to_f32(dot), simd.splat(x.scale), *sum);
+        }
+    }
+}
+
+#[inline(always)]
+fn integer_dot<S: Simd, C: Codes>(simd: S, weights: [S::Bytes; 4], x: &[i8; 16]) -> S::I32 {
+    if C::SIGNED { simd.dot_signed(weights, x) } else { simd.dot_unsigned(weights, x) }
+}
+
+#[inline(always)]
+fn integer_column<S: Simd, C: Codes>(simd: S, weights: &[S::Bytes; 8], group: &Group<S>, k: usize) -> S::F32 {
+    let (quad, j) = (weights[k / 4], k % 4);
+    let value = if C::SIGNED { simd.signed_byte_to_f32(quad, j) } else { simd.byte_to_f32(quad, j) };
+    simd.sub(value, group.offset_f32)
+}
+
+/// The quads of a chunk from rows of one code a byte.
+fn quads(rows: &[u8], stride: usize) -> Quads {
+    let mut quads = Quads::default();
+    for (q, quad) in quads.iter_mut().enumerate() {
+        for (row, bytes) in quad.chunks_exact_mut(4).enumerate() {
+            bytes.copy_from_slice(&rows[row * stride + 4 * q..][..4]);
+        }
+    }
+    quads
+}
+
+impl<C: Codes> Dot for ExactDot<C> {
+    type Input = [f32; CHUNK];
+    type Weights<'t, S: Simd> = [S::Bytes; 8];
+    const CHUNK_BYTES: usize = C::CHUNK_BYTES;
+    const CODE_BYTES: usize = 1;
+    const FORMS: Forms = Forms { blocks: false, floats: true };
+
+    fn inputs(inputs: Inputs<'_>) -> &[[f32; CHUNK]] {
+        inputs.floats
+    }
+
+    fn pack(rows: &[u8], stride: usize, tile: &mut [u8]) {
+        C::pack(&quads(rows, stride), tile);
+    }
+
+    #[inline(always)]
+    fn decode<S: Simd>(simd: S, tile: &[u8]) -> [S::Bytes; 8] {
+        C::unpack(simd, tile)
+    }
+
+    #[inline(always)]
+    fn column<S: Simd>(simd: S, weights: &[S::Bytes; 8], group: &Group<S>, k: usize) -> S::F32 {
+        integer_column::<S, C>(simd, weights, group, k)
+    }
+
+    #[inline(always)]
+    fn add_dots<S: Simd, const PART: usize, const ROWS: usize>(
+        simd: S,
+        weights: &[S::Bytes; 8],
+        group: &Group<S>,
+        x: [&[f32; CHUNK]; ROWS],
+        sums: &mut [S::F32; ROWS],
+    ) {
+        add_float_dots::<S, Self, PART, ROWS>(simd, weights, group, x, sums);
+    }
+}
+
+impl<F: Floats> Dot for FloatDot<F> {
+    type Input = [f32; CHUNK];
+    type Weights<'t, S: Simd> = &'t [u8];
+    const CHUNK_BYTES: usize = LANES * CHUNK * F::BYTES;
+    const CODE_BYTES: usize = F::BYTES;
+    const FORMS: Forms = Forms { blocks: false, floats: true };
+
+    fn inputs(inputs: Inputs<'_>) -> &[[f32; CHUNK]] {
+        inputs.floats
+    }
+
+    fn pack(rows: &[u8], stride: usize, tile: &mut [u8]) {
+        for (i, code) in tile.chunks_exact_mut(F::BYTES).enumerate() {
+            let (k, row) = (i / LANES, i % LANES);
+            code.copy_from_slice(&rows[(row * stride + k) * F::BYTES..][..F::BYTES]);
+        }
+    }
+
+    #[inline(always)]
+    fn decode<S: Simd>(_: S, tile: &[u8]) -> &[u8] {
+        tile
+    }
+
+    #[inline(always)]
+    fn column<S: Simd>(simd: S, weights: &&[u8], _: &Group<S>, k: usize) -> S::F32 {
+        F::column(simd, weights, k)
+    }
+
+    #[inline(always)]
+    fn add_dots<S: Simd, const PART: usize, const ROWS: usize>(
+        simd: S,
+        weights: &&[u8],
+        group: &Group<S>,
+        x: [&[f32; CHUNK]; ROWS],
+        sums: &mut [S::F32; ROWS],
+    ) {
+        add_float_dots::<S, Self, PART, ROWS>(simd, weights, group, x, sums);
+    }
+}
+
+/// Sums every fourth column, four times: short chains of additions that need not wait for each other.
+#[inline(always)]
+fn add_float_dots<S: Simd, D: Dot, const PART: usize, const ROWS: usize>(
+    simd: S,
+    weights: &D::Weights<'_, S>,
+    group: &Group<S>,
+    x: [&[f32; CHUNK]; ROWS],
+    sums: &mut [S::F32; ROWS],
+) {
+    let (first, end) = match PART {
+        FIRST_HALF => (0, CHUNK / 2),
+        SECOND_HALF => (CHUNK / 2, CHUNK),
+        _ => (0, CHUNK),
+    };
+    for j in 0..4 {
+        let mut chains = [simd.splat(0.0); ROWS];
+        let mut k = first + j;
+        while k < end {
+            let column = D::column(simd, weights, group, k);
+            for i in 0..ROWS {
+                chains[i] = simd.mul_add(column, simd.splat(x[i][k]), chains[i]);
+            }
+            k += 4;
+        }
+        for i in 0..ROWS {
+            sums[i] = simd.add(sums[i], chains[i]);
+        }
+    }
+}
+
+/// A kernel for one format, arithmetic and instruction set.
+pub(super) trait PanelKernel: fmt::Debug + Send + Sync {
+    /// Bytes of a chunk in tile order.
+    fn chunk_bytes(&self) -> usize;
+    /// Bytes of one code in what [`PanelKernel::pack`] reads.
+    fn code_bytes(&self) -> usize;
+    /// Puts a panel, `[LANES, chunks · CHUNK]` codes, into tile order.
+    fn pack(&self, rows: &[u8], tiles: &mut [u8]);
+    /// The forms of input that it reads.
+    fn forms(&self) -> Forms;
+    /// `sums[i] = x[first_row + i] · W(panel)ᵀ`.
+    fn run(&self, tiles: &Tiles, panel: usize, x: Inputs<'_>, first_row: usize, sums: &mut [[f32; LANES]]);
+    /// The weights of one row of a panel.
+    fn decode_row(&self, tiles: &Tiles, panel: usize, lane: usize, weights: &mut [f32]);
+}
+
+/// [`Dot`] `D` with instruction set `S`.
+pub(super) struct Kernel<S, D> {
+    simd: S,
+    dot: PhantomData<D>,
+}
+
+impl<S, D> Kernel<S, D> {
+    pub(super) fn new(simd: S) -> Self {
+        Self { simd, dot: PhantomData }
+    }
+}
+
+impl<S, D> fmt::Debug for Kernel<S, D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(std::any::type_name::<Self>())
+    }
+}
+
+impl<S: Simd, D: Dot> PanelKernel for Kernel<S, D> {
+    fn chunk_bytes(&self) -> usize {
+        D::CHUNK_BYTES
+    }
+
+    fn code_bytes(&self) -> usize {
+        D::CODE_BYTES
+    }
+
+    fn pack(&self, rows: &[u8], tiles: &mut [u8]) {
+        let stride = rows.len() / LANES / D::CODE_BYTES;
+        for (chunk, tile) in tiles.chunks_exact_mut(D::CHUNK_BYTES).enumerate() {
+            D::pack(&rows[chunk * CHUNK * D::CODE_BYTES..], stride, tile);
+        }
+    }
+
+    fn forms(&self) -> Forms {
+        D::FORMS
+    }
+
+    fn run(&self, tiles: &Tiles, panel: usize, x: Inputs<'_>, first_row: usize, sums: &mut [[f32; LANES]]) {
+        let x = &D::inputs(x)[first_row * tiles.chunks..];
+        self.simd.vectorize(Run::<D> { tiles, panel, x, sums });
+    }
+
+    fn decode_row(&self, tiles: &Tiles, panel: usize, lane: usize, weights: &mut [f32]) {
+        self.simd.vectorize(DecodeRow::<D> { tiles, panel, lane, weights, dot: PhantomData });
+    }
+}
+
+struct Run<'a, D: Dot> {
+    tiles: &'a Tiles,
+    panel: usize,
+    x: &'a [D::Input],
+    sums: &'a mut [[f32; LANES]],
+}
+
+impl<D: Dot> WithSimd for Run<'_, D> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { tiles, panel, x, sums } = self;
+        // A decoded chunk serves four rows of the input.
+        let (fours, rest) = sums.as_chunks_mut::<4>();
+        let (twos, ones) = rest.as_chunks_mut::<2>();
+        let mut x = x.chunks_exact(tiles.chunks);
+        for four in fours {
+            panel_sums::<S, D, 4>(simd, tiles, panel, &mut x, four);
+        }
+        for two in twos {
+            panel_sums::<S, D, 2>(simd, tiles, panel, &mut x, two);
+        }
+        for one in ones {
+            panel_sums::<S, D, 1>(simd, tiles, panel, &mut x, std::array::from_mut(one));
+        }
+    }
+}
+
+/// The outputs of one panel for the next `ROWS` rows of the input. A group is summed unscaled, then scaled.
+#[inline(always)]
+fn panel_sums<S: Simd, D: Dot, const ROWS: usize>(
+    simd: S,
+    tiles: &Tiles,
+    panel: usize,
+    x: &mut ChunksExact<'_, D::Input>,
+    out: &mut [[f32; LANES]; ROWS],
+) {
+    let chunks = tiles.chunks;
+    let mut rows: [&[D::Input]; ROWS] = [&[]; ROWS];
+    for row in &mut rows {
+        *row = x.next().expect("an input row for each output row");
+    }
+    let codes = tiles.panel(panel);
+    let zero = simd.splat(0.0);
+    let mut totals = [zero; ROWS];
+    match tiles.span {
+        GroupSpan::Chunks(span) => {
+            for g in 0..tiles.groups {
+                let group = tiles.group(simd, panel, g);
+                let mut sums = [zero; ROWS];
+                for chunk in g * span..((g + 1) * span).min(chunks) {
+                    let weights = D::decode(simd, &codes[chunk * D::CHUNK_BYTES..][..D::CHUNK_BYTES]);
+                    D::add_dots::<S, WHOLE, ROWS>(simd, &weights, &group, inputs(&rows, chunk), &mut sums);
+                }
+                add_scaled(simd, &mut totals, sums, group.scale);
+            }
+        }
+        GroupSpan::HalfChunk => {
+            for chunk in 0..chunks {
+                let weights = D::decode(simd, &codes[chunk * D::CHUNK_BYTES..][..D::CHUNK_BYTES]);
+                let x = inputs(&rows, chunk);
+                let group = tiles.group(simd, panel, 2 * chunk);
+                let mut sums = [zero; ROWS];
+                D::add_dots::<S, FIRST_HALF, ROWS>(simd, &weights, &group, x, &mut sums);
+                add_scaled(simd, &mut totals, sums, group.scale);
+                let group = tiles.group(simd, panel, 2 * chunk + 1);
+                let mut sums = [zero; ROWS];
+                D::add_dots::<S, SECOND_HALF, ROWS>(simd, &weights, &group, x, &mut sums);
+                add_scaled(simd, &mut totals, sums, group.scale);
+            }
+        }
+    }
+    let factor = simd.splat(tiles.factor);
+    for i in 0..ROWS {
+        out[i] = simd.store(simd.mul(totals[i], factor));
+    }
+}
+
+/// A chunk of each input row.
+#[inline(always)]
+fn inputs<'a, T, const ROWS: usize>(rows: &[&'a [T]; ROWS], chunk: usize) -> [&'a T; ROWS] {
+    let mut inputs = [&rows[0][chunk]; ROWS];
+    for i in 1..ROWS {
+        inputs[i] = &rows[i][chunk];
+    }
+    inputs
+}
+
+#[inline(always)]
+fn add_scaled<S: Simd, const ROWS: usize>(simd: S, totals: &mut [S::F32; ROWS], sums: [S::F32; ROWS], scale: S::F32) {
+    for i in 0..ROWS {
+        totals[i] = simd.mul_add(sums[i], scale, totals[i]);
+    }
+}
+
+struct DecodeRow<'a, D> {
+    tiles: &'a Tiles,
+    panel: usize,
+    lane: usize,
+    weights: &'a mut [f32],
+    dot: PhantomData<D>,
+}
+
+impl<D: Dot> WithSimd for DecodeRow<'_, D> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { tiles, panel, lane, weights: out, .. } = self;
+        let (codes, factor) = (tiles.panel(panel), simd.splat(tiles.factor));
+        for (half, out) in out.chunks_mut(CHUNK / 2).enumerate() {
+            let group = match tiles.span {
+                GroupSpan::Chunks(span) => half / 2 / span,
+                GroupSpan::HalfChunk => half,
+            };
+            let group = tiles.group(simd, panel, group);
+            let scale = simd.mul(group.scale, factor);
+            let weights = D::decode(simd, &codes[half / 2 * D::CHUNK_BYTES..][..D::CHUNK_BYTES]);
+            for (k, out) in out.iter_mut().enumerate() {
+                let column = D::column(simd, &weights, &group, half % 2 * (CHUNK / 2) + k);
+                *out = simd.store(simd.mul(column, scale))[lane];
+            }
+        }
+    }
+}

@@ -1,0 +1,296 @@
+//! Linears whose packed weights are multiplied as they lie in memory.
+//!
+//! At load, [`Tiles`] puts weights into an order in which a kernel streams them: vector lanes are output rows, so there are no
+//! sums across lanes, and K is walked from start to end for each output. Work is split over panels of 8 rows only. Every
+//! output is therefore bitwise the same whatever the batch and the number of threads.
+
+mod activations;
+mod codes;
+mod kernel;
+#[cfg(test)]
+mod tests;
+mod tiles;
+
+use marlin_format::Element;
+
+use self::activations::{Forms, Inputs};
+use self::codes::{Bf16, Codes, E2M1, E4M3, F16, F32, Floats, Int2, Int3, Int4, Int8, Iq4Nl, LANES};
+use self::kernel::{ExactDot, FloatDot, IntegerDot, Kernel, PanelKernel};
+use self::tiles::Tiles;
+use super::disjoint::Disjoint;
+use super::simd::{Simd, SimdLevel, WithSimd};
+use super::threads::Threads;
+use crate::backend::check_parts;
+use crate::{Activation, KernelError, LinearPart};
+
+pub(crate) use self::activations::Activations;
+
+/// What activations are multiplied as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Arithmetic {
+    /// As they are, in f32.
+    Exact,
+    /// Quantised to int8 with one scale per 32 values, where weights are integers in groups; weights that are floats of 8 or more
+    /// bits are multiplied in f32.
+    #[default]
+    Int8,
+}
+
+/// What becomes of the sums of a linear.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Epilogue {
+    /// `out = x · Wᵀ + bias`.
+    Store,
+    /// `out += x · Wᵀ + bias`.
+    Add,
+    /// The linear has two parts of equal N, gate and up: `out = activation(gate) ⊙ up`, width N.
+    Gated(Activation),
+}
+
+/// One or several matrices with a common input, in tile order.
+#[derive(Debug)]
+pub(crate) struct TiledLinear {
+    parts: Vec<Part>,
+    part_rows: Vec<usize>,
+    cols: usize,
+    forms: Forms,
+    simd: SimdLevel,
+}
+
+#[derive(Debug)]
+struct Part {
+    tiles: Tiles,
+    kernel: Box<dyn PanelKernel>,
+    /// Padded to whole panels with zeros.
+    bias: Vec<[f32; LANES]>,
+    /// Its first column in the output.
+    first: usize,
+}
+
+/// Input rows that pass over all panels of a task before the next ones do: few enough to stay in the second-level cache.
+const ROW_BLOCK: usize = 64;
+/// More tasks than threads, so that a thread that is held up does not hold up all.
+const TASKS_PER_THREAD: usize = 4;
+
+impl TiledLinear {
+    /// Puts matrices of equal K into tile order. What has no kernel is converted to f32, exactly.
+    pub(crate) fn load(
+        parts: &[LinearPart<'_>],
+        arithmetic: Arithmetic,
+        simd: SimdLevel,
+        threads: &Threads,
+    ) -> Result<Self, KernelError> {
+        let cols = check_parts(parts)?;
+        let mut linear = Self { parts: Vec::new(), part_rows: Vec::new(), cols, forms: Forms::default(), simd };
+        for part in parts {
+            let part = Part::load(part, linear.rows(), arithmetic, simd, threads)?;
+            let forms = part.kernel.forms();
+            linear.forms.blocks |= forms.blocks;
+            linear.forms.floats |= forms.floats;
+            linear.part_rows.push(part.tiles.rows);
+            linear.parts.push(part);
+        }
+        Ok(linear)
+    }
+
+    /// Output features of all parts.
+    pub(crate) fn rows(&self) -> usize {
+        self.part_rows.iter().sum()
+    }
+
+    /// Input features, K.
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Output features of each part.
+    pub(crate) fn part_rows(&self) -> &[usize] {
+        &self.part_rows
+    }
+
+    /// Memory held.
+    pub(crate) fn bytes(&self) -> usize {
+        self.parts.iter().map(|part| part.tiles.bytes() + size_of_val(part.bias.as_slice())).sum()
+    }
+
+    /// The weights of one row (of all parts, counted one after the other), `[K]`; no bias.
+    pub(crate) fn decode_row(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.rows() && out.len() == self.cols, "row {row} of {}, {} values", self.rows(), out.len());
+        let part = self.parts.iter().rfind(|part| part.first <= row).expect("the first part begins at 0");
+        let row = row - part.first;
+        part.kernel.decode_row(&part.tiles, row / LANES, row % LANES, out);
+    }
+
+    /// Multiplies `x`, `[m, K]`. `out` is `[m, N]`, or `[m, N / 2]` under [`Epilogue::Gated`].
+    pub(crate) fn apply(
+        &self,
+        x: &[f32],
+        m: usize,
+        out: &mut [f32],
+        epilogue: Epilogue,
+        scratch: &mut Activations,
+        threads: &Threads,
+    ) {
+        let (width, panels) = match epilogue {
+            Epilogue::Store | Epilogue::Add => (self.rows(), self.parts.iter().map(|part| part.tiles.panels()).sum()),
+            Epilogue::Gated(_) => {
+                assert!(self.part_rows.len() == 2 && self.part_rows[0] == self.part_rows[1], "two parts of equal N");
+                (self.part_rows[0], self.parts[0].tiles.panels())
+            }
+        };
+        assert!(x.len() == m * self.cols && out.len() == m * width, "[{m}, {}] to [{m}, {width}]", self.cols);
+        if m == 0 {
+            return;
+        }
+        let output =
+            Output { x: scratch.prepare(x, self.cols, self.forms, self.simd, threads), out: Disjoint::new(out), width };
+        let tasks = panels.min(threads.count() * TASKS_PER_THREAD);
+        threads.run(tasks, &|task| {
+            let panels = panels * task / tasks..panels * (task + 1) / tasks;
+            for first_row in (0..m).step_by(ROW_BLOCK) {
+                let rows = first_row..m.min(first_row + ROW_BLOCK);
+                for panel in panels.clone() {
+                    self.apply_panel(panel, rows.clone(), &output, epilogue);
+                }
+            }
+        });
+    }
+
+    fn apply_panel(&self, panel: usize, rows: std::ops::Range<usize>, output: &Output<'_>, epilogue: Epilogue) {
+        let mut sums = [[0.0; LANES]; ROW_BLOCK];
+        let sums = &mut sums[..rows.len()];
+        let (part, panel) = self.locate(panel);
+        part.sums(panel, rows.start, output.x, sums);
+        match epilogue {
+            Epilogue::Store => output.write(part, panel, rows, sums, |out, sum| *out = sum),
+            Epilogue::Add => output.write(part, panel, rows, sums, |out, sum| *out += sum),
+            Epilogue::Gated(activation) => {
+                let mut up = [[0.0; LANES]; ROW_BLOCK];
+                let up = &mut up[..rows.len()];
+                self.parts[1].sums(panel, rows.start, output.x, up);
+                for (gate, up) in sums.as_flattened_mut().iter_mut().zip(up.as_flattened()) {
+                    *gate = activate(activation, *gate) * up;
+                }
+                output.write(part, panel, rows, sums, |out, value| *out = value);
+            }
+        }
+    }
+
+    /// The part that a panel (counted over all parts) belongs to, and its number there.
+    fn locate(&self, mut panel: usize) -> (&Part, usize) {
+        for part in &self.parts {
+            if panel < part.tiles.panels() {
+                return (part, panel);
+            }
+            panel -= part.tiles.panels();
+        }
+        unreachable!("panels are counted over all parts")
+    }
+}
+
+impl Part {
+    fn load(
+        part: &LinearPart<'_>,
+        first: usize,
+        arithmetic: Arithmetic,
+        simd: SimdLevel,
+        threads: &Threads,
+    ) -> Result<Self, KernelError> {
+        let weight = &part.weight;
+        let mut bias = Vec::new();
+        if let Some(values) = &part.bias {
+            bias.resize(weight.rows.div_ceil(LANES), [0.0; LANES]);
+            bias.as_flattened_mut()[..values.len()].copy_from_slice(values);
+        }
+        let dense = if tiles::is_native(weight) { None } else { Some(tiles::to_dense(weight, threads)?) };
+        let weight = dense.as_ref().unwrap_or(weight);
+        let kernel = simd.dispatch(ChooseKernel { element: weight.scheme.element, arithmetic })?;
+        let tiles = Tiles::pack(weight, kernel.as_ref(), threads)?;
+        Ok(Self { tiles, kernel, bias, first })
+    }
+
+    /// `x · Wᵀ + bias` of one panel.
+    fn sums(&self, panel: usize, first_row: usize, x: Inputs<'_>, sums: &mut [[f32; LANES]]) {
+        self.kernel.run(&self.tiles, panel, x, first_row, sums);
+        if let Some(bias) = self.bias.get(panel) {
+            for sums in sums {
+                sums.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias);
+            }
+        }
+    }
+}
+
+/// What the tasks of one multiplication share.
+struct Output<'a> {
+    x: Inputs<'a>,
+    out: Disjoint<'a, f32>,
+    width: usize,
+}
+
+impl Output<'_> {
+    /// Writes the outputs of one panel: 8 columns, or fewer at the end of a part.
+    fn write(
+        &self,
+        part: &Part,
+        panel: usize,
+        rows: std::ops::Range<usize>,
+        values: &[[f32; LANES]],
+        write: impl Fn(&mut f32, f32),
+    ) {
+        let lanes = LANES.min(part.tiles.rows - panel * LANES);
+        let column = part.first + panel * LANES;
+        for (row, values) in rows.zip(values) {
+            // SAFETY: a panel belongs to one task, and its columns to no other panel.
+            let out = unsafe { self.out.slice(row * self.width + column, lanes) };
+            out.iter_mut().zip(values).for_each(|(out, &value)| write(out, value));
+        }
+    }
+}
+
+fn activate(activation: Activation, x: f32) -> f32 {
+    match activation {
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::GeluTanh => {
+            let inner = (2.0 / std::f32::consts::PI).sqrt() * (x + 0.044715 * x * x * x);
+            0.5 * x * (1.0 + inner.tanh())
+        }
+    }
+}
+
+/// Finds the kernel for an element.
+struct ChooseKernel {
+    element: Element,
+    arithmetic: Arithmetic,
+}
+
+impl WithSimd for ChooseKernel {
+    type Output = Box<dyn PanelKernel>;
+
+    fn with_simd<S: Simd>(self, simd: S) -> Box<dyn PanelKernel> {
+        match self.element {
+            Element::E2M1 => self.integer::<S, E2M1>(simd),
+            Element::Iq4Nl => self.integer::<S, Iq4Nl>(simd),
+            Element::Uint(2) | Element::Int(2) => self.integer::<S, Int2>(simd),
+            Element::Uint(3) | Element::Int(3) => self.integer::<S, Int3>(simd),
+            Element::Uint(4) | Element::Int(4) => self.integer::<S, Int4>(simd),
+            Element::Uint(_) | Element::Int(_) => self.integer::<S, Int8>(simd),
+            Element::E4M3 => float::<S, E4M3>(simd),
+            Element::F16 => float::<S, F16>(simd),
+            Element::Bf16 => float::<S, Bf16>(simd),
+            Element::F32 => float::<S, F32>(simd),
+        }
+    }
+}
+
+impl ChooseKernel {
+    fn integer<S: Simd, C: Codes>(self, simd: S) -> Box<dyn PanelKernel> {
+        match self.arithmetic {
+            Arithmetic::Exact => Box::new(Kernel::<S, ExactDot<C>>::new(simd)),
+            Arithmetic::Int8 => Box::new(Kernel::<S, IntegerDot<C>>::new(simd)),
+        }
+    }
+}
+
+fn float<S: Simd, F: Floats>(simd: S) -> Box<dyn PanelKernel> {
+    Box::new(Kernel::<S, FloatDot<F>>::new(simd))
+}

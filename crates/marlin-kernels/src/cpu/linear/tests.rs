@@ -1,0 +1,417 @@
+//! Linears against sums in f64 over the decoded weights.
+
+use marlin_format::{ColumnOrder, Element, Format, Grouping, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind};
+
+use super::*;
+
+/// SplitMix64.
+struct Random(u64);
+
+impl Random {
+    fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    fn below(&mut self, end: usize) -> usize {
+        (self.bits() % end as u64) as usize
+    }
+
+    /// −1 to 1.
+    fn value(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    fn bytes(&mut self, count: usize) -> Vec<u8> {
+        (0..count).map(|_| self.bits() as u8).collect()
+    }
+
+    /// `bytes` of finite floats of a type.
+    fn floats<const N: usize>(&mut self, bytes: usize, encode: impl Fn(f32) -> [u8; N]) -> Vec<u8> {
+        (0..bytes / N).flat_map(|_| encode(self.value())).collect()
+    }
+
+    /// A matrix whose every bit is random, as far as the scheme allows.
+    fn matrix(&mut self, scheme: Scheme, rows: usize, cols: usize) -> PackedMatrix<'static> {
+        let f32_bytes = |v: f32| v.to_le_bytes();
+        let f16_bytes = |v: f32| half::f16::from_f32(v).to_le_bytes();
+        let bf16_bytes = |v: f32| half::bf16::from_f32(v).to_le_bytes();
+        let sizes = |of: Result<usize, marlin_format::FormatError>| of.unwrap();
+
+        let count = sizes(scheme.codes_bytes(rows, cols));
+        let codes = match scheme.element {
+            Element::F32 => self.floats(count, f32_bytes),
+            Element::F16 => self.floats(count, f16_bytes),
+            Element::Bf16 => self.floats(count, bf16_bytes),
+            Element::E4M3 => self.e4m3(count),
+            _ => self.bytes(count),
+        };
+        let count = sizes(scheme.scales_bytes(rows, cols));
+        let scales = match scheme.scale {
+            ScaleKind::F32 => self.floats(count, f32_bytes),
+            ScaleKind::F16 => self.floats(count, f16_bytes),
+            ScaleKind::Bf16 => self.floats(count, bf16_bytes),
+            ScaleKind::E8M0 => self.bytes(count).iter().map(|b| 112 + b % 32).collect(),
+            ScaleKind::E4M3Global => self.e4m3(count),
+            ScaleKind::None | ScaleKind::TwoLevel { .. } => self.bytes(count),
+        };
+        let count = sizes(scheme.zeros_bytes(rows, cols));
+        let zeros = match scheme.zero {
+            ZeroKind::F32Bias => self.floats(count, f32_bytes),
+            ZeroKind::F16Bias => self.floats(count, f16_bytes),
+            ZeroKind::Bf16Bias => self.floats(count, bf16_bytes),
+            ZeroKind::None | ZeroKind::Integer | ZeroKind::TwoLevelMin { .. } => self.bytes(count),
+        };
+        let count = sizes(scheme.globals_bytes(rows, cols));
+        let globals = match scheme.scale {
+            ScaleKind::E4M3Global => 0.0123f32.to_le_bytes().to_vec(),
+            _ => self.floats(count, f16_bytes),
+        };
+        let groups = scheme.groups_per_row(cols);
+        let group_index = (0..sizes(scheme.group_index_bytes(rows, cols)) / 4)
+            .flat_map(|_| (self.below(groups) as u32).to_le_bytes())
+            .collect::<Vec<_>>();
+        let pairs = [0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110];
+        let sparse_index = (0..sizes(scheme.sparse_index_bytes(rows, cols)))
+            .map(|_| pairs[self.below(6)] | pairs[self.below(6)] << 4)
+            .collect::<Vec<u8>>();
+        let matrix = PackedMatrix {
+            rows,
+            cols,
+            scheme,
+            codes: codes.into(),
+            scales: scales.into(),
+            zeros: zeros.into(),
+            globals: globals.into(),
+            group_index: group_index.into(),
+            sparse_index: sparse_index.into(),
+        };
+        matrix.validate().unwrap();
+        matrix
+    }
+
+    fn e4m3(&mut self, count: usize) -> Vec<u8> {
+        self.bytes(count).iter().map(|&b| if b & 0x7f == 0x7f { b & 0x80 } else { b }).collect()
+    }
+
+    /// Activations with an outlier of 1e5 in every row.
+    fn activations(&mut self, rows: usize, width: usize) -> Vec<f32> {
+        let mut x: Vec<f32> = (0..rows * width).map(|_| self.value()).collect();
+        for row in x.chunks_mut(width) {
+            row[self.below(width)] = if self.below(2) == 0 { 1e5 } else { -1e5 };
+        }
+        x
+    }
+}
+
+/// What int8 arithmetic makes of activations, by its definition.
+fn quantised(x: &[f32], width: usize) -> Vec<f64> {
+    let blocks = x.chunks(width).flat_map(|row| row.chunks(32));
+    blocks
+        .flat_map(|block| {
+            let max = block.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+            block.iter().map(move |x| f64::from((x * (127.0 / max)).round_ties_even()) * f64::from(max / 127.0))
+        })
+        .collect()
+}
+
+/// Schemes that kernels read as they are, besides the usual ones of each format: every group size and every storage of scales
+/// and zero points that they treat differently.
+fn unusual_native_schemes() -> Vec<Scheme> {
+    let groupings = [
+        Grouping::Columns(16),
+        Grouping::Columns(32),
+        Grouping::Columns(48),
+        Grouping::Columns(128),
+        Grouping::Row,
+        Grouping::Tensor,
+        Grouping::Block { rows: 5, cols: 64 },
+    ];
+    let all = Format::ALL.into_iter().flat_map(|format| groupings.map(|grouping| format.scheme(Some(grouping)).ok()));
+    let mut schemes: Vec<Scheme> = all.flatten().collect();
+    let group = |element, scale| Scheme::scaled(element, Grouping::Columns(32), scale);
+    schemes.extend([
+        group(Element::Iq4Nl, ScaleKind::F16),
+        group(Element::Uint(4), ScaleKind::Bf16),
+        group(Element::E4M3, ScaleKind::E8M0),
+        Scheme { zero: ZeroKind::Integer, ..group(Element::Uint(8), ScaleKind::F16) },
+        Scheme { zero: ZeroKind::Integer, ..group(Element::Int(8), ScaleKind::F16) },
+        Scheme { zero: ZeroKind::Integer, ..group(Element::Int(4), ScaleKind::F32) },
+    ]);
+    for bits in 2..=8 {
+        schemes.extend([group(Element::Uint(bits), ScaleKind::F16), group(Element::Int(bits), ScaleKind::F16)]);
+    }
+    schemes
+}
+
+/// Schemes that are converted at load.
+fn converted_schemes() -> Vec<Scheme> {
+    let group = |element, columns| Scheme::scaled(element, Grouping::Columns(columns), ScaleKind::F16);
+    let two_level = ScaleKind::TwoLevel { bits: 6, signed: true, super_group: 64 };
+    vec![
+        group(Element::E2M1, 24),
+        Scheme { zero: ZeroKind::Integer, ..group(Element::Uint(4), 8) },
+        Scheme { zero: ZeroKind::F16Bias, ..group(Element::Uint(4), 32) },
+        Scheme { zero: ZeroKind::F32Bias, ..group(Element::Uint(6), 64) },
+        Scheme { order: ColumnOrder::GroupIndex, ..group(Element::Uint(4), 32) },
+        Scheme { sparsity: Sparsity::TwoOfFour, ..group(Element::Int(4), 64) },
+        Scheme::scaled(Element::Uint(6), Grouping::Columns(16), two_level),
+        Scheme {
+            zero: ZeroKind::TwoLevelMin { bits: 6 },
+            ..Scheme::scaled(
+                Element::Uint(4),
+                Grouping::Columns(32),
+                ScaleKind::TwoLevel { bits: 6, signed: false, super_group: 128 },
+            )
+        },
+    ]
+}
+
+fn part(weight: &PackedMatrix<'static>) -> LinearPart<'static> {
+    LinearPart { weight: weight.clone(), bias: None }
+}
+
+fn apply(linear: &TiledLinear, x: &[f32], threads: &Threads) -> Vec<f32> {
+    let m = x.len() / linear.cols();
+    let mut scratch = Activations::new(m, linear.cols()).unwrap();
+    let mut out = vec![f32::NAN; m * linear.rows()];
+    linear.apply(x, m, &mut out, Epilogue::Store, &mut scratch, threads);
+    out
+}
+
+/// Compares every level and arithmetic with f64, and M rows at once with fewer of them.
+fn check(weight: &PackedMatrix<'static>, random: &mut Random, threads: &Threads) {
+    const M: usize = 9;
+    let (n, k) = (weight.rows, weight.cols);
+    let x = random.activations(M, k);
+    let w = weight.decode();
+    for simd in SimdLevel::available() {
+        for arithmetic in [Arithmetic::Exact, Arithmetic::Int8] {
+            let case = format!("{} [{n}, {k}] {simd} {arithmetic:?}", weight.scheme);
+            let linear = TiledLinear::load(&[part(weight)], arithmetic, simd, threads).unwrap();
+            let mut row = vec![f32::NAN; k];
+            for (i, wanted) in w.chunks(k).enumerate() {
+                linear.decode_row(i, &mut row);
+                assert_eq!(row, wanted, "{case}: row {i}");
+            }
+
+            let used: Vec<f64> = match linear.forms.blocks {
+                true => quantised(&x, k),
+                false => x.iter().map(|&x| f64::from(x)).collect(),
+            };
+            let out = apply(&linear, &x, threads);
+            for (i, &out) in out.iter().enumerate() {
+                let terms = used[i / n * k..][..k].iter().zip(&w[i % n * k..][..k]);
+                let (sum, magnitude) = terms.fold((0.0, 0.0), |(sum, magnitude), (x, &w)| {
+                    let term = x * f64::from(w);
+                    (sum + term, magnitude + term.abs())
+                });
+                let error = (f64::from(out) - sum).abs();
+                assert!(error <= 1e-6 * magnitude, "{case}: output {i} is {out}, wanted {sum} ± {}", 1e-6 * magnitude);
+            }
+            for m in [1, 2, 3, 4, 5] {
+                assert_eq!(apply(&linear, &x[..m * k], threads), out[..m * n], "{case}: {m} rows of {M}");
+            }
+        }
+    }
+}
+
+#[test]
+fn usual_schemes_of_every_shape() {
+    let (mut random, threads) = (Random(1), Threads::new(1).unwrap());
+    for format in Format::ALL {
+        let scheme = format.scheme(None).unwrap();
+        for n in [1, 7, 8, 9, 17] {
+            for k in [1, 31, 32, 33, 100, 128, 256, 300] {
+                check(&random.matrix(scheme, n, k), &mut random, &threads);
+            }
+        }
+    }
+}
+
+#[test]
+fn unusual_schemes() {
+    let (mut random, threads) = (Random(10), Threads::new(1).unwrap());
+    for scheme in unusual_native_schemes() {
+        for (n, k) in [(1, 100), (17, 33), (9, 31), (9, 300)] {
+            let weight = random.matrix(scheme, n, k);
+            assert!(tiles::is_native(&weight), "{scheme}");
+            check(&weight, &mut random, &threads);
+        }
+    }
+}
+
+#[test]
+fn converted_schemes_are_exact() {
+    let (mut random, threads) = (Random(2), Threads::new(2).unwrap());
+    for scheme in converted_schemes() {
+        for (n, k) in [(9, 4), (3, 100), (17, 256)] {
+            let weight = random.matrix(scheme, n, k);
+            // A group wider than K is the whole row.
+            assert!(!tiles::is_native(&weight) || k == 4, "{scheme}");
+            check(&weight, &mut random, &threads);
+        }
+    }
+}
+
+#[test]
+fn nan_codes_of_fp8_stay_nan() {
+    let threads = Threads::new(1).unwrap();
+    let mut weight = Random(3).matrix(Format::Fp8.scheme(None).unwrap(), 3, 40);
+    weight.codes.to_mut()[40 + 5] = 0xff;
+    let linear = TiledLinear::load(&[part(&weight)], Arithmetic::Int8, SimdLevel::detect(), &threads).unwrap();
+    let out = apply(&linear, &[1.0; 40], &threads);
+    assert_eq!(out.iter().map(|v| v.is_nan()).collect::<Vec<_>>(), [false, true, false]);
+}
+
+#[test]
+fn inputs_that_are_no_numbers_show() {
+    let threads = Threads::new(1).unwrap();
+    for format in [Format::Fp4, Format::Int8, Format::Bf16] {
+        let weight = Random(4).matrix(format.scheme(None).unwrap(), 9, 64);
+        for simd in SimdLevel::available() {
+            for (bad, arithmetic) in
+                [(f32::NAN, Arithmetic::Exact), (f32::NAN, Arithmetic::Int8), (f32::INFINITY, Arithmetic::Int8)]
+            {
+                let linear = TiledLinear::load(&[part(&weight)], arithmetic, simd, &threads).unwrap();
+                let mut x = vec![0.5; 2 * 64];
+                x[40] = bad;
+                let out = apply(&linear, &x, &threads);
+                assert!(
+                    out[..9].iter().all(|v| !v.is_finite()),
+                    "{format} {simd} {arithmetic:?} {bad}: {:?}",
+                    &out[..9]
+                );
+                assert!(out[9..].iter().all(|v| v.is_finite()), "the other row");
+            }
+        }
+    }
+}
+
+#[test]
+fn tiny_and_zero_inputs_give_zero() {
+    let threads = Threads::new(1).unwrap();
+    let weight = Random(5).matrix(Format::Fp4.scheme(None).unwrap(), 8, 32);
+    for simd in SimdLevel::available() {
+        let linear = TiledLinear::load(&[part(&weight)], Arithmetic::Int8, simd, &threads).unwrap();
+        for x in [0.0, -0.0, 1e-40] {
+            assert_eq!(apply(&linear, &[x; 32], &threads), [0.0; 8]);
+        }
+    }
+}
+
+/// Three parts of different schemes and uneven heights, many rows: threads and batch change nothing, bit for bit.
+#[test]
+fn outputs_depend_on_neither_threads_nor_batch() {
+    let mut random = Random(6);
+    let (m, k) = (130, 100);
+    let one = Threads::new(1).unwrap();
+    let schemes = [Format::Fp4, Format::Bf16, Format::Nvfp4].map(|format| format.scheme(None).unwrap());
+    let parts: Vec<_> = schemes
+        .iter()
+        .zip([17, 3, 24])
+        .map(|(&scheme, n)| {
+            let bias = Some((0..n).map(|_| random.value()).collect());
+            LinearPart { weight: random.matrix(scheme, n, k), bias }
+        })
+        .collect();
+    let x = random.activations(m, k);
+    for simd in SimdLevel::available() {
+        for arithmetic in [Arithmetic::Exact, Arithmetic::Int8] {
+            let linear = TiledLinear::load(&parts, arithmetic, simd, &one).unwrap();
+            assert_eq!((linear.rows(), linear.part_rows(), linear.cols()), (44, &[17, 3, 24][..], k));
+            let out = apply(&linear, &x, &one);
+            assert!(out.iter().all(|v| v.is_finite()));
+            for rows in [1, 7, 64] {
+                assert_eq!(apply(&linear, &x[..rows * k], &one), out[..rows * 44]);
+            }
+            for threads in [2, 3] {
+                let threads = Threads::new(threads).unwrap();
+                let linear = TiledLinear::load(&parts, arithmetic, simd, &threads).unwrap();
+                assert_eq!(apply(&linear, &x, &threads), out, "{} threads", threads.count());
+            }
+        }
+    }
+}
+
+#[test]
+fn epilogues() {
+    let mut random = Random(7);
+    let (m, n, k) = (5, 9, 64);
+    let threads = Threads::new(2).unwrap();
+    let mut part = |format: Format| LinearPart {
+        weight: random.matrix(format.scheme(None).unwrap(), n, k),
+        bias: Some((0..n).map(|i| i as f32).collect()),
+    };
+    let parts = [part(Format::Fp4), part(Format::Fp8)];
+    let x: Vec<f32> = (0..m * k).map(|_| random.value() * 0.1).collect();
+    let linear = TiledLinear::load(&parts, Arithmetic::Exact, SimdLevel::detect(), &threads).unwrap();
+    let mut scratch = Activations::new(m, k).unwrap();
+
+    let mut stored = vec![f32::NAN; m * 2 * n];
+    linear.apply(&x, m, &mut stored, Epilogue::Store, &mut scratch, &threads);
+    let weights: Vec<Vec<f32>> = parts.iter().map(|part| part.weight.decode()).collect();
+    for (i, &value) in stored.iter().enumerate() {
+        let (row, column) = (i / (2 * n), i % (2 * n));
+        let weights = &weights[column / n][column % n * k..][..k];
+        let dot: f64 = weights.iter().zip(&x[row * k..]).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum();
+        let wanted = dot + (column % n) as f64;
+        assert!((f64::from(value) - wanted).abs() < 1e-4 * wanted.abs().max(1.0), "{value} {wanted}");
+    }
+
+    let mut added: Vec<f32> = (0..stored.len()).map(|i| i as f32).collect();
+    linear.apply(&x, m, &mut added, Epilogue::Add, &mut scratch, &threads);
+    for (i, (&added, &stored)) in added.iter().zip(&stored).enumerate() {
+        assert_eq!(added, i as f32 + stored);
+    }
+
+    let silu = |g: f64| g / (1.0 + (-g).exp());
+    let gelu = |g: f64| 0.5 * g * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3))).tanh());
+    let activations: [(Activation, &dyn Fn(f64) -> f64); 2] =
+        [(Activation::Silu, &silu), (Activation::GeluTanh, &gelu)];
+    for (activation, wanted) in activations {
+        let mut gated = vec![f32::NAN; m * n];
+        linear.apply(&x, m, &mut gated, Epilogue::Gated(activation), &mut scratch, &threads);
+        for (i, &value) in gated.iter().enumerate() {
+            let row = &stored[i / n * 2 * n..];
+            let (gate, up) = (f64::from(row[i % n]), f64::from(row[n + i % n]));
+            let wanted = wanted(gate) * up;
+            assert!(
+                (f64::from(value) - wanted).abs() <= 1e-5 * wanted.abs().max(1e-3),
+                "{activation:?} {value} {wanted}"
+            );
+        }
+    }
+}
+
+#[test]
+fn packed_weights_stay_packed() {
+    let threads = Threads::new(1).unwrap();
+    for (format, bits) in [(Format::Fp4, 4.125), (Format::Mxfp4, 4.25), (Format::Nvfp4, 4.5), (Format::Bf16, 16.0)] {
+        let weight = Random(8).matrix(format.scheme(None).unwrap(), 64, 256);
+        let linear = TiledLinear::load(&[part(&weight)], Arithmetic::Int8, SimdLevel::detect(), &threads).unwrap();
+        assert_eq!(linear.bytes() as f64 * 8.0 / (64.0 * 256.0), bits, "{format}");
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let (mut random, threads) = (Random(9), Threads::new(1).unwrap());
+    let mut matrix = |n, k| random.matrix(Scheme::F32, n, k);
+    let load = |parts: &[LinearPart<'_>]| TiledLinear::load(parts, Arithmetic::Exact, SimdLevel::Portable, &threads);
+
+    let error = load(&[part(&matrix(2, 3)), part(&matrix(2, 4))]).unwrap_err();
+    assert!(matches!(error, KernelError::FusedWidth { first: 3, part: 1, found: 4 }), "{error}");
+    let error = load(&[LinearPart { weight: matrix(2, 3), bias: Some(vec![0.0]) }]).unwrap_err();
+    assert!(matches!(error, KernelError::BiasLength { rows: 2, found: 1 }), "{error}");
+    let mut short = matrix(2, 3);
+    short.codes.to_mut().pop();
+    assert!(matches!(load(&[part(&short)]).unwrap_err(), KernelError::Format(_)));
+    assert!(load(&[]).unwrap_err().to_string().contains("at least one matrix"));
+
+    let absent = if cfg!(target_arch = "x86_64") { SimdLevel::Neon } else { SimdLevel::Avx2 };
+    let error = TiledLinear::load(&[part(&matrix(2, 3))], Arithmetic::Exact, absent, &threads).unwrap_err();
+    assert!(error.to_string().contains("has no"), "{error}");
+}

@@ -1,0 +1,320 @@
+//! Weights in tile order: made once, at load, and streamed by the kernels.
+
+use marlin_format::{ColumnOrder, Element, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind};
+
+use super::codes::{CHUNK, E2M1, Int8, LANES, array};
+use super::kernel::{Group, PanelKernel};
+use crate::KernelError;
+use crate::cpu::simd::Simd;
+use crate::cpu::threads::Threads;
+use crate::host::allocate;
+
+/// A matrix `[N, K]` in tile order: panels of 8 rows, each a run of chunks of 32 columns. N and K are padded with zeros.
+#[derive(Debug)]
+pub(super) struct Tiles {
+    /// Output features, N.
+    pub(super) rows: usize,
+    /// Chunks of a panel.
+    pub(super) chunks: usize,
+    /// Groups of a panel.
+    pub(super) groups: usize,
+    /// Columns of a group.
+    pub(super) span: GroupSpan,
+    /// What the kernel's sums are multiplied by in the end.
+    pub(super) factor: f32,
+    /// `[panels, chunks, bytes of a chunk]`.
+    codes: AlignedBytes,
+    scale_type: ScaleType,
+    /// `[panels, groups, LANES]`, in the storage of the checkpoint.
+    scales: Vec<u8>,
+    offsets: Offsets,
+}
+
+/// How groups of columns lie over chunks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum GroupSpan {
+    /// So many chunks a group; the last may have fewer.
+    Chunks(usize),
+    /// Two groups a chunk.
+    HalfChunk,
+}
+
+/// Storage of a scale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ScaleType {
+    One,
+    F32,
+    F16,
+    Bf16,
+    E8M0,
+    E4M3,
+}
+
+impl ScaleType {
+    fn bytes(self) -> usize {
+        match self {
+            Self::One => 0,
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+            Self::E8M0 | Self::E4M3 => 1,
+        }
+    }
+}
+
+/// What is subtracted from unpacked bytes.
+#[derive(Debug)]
+enum Offsets {
+    Constant(i32),
+    /// `[panels, groups]`
+    PerGroup(Vec<[i8; LANES]>),
+}
+
+/// Whether kernels read a matrix as it is. If not, [`to_dense`] gives one that they do.
+pub(super) fn is_native(matrix: &PackedMatrix<'_>) -> bool {
+    let scheme = &matrix.scheme;
+    scheme.sparsity == Sparsity::Dense
+        && scheme.order == ColumnOrder::Natural
+        && matches!(scheme.zero, ZeroKind::None | ZeroKind::Integer)
+        && scale_type(scheme.scale).is_some()
+        && group_span(scheme.group_cols(matrix.cols), matrix.cols).is_some()
+        && !(scheme.element == Element::E4M3 && has_e4m3_nan(&matrix.codes))
+}
+
+/// The kernels know no NaN of E4M3.
+fn has_e4m3_nan(codes: &[u8]) -> bool {
+    // Without leaving a run early, so that the search is vectorised.
+    codes.chunks(4096).any(|run| run.iter().fold(false, |found, code| found | (code & 0x7f == 0x7f)))
+}
+
+/// The same weights in single precision.
+pub(super) fn to_dense(matrix: &PackedMatrix<'_>, threads: &Threads) -> Result<PackedMatrix<'static>, KernelError> {
+    let row_bytes = matrix.cols * size_of::<f32>();
+    let mut codes: Vec<u8> = allocate("weights converted to f32", &[matrix.rows, row_bytes], "cpu")?;
+    threads.for_each_chunk(&mut codes, row_bytes, |row, bytes| {
+        let mut weights = vec![0.0; matrix.cols];
+        matrix.decode_row(row, &mut weights);
+        for (bytes, weight) in bytes.as_chunks_mut().0.iter_mut().zip(weights) {
+            *bytes = weight.to_le_bytes();
+        }
+    });
+    Ok(PackedMatrix {
+        rows: matrix.rows,
+        cols: matrix.cols,
+        scheme: Scheme::F32,
+        codes: codes.into(),
+        scales: Default::default(),
+        zeros: Default::default(),
+        globals: Default::default(),
+        group_index: Default::default(),
+        sparse_index: Default::default(),
+    })
+}
+
+fn scale_type(kind: ScaleKind) -> Option<ScaleType> {
+    match kind {
+        ScaleKind::None => Some(ScaleType::One),
+        ScaleKind::F32 => Some(ScaleType::F32),
+        ScaleKind::F16 => Some(ScaleType::F16),
+        ScaleKind::Bf16 => Some(ScaleType::Bf16),
+        ScaleKind::E8M0 => Some(ScaleType::E8M0),
+        ScaleKind::E4M3Global => Some(ScaleType::E4M3),
+        ScaleKind::TwoLevel { .. } => None,
+    }
+}
+
+fn group_span(group_cols: usize, cols: usize) -> Option<GroupSpan> {
+    if group_cols >= cols {
+        Some(GroupSpan::Chunks(cols.div_ceil(CHUNK)))
+    } else if group_cols.is_multiple_of(CHUNK) {
+        Some(GroupSpan::Chunks(group_cols / CHUNK))
+    } else if group_cols.is_multiple_of(CHUNK / 2) {
+        Some(GroupSpan::HalfChunk)
+    } else {
+        None
+    }
+}
+
+/// What is subtracted from unpacked bytes of a group with this zero point.
+fn offset(element: Element, zero: i32) -> i32 {
+    let stored = |bits| if bits > 4 { Int8::OFFSET } else { 0 };
+    match element {
+        Element::E2M1 => E2M1::OFFSET,
+        Element::Uint(bits) => stored(bits) + zero,
+        Element::Int(bits) => stored(bits) + (1 << (bits - 1)) + zero,
+        Element::Iq4Nl | Element::E4M3 | Element::F16 | Element::Bf16 | Element::F32 => 0,
+    }
+}
+
+impl Tiles {
+    /// Repacks a matrix that [`is_native`] for `kernel`.
+    pub(super) fn pack(
+        matrix: &PackedMatrix<'_>,
+        kernel: &dyn PanelKernel,
+        threads: &Threads,
+    ) -> Result<Self, KernelError> {
+        let (scheme, cols) = (&matrix.scheme, matrix.cols);
+        let (panels, chunks) = (matrix.rows.div_ceil(LANES), cols.div_ceil(CHUNK));
+        let not_native = || KernelError::Device(format!("the CPU has no kernel for {scheme}"));
+        let scale_type = scale_type(scheme.scale).ok_or_else(not_native)?;
+        let span = group_span(scheme.group_cols(cols), cols).ok_or_else(not_native)?;
+        let groups = match span {
+            GroupSpan::Chunks(span) => chunks.div_ceil(span),
+            GroupSpan::HalfChunk => 2 * chunks,
+        };
+        let element_factor = if scheme.element == Element::E2M1 { E2M1::FACTOR } else { 1.0 };
+        let global = match scheme.scale {
+            ScaleKind::E4M3Global => f32::from_le_bytes(*array(&matrix.globals, 0)),
+            _ => 1.0,
+        };
+
+        let panel_bytes = chunks * kernel.chunk_bytes();
+        let mut codes = AlignedBytes::zeroed(panels, panel_bytes)?;
+        threads.for_each_chunk(codes.bytes_mut(), panel_bytes, |panel, tiles| {
+            kernel.pack(&panel_codes(matrix, panel, chunks * CHUNK, kernel.code_bytes()), tiles);
+        });
+
+        let groups_of = Groups { matrix, span, count: groups };
+        let scale_bytes = groups * LANES * scale_type.bytes();
+        let mut scales = allocate("scales", &[panels, scale_bytes], "cpu")?;
+        if scale_type != ScaleType::One {
+            threads.for_each_chunk(&mut scales, scale_bytes, |panel, scales| {
+                groups_of.copy_scales(panel, scale_type.bytes(), scales);
+            });
+        }
+        let offsets = if scheme.zero == ZeroKind::Integer {
+            let mut offsets = allocate("zero points", &[panels, groups], "cpu")?;
+            threads.for_each_chunk(&mut offsets, groups, |panel, offsets| groups_of.fill_offsets(panel, offsets));
+            Offsets::PerGroup(offsets)
+        } else {
+            Offsets::Constant(offset(scheme.element, 0))
+        };
+        let factor = element_factor * global;
+        Ok(Self { rows: matrix.rows, chunks, groups, span, factor, codes, scale_type, scales, offsets })
+    }
+
+    /// Panels of 8 rows.
+    pub(super) fn panels(&self) -> usize {
+        self.rows.div_ceil(LANES)
+    }
+
+    /// Memory held.
+    pub(super) fn bytes(&self) -> usize {
+        let offsets = match &self.offsets {
+            Offsets::Constant(_) => 0,
+            Offsets::PerGroup(offsets) => offsets.len() * LANES,
+        };
+        self.codes.bytes().len() + self.scales.len() + offsets
+    }
+
+    /// The chunks of a panel.
+    #[inline(always)]
+    pub(super) fn panel(&self, panel: usize) -> &[u8] {
+        let codes = self.codes.bytes();
+        let bytes = codes.len() / self.panels();
+        &codes[panel * bytes..][..bytes]
+    }
+
+    /// Scales and offsets of group `g` of a panel.
+    #[inline(always)]
+    pub(super) fn group<S: Simd>(&self, simd: S, panel: usize, g: usize) -> Group<S> {
+        let index = panel * self.groups + g;
+        let scales = &self.scales;
+        let scale = match self.scale_type {
+            ScaleType::One => simd.splat(1.0),
+            ScaleType::F32 => simd.load_le_f32(array(scales, 32 * index)),
+            ScaleType::F16 => simd.load_le_f16(array(scales, 16 * index)),
+            ScaleType::Bf16 => simd.load_le_bf16(array(scales, 16 * index)),
+            ScaleType::E8M0 => simd.load_e8m0(array(scales, 8 * index)),
+            ScaleType::E4M3 => simd.load_e4m3(array(scales, 8 * index)),
+        };
+        let offset = match &self.offsets {
+            Offsets::Constant(offset) => simd.splat_i32(*offset),
+            Offsets::PerGroup(offsets) => simd.widen_i8(&offsets[index]),
+        };
+        Group { scale, offset, offset_f32: simd.to_f32(offset) }
+    }
+}
+
+/// The codes of a panel, `[LANES, padded_cols]`, one in `code_bytes` bytes.
+fn panel_codes(matrix: &PackedMatrix<'_>, panel: usize, padded_cols: usize, code_bytes: usize) -> Vec<u8> {
+    let mut codes = vec![0; LANES * padded_cols * code_bytes];
+    let rows = panel * LANES..matrix.rows.min((panel + 1) * LANES);
+    for (row, codes) in rows.zip(codes.chunks_exact_mut(padded_cols * code_bytes)) {
+        let codes = &mut codes[..matrix.cols * code_bytes];
+        if matrix.scheme.element.is_dense() {
+            codes.copy_from_slice(matrix.code_row(row));
+        } else {
+            matrix.unpack_codes_row(row, codes);
+        }
+    }
+    codes
+}
+
+/// Maps groups of tiles to groups of the matrix.
+struct Groups<'a> {
+    matrix: &'a PackedMatrix<'a>,
+    span: GroupSpan,
+    count: usize,
+}
+
+impl Groups<'_> {
+    /// The row and the group of the matrix behind each group and lane of a panel; none for padding.
+    fn sources(&self, panel: usize) -> impl Iterator<Item = Option<(usize, usize)>> {
+        let tile_cols = match self.span {
+            GroupSpan::Chunks(span) => span * CHUNK,
+            GroupSpan::HalfChunk => CHUNK / 2,
+        };
+        (0..self.count * LANES).map(move |i| {
+            let (row, col) = (panel * LANES + i % LANES, i / LANES * tile_cols);
+            (row < self.matrix.rows && col < self.matrix.cols).then(|| (row, self.matrix.group_of(col)))
+        })
+    }
+
+    fn copy_scales(&self, panel: usize, bytes: usize, scales: &mut [u8]) {
+        let scheme = &self.matrix.scheme;
+        let (groups, group_rows) = (scheme.groups_per_row(self.matrix.cols), scheme.group_rows(self.matrix.rows));
+        for (scale, source) in scales.chunks_exact_mut(bytes).zip(self.sources(panel)) {
+            if let Some((row, group)) = source {
+                let index = row / group_rows * groups + group;
+                scale.copy_from_slice(&self.matrix.scales[index * bytes..][..bytes]);
+            }
+        }
+    }
+
+    fn fill_offsets(&self, panel: usize, offsets: &mut [[i8; LANES]]) {
+        for (to, source) in offsets.as_flattened_mut().iter_mut().zip(self.sources(panel)) {
+            if let Some((row, group)) = source {
+                // Fits: an offset is a code, less 128 where codes have more than four bits.
+                *to = offset(self.matrix.scheme.element, self.matrix.zero_at(row, group)) as i8;
+            }
+        }
+    }
+}
+
+/// Bytes that begin on a cache line, so that no vector of a tile straddles two.
+#[derive(Debug)]
+struct AlignedBytes {
+    memory: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl AlignedBytes {
+    const ALIGNMENT: usize = 64;
+
+    fn zeroed(panels: usize, panel_bytes: usize) -> Result<Self, KernelError> {
+        // One panel more than needed leaves room to align: the smallest has a whole cache line.
+        let memory: Vec<u8> = allocate("weights", &[panels + 1, panel_bytes], "cpu")?;
+        let start = memory.as_ptr().align_offset(Self::ALIGNMENT).min(panel_bytes);
+        Ok(Self { memory, start, len: panels * panel_bytes })
+    }
+
+    #[inline(always)]
+    fn bytes(&self) -> &[u8] {
+        &self.memory[self.start..][..self.len]
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.memory[self.start..][..self.len]
+    }
+}

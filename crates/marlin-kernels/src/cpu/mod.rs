@@ -1,0 +1,255 @@
+//! Processors: SIMD chosen at run time, weights in tile order, all cores.
+//!
+//! Results are bitwise the same for any number of threads, and a row's results are the same whatever else is in the step.
+//! They differ between SIMD levels (some fuse multiplication and addition) and arithmetics.
+//!
+//! An operation is a method of [`CpuEncoder`] that hands rows to threads; its inner loop is generic over `simd::Simd` and
+//! compiled for each level.
+
+mod attention;
+mod disjoint;
+mod linear;
+mod rows;
+mod sample;
+mod simd;
+mod threads;
+mod vector;
+
+use std::sync::Mutex;
+
+pub use linear::Arithmetic;
+pub use simd::SimdLevel;
+
+use self::attention::Attention;
+use self::disjoint::Disjoint;
+use self::linear::{Activations, Epilogue, TiledLinear};
+use self::threads::Threads;
+use crate::host::HostStep;
+use crate::{
+    Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, KernelError, KvLayout, KvType,
+    LinearPart, QkNorm, SampleRow, Step, StepLimits,
+};
+
+const NAME: &str = "cpu";
+
+/// How to use the processor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CpuOptions {
+    /// Threads to run on; all cores if `None`.
+    pub threads: Option<usize>,
+    /// How linears multiply.
+    pub arithmetic: Arithmetic,
+    /// Instructions to use; the best there are if `None`.
+    pub simd: Option<SimdLevel>,
+}
+
+/// A processor.
+#[derive(Debug)]
+pub struct CpuBackend {
+    threads: Threads,
+    arithmetic: Arithmetic,
+    simd: SimdLevel,
+}
+
+/// Matrices in tile order.
+#[derive(Debug)]
+pub struct CpuLinear(TiledLinear);
+
+/// Runs operations as they are called.
+#[derive(Debug)]
+pub struct CpuEncoder {
+    threads: Threads,
+    simd: SimdLevel,
+    step: HostStep,
+    activations: Activations,
+    attention: Attention,
+    /// Token ids to sort, `[threads, vocabulary]`.
+    sampling: Vec<Mutex<Vec<u32>>>,
+}
+
+impl CpuBackend {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// If the processor lacks the instructions asked for, or threads cannot be started.
+    pub fn new(options: CpuOptions) -> Result<Self, KernelError> {
+        let simd = options.simd.unwrap_or_else(SimdLevel::detect);
+        if !SimdLevel::available().contains(&simd) {
+            let available: Vec<String> = SimdLevel::available().iter().map(ToString::to_string).collect();
+            let available = available.join(", ");
+            return Err(KernelError::Device(format!("this processor has no {simd} instructions; it has {available}")));
+        }
+        let threads = match options.threads {
+            Some(count) => count,
+            None => std::thread::available_parallelism().map_or(1, usize::from),
+        };
+        Ok(Self { threads: Threads::new(threads)?, arithmetic: options.arithmetic, simd })
+    }
+}
+
+impl CpuLinear {
+    /// Bytes it takes in memory.
+    pub fn bytes(&self) -> usize {
+        self.0.bytes()
+    }
+}
+
+impl Backend for CpuBackend {
+    type Buffer = HostBuffer;
+    type Linear = CpuLinear;
+    type Vector = Vec<f32>;
+    type KvCache = HostKvCache;
+    type Encoder = CpuEncoder;
+
+    fn info(&self) -> DeviceInfo {
+        let arithmetic = match self.arithmetic {
+            Arithmetic::Exact => "f32 activations",
+            Arithmetic::Int8 => "int8 activations",
+        };
+        let threads = self.threads.count();
+        let plural = if threads == 1 { "" } else { "s" };
+        DeviceInfo { name: NAME.into(), detail: format!("{}, {threads} thread{plural}, {arithmetic}", self.simd) }
+    }
+
+    fn load_linear(&self, parts: &[LinearPart<'_>]) -> Result<CpuLinear, KernelError> {
+        TiledLinear::load(parts, self.arithmetic, self.simd, &self.threads).map(CpuLinear)
+    }
+
+    fn load_vector(&self, values: &[f32]) -> Result<Vec<f32>, KernelError> {
+        Ok(values.to_vec())
+    }
+
+    fn buffer(&self, rows: usize, width: usize) -> Result<HostBuffer, KernelError> {
+        HostBuffer::new(rows, width, NAME)
+    }
+
+    fn upload(&self, buffer: &mut HostBuffer, rows: usize, values: &[f32]) -> Result<(), KernelError> {
+        buffer.upload(rows, values)
+    }
+
+    fn kv_cache(&self, layout: &KvLayout, kv_type: KvType, blocks: usize) -> Result<HostKvCache, KernelError> {
+        HostKvCache::new(layout, kv_type, blocks, NAME)
+    }
+
+    fn encoder(&self, limits: &StepLimits) -> Result<CpuEncoder, KernelError> {
+        let ids = || crate::host::allocate("sampling", &[limits.vocabulary], NAME).map(Mutex::new);
+        Ok(CpuEncoder {
+            threads: self.threads.clone(),
+            simd: self.simd,
+            step: HostStep::default(),
+            activations: Activations::new(limits.tokens, limits.width)?,
+            attention: Attention::new(&self.threads),
+            sampling: (0..self.threads.count()).map(|_| ids()).collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+impl CpuEncoder {
+    fn apply(&mut self, x: &HostBuffer, linear: &CpuLinear, out: &mut [f32], epilogue: Epilogue) {
+        assert_eq!(x.width(), linear.0.cols(), "an input as wide as the linear's columns");
+        linear.0.apply(x.values(), x.rows(), out, epilogue, &mut self.activations, &self.threads);
+    }
+}
+
+impl Encoder<CpuBackend> for CpuEncoder {
+    fn begin(&mut self, step: &Step<'_>) {
+        self.step.begin(step);
+        self.attention.begin(&self.step);
+    }
+
+    fn embed(&mut self, table: &CpuLinear, out: &mut HostBuffer) {
+        let width = table.0.cols();
+        let out = out.output(self.step.rows(), width);
+        let tokens = &self.step.tokens;
+        self.threads.for_each_chunk(out, width, |row, out| table.0.decode_row(tokens[row] as usize, out));
+    }
+
+    fn rope_angles(&mut self, inv_freq: &Vec<f32>, scaling: f32, out: &mut HostBuffer) {
+        let width = 2 * inv_freq.len();
+        let out = out.output(self.step.rows(), width);
+        rows::rope_angles(&self.step.positions, inv_freq, scaling, out, &self.threads);
+    }
+
+    fn rms_norm(&mut self, x: &HostBuffer, weight: &Vec<f32>, eps: f32, out: &mut HostBuffer) {
+        let width = x.width();
+        assert_eq!(weight.len(), width, "a norm weight for each value of a row");
+        let out = out.output(x.rows(), width);
+        rows::rms_norm(x.values(), weight, eps, out, self.simd, &self.threads);
+    }
+
+    fn linear(&mut self, x: &HostBuffer, linear: &CpuLinear, out: &mut HostBuffer) {
+        let out = out.output(x.rows(), linear.0.rows());
+        self.apply(x, linear, out, Epilogue::Store);
+    }
+
+    fn linear_add(&mut self, x: &HostBuffer, linear: &CpuLinear, out: &mut HostBuffer) {
+        assert_eq!(out.rows(), x.rows(), "the residual stream has a row for each input row");
+        let out = out.output(x.rows(), linear.0.rows());
+        self.apply(x, linear, out, Epilogue::Add);
+    }
+
+    fn linear_gated(&mut self, x: &HostBuffer, gate_up: &CpuLinear, activation: Activation, out: &mut HostBuffer) {
+        let out = out.output(x.rows(), gate_up.0.part_rows()[0]);
+        self.apply(x, gate_up, out, Epilogue::Gated(activation));
+    }
+
+    fn rope_store_kv(
+        &mut self,
+        qkv: &mut HostBuffer,
+        shape: &AttentionShape,
+        norm: Option<QkNorm<'_, CpuBackend>>,
+        angles: &HostBuffer,
+        kv: &mut HostKvCache,
+        layer: usize,
+    ) {
+        let rope = rows::Rope { shape, norm, angles };
+        rope.prepare(qkv, self.simd, &self.threads);
+        rows::store_kv(&self.step, qkv, shape, kv, layer);
+    }
+
+    fn attention(
+        &mut self,
+        qkv: &HostBuffer,
+        shape: &AttentionShape,
+        kv: &HostKvCache,
+        layer: usize,
+        out: &mut HostBuffer,
+    ) {
+        self.attention.run(&self.step, qkv, shape, kv, layer, out, self.simd, &self.threads);
+    }
+
+    fn select_logit_rows(&mut self, x: &HostBuffer, out: &mut HostBuffer) {
+        out.output(self.step.logit_rows.len(), x.width());
+        for (l, &row) in self.step.logit_rows.iter().enumerate() {
+            out.row_mut(l).copy_from_slice(x.row(row as usize));
+        }
+    }
+
+    fn sample(&mut self, logits: &mut HostBuffer, rows: &[SampleRow<'_>], tokens: &mut [u32]) {
+        assert!(rows.len() == logits.rows() && tokens.len() == logits.rows(), "one choice per row of logits");
+        let width = logits.width();
+        let lanes = self.sampling.len().min(rows.len());
+        let logits = Disjoint::new(logits.values_mut());
+        let tokens = Disjoint::new(tokens);
+        self.threads.run(lanes, &|lane| {
+            let mut ids = self.sampling[lane].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            for row in (lane..rows.len()).step_by(lanes) {
+                // SAFETY: each row belongs to one lane.
+                let (logits, token) = unsafe { (logits.slice(row * width, width), tokens.slice(row, 1)) };
+                token[0] = sample::sample(&rows[row], logits, &mut ids);
+            }
+        });
+    }
+
+    fn copy_kv_blocks(&mut self, kv: &mut HostKvCache, pairs: &[(u32, u32)]) {
+        kv.copy_blocks(pairs);
+    }
+
+    fn submit(&mut self) -> Result<(), KernelError> {
+        Ok(())
+    }
+
+    fn read(&mut self, buffer: &HostBuffer, out: &mut [f32]) -> Result<(), KernelError> {
+        buffer.read(out)
+    }
+}

@@ -1,0 +1,130 @@
+//! Operations that work row by row: norms, rotary embedding, writing the KV cache.
+
+use half::slice::HalfFloatSliceExt;
+
+use super::CpuBackend;
+use super::simd::{Simd, SimdLevel, WithSimd};
+use super::threads::Threads;
+use super::vector;
+use crate::host::{HostKvCache, HostStep, KvData, KvPlane};
+use crate::{AttentionShape, HostBuffer, QkNorm};
+
+/// Rows of a task: a decode step of few rows is not worth waking threads for.
+const TASK_ROWS: usize = 4;
+
+const CHECKED: &str = "the backend was made for a SIMD level of this processor";
+
+/// `out[t] = [cos(p·f_i)·scaling … | sin(p·f_i)·scaling …]`.
+pub(super) fn rope_angles(positions: &[u32], inv_freq: &[f32], scaling: f32, out: &mut [f32], threads: &Threads) {
+    let width = 2 * inv_freq.len();
+    if width == 0 {
+        return;
+    }
+    threads.for_each_chunk(out, TASK_ROWS * width, |task, rows| {
+        for (row, &position) in rows.chunks_exact_mut(width).zip(&positions[task * TASK_ROWS..]) {
+            let (cos, sin) = row.split_at_mut(inv_freq.len());
+            for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(inv_freq) {
+                let (s, c) = (position as f32 * frequency).sin_cos();
+                (*cos, *sin) = (c * scaling, s * scaling);
+            }
+        }
+    });
+}
+
+/// RMS norm of each row.
+pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32], simd: SimdLevel, threads: &Threads) {
+    if weight.is_empty() {
+        return;
+    }
+    let task = TASK_ROWS * weight.len();
+    threads.for_each_chunk(out, task, |i, rows| {
+        rows.copy_from_slice(&x[i * task..][..rows.len()]);
+        simd.dispatch(NormRows { rows, weight, eps }).expect(CHECKED);
+    });
+}
+
+struct NormRows<'a> {
+    rows: &'a mut [f32],
+    weight: &'a [f32],
+    eps: f32,
+}
+
+impl WithSimd for NormRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        for row in self.rows.chunks_exact_mut(self.weight.len()) {
+            vector::rms_norm(simd, row, self.weight, self.eps);
+        }
+    }
+}
+
+/// Norm and rotation of query and key heads.
+pub(super) struct Rope<'a> {
+    pub(super) shape: &'a AttentionShape,
+    pub(super) norm: Option<QkNorm<'a, CpuBackend>>,
+    pub(super) angles: &'a HostBuffer,
+}
+
+impl Rope<'_> {
+    /// Prepares all query and key heads in place.
+    pub(super) fn prepare(&self, qkv: &mut HostBuffer, simd: SimdLevel, threads: &Threads) {
+        let width = qkv.width();
+        threads.for_each_chunk(qkv.values_mut(), TASK_ROWS * width, |task, rows| {
+            let rows = RopeRows { rope: self, first: task * TASK_ROWS, width, rows };
+            simd.dispatch(rows).expect(CHECKED);
+        });
+    }
+}
+
+struct RopeRows<'a> {
+    rope: &'a Rope<'a>,
+    first: usize,
+    width: usize,
+    rows: &'a mut [f32],
+}
+
+impl WithSimd for RopeRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Rope { shape, norm, angles } = self.rope;
+        for (i, row) in self.rows.chunks_exact_mut(self.width).enumerate() {
+            let heads = row.chunks_exact_mut(shape.head_dim).take(shape.heads + shape.kv_heads);
+            for (h, head) in heads.enumerate() {
+                if let Some(norm) = norm {
+                    let weight = if h < shape.heads { norm.q } else { norm.k };
+                    vector::rms_norm(simd, head, weight, norm.eps);
+                }
+                vector::rotate(head, angles.row(self.first + i));
+            }
+        }
+    }
+}
+
+/// Writes the K and V heads of each row to the cache.
+///
+/// One thread does it: a row is a few kilobytes, and two sequences that (wrongly) share a block then still write one after
+/// the other.
+pub(super) fn store_kv(step: &HostStep, qkv: &HostBuffer, shape: &AttentionShape, kv: &mut HostKvCache, layer: usize) {
+    let cache = &mut kv.layers[layer];
+    for (sequence, row) in step.sequence_rows() {
+        let slot = step.slot(sequence, step.positions[row] as usize, kv.block_tokens);
+        let (keys, values) = qkv.row(row)[shape.heads * shape.head_dim..].split_at(shape.kv_heads * shape.head_dim);
+        for head in 0..shape.kv_heads {
+            let range = head * shape.head_dim..(head + 1) * shape.head_dim;
+            store(&mut cache.keys, head, slot, &keys[range.clone()]);
+            store(&mut cache.values, head, slot, &values[range]);
+        }
+    }
+}
+
+fn store(plane: &mut KvPlane, head: usize, slot: usize, values: &[f32]) {
+    let range = plane.range(head, slot);
+    match &mut plane.data {
+        KvData::F32(data) => data[range].copy_from_slice(values),
+        KvData::F16(data) => data[range].convert_from_f32_slice(values),
+    }
+}

@@ -1,0 +1,79 @@
+//! Sampling without sorting the vocabulary.
+
+use crate::SampleRow;
+use crate::sampling::{argmax, by_falling_logit};
+
+/// Tokens sorted at first; each further stretch is as long as all before it.
+const FIRST_STRETCH: usize = 128;
+
+/// Chooses a token of one row of logits; `ids` is scratch of at least as many entries as there are logits.
+pub(super) fn sample(row: &SampleRow<'_>, logits: &mut [f32], ids: &mut [u32]) -> u32 {
+    row.adjust(logits);
+    let (most_likely, largest) = argmax(logits);
+    if row.is_greedy(largest) {
+        return most_likely;
+    }
+    let weight = |id: u32| row.weight(logits[id as usize], largest);
+
+    let ids = &mut ids[..logits.len()];
+    ids.iter_mut().zip(0..).for_each(|(id, i)| *id = i);
+    let mut order = LazyOrder { logits, ids, sorted: 0 };
+    let order_len = row.kept_by_top_k(logits.len());
+    if order_len < logits.len() {
+        order.sort_first(order_len);
+    }
+    let top_k_total: f64 = order.ids[..order_len].iter().map(|&id| weight(id)).sum();
+
+    let enough = if row.top_p < 1.0 { f64::from(row.top_p) * top_k_total } else { f64::INFINITY };
+    let keeps_all = enough.is_infinite() && row.min_p <= 0.0;
+    let (mut kept, mut total) = (order_len, top_k_total);
+    if !keeps_all {
+        (kept, total) = (1, weight(order.id(0)));
+        while kept < order_len && total < enough {
+            let next = weight(order.id(kept));
+            if next < f64::from(row.min_p) {
+                break;
+            }
+            (kept, total) = (kept + 1, total + next);
+        }
+    }
+
+    let target = f64::from(row.uniform) * total;
+    let mut sum = 0.0;
+    for i in 0..kept {
+        let id = order.id(i);
+        sum += weight(id);
+        if sum > target {
+            return id;
+        }
+    }
+    most_likely
+}
+
+/// Token ids by falling logit, sorted only as far as they are looked at.
+struct LazyOrder<'a> {
+    logits: &'a [f32],
+    ids: &'a mut [u32],
+    sorted: usize,
+}
+
+impl LazyOrder<'_> {
+    fn id(&mut self, index: usize) -> u32 {
+        if index >= self.sorted {
+            self.sort_first((index + 1).max(2 * self.sorted).max(FIRST_STRETCH));
+        }
+        self.ids[index]
+    }
+
+    /// Brings the first `count` ids into their final places.
+    fn sort_first(&mut self, count: usize) {
+        let count = count.min(self.ids.len());
+        let rest = &mut self.ids[self.sorted..];
+        let stretch = count - self.sorted;
+        if stretch < rest.len() {
+            rest.select_nth_unstable_by(stretch, by_falling_logit(self.logits));
+        }
+        rest[..stretch].sort_unstable_by(by_falling_logit(self.logits));
+        self.sorted = count;
+    }
+}

@@ -1,0 +1,157 @@
+//! Vectors of eight lanes, chosen at run time.
+//!
+//! Kernels are written once, generic over [`Simd`], and compiled for each instruction set. A value of a `Simd` type exists
+//! only where its instructions do, so its methods are safe to call.
+
+use std::fmt;
+
+use half::f16;
+
+use crate::KernelError;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod portable;
+
+/// An instruction set that kernels are compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SimdLevel {
+    /// Whatever the compiler assumes of the target.
+    Portable,
+    /// x86-64 with AVX2, FMA and F16C (2013 and later).
+    Avx2,
+    /// AArch64 with Advanced SIMD.
+    Neon,
+}
+
+impl SimdLevel {
+    const ALL: [Self; 3] = [Self::Portable, Self::Avx2, Self::Neon];
+
+    /// The best level of this processor.
+    pub fn detect() -> Self {
+        Self::available().last().copied().unwrap_or(Self::Portable)
+    }
+
+    /// The levels that this processor has, the best one last.
+    pub fn available() -> Vec<Self> {
+        struct Probe;
+        impl WithSimd for Probe {
+            type Output = ();
+            fn with_simd<S: Simd>(self, _: S) {}
+        }
+        Self::ALL.into_iter().filter(|level| level.dispatch(Probe).is_ok()).collect()
+    }
+
+    /// Runs `operation` compiled for this level.
+    ///
+    /// # Errors
+    /// If this processor lacks the level.
+    pub(crate) fn dispatch<W: WithSimd>(self, operation: W) -> Result<W::Output, KernelError> {
+        match self {
+            Self::Portable => Some(portable::Portable.vectorize(operation)),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => avx2::Avx2::detect().map(|simd| simd.vectorize(operation)),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => neon::Neon::detect().map(|simd| simd.vectorize(operation)),
+            #[allow(unreachable_patterns, reason = "levels of other architectures")]
+            _ => None,
+        }
+        .ok_or_else(|| {
+            KernelError::Device(format!("this processor has no {self} instructions; use another SIMD level"))
+        })
+    }
+}
+
+impl fmt::Display for SimdLevel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Neon => "neon",
+        })
+    }
+}
+
+/// Code that is generic over the instruction set.
+///
+/// Implementations of `with_simd`, and every generic function below it, must be `#[inline(always)]` and free of closures:
+/// only what is inlined into [`Simd::vectorize`] is compiled with the instruction set.
+pub(crate) trait WithSimd {
+    type Output;
+    fn with_simd<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+/// An instruction set: vectors of eight lanes of 32 bits, or of 32 bytes of which four belong to each lane.
+///
+/// All levels round alike except that only some fuse [`Simd::mul_add`].
+pub(crate) trait Simd: Copy + Send + Sync + 'static {
+    /// 32 bytes; byte `4·lane + j` is byte `j` of the lane.
+    type Bytes: Copy;
+    /// 8 × i32.
+    type I32: Copy;
+    /// 8 × f32.
+    type F32: Copy;
+
+    /// Runs `operation` with this instruction set enabled.
+    fn vectorize<W: WithSimd>(self, operation: W) -> W::Output;
+
+    fn bytes(self, from: &[u8; 32]) -> Self::Bytes;
+    /// `(v >> shift) & mask`, byte by byte; `mask` leaves no bit that comes from a neighbouring byte.
+    fn bits(self, v: Self::Bytes, shift: u32, mask: u8) -> Self::Bytes;
+    /// `v << shift`, byte by byte, where no bit leaves its byte.
+    fn shift_left(self, v: Self::Bytes, shift: u32) -> Self::Bytes;
+    fn or(self, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
+    /// `table[v]`, byte by byte; `v` is below 16.
+    fn lookup(self, table: &[u8; 16], v: Self::Bytes) -> Self::Bytes;
+
+    /// The dot product of each lane's 16 weights with `x`. Weights are unsigned and at most 32, so that eight products of
+    /// at most 32·127 sum to at most 32512 and fit i16 (a lane's 16 products are summed as two such sums).
+    fn dot_unsigned(self, weights: [Self::Bytes; 4], x: &[i8; 16]) -> Self::I32;
+    /// The dot product of each lane's 16 signed weights (−128 to 127) with `x`, which holds no −128.
+    fn dot_signed(self, weights: [Self::Bytes; 4], x: &[i8; 16]) -> Self::I32;
+
+    fn splat_i32(self, value: i32) -> Self::I32;
+    fn widen_i8(self, from: &[i8; 8]) -> Self::I32;
+    fn add_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    fn sub_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// `a · b` where both fit i16.
+    fn mul_i16(self, a: Self::I32, b: i16) -> Self::I32;
+    fn to_f32(self, v: Self::I32) -> Self::F32;
+    /// Byte `j` of each lane, unsigned.
+    fn byte_to_f32(self, v: Self::Bytes, j: usize) -> Self::F32;
+    /// Byte `j` of each lane, signed.
+    fn signed_byte_to_f32(self, v: Self::Bytes, j: usize) -> Self::F32;
+
+    fn splat(self, value: f32) -> Self::F32;
+    /// Eight f32 in memory; hosts are little-endian.
+    #[inline(always)]
+    fn load(self, from: &[f32; 8]) -> Self::F32 {
+        self.load_le_f32(bytemuck::cast_ref(from))
+    }
+    /// Eight f16 in memory.
+    #[inline(always)]
+    fn load_f16(self, from: &[f16; 8]) -> Self::F32 {
+        self.load_le_f16(bytemuck::cast_ref(from))
+    }
+    /// Eight little-endian f32.
+    fn load_le_f32(self, from: &[u8; 32]) -> Self::F32;
+    /// Eight little-endian f16.
+    fn load_le_f16(self, from: &[u8; 16]) -> Self::F32;
+    /// Eight little-endian bf16.
+    fn load_le_bf16(self, from: &[u8; 16]) -> Self::F32;
+    /// OCP E8M0: 2^(e − 127); 255 gives infinity.
+    fn load_e8m0(self, from: &[u8; 8]) -> Self::F32;
+    /// OCP E4M3; the two NaN codes give ±480.
+    fn load_e4m3(self, from: &[u8; 8]) -> Self::F32;
+    fn store(self, v: Self::F32) -> [f32; 8];
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a · b + c`, rounded once where the instruction set can.
+    fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,271 @@
+//! AArch64 with Advanced SIMD: two registers a vector.
+
+use std::arch::aarch64::*;
+use std::arch::asm;
+
+use super::{Simd, WithSimd};
+
+/// Proof that the processor has Advanced SIMD.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Neon(());
+
+impl Neon {
+    pub(crate) fn detect() -> Option<Self> {
+        std::arch::is_aarch64_feature_detected!("neon").then_some(Self(()))
+    }
+}
+
+/// Evaluates intrinsics of Advanced SIMD inside methods of [`Neon`].
+macro_rules! intrinsics {
+    ($e:expr) => {{
+        // SAFETY: a value of `Neon` is proof of the instructions, and loads read whole arrays behind references.
+        #[allow(clippy::macro_metavars_in_unsafe, reason = "the macro is private to methods of Neon")]
+        unsafe {
+            $e
+        }
+    }};
+}
+
+/// Bytes 0–15 and 16–31.
+type Bytes = (uint8x16_t, uint8x16_t);
+/// Lanes 0–3 and 4–7.
+type I32 = (int32x4_t, int32x4_t);
+/// Lanes 0–3 and 4–7.
+type F32 = (float32x4_t, float32x4_t);
+
+/// Inputs `4q` to `4q + 3`, twice.
+#[inline(always)]
+fn four_bytes(x: &[i8; 16], q: usize) -> u64 {
+    u64::from(u32::from_le_bytes([x[4 * q] as u8, x[4 * q + 1] as u8, x[4 * q + 2] as u8, x[4 * q + 3] as u8]))
+        * 0x1_0000_0001
+}
+
+/// Sums of the products of weights with inputs over two quads, four lanes at a time. An i16 holds one product of each quad: at
+/// most 2·128·127 = 32512.
+#[inline(always)]
+unsafe fn dot_pair(w: [uint8x16_t; 2], x: [int8x8_t; 2]) -> int32x4_t {
+    // SAFETY: the caller holds a `Neon`.
+    unsafe {
+        let (w0, w1) = (vreinterpretq_s8_u8(w[0]), vreinterpretq_s8_u8(w[1]));
+        let low = vmlal_s8(vmull_s8(vget_low_s8(w0), x[0]), vget_low_s8(w1), x[1]);
+        let high = vmlal_s8(vmull_s8(vget_high_s8(w0), x[0]), vget_high_s8(w1), x[1]);
+        // Four products of each lane lie side by side: two steps of pairwise sums.
+        vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high))
+    }
+}
+
+impl Neon {
+    #[inline(always)]
+    fn shift_bytes(self, v: Bytes, by: i8) -> Bytes {
+        intrinsics!({
+            let by = vdupq_n_s8(by);
+            (vshlq_u8(v.0, by), vshlq_u8(v.1, by))
+        })
+    }
+
+    /// Byte `j` of each lane at the top of the lane, zeros below.
+    #[inline(always)]
+    fn byte_at_top(self, v: Bytes, j: usize) -> (uint32x4_t, uint32x4_t) {
+        intrinsics!({
+            let by = vdupq_n_s32(24 - 8 * j as i32);
+            (vshlq_u32(vreinterpretq_u32_u8(v.0), by), vshlq_u32(vreinterpretq_u32_u8(v.1), by))
+        })
+    }
+
+    /// Bytes as lanes.
+    #[inline(always)]
+    fn widen_u8(self, from: &[u8; 8]) -> (uint32x4_t, uint32x4_t) {
+        intrinsics!({
+            let wide = vmovl_u8(vld1_u8(from.as_ptr()));
+            (vmovl_u16(vget_low_u16(wide)), vmovl_u16(vget_high_u16(wide)))
+        })
+    }
+}
+
+impl Simd for Neon {
+    type Bytes = Bytes;
+    type I32 = I32;
+    type F32 = F32;
+
+    #[inline]
+    fn vectorize<W: WithSimd>(self, operation: W) -> W::Output {
+        #[target_feature(enable = "neon")]
+        fn inner<W: WithSimd>(simd: Neon, operation: W) -> W::Output {
+            operation.with_simd(simd)
+        }
+        intrinsics!(inner(self, operation))
+    }
+
+    #[inline(always)]
+    fn bytes(self, from: &[u8; 32]) -> Bytes {
+        intrinsics!((vld1q_u8(from.as_ptr()), vld1q_u8(from[16..].as_ptr())))
+    }
+    #[inline(always)]
+    fn bits(self, v: Bytes, shift: u32, mask: u8) -> Bytes {
+        let v = self.shift_bytes(v, -(shift as i8));
+        intrinsics!({
+            let mask = vdupq_n_u8(mask);
+            (vandq_u8(v.0, mask), vandq_u8(v.1, mask))
+        })
+    }
+    #[inline(always)]
+    fn shift_left(self, v: Bytes, shift: u32) -> Bytes {
+        self.shift_bytes(v, shift as i8)
+    }
+    #[inline(always)]
+    fn or(self, a: Bytes, b: Bytes) -> Bytes {
+        intrinsics!((vorrq_u8(a.0, b.0), vorrq_u8(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[u8; 16], v: Bytes) -> Bytes {
+        intrinsics!({
+            let table = vld1q_u8(table.as_ptr());
+            (vqtbl1q_u8(table, v.0), vqtbl1q_u8(table, v.1))
+        })
+    }
+
+    #[inline(always)]
+    fn dot_unsigned(self, weights: [Bytes; 4], x: &[i8; 16]) -> I32 {
+        // Weights of at most 32 are the same signed.
+        self.dot_signed(weights, x)
+    }
+    #[inline(always)]
+    fn dot_signed(self, weights: [Bytes; 4], x: &[i8; 16]) -> I32 {
+        let [a, b, c, d] = weights;
+        intrinsics!({
+            let ab = [vcreate_s8(four_bytes(x, 0)), vcreate_s8(four_bytes(x, 1))];
+            let cd = [vcreate_s8(four_bytes(x, 2)), vcreate_s8(four_bytes(x, 3))];
+            let low = vaddq_s32(dot_pair([a.0, b.0], ab), dot_pair([c.0, d.0], cd));
+            let high = vaddq_s32(dot_pair([a.1, b.1], ab), dot_pair([c.1, d.1], cd));
+            (low, high)
+        })
+    }
+
+    #[inline(always)]
+    fn splat_i32(self, value: i32) -> I32 {
+        intrinsics!((vdupq_n_s32(value), vdupq_n_s32(value)))
+    }
+    #[inline(always)]
+    fn widen_i8(self, from: &[i8; 8]) -> I32 {
+        intrinsics!({
+            let wide = vmovl_s8(vld1_s8(from.as_ptr()));
+            (vmovl_s16(vget_low_s16(wide)), vmovl_s16(vget_high_s16(wide)))
+        })
+    }
+    #[inline(always)]
+    fn add_i32(self, a: I32, b: I32) -> I32 {
+        intrinsics!((vaddq_s32(a.0, b.0), vaddq_s32(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn sub_i32(self, a: I32, b: I32) -> I32 {
+        intrinsics!((vsubq_s32(a.0, b.0), vsubq_s32(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn mul_i16(self, a: I32, b: i16) -> I32 {
+        intrinsics!((vmulq_n_s32(a.0, i32::from(b)), vmulq_n_s32(a.1, i32::from(b))))
+    }
+    #[inline(always)]
+    fn to_f32(self, v: I32) -> F32 {
+        intrinsics!((vcvtq_f32_s32(v.0), vcvtq_f32_s32(v.1)))
+    }
+    #[inline(always)]
+    fn byte_to_f32(self, v: Bytes, j: usize) -> F32 {
+        let v = self.byte_at_top(v, j);
+        intrinsics!((vcvtq_f32_u32(vshrq_n_u32::<24>(v.0)), vcvtq_f32_u32(vshrq_n_u32::<24>(v.1))))
+    }
+    #[inline(always)]
+    fn signed_byte_to_f32(self, v: Bytes, j: usize) -> F32 {
+        let v = self.byte_at_top(v, j);
+        intrinsics!({
+            let (low, high) = (vreinterpretq_s32_u32(v.0), vreinterpretq_s32_u32(v.1));
+            (vcvtq_f32_s32(vshrq_n_s32::<24>(low)), vcvtq_f32_s32(vshrq_n_s32::<24>(high)))
+        })
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> F32 {
+        intrinsics!((vdupq_n_f32(value), vdupq_n_f32(value)))
+    }
+    #[inline(always)]
+    fn load_le_f32(self, from: &[u8; 32]) -> F32 {
+        intrinsics!((
+            vreinterpretq_f32_u8(vld1q_u8(from.as_ptr())),
+            vreinterpretq_f32_u8(vld1q_u8(from[16..].as_ptr()))
+        ))
+    }
+    #[inline(always)]
+    fn load_le_f16(self, from: &[u8; 16]) -> F32 {
+        intrinsics!({
+            let codes = vld1q_u8(from.as_ptr());
+            let (low, high): F32;
+            // The intrinsics for FCVTL need a later Rust than this crate's.
+            asm!(
+                "fcvtl {low:v}.4s, {codes:v}.4h",
+                "fcvtl2 {high:v}.4s, {codes:v}.8h",
+                codes = in(vreg) codes,
+                low = out(vreg) low,
+                high = lateout(vreg) high,
+                options(pure, nomem, nostack, preserves_flags)
+            );
+            (low, high)
+        })
+    }
+    #[inline(always)]
+    fn load_le_bf16(self, from: &[u8; 16]) -> F32 {
+        intrinsics!({
+            let codes = vreinterpretq_u16_u8(vld1q_u8(from.as_ptr()));
+            let (low, high) = (vshll_n_u16::<16>(vget_low_u16(codes)), vshll_n_u16::<16>(vget_high_u16(codes)));
+            (vreinterpretq_f32_u32(low), vreinterpretq_f32_u32(high))
+        })
+    }
+    #[inline(always)]
+    fn load_e8m0(self, from: &[u8; 8]) -> F32 {
+        let exponents = self.widen_u8(from);
+        intrinsics!({
+            // Exponent 0 is the subnormal 2^−127.
+            let least = vdupq_n_u32(1 << 22);
+            let low = vmaxq_u32(vshlq_n_u32::<23>(exponents.0), least);
+            let high = vmaxq_u32(vshlq_n_u32::<23>(exponents.1), least);
+            (vreinterpretq_f32_u32(low), vreinterpretq_f32_u32(high))
+        })
+    }
+    #[inline(always)]
+    fn load_e4m3(self, from: &[u8; 8]) -> F32 {
+        let codes = self.widen_i8(&from.map(|code| code as i8));
+        intrinsics!({
+            // Exponent and mantissa in place of f32's, and the sign, which widening has spread to bits 7 to 31.
+            let kept = vdupq_n_s32(0x87f0_0000_u32 as i32);
+            let low = vandq_s32(vshlq_n_s32::<20>(codes.0), kept);
+            let high = vandq_s32(vshlq_n_s32::<20>(codes.1), kept);
+            // The difference of the exponent biases.
+            let factor = f32::from_bits((127 + 120) << 23);
+            (vmulq_n_f32(vreinterpretq_f32_s32(low), factor), vmulq_n_f32(vreinterpretq_f32_s32(high), factor))
+        })
+    }
+    #[inline(always)]
+    fn store(self, v: F32) -> [f32; 8] {
+        let mut out = [0.0; 8];
+        let (low, high) = out.split_at_mut(4);
+        intrinsics!({
+            vst1q_f32(low.as_mut_ptr(), v.0);
+            vst1q_f32(high.as_mut_ptr(), v.1);
+        });
+        out
+    }
+    #[inline(always)]
+    fn add(self, a: F32, b: F32) -> F32 {
+        intrinsics!((vaddq_f32(a.0, b.0), vaddq_f32(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn sub(self, a: F32, b: F32) -> F32 {
+        intrinsics!((vsubq_f32(a.0, b.0), vsubq_f32(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn mul(self, a: F32, b: F32) -> F32 {
+        intrinsics!((vmulq_f32(a.0, b.0), vmulq_f32(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn mul_add(self, a: F32, b: F32, c: F32) -> F32 {
+        intrinsics!((vfmaq_f32(c.0, a.0, b.0), vfmaq_f32(c.1, a.1, b.1)))
+    }
+}

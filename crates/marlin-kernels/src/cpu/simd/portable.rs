@@ -1,0 +1,149 @@
+//! Plain arrays, for processors without a level of their own.
+
+use std::array::from_fn;
+
+use half::{bf16, f16};
+
+use super::{Simd, WithSimd};
+
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Portable;
+
+impl Simd for Portable {
+    type Bytes = [u8; 32];
+    type I32 = [i32; 8];
+    type F32 = [f32; 8];
+
+    fn vectorize<W: WithSimd>(self, operation: W) -> W::Output {
+        operation.with_simd(self)
+    }
+
+    #[inline(always)]
+    fn bytes(self, from: &[u8; 32]) -> [u8; 32] {
+        *from
+    }
+    #[inline(always)]
+    fn bits(self, v: [u8; 32], shift: u32, mask: u8) -> [u8; 32] {
+        v.map(|b| (b >> shift) & mask)
+    }
+    #[inline(always)]
+    fn shift_left(self, v: [u8; 32], shift: u32) -> [u8; 32] {
+        v.map(|b| b << shift)
+    }
+    #[inline(always)]
+    fn or(self, a: [u8; 32], b: [u8; 32]) -> [u8; 32] {
+        from_fn(|i| a[i] | b[i])
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[u8; 16], v: [u8; 32]) -> [u8; 32] {
+        v.map(|b| table[usize::from(b & 15)])
+    }
+
+    #[inline(always)]
+    fn dot_unsigned(self, weights: [[u8; 32]; 4], x: &[i8; 16]) -> [i32; 8] {
+        let mut sums = [0; 8];
+        for (q, w) in weights.iter().enumerate() {
+            for (lane, sum) in sums.iter_mut().enumerate() {
+                for j in 0..4 {
+                    *sum += i32::from(w[4 * lane + j]) * i32::from(x[4 * q + j]);
+                }
+            }
+        }
+        sums
+    }
+    #[inline(always)]
+    fn dot_signed(self, weights: [[u8; 32]; 4], x: &[i8; 16]) -> [i32; 8] {
+        let mut sums = [0; 8];
+        for (q, w) in weights.iter().enumerate() {
+            for (lane, sum) in sums.iter_mut().enumerate() {
+                for j in 0..4 {
+                    *sum += i32::from(w[4 * lane + j] as i8) * i32::from(x[4 * q + j]);
+                }
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn splat_i32(self, value: i32) -> [i32; 8] {
+        [value; 8]
+    }
+    #[inline(always)]
+    fn widen_i8(self, from: &[i8; 8]) -> [i32; 8] {
+        from.map(i32::from)
+    }
+    #[inline(always)]
+    fn add_i32(self, a: [i32; 8], b: [i32; 8]) -> [i32; 8] {
+        from_fn(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    fn sub_i32(self, a: [i32; 8], b: [i32; 8]) -> [i32; 8] {
+        from_fn(|i| a[i] - b[i])
+    }
+    #[inline(always)]
+    fn mul_i16(self, a: [i32; 8], b: i16) -> [i32; 8] {
+        a.map(|a| a * i32::from(b))
+    }
+    #[inline(always)]
+    fn to_f32(self, v: [i32; 8]) -> [f32; 8] {
+        v.map(|v| v as f32)
+    }
+    #[inline(always)]
+    fn byte_to_f32(self, v: [u8; 32], j: usize) -> [f32; 8] {
+        from_fn(|lane| f32::from(v[4 * lane + j]))
+    }
+    #[inline(always)]
+    fn signed_byte_to_f32(self, v: [u8; 32], j: usize) -> [f32; 8] {
+        from_fn(|lane| f32::from(v[4 * lane + j] as i8))
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> [f32; 8] {
+        [value; 8]
+    }
+    #[inline(always)]
+    fn load_le_f32(self, from: &[u8; 32]) -> [f32; 8] {
+        from_fn(|i| f32::from_le_bytes([from[4 * i], from[4 * i + 1], from[4 * i + 2], from[4 * i + 3]]))
+    }
+    #[inline(always)]
+    fn load_le_f16(self, from: &[u8; 16]) -> [f32; 8] {
+        from_fn(|i| f16::from_le_bytes([from[2 * i], from[2 * i + 1]]).to_f32())
+    }
+    #[inline(always)]
+    fn load_le_bf16(self, from: &[u8; 16]) -> [f32; 8] {
+        from_fn(|i| bf16::from_le_bytes([from[2 * i], from[2 * i + 1]]).to_f32())
+    }
+    #[inline(always)]
+    fn load_e8m0(self, from: &[u8; 8]) -> [f32; 8] {
+        // Exponent 0 is the subnormal 2^−127.
+        from.map(|e| f32::from_bits((u32::from(e) << 23).max(1 << 22)))
+    }
+    #[inline(always)]
+    fn load_e4m3(self, from: &[u8; 8]) -> [f32; 8] {
+        // Exponent and mantissa in place of f32's; the factor is the difference of the exponent biases.
+        from.map(|code| {
+            let code = u32::from(code);
+            f32::from_bits((code & 0x80) << 24 | (code & 0x7f) << 20) * f32::from_bits((127 + 120) << 23)
+        })
+    }
+    #[inline(always)]
+    fn store(self, v: [f32; 8]) -> [f32; 8] {
+        v
+    }
+    #[inline(always)]
+    fn add(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        from_fn(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    fn sub(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        from_fn(|i| a[i] - b[i])
+    }
+    #[inline(always)]
+    fn mul(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        from_fn(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    fn mul_add(self, a: [f32; 8], b: [f32; 8], c: [f32; 8]) -> [f32; 8] {
+        from_fn(|i| a[i] * b[i] + c[i])
+    }
+}

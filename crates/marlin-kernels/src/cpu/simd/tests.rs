@@ -1,0 +1,175 @@
+//! Every level against plain arithmetic.
+
+use half::{bf16, f16};
+
+use super::*;
+
+/// Runs a check on every level that this processor has.
+fn on_every_level<W: WithSimd<Output = ()> + Copy>(check: W) {
+    for level in SimdLevel::available() {
+        level.dispatch(check).unwrap();
+    }
+}
+
+fn lanes<S: Simd>(simd: S, v: S::I32) -> [i32; 8] {
+    simd.store(simd.to_f32(v)).map(|v| v as i32)
+}
+
+/// Byte `4·lane + j` of a vector.
+fn bytes<S: Simd>(simd: S, v: S::Bytes) -> [u8; 32] {
+    let mut out = [0; 32];
+    for j in 0..4 {
+        for (lane, value) in simd.store(simd.byte_to_f32(v, j)).into_iter().enumerate() {
+            out[4 * lane + j] = value as u8;
+        }
+    }
+    out
+}
+
+#[test]
+fn the_best_level_is_available() {
+    assert!(SimdLevel::available().contains(&SimdLevel::detect()));
+    assert!(SimdLevel::available().contains(&SimdLevel::Portable));
+    #[cfg(target_arch = "aarch64")]
+    assert_eq!(SimdLevel::detect(), SimdLevel::Neon);
+}
+
+#[test]
+fn bytes_are_shifted_masked_and_looked_up() {
+    #[derive(Clone, Copy)]
+    struct Check;
+    impl WithSimd for Check {
+        type Output = ();
+        fn with_simd<S: Simd>(self, simd: S) {
+            let table: [u8; 16] = std::array::from_fn(|i| (i * i + 30) as u8);
+            for start in (0..=255u8).step_by(32) {
+                let from: [u8; 32] = std::array::from_fn(|i| start + i as u8);
+                let v = simd.bytes(&from);
+                assert_eq!(bytes(simd, v), from);
+                for shift in 0..8 {
+                    let mask = 0xff >> shift;
+                    assert_eq!(bytes(simd, simd.bits(v, shift, mask)), from.map(|b| b >> shift));
+                    assert_eq!(bytes(simd, simd.bits(v, shift, mask & 1)), from.map(|b| b >> shift & 1));
+                }
+                let low = simd.bits(v, 0, 15);
+                assert_eq!(bytes(simd, simd.shift_left(low, 4)), from.map(|b| b << 4));
+                assert_eq!(bytes(simd, simd.or(simd.shift_left(low, 4), low)), from.map(|b| b << 4 | b & 15));
+                assert_eq!(bytes(simd, simd.lookup(&table, low)), from.map(|b| table[usize::from(b & 15)]));
+                for j in 0..4 {
+                    let signed = simd.store(simd.signed_byte_to_f32(v, j));
+                    assert_eq!(signed, std::array::from_fn(|lane| f32::from(from[4 * lane + j] as i8)));
+                }
+            }
+        }
+    }
+    on_every_level(Check);
+}
+
+#[test]
+fn dot_products_hold_at_their_extremes() {
+    #[derive(Clone, Copy)]
+    struct Check;
+    impl WithSimd for Check {
+        type Output = ();
+        fn with_simd<S: Simd>(self, simd: S) {
+            let weights = |f: &dyn Fn(usize) -> u8| -> [[u8; 32]; 4] {
+                std::array::from_fn(|q| std::array::from_fn(|i| f(31 * q + 7 * i)))
+            };
+            let inputs: [[i8; 16]; 4] =
+                [[127; 16], [-127; 16], [0; 16], std::array::from_fn(|i| (16 * i as i32 - 120) as i8)];
+            for x in inputs {
+                for w in [weights(&|_| 32), weights(&|_| 0), weights(&|i| (i % 33) as u8)] {
+                    let dot = simd.dot_unsigned(w.each_ref().map(|w| simd.bytes(w)), &x);
+                    assert_eq!(lanes(simd, dot), plain_dot(&w, &x, i32::from));
+                }
+                for w in [weights(&|_| 0x80), weights(&|_| 127), weights(&|i| i as u8)] {
+                    let dot = simd.dot_signed(w.each_ref().map(|w| simd.bytes(w)), &x);
+                    assert_eq!(lanes(simd, dot), plain_dot(&w, &x, |w| i32::from(w as i8)));
+                }
+            }
+        }
+    }
+    on_every_level(Check);
+}
+
+fn plain_dot(w: &[[u8; 32]; 4], x: &[i8; 16], value: fn(u8) -> i32) -> [i32; 8] {
+    std::array::from_fn(|lane| (0..16).map(|k| value(w[k / 4][4 * lane + k % 4]) * i32::from(x[k])).sum())
+}
+
+#[test]
+fn integers() {
+    #[derive(Clone, Copy)]
+    struct Check;
+    impl WithSimd for Check {
+        type Output = ();
+        fn with_simd<S: Simd>(self, simd: S) {
+            let from = [-128, -127, -1, 0, 1, 2, 100, 127];
+            let v = simd.widen_i8(&from);
+            assert_eq!(lanes(simd, v), from.map(i32::from));
+            assert_eq!(lanes(simd, simd.add_i32(v, simd.splat_i32(70_000))), from.map(|v| i32::from(v) + 70_000));
+            assert_eq!(lanes(simd, simd.sub_i32(v, simd.splat_i32(-9))), from.map(|v| i32::from(v) + 9));
+            for b in [-4064, -1, 0, 1, 4064] {
+                assert_eq!(lanes(simd, simd.mul_i16(v, b)), from.map(|v| i32::from(v) * i32::from(b)));
+            }
+        }
+    }
+    on_every_level(Check);
+}
+
+#[test]
+fn every_code_of_every_float_is_exact() {
+    #[derive(Clone, Copy)]
+    struct Check;
+    impl WithSimd for Check {
+        type Output = ();
+        fn with_simd<S: Simd>(self, simd: S) {
+            for start in (0..=u16::MAX).step_by(8) {
+                let codes: [u16; 8] = std::array::from_fn(|i| start + i as u16);
+                let le = codes.map(u16::to_le_bytes);
+                let le = le.as_flattened().first_chunk().unwrap();
+                same(simd.store(simd.load_le_f16(le)), codes.map(|c| f16::from_bits(c).to_f32()));
+                same(simd.store(simd.load_le_bf16(le)), codes.map(|c| bf16::from_bits(c).to_f32()));
+            }
+            for start in (0..=u8::MAX).step_by(8) {
+                let codes: [u8; 8] = std::array::from_fn(|i| start + i as u8);
+                let e4m3 = codes.map(|c| match c & 0x7f {
+                    0x7f => 480f32.copysign(if c < 128 { 1.0 } else { -1.0 }),
+                    _ => marlin_format::Element::E4M3.value(u32::from(c)),
+                });
+                same(simd.store(simd.load_e4m3(&codes)), e4m3);
+                // 2^128 overflows to the infinity wanted for code 255.
+                let e8m0 = codes.map(|c| 2f64.powi(i32::from(c) - 127) as f32);
+                same(simd.store(simd.load_e8m0(&codes)), e8m0);
+            }
+        }
+    }
+    on_every_level(Check);
+}
+
+/// Equal bit for bit, but any NaN for a NaN.
+fn same(found: [f32; 8], wanted: [f32; 8]) {
+    for (found, wanted) in found.into_iter().zip(wanted) {
+        assert!(found.to_bits() == wanted.to_bits() || found.is_nan() && wanted.is_nan(), "{found:e} {wanted:e}");
+    }
+}
+
+#[test]
+fn floats() {
+    #[derive(Clone, Copy)]
+    struct Check;
+    impl WithSimd for Check {
+        type Output = ();
+        fn with_simd<S: Simd>(self, simd: S) {
+            let (a, b) = ([1.0, -2.0, 0.5, 3.0, 1e10, -0.0, 7.0, 8.0], [4.0, 0.25, -1.5, 2.0, 1e-10, 1.0, 3.0, 0.0]);
+            let (va, vb, two) = (simd.load(&a), simd.load(&b), simd.splat(2.0));
+            assert_eq!(simd.store(simd.add(va, vb)), std::array::from_fn(|i| a[i] + b[i]));
+            assert_eq!(simd.store(simd.sub(va, vb)), std::array::from_fn(|i| a[i] - b[i]));
+            assert_eq!(simd.store(simd.mul(va, vb)), std::array::from_fn(|i| a[i] * b[i]));
+            let fused: [f32; 8] = std::array::from_fn(|i| a[i].mul_add(b[i], 2.0));
+            for (found, fused) in simd.store(simd.mul_add(va, vb, two)).into_iter().zip(fused) {
+                assert!((found - fused).abs() <= f32::EPSILON * fused.abs(), "{found} {fused}");
+            }
+        }
+    }
+    on_every_level(Check);
+}

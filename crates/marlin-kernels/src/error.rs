@@ -1,0 +1,52 @@
+//! What can go wrong on a device.
+
+/// An error of a device.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// Matrices fused into one linear disagree.
+    #[error("a fused linear needs matrices of one width: part 0 has {first} columns, part {part} has {found}")]
+    FusedWidth {
+        /// Columns of the first part.
+        first: usize,
+        /// Index of the part that differs.
+        part: usize,
+        /// Its columns.
+        found: usize,
+    },
+    /// A bias of the wrong length.
+    #[error("a bias of {found} values for a matrix of {rows} rows")]
+    BiasLength {
+        /// Rows of the matrix.
+        rows: usize,
+        /// Values found.
+        found: usize,
+    },
+    /// Values that do not fill a buffer's rows.
+    #[error("{found} values for {rows} rows of {width} in a buffer of at most {capacity} rows")]
+    BufferShape {
+        /// Values found.
+        found: usize,
+        /// Rows they were to fill.
+        rows: usize,
+        /// Values of a row.
+        width: usize,
+        /// Most rows of the buffer.
+        capacity: usize,
+    },
+    /// A matrix is malformed.
+    #[error(transparent)]
+    Format(#[from] marlin_format::FormatError),
+    /// The device is out of memory.
+    #[error("{what} needs {bytes} bytes, which {device} cannot give; choose a smaller context or a smaller format")]
+    OutOfMemory {
+        /// What was to be allocated.
+        what: String,
+        /// Its size.
+        bytes: usize,
+        /// The device.
+        device: String,
+    },
+    /// The device cannot be used as asked.
+    #[error("{0}")]
+    Device(String),
+}

@@ -1,0 +1,242 @@
+//! Storage of devices whose memory is the host's: activations, KV blocks, the current step.
+
+use std::ops::Range;
+
+use bytemuck::Zeroable;
+use half::f16;
+
+use crate::{KernelError, KvLayout, KvType, Step};
+
+/// Activations `[rows, width]` in host memory, row-major.
+#[derive(Debug)]
+pub struct HostBuffer {
+    values: Vec<f32>,
+    capacity: usize,
+    width: usize,
+    rows: usize,
+}
+
+impl HostBuffer {
+    /// A buffer of at most `capacity` rows, none of them filled yet.
+    pub(crate) fn new(capacity: usize, width: usize, device: &str) -> Result<Self, KernelError> {
+        let values = allocate("an activation buffer", &[capacity, width], device)?;
+        Ok(Self { values, capacity, width, rows: 0 })
+    }
+
+    /// Rows it holds now.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Values of a row.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// The rows it holds now, `[rows, width]`.
+    pub fn values(&self) -> &[f32] {
+        &self.values[..self.rows * self.width]
+    }
+
+    pub(crate) fn values_mut(&mut self) -> &mut [f32] {
+        &mut self.values[..self.rows * self.width]
+    }
+
+    pub(crate) fn row(&self, row: usize) -> &[f32] {
+        &self.values()[row * self.width..][..self.width]
+    }
+
+    pub(crate) fn row_mut(&mut self, row: usize) -> &mut [f32] {
+        let width = self.width;
+        &mut self.values_mut()[row * width..][..width]
+    }
+
+    /// Makes this the output of an operation: `rows` rows, which must be `width` wide. Their old values are still in place.
+    pub(crate) fn output(&mut self, rows: usize, width: usize) -> &mut [f32] {
+        assert_eq!(self.width, width, "an output buffer of this width");
+        assert!(rows <= self.capacity, "{rows} rows for a buffer of {}", self.capacity);
+        self.rows = rows;
+        self.values_mut()
+    }
+
+    pub(crate) fn upload(&mut self, rows: usize, values: &[f32]) -> Result<(), KernelError> {
+        if rows > self.capacity || rows.checked_mul(self.width) != Some(values.len()) {
+            return Err(KernelError::BufferShape {
+                found: values.len(),
+                rows,
+                width: self.width,
+                capacity: self.capacity,
+            });
+        }
+        self.rows = rows;
+        self.values_mut().copy_from_slice(values);
+        Ok(())
+    }
+
+    pub(crate) fn read(&self, out: &mut [f32]) -> Result<(), KernelError> {
+        let (rows, width, capacity) = (self.rows, self.width, self.capacity);
+        if out.len() != rows * width {
+            return Err(KernelError::BufferShape { found: out.len(), rows, width, capacity });
+        }
+        out.copy_from_slice(self.values());
+        Ok(())
+    }
+}
+
+/// A pool of KV blocks in host memory.
+#[derive(Debug)]
+pub struct HostKvCache {
+    pub(crate) block_tokens: usize,
+    pub(crate) layers: Vec<HostKvLayer>,
+}
+
+/// Keys and values of one layer.
+#[derive(Debug)]
+pub(crate) struct HostKvLayer {
+    pub(crate) keys: KvPlane,
+    pub(crate) values: KvPlane,
+}
+
+/// `[heads, slots, dim]`: each head's slots (blocks × tokens of a block) lie together, so that heads can be written and read
+/// independently.
+#[derive(Debug)]
+pub(crate) struct KvPlane {
+    pub(crate) slots: usize,
+    pub(crate) dim: usize,
+    pub(crate) data: KvData,
+}
+
+/// Cached values in their number format.
+#[derive(Debug)]
+pub(crate) enum KvData {
+    F16(Vec<f16>),
+    F32(Vec<f32>),
+}
+
+impl HostKvCache {
+    pub(crate) fn new(layout: &KvLayout, kv_type: KvType, blocks: usize, device: &str) -> Result<Self, KernelError> {
+        if layout.block_tokens == 0 {
+            return Err(KernelError::Device("a KV block must hold at least one token, found block_tokens = 0".into()));
+        }
+        let slots = blocks.saturating_mul(layout.block_tokens);
+        let plane = |heads, dim| KvPlane::new(kv_type, heads, slots, dim, device);
+        let layers = layout.layers.iter().map(|layer| {
+            Ok(HostKvLayer { keys: plane(layer.heads, layer.key_dim)?, values: plane(layer.heads, layer.value_dim)? })
+        });
+        let layers = layers.collect::<Result<_, KernelError>>()?;
+        Ok(Self { block_tokens: layout.block_tokens, layers })
+    }
+
+    /// Copies blocks `(from, to)` of every layer, one pair after the other.
+    pub(crate) fn copy_blocks(&mut self, pairs: &[(u32, u32)]) {
+        let block_tokens = self.block_tokens;
+        for plane in self.layers.iter_mut().flat_map(|layer| [&mut layer.keys, &mut layer.values]) {
+            let (block, head) = (block_tokens * plane.dim, plane.slots * plane.dim);
+            match &mut plane.data {
+                KvData::F16(data) => copy_blocks(data, head, block, pairs),
+                KvData::F32(data) => copy_blocks(data, head, block, pairs),
+            }
+        }
+    }
+}
+
+fn copy_blocks<T: Copy>(data: &mut [T], head: usize, block: usize, pairs: &[(u32, u32)]) {
+    if head == 0 {
+        return;
+    }
+    for head in data.chunks_exact_mut(head) {
+        for &(from, to) in pairs {
+            let from = from as usize * block;
+            head.copy_within(from..from + block, to as usize * block);
+        }
+    }
+}
+
+impl KvPlane {
+    fn new(kv_type: KvType, heads: usize, slots: usize, dim: usize, device: &str) -> Result<Self, KernelError> {
+        let (what, sizes) = ("the KV cache", [heads, slots, dim]);
+        let data = match kv_type {
+            KvType::F16 => KvData::F16(allocate(what, &sizes, device)?),
+            KvType::F32 => KvData::F32(allocate(what, &sizes, device)?),
+        };
+        Ok(Self { slots, dim, data })
+    }
+
+    /// Where the `dim` values of a head's slot lie.
+    pub(crate) fn range(&self, head: usize, slot: usize) -> Range<usize> {
+        assert!(slot < self.slots, "KV slot {slot} of {}", self.slots);
+        let start = (head * self.slots + slot) * self.dim;
+        start..start + self.dim
+    }
+}
+
+/// The host's copy of a step.
+#[derive(Debug, Default)]
+pub(crate) struct HostStep {
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) positions: Vec<u32>,
+    pub(crate) logit_rows: Vec<u32>,
+    sequence_offsets: Vec<u32>,
+    block_tables: Vec<u32>,
+    table_offsets: Vec<u32>,
+}
+
+impl HostStep {
+    /// Takes over a step, reusing the memory of the one before.
+    pub(crate) fn begin(&mut self, step: &Step<'_>) {
+        let copy = |to: &mut Vec<u32>, from: &[u32]| {
+            to.clear();
+            to.extend_from_slice(from);
+        };
+        copy(&mut self.tokens, step.tokens);
+        copy(&mut self.positions, step.positions);
+        copy(&mut self.logit_rows, step.logit_rows);
+        copy(&mut self.sequence_offsets, step.sequence_offsets);
+        copy(&mut self.block_tables, step.block_tables);
+        copy(&mut self.table_offsets, step.table_offsets);
+    }
+
+    /// Number of tokens, T.
+    pub(crate) fn rows(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Number of sequences, S.
+    pub(crate) fn sequences(&self) -> usize {
+        self.sequence_offsets.len().saturating_sub(1)
+    }
+
+    /// Rows of a sequence.
+    pub(crate) fn rows_of(&self, sequence: usize) -> Range<usize> {
+        self.sequence_offsets[sequence] as usize..self.sequence_offsets[sequence + 1] as usize
+    }
+
+    /// Every row, with the sequence it belongs to.
+    pub(crate) fn sequence_rows(&self) -> impl Iterator<Item = (usize, usize)> {
+        (0..self.sequences()).flat_map(|sequence| self.rows_of(sequence).map(move |row| (sequence, row)))
+    }
+
+    /// The cache slot of a position of a sequence.
+    pub(crate) fn slot(&self, sequence: usize, position: usize, block_tokens: usize) -> usize {
+        let table = self.table_offsets[sequence] as usize..self.table_offsets[sequence + 1] as usize;
+        let block = self.block_tables[table][position / block_tokens] as usize;
+        block * block_tokens + position % block_tokens
+    }
+}
+
+/// The positions that a query at `position` sees: itself and what lies before, within the window.
+pub(crate) fn visible(position: usize, window: Option<usize>) -> Range<usize> {
+    let end = position + 1;
+    end.saturating_sub(window.unwrap_or(end))..end
+}
+
+/// Zeroed memory of the product of `sizes` values, or an error that says how much was wanted.
+pub(crate) fn allocate<T: Zeroable>(what: &str, sizes: &[usize], device: &str) -> Result<Vec<T>, KernelError> {
+    let count = sizes.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
+    let error = || KernelError::OutOfMemory {
+        what: what.to_owned(),
+        bytes: count.unwrap_or(usize::MAX).saturating_mul(size_of::<T>()),
+        device: device.to_owned(),
+    };
+    count.and_then(|count| bytemuck::allocation::try_zeroed_vec(count).ok()).ok_or_else(error)
+}

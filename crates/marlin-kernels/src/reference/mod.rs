@@ -1,0 +1,317 @@
+//! The oracle: plain loops, meant to be read and to be right rather than fast.
+//!
+//! Activations are f32 as everywhere; sums run in f64, so that another backend's error is its own. Weights are decoded
+//! by [`PackedMatrix::decode_row`], the definition of every number format.
+//!
+//! [`PackedMatrix::decode_row`]: marlin_format::PackedMatrix::decode_row
+
+mod sample;
+#[cfg(test)]
+mod tests;
+
+use half::f16;
+
+use crate::host::{HostStep, KvData, KvPlane, visible};
+use crate::{
+    Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, KernelError, KvLayout, KvType,
+    LinearPart, QkNorm, SampleRow, Step, StepLimits,
+};
+
+const NAME: &str = "reference";
+
+/// The reference device.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ReferenceBackend;
+
+/// Decoded weights `[rows, cols]` and a bias.
+#[derive(Debug)]
+pub struct ReferenceLinear {
+    weights: Vec<f32>,
+    bias: Vec<f32>,
+    cols: usize,
+}
+
+/// Runs operations as they are called.
+#[derive(Debug, Default)]
+pub struct ReferenceEncoder {
+    step: HostStep,
+}
+
+impl Backend for ReferenceBackend {
+    type Buffer = HostBuffer;
+    type Linear = ReferenceLinear;
+    type Vector = Vec<f32>;
+    type KvCache = HostKvCache;
+    type Encoder = ReferenceEncoder;
+
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo { name: NAME.into(), detail: "plain loops, f64 sums, 1 thread".into() }
+    }
+
+    fn load_linear(&self, parts: &[LinearPart<'_>]) -> Result<ReferenceLinear, KernelError> {
+        let cols = crate::backend::check_parts(parts)?;
+        let rows: usize = parts.iter().map(|part| part.weight.rows).sum();
+        let mut linear = ReferenceLinear { weights: vec![0.0; rows * cols], bias: Vec::with_capacity(rows), cols };
+        let mut weights = linear.weights.chunks_exact_mut(cols.max(1));
+        for part in parts {
+            for (row, decoded) in (0..part.weight.rows).zip(&mut weights) {
+                part.weight.decode_row(row, decoded);
+            }
+            match &part.bias {
+                Some(bias) => linear.bias.extend(bias),
+                None => linear.bias.resize(linear.bias.len() + part.weight.rows, 0.0),
+            }
+        }
+        Ok(linear)
+    }
+
+    fn load_vector(&self, values: &[f32]) -> Result<Vec<f32>, KernelError> {
+        Ok(values.to_vec())
+    }
+
+    fn buffer(&self, rows: usize, width: usize) -> Result<HostBuffer, KernelError> {
+        HostBuffer::new(rows, width, NAME)
+    }
+
+    fn upload(&self, buffer: &mut HostBuffer, rows: usize, values: &[f32]) -> Result<(), KernelError> {
+        buffer.upload(rows, values)
+    }
+
+    fn kv_cache(&self, layout: &KvLayout, kv_type: KvType, blocks: usize) -> Result<HostKvCache, KernelError> {
+        HostKvCache::new(layout, kv_type, blocks, NAME)
+    }
+
+    fn encoder(&self, _limits: &StepLimits) -> Result<ReferenceEncoder, KernelError> {
+        Ok(ReferenceEncoder::default())
+    }
+}
+
+impl ReferenceLinear {
+    fn rows(&self) -> usize {
+        self.bias.len()
+    }
+
+    fn row(&self, row: usize) -> &[f32] {
+        &self.weights[row * self.cols..][..self.cols]
+    }
+
+    /// One output value.
+    fn output(&self, x: &[f32], row: usize) -> f64 {
+        dot(x, self.row(row)) + f64::from(self.bias[row])
+    }
+}
+
+impl Encoder<ReferenceBackend> for ReferenceEncoder {
+    fn begin(&mut self, step: &Step<'_>) {
+        self.step.begin(step);
+    }
+
+    fn embed(&mut self, table: &ReferenceLinear, out: &mut HostBuffer) {
+        out.output(self.step.rows(), table.cols);
+        for (t, &token) in self.step.tokens.iter().enumerate() {
+            out.row_mut(t).copy_from_slice(table.row(token as usize));
+        }
+    }
+
+    fn rope_angles(&mut self, inv_freq: &Vec<f32>, scaling: f32, out: &mut HostBuffer) {
+        out.output(self.step.rows(), 2 * inv_freq.len());
+        for (t, &position) in self.step.positions.iter().enumerate() {
+            let (cos, sin) = out.row_mut(t).split_at_mut(inv_freq.len());
+            for (i, &frequency) in inv_freq.iter().enumerate() {
+                let angle = f64::from(position as f32 * frequency);
+                cos[i] = (angle.cos() * f64::from(scaling)) as f32;
+                sin[i] = (angle.sin() * f64::from(scaling)) as f32;
+            }
+        }
+    }
+
+    fn rms_norm(&mut self, x: &HostBuffer, weight: &Vec<f32>, eps: f32, out: &mut HostBuffer) {
+        out.output(x.rows(), x.width()).copy_from_slice(x.values());
+        for t in 0..x.rows() {
+            rms_norm(out.row_mut(t), weight, eps);
+        }
+    }
+
+    fn linear(&mut self, x: &HostBuffer, linear: &ReferenceLinear, out: &mut HostBuffer) {
+        out.output(x.rows(), linear.rows());
+        for t in 0..x.rows() {
+            for (n, y) in out.row_mut(t).iter_mut().enumerate() {
+                *y = linear.output(x.row(t), n) as f32;
+            }
+        }
+    }
+
+    fn linear_add(&mut self, x: &HostBuffer, linear: &ReferenceLinear, out: &mut HostBuffer) {
+        assert_eq!(out.rows(), x.rows(), "the residual stream has a row for each input row");
+        for t in 0..x.rows() {
+            for (n, y) in out.row_mut(t).iter_mut().enumerate() {
+                *y = (f64::from(*y) + linear.output(x.row(t), n)) as f32;
+            }
+        }
+    }
+
+    fn linear_gated(
+        &mut self,
+        x: &HostBuffer,
+        gate_up: &ReferenceLinear,
+        activation: Activation,
+        out: &mut HostBuffer,
+    ) {
+        let half = gate_up.rows() / 2;
+        out.output(x.rows(), half);
+        for t in 0..x.rows() {
+            for (n, y) in out.row_mut(t).iter_mut().enumerate() {
+                let (gate, up) = (gate_up.output(x.row(t), n), gate_up.output(x.row(t), half + n));
+                *y = (activate(activation, gate) * up) as f32;
+            }
+        }
+    }
+
+    fn rope_store_kv(
+        &mut self,
+        qkv: &mut HostBuffer,
+        shape: &AttentionShape,
+        norm: Option<QkNorm<'_, ReferenceBackend>>,
+        angles: &HostBuffer,
+        kv: &mut HostKvCache,
+        layer: usize,
+    ) {
+        let block_tokens = kv.block_tokens;
+        let cache = &mut kv.layers[layer];
+        for (sequence, t) in self.step.sequence_rows() {
+            let slot = self.step.slot(sequence, self.step.positions[t] as usize, block_tokens);
+            for (h, head) in qkv.row_mut(t).chunks_exact_mut(shape.head_dim).enumerate() {
+                let is_query = h < shape.heads;
+                let is_value = h >= shape.heads + shape.kv_heads;
+                if is_value {
+                    store(&mut cache.values, h - shape.heads - shape.kv_heads, slot, head);
+                    continue;
+                }
+                if let Some(norm) = &norm {
+                    rms_norm(head, if is_query { norm.q } else { norm.k }, norm.eps);
+                }
+                rotate(head, angles.row(t));
+                if !is_query {
+                    store(&mut cache.keys, h - shape.heads, slot, head);
+                }
+            }
+        }
+    }
+
+    fn attention(
+        &mut self,
+        qkv: &HostBuffer,
+        shape: &AttentionShape,
+        kv: &HostKvCache,
+        layer: usize,
+        out: &mut HostBuffer,
+    ) {
+        let cache = &kv.layers[layer];
+        out.output(self.step.rows(), shape.heads * shape.head_dim);
+        for (sequence, t) in self.step.sequence_rows() {
+            let visible = visible(self.step.positions[t] as usize, shape.window);
+            let slots: Vec<usize> = visible.map(|p| self.step.slot(sequence, p, kv.block_tokens)).collect();
+            let queries = qkv.row(t).chunks_exact(shape.head_dim);
+            let outputs = out.row_mut(t).chunks_exact_mut(shape.head_dim);
+            for (head, (query, output)) in queries.zip(outputs).enumerate() {
+                let kv_head = head / (shape.heads / shape.kv_heads);
+                let score = |&slot: &usize| dot(query, &load(&cache.keys, kv_head, slot)) * f64::from(shape.scale);
+                let scores: Vec<f64> = slots.iter().map(score).collect();
+                let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                let mut sums = vec![0.0; shape.head_dim];
+                for (&slot, weight) in slots.iter().zip(weights) {
+                    for (sum, value) in sums.iter_mut().zip(load(&cache.values, kv_head, slot)) {
+                        *sum += weight / total * f64::from(value);
+                    }
+                }
+                for (y, sum) in output.iter_mut().zip(sums) {
+                    *y = sum as f32;
+                }
+            }
+        }
+    }
+
+    fn select_logit_rows(&mut self, x: &HostBuffer, out: &mut HostBuffer) {
+        out.output(self.step.logit_rows.len(), x.width());
+        for (l, &row) in self.step.logit_rows.iter().enumerate() {
+            out.row_mut(l).copy_from_slice(x.row(row as usize));
+        }
+    }
+
+    fn sample(&mut self, logits: &mut HostBuffer, rows: &[SampleRow<'_>], tokens: &mut [u32]) {
+        assert!(rows.len() == logits.rows() && tokens.len() == logits.rows(), "one choice per row of logits");
+        for (l, (row, token)) in rows.iter().zip(tokens).enumerate() {
+            *token = sample::sample(row, logits.row_mut(l));
+        }
+    }
+
+    fn copy_kv_blocks(&mut self, kv: &mut HostKvCache, pairs: &[(u32, u32)]) {
+        kv.copy_blocks(pairs);
+    }
+
+    fn submit(&mut self) -> Result<(), KernelError> {
+        Ok(())
+    }
+
+    fn read(&mut self, buffer: &HostBuffer, out: &mut [f32]) -> Result<(), KernelError> {
+        buffer.read(out)
+    }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+}
+
+fn rms_norm(x: &mut [f32], weight: &[f32], eps: f32) {
+    assert_eq!(x.len(), weight.len());
+    let mean_square = dot(x, x) / x.len() as f64;
+    let scale = 1.0 / (mean_square + f64::from(eps)).sqrt();
+    for (x, &weight) in x.iter_mut().zip(weight) {
+        *x = (f64::from(*x) * scale * f64::from(weight)) as f32;
+    }
+}
+
+/// Rotates dimension `i` with `i + rotary / 2`.
+fn rotate(head: &mut [f32], angles: &[f32]) {
+    let half = angles.len() / 2;
+    let (cos, sin) = angles.split_at(half);
+    for i in 0..half {
+        let (a, b) = (f64::from(head[i]), f64::from(head[i + half]));
+        let (cos, sin) = (f64::from(cos[i]), f64::from(sin[i]));
+        head[i] = (a * cos - b * sin) as f32;
+        head[i + half] = (b * cos + a * sin) as f32;
+    }
+}
+
+fn activate(activation: Activation, x: f64) -> f64 {
+    match activation {
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::GeluTanh => {
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x);
+            0.5 * x * (1.0 + inner.tanh())
+        }
+    }
+}
+
+fn store(plane: &mut KvPlane, head: usize, slot: usize, values: &[f32]) {
+    let range = plane.range(head, slot);
+    match &mut plane.data {
+        KvData::F32(data) => data[range].copy_from_slice(values),
+        KvData::F16(data) => {
+            for (stored, &value) in data[range].iter_mut().zip(values) {
+                *stored = f16::from_f32(value);
+            }
+        }
+    }
+}
+
+fn load(plane: &KvPlane, head: usize, slot: usize) -> Vec<f32> {
+    let range = plane.range(head, slot);
+    match &plane.data {
+        KvData::F32(data) => data[range].to_vec(),
+        KvData::F16(data) => data[range].iter().map(|value| value.to_f32()).collect(),
+    }
+}

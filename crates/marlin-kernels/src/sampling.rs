@@ -1,0 +1,93 @@
+//! What sampling a row needs to know.
+
+use std::cmp::Ordering;
+
+/// How to choose the next token of one sequence.
+///
+/// Order of operations: `bias` is added; penalties are applied (repetition, then presence and frequency); at temperature 0 the
+/// largest logit wins (the lowest id among equals). Otherwise tokens are ordered by falling logit (ties by id) and get the
+/// weights `exp((logit − largest) / temperature)`. Top-k, top-p and min-p then each shorten that list, top-p looking at the
+/// probabilities among the top-k; the most likely token always stays. The first token at which the running share of the kept
+/// weights exceeds `uniform` is chosen.
+///
+/// A logit that is not a number counts as −∞. When no finite logit is largest (all −∞, or one of them +∞), the choice is greedy.
+#[derive(Debug, Clone, Copy)]
+pub struct SampleRow<'a> {
+    /// 0 means greedy.
+    pub temperature: f32,
+    /// Keep this many of the most likely tokens; 0 keeps all.
+    pub top_k: u32,
+    /// Keep the smallest set of most likely tokens whose probability reaches this; 1 keeps all.
+    pub top_p: f32,
+    /// Drop tokens less likely than this share of the most likely one; 0 keeps all.
+    pub min_p: f32,
+    /// A random number in [0, 1).
+    pub uniform: f32,
+    /// Divides positive and multiplies negative logits of every token seen, prompt included; 1 is neutral (Keskar et al. 2019).
+    pub repetition_penalty: f32,
+    /// Subtracted once from logits of tokens already generated (OpenAI API).
+    pub presence_penalty: f32,
+    /// Subtracted per occurrence from logits of tokens already generated (OpenAI API).
+    pub frequency_penalty: f32,
+    /// Tokens seen so far, each id once; ids are below the vocabulary.
+    pub counts: &'a [TokenCount],
+    /// Added to the logits of these ids, which are below the vocabulary.
+    pub bias: &'a [(u32, f32)],
+}
+
+/// A token that has occurred.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TokenCount {
+    /// Its id.
+    pub token: u32,
+    /// How often it was generated (0: it occurred in the prompt only).
+    pub generated: u32,
+}
+
+impl SampleRow<'_> {
+    /// Adds the bias, applies the penalties and replaces NaN by −∞: the part of sampling that is plain f32 arithmetic on a few
+    /// logits and therefore the same on every device in host memory.
+    pub(crate) fn adjust(&self, logits: &mut [f32]) {
+        for &(token, bias) in self.bias {
+            logits[token as usize] += bias;
+        }
+        for seen in self.counts {
+            let logit = &mut logits[seen.token as usize];
+            *logit = if *logit > 0.0 { *logit / self.repetition_penalty } else { *logit * self.repetition_penalty };
+            if seen.generated > 0 {
+                *logit -= self.presence_penalty + self.frequency_penalty * seen.generated as f32;
+            }
+        }
+        for logit in logits.iter_mut().filter(|logit| logit.is_nan()) {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
+
+    /// The weight of a token before normalisation.
+    pub(crate) fn weight(&self, logit: f32, largest: f32) -> f64 {
+        f64::from(((logit - largest) / self.temperature).exp())
+    }
+
+    /// Whether the largest logit is simply taken.
+    pub(crate) fn is_greedy(&self, largest: f32) -> bool {
+        self.temperature <= 0.0 || self.temperature.is_nan() || !largest.is_finite()
+    }
+
+    /// How many tokens top-k keeps of a vocabulary.
+    pub(crate) fn kept_by_top_k(&self, vocabulary: usize) -> usize {
+        if self.top_k == 0 { vocabulary } else { vocabulary.min(self.top_k as usize) }
+    }
+}
+
+/// The largest logit and its lowest id.
+pub(crate) fn argmax(logits: &[f32]) -> (u32, f32) {
+    let first = (0, f32::NEG_INFINITY);
+    let larger = |best: (u32, f32), (id, &logit): (usize, &f32)| if logit > best.1 { (id as u32, logit) } else { best };
+    logits.iter().enumerate().fold(first, larger)
+}
+
+/// The order in which tokens are considered: falling logit, ties by id.
+pub(crate) fn by_falling_logit(logits: &[f32]) -> impl Fn(&u32, &u32) -> Ordering {
+    // Not `total_cmp`, which would put 0 before −0.
+    |&a, &b| logits[b as usize].partial_cmp(&logits[a as usize]).unwrap_or(Ordering::Equal).then(a.cmp(&b))
+}

@@ -1,0 +1,220 @@
+//! Rows of attention and what prepares it: rotary embedding, QK norm, the KV cache.
+
+use std::ops::Range;
+
+use marlin_kernels::{AttentionShape, Backend, Encoder, KvLayer, KvLayout, KvType, QkNorm};
+
+use crate::support::{Case, Pages, Ragged, Rng, check, limits, poisoned, read, upload};
+use crate::{Device, Table};
+
+/// Ragged batches: what each sequence has in the cache, and what the step brings.
+const BATCHES: [&[Range<usize>]; 4] = [
+    // The first token of a sequence.
+    &[0..1, 0..0],
+    // Decode on both sides of a block border.
+    &[31..32, 32..33],
+    // A chunk over several tiles and borders.
+    &[5..75, 3..4],
+    // Decode, prefill, verification of a draft, and a sequence that rests.
+    &[100..101, 0..20, 47..52, 16..16, 15..17],
+];
+
+pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
+    for kv_type in [KvType::F16, KvType::F32] {
+        let suffix = format!("kv-{kv_type:?}").to_lowercase();
+        for (heads, kv_heads) in [(2, 2), (4, 2), (4, 1), (14, 2), (9, 1)] {
+            for dim in [64, 80, 96, 128] {
+                let name = format!("attention/heads={heads}:{kv_heads},dim={dim},{suffix}");
+                let shape = shape(heads, kv_heads, dim, None);
+                table.add(device, name, move |device| attention(device, shape, kv_type));
+            }
+        }
+        for dim in [2, 6, 20] {
+            let shape = shape(2, 1, dim, None);
+            table.add(device, format!("attention/heads=2:1,dim={dim},{suffix}"), move |device| {
+                attention(device, shape, kv_type)
+            });
+        }
+        for window in [1, 7, 16, 33] {
+            let shape = shape(4, 2, 64, Some(window));
+            table.add(device, format!("attention/window={window},{suffix}"), move |device| {
+                attention(device, shape, kv_type)
+            });
+        }
+        for rotary in [64, 32, 2] {
+            for norm in [false, true] {
+                let norm_name = if norm { "-qk-norm" } else { "" };
+                table.add(device, format!("rope-store-kv{norm_name}/rotary={rotary},{suffix}"), move |device| {
+                    rope_store_kv(device, rotary, norm, kv_type)
+                });
+            }
+        }
+        table.add(device, format!("copy-kv-blocks/{suffix}"), move |device| copy_blocks(device, kv_type));
+    }
+}
+
+fn shape(heads: usize, kv_heads: usize, head_dim: usize, window: Option<usize>) -> AttentionShape {
+    AttentionShape { heads, kv_heads, head_dim, scale: (head_dim as f32).powf(-0.5), window }
+}
+
+/// The error that rounding of keys and values to the other neighbour may cause now and then.
+fn bound(kv_type: KvType) -> f64 {
+    match kv_type {
+        KvType::F16 => 1e-8,
+        KvType::F32 => 1e-11,
+    }
+}
+
+fn attention<B: Backend>(device: &Device<B>, shape: AttentionShape, kv_type: KvType) -> Result<(), String> {
+    for batch in BATCHES {
+        for block_tokens in [16, 5] {
+            let case = Attention::new(shape, kv_type, block_tokens, batch);
+            check(&case, &device.backend, bound(kv_type), &format!("positions {batch:?}, blocks of {block_tokens}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn rope_store_kv<B: Backend>(device: &Device<B>, rotary: usize, norm: bool, kv_type: KvType) -> Result<(), String> {
+    for (window, reads) in [(None, Reads::Queries), (Some(1), Reads::Attention), (None, Reads::Attention)] {
+        let shape = shape(4, 2, 64, window);
+        let base = Attention::new(shape, kv_type, 16, BATCHES[3]);
+        let case = Attention { rotary, norm, reads, ..base };
+        check(&case, &device.backend, bound(kv_type), &format!("{reads:?}, window {window:?}"))?;
+    }
+    Ok(())
+}
+
+fn copy_blocks<B: Backend>(device: &Device<B>, kv_type: KvType) -> Result<(), String> {
+    let base = Attention::new(shape(4, 2, 64, None), kv_type, 16, BATCHES[3]);
+    let case = Attention { moves: true, ..base };
+    check(&case, &device.backend, bound(kv_type), "a sequence moved to other blocks")
+}
+
+/// What a case reads back.
+#[derive(Debug, Clone, Copy)]
+enum Reads {
+    /// The prepared queries.
+    Queries,
+    /// What attention gives.
+    Attention,
+}
+
+/// Fills the cache up to a batch, then runs the batch.
+struct Attention<'a> {
+    shape: AttentionShape,
+    kv_type: KvType,
+    block_tokens: usize,
+    batch: &'a [Range<usize>],
+    rotary: usize,
+    norm: bool,
+    reads: Reads,
+    /// Copies all blocks elsewhere between filling the cache and running the batch, and poisons the old ones.
+    moves: bool,
+}
+
+impl<'a> Attention<'a> {
+    fn new(shape: AttentionShape, kv_type: KvType, block_tokens: usize, batch: &'a [Range<usize>]) -> Self {
+        Self {
+            shape,
+            kv_type,
+            block_tokens,
+            batch,
+            rotary: shape.head_dim,
+            norm: false,
+            reads: Reads::Attention,
+            moves: false,
+        }
+    }
+}
+
+impl Case for Attention<'_> {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<f32> {
+        let mut rng = Rng(20);
+        let lengths: Vec<usize> = self.batch.iter().map(|range| range.end).collect();
+        let pages = Pages::new(self.block_tokens, &lengths, &mut rng);
+        let mut layer = Layer::new(self, backend, 2 * pages.blocks, &mut rng);
+        let width = layer.width;
+        let batch = pages.step(self.batch);
+        let mut out = poisoned(backend, batch.rows(), self.shape.heads * self.shape.head_dim);
+
+        // All slots hold NaN, but for those that are written afterwards; so does scratch memory.
+        let nan = |step: &Ragged| vec![f32::NAN; step.rows() * width];
+        layer.store(&pages.all_slots(), &nan(&pages.all_slots()));
+        let poison = layer.store(&batch, &nan(&batch));
+        layer.encoder.attention(&poison, &self.shape, &layer.kv, LAYER, &mut out);
+
+        let history: Vec<Range<usize>> = self.batch.iter().map(|range| 0..range.start).collect();
+        let history = pages.step(&history);
+        layer.store(&history, &rng.normals(history.rows() * width));
+        let batch = if self.moves {
+            let (moved, pairs) = pages.moved();
+            layer.encoder.copy_kv_blocks(&mut layer.kv, &pairs);
+            layer.store(&pages.all_slots(), &nan(&pages.all_slots()));
+            moved.step(self.batch)
+        } else {
+            batch
+        };
+        let qkv = layer.store(&batch, &rng.normals(batch.rows() * width));
+        match self.reads {
+            Reads::Queries => {
+                let qkv = read::<B>(&mut layer.encoder, &qkv, batch.rows() * width);
+                let queries = self.shape.heads * self.shape.head_dim;
+                qkv.chunks_exact(width).flat_map(|row| row[..queries].to_vec()).collect()
+            }
+            Reads::Attention => {
+                layer.encoder.attention(&qkv, &self.shape, &layer.kv, LAYER, &mut out);
+                let values = batch.rows() * self.shape.heads * self.shape.head_dim;
+                read::<B>(&mut layer.encoder, &out, values)
+            }
+        }
+    }
+}
+
+/// The cache's layer that tests use.
+const LAYER: usize = 1;
+
+/// What one layer of a decoder owns.
+struct Layer<'a, B: Backend> {
+    backend: &'a B,
+    encoder: B::Encoder,
+    kv: B::KvCache,
+    shape: AttentionShape,
+    norm: Option<[B::Vector; 2]>,
+    inv_freq: B::Vector,
+    rotary: usize,
+    /// Of a row of queries, keys and values.
+    width: usize,
+}
+
+impl<'a, B: Backend> Layer<'a, B> {
+    fn new(case: &Attention<'_>, backend: &'a B, blocks: usize, rng: &mut Rng) -> Self {
+        let AttentionShape { heads, kv_heads, head_dim, window, .. } = case.shape;
+        let kv_layer = KvLayer { heads: kv_heads, key_dim: head_dim, value_dim: head_dim, window };
+        let layout = KvLayout { block_tokens: case.block_tokens, layers: vec![kv_layer; LAYER + 1] };
+        let vector = |values: &[f32]| backend.load_vector(values).expect("a vector");
+        let inv_freq: Vec<f32> = (0..case.rotary / 2).map(|i| 0.8f32.powi(i as i32)).collect();
+        let width = (heads + 2 * kv_heads) * head_dim;
+        Self {
+            backend,
+            encoder: backend.encoder(&limits(1024, width)).expect("an encoder"),
+            kv: backend.kv_cache(&layout, case.kv_type, blocks).expect("a cache"),
+            shape: case.shape,
+            norm: case.norm.then(|| [vector(&rng.normals(head_dim)), vector(&rng.normals(head_dim))]),
+            inv_freq: vector(&inv_freq),
+            rotary: case.rotary,
+            width,
+        }
+    }
+
+    /// Begins a step, prepares its rows `values` and stores their keys and values; gives the prepared rows.
+    fn store(&mut self, step: &Ragged, values: &[f32]) -> B::Buffer {
+        let mut angles = poisoned(self.backend, step.rows(), self.rotary);
+        let mut qkv = upload(self.backend, self.width, values);
+        let norm = self.norm.as_ref().map(|[q, k]| QkNorm { q, k, eps: 1e-6 });
+        self.encoder.begin(&step.step());
+        self.encoder.rope_angles(&self.inv_freq, 1.0, &mut angles);
+        self.encoder.rope_store_kv(&mut qkv, &self.shape, norm, &angles, &mut self.kv, LAYER);
+        qkv
+    }
+}

@@ -1,0 +1,204 @@
+//! Rows of the packed linears: format × epilogue, each over all shape classes.
+
+use marlin_format::{PackedMatrix, Scheme};
+use marlin_kernels::{Activation, Backend, Encoder, LinearPart};
+
+use crate::matrices::{has_columns, random, schemes};
+use crate::support::{Case, Ragged, Rng, check, limits, mean_square, poisoned, read, upload};
+use crate::{Device, Table};
+
+/// Around the borders of the tiles: 8 rows of N, 4 rows of M, 32 columns of K.
+const N: [usize; 5] = [1, 7, 8, 9, 17];
+const M: [usize; 5] = [1, 3, 4, 5, 9];
+const K: [usize; 7] = [1, 31, 32, 33, 65, 128, 300];
+
+/// The magnitude of outlier channels.
+const OUTLIER: f32 = 1e5;
+
+/// How much larger the error of a product of two sums is: twice for independent sums, more where an input row is large, for
+/// both of them.
+const PRODUCT: f64 = 4.0;
+
+pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
+    for (name, scheme) in schemes() {
+        table.add(device, format!("linear/{name}"), move |device| all_shapes(device, scheme));
+        table.add(device, format!("linear-bias/{name}"), move |device| some_shapes(device, scheme, Epilogue::Store));
+        table.add(device, format!("linear-add/{name}"), move |device| some_shapes(device, scheme, Epilogue::Add));
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            table.add(device, format!("linear-gated-{activation:?}/{name}").to_lowercase(), move |device| {
+                some_shapes(device, scheme, Epilogue::Gated(activation))
+            });
+        }
+        table.add(device, format!("embed/{name}"), move |device| embed(device, scheme));
+    }
+    table.add(device, "linear-fused/mixed".into(), fused);
+}
+
+/// All pairs of N and K; each with two values of M, which meet every N and every K.
+fn all_shapes<B: Backend>(device: &Device<B>, scheme: Scheme) -> Result<(), String> {
+    let mut rng = Rng(1);
+    for (i, k) in K.into_iter().filter(|&k| has_columns(&scheme, k)).enumerate() {
+        for (j, n) in N.into_iter().enumerate() {
+            let parts = [LinearPart { weight: random(scheme, n, k, &mut rng), bias: None }];
+            for m in [M[(i + j) % M.len()], M[(i + 2 * j + 1) % M.len()]] {
+                check_linear(device, &parts, m, Epilogue::Store, &mut rng)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Each value of N, M and K, but not in all combinations; every matrix has a bias.
+fn some_shapes<B: Backend>(device: &Device<B>, scheme: Scheme, epilogue: Epilogue) -> Result<(), String> {
+    let mut rng = Rng(2);
+    for (i, k) in K.into_iter().filter(|&k| has_columns(&scheme, k)).enumerate() {
+        let (n, m) = (N[i % N.len()], M[(2 * i + 1) % M.len()]);
+        let parts = if matches!(epilogue, Epilogue::Gated(_)) { 2 } else { 1 };
+        let parts: Vec<_> = (0..parts).map(|_| with_bias(random(scheme, n, k, &mut rng), &mut rng)).collect();
+        check_linear(device, &parts, m, epilogue, &mut rng)?;
+    }
+    Ok(())
+}
+
+/// Three matrices of different heights in one linear, with neighbouring schemes of the table and biases on some.
+fn fused<B: Backend>(device: &Device<B>) -> Result<(), String> {
+    let mut rng = Rng(3);
+    let schemes = schemes();
+    for i in 0..schemes.len() {
+        for (k, m) in [(36, 1), (128, 5), (300, 9)] {
+            let scheme = |j: usize| schemes[(i + j) % schemes.len()].1;
+            let parts = [
+                with_bias(random(scheme(0), 17, k, &mut rng), &mut rng),
+                LinearPart { weight: random(scheme(1), 1, k, &mut rng), bias: None },
+                with_bias(random(scheme(2), 9, k, &mut rng), &mut rng),
+            ];
+            check_linear(device, &parts, m, Epilogue::Store, &mut rng)?;
+        }
+    }
+    Ok(())
+}
+
+fn with_bias(weight: PackedMatrix<'static>, rng: &mut Rng) -> LinearPart<'static> {
+    let bias = Some(rng.normals(weight.rows));
+    LinearPart { weight, bias }
+}
+
+/// Checks one shape with tame activations, and with outlier channels.
+fn check_linear<B: Backend>(
+    device: &Device<B>,
+    parts: &[LinearPart<'_>],
+    m: usize,
+    epilogue: Epilogue,
+    rng: &mut Rng,
+) -> Result<(), String> {
+    let k = parts[0].weight.cols;
+    let n: Vec<String> = parts.iter().map(|part| part.weight.rows.to_string()).collect();
+    for outliers in [false, true] {
+        let mut x = rng.normals(m * k);
+        if outliers {
+            let channel = rng.below(k);
+            x.iter_mut().skip(channel).step_by(k).for_each(|x| *x = OUTLIER * x.signum());
+        }
+        let residual = rng.normals(m * parts.iter().map(|part| part.weight.rows).sum::<usize>());
+        let case = Linear { parts, x, m, epilogue, residual };
+        let what = format!("n={},k={k},m={m}{}", n.join("+"), if outliers { " with outliers" } else { "" });
+        // The mean of few squares strays far from what is expected of it.
+        let outputs = m * parts.iter().map(|part| part.weight.rows).sum::<usize>();
+        let factor = if matches!(epilogue, Epilogue::Gated(_)) { PRODUCT } else { 1.0 };
+        let bound = factor * device.linear_bound * (1.0 + 10.0 / outputs as f64);
+        check(&case, &device.backend, bound, &what)?;
+    }
+    Ok(())
+}
+
+#[derive(Clone, Copy)]
+enum Epilogue {
+    Store,
+    Add,
+    Gated(Activation),
+}
+
+struct Linear<'a> {
+    parts: &'a [LinearPart<'a>],
+    /// `[m, K]`.
+    x: Vec<f32>,
+    m: usize,
+    epilogue: Epilogue,
+    /// What [`Epilogue::Add`] adds to, `[m, N]`.
+    residual: Vec<f32>,
+}
+
+impl Case for Linear<'_> {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<f32> {
+        let k = self.parts[0].weight.cols;
+        let rows: usize = self.parts.iter().map(|part| part.weight.rows).sum();
+        let n = if matches!(self.epilogue, Epilogue::Gated(_)) { rows / 2 } else { rows };
+        let linear = backend.load_linear(self.parts).expect("matrices that fit together");
+        let mut encoder = backend.encoder(&limits(self.m, k)).expect("an encoder");
+        let mut out = poisoned(backend, self.m, n);
+        // The first pass leaves NaN in whatever scratch memory the second one uses.
+        for x in [&vec![f32::NAN; self.x.len()], &self.x] {
+            let x = upload(backend, k, x);
+            match self.epilogue {
+                Epilogue::Store => encoder.linear(&x, &linear, &mut out),
+                Epilogue::Gated(activation) => encoder.linear_gated(&x, &linear, activation, &mut out),
+                Epilogue::Add => {
+                    backend.upload(&mut out, self.m, &self.residual).expect("as many values");
+                    encoder.linear_add(&x, &linear, &mut out);
+                }
+            }
+        }
+        read::<B>(&mut encoder, &out, self.m * n)
+    }
+
+    /// The mean square of outputs if terms had random signs: a single output may be small by cancellation, and all of them where
+    /// the weights of an outlier channel are 0.
+    fn energy(&self, _: &[f32]) -> f64 {
+        let square = |values: &[f32]| mean_square(values.iter().map(|&value| f64::from(value)));
+        let sums = self.parts.iter().map(|part| {
+            let mut weights = vec![0.0; part.weight.rows * part.weight.cols];
+            for (row, weights) in weights.chunks_exact_mut(part.weight.cols).enumerate() {
+                part.weight.decode_row(row, weights);
+            }
+            let bias = part.bias.as_deref().map_or(0.0, square);
+            square(&weights) * square(&self.x) * part.weight.cols as f64 + bias
+        });
+        let sums: Vec<f64> = sums.collect();
+        let mean = sums.iter().sum::<f64>() / sums.len() as f64;
+        match self.epilogue {
+            Epilogue::Store => mean,
+            Epilogue::Add => mean + square(&self.residual),
+            Epilogue::Gated(_) => sums[0] * sums[1],
+        }
+    }
+}
+
+fn embed<B: Backend>(device: &Device<B>, scheme: Scheme) -> Result<(), String> {
+    let mut rng = Rng(4);
+    for k in K.into_iter().filter(|&k| has_columns(&scheme, k)) {
+        let vocabulary = 19;
+        let table = random(scheme, vocabulary, k, &mut rng);
+        let tokens = [18, 0, 7, 8, 7].map(|token| token as u32).to_vec();
+        let case = Embed { table: [LinearPart { weight: table, bias: None }], tokens };
+        check(&case, &device.backend, 1e-13, &format!("k={k}"))?;
+    }
+    Ok(())
+}
+
+struct Embed<'a> {
+    table: [LinearPart<'a>; 1],
+    tokens: Vec<u32>,
+}
+
+impl Case for Embed<'_> {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<f32> {
+        let k = self.table[0].weight.cols;
+        let table = backend.load_linear(&self.table).expect("a table");
+        let step = Ragged::of_tokens(self.tokens.clone(), 0);
+        let mut encoder = backend.encoder(&limits(self.tokens.len(), k)).expect("an encoder");
+        let mut out = poisoned(backend, self.tokens.len(), k);
+        encoder.begin(&step.step());
+        encoder.embed(&table, &mut out);
+        read::<B>(&mut encoder, &out, self.tokens.len() * k)
+    }
+}

@@ -1,0 +1,105 @@
+//! Rows of the operations on activations alone: norms, angles, selection.
+
+use marlin_kernels::{Backend, Encoder};
+
+use crate::support::{Case, Ragged, Rng, check, limits, poisoned, read, upload};
+use crate::{Device, Table};
+
+pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
+    for width in [1, 7, 8, 9, 15, 16, 17, 33, 576, 2048] {
+        table.add(device, format!("rms-norm/width={width}"), move |device| rms_norm(device, width));
+    }
+    for (frequencies, scaling) in [(1, 1.0), (16, 1.0), (33, 0.5), (64, 1.2)] {
+        table.add(device, format!("rope-angles/{frequencies}"), move |device| angles(device, frequencies, scaling));
+    }
+    table.add(device, "select-logit-rows".into(), select);
+}
+
+fn rms_norm<B: Backend>(device: &Device<B>, width: usize) -> Result<(), String> {
+    let mut rng = Rng(10);
+    for rows in [1, 3, 4, 5, 9] {
+        for (what, magnitude, outlier) in [("", 1.0, None), (" with outliers", 1.0, Some(1e5)), (" tiny", 1e-18, None)]
+        {
+            let mut x: Vec<f32> = rng.normals(rows * width).iter().map(|x| x * magnitude).collect();
+            if let Some(outlier) = outlier {
+                x.iter_mut().skip(rng.below(width)).step_by(width).for_each(|x| *x = outlier);
+            }
+            let case = RmsNorm { x, weight: rng.normals(width), eps: 1e-6 };
+            check(&case, &device.backend, 1e-12, &format!("{rows} rows{what}"))?;
+        }
+    }
+    Ok(())
+}
+
+struct RmsNorm {
+    x: Vec<f32>,
+    weight: Vec<f32>,
+    eps: f32,
+}
+
+impl Case for RmsNorm {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<f32> {
+        let width = self.weight.len();
+        let rows = self.x.len() / width;
+        let weight = backend.load_vector(&self.weight).expect("a vector");
+        let mut encoder = backend.encoder(&limits(rows, width)).expect("an encoder");
+        let mut out = poisoned(backend, rows, width);
+        encoder.rms_norm(&upload(backend, width, &self.x), &weight, self.eps, &mut out);
+        read::<B>(&mut encoder, &out, self.x.len())
+    }
+}
+
+fn angles<B: Backend>(device: &Device<B>, frequencies: usize, scaling: f32) -> Result<(), String> {
+    for (first, tokens) in [(0, 1), (0, 9), (1000, 5), (131_000, 4)] {
+        let inv_freq = (0..frequencies).map(|i| 1e6f32.powf(-(i as f32) / frequencies as f32)).collect();
+        let case = Angles { first, tokens, inv_freq, scaling };
+        check(&case, &device.backend, 1e-13, &format!("positions {first}.."))?;
+    }
+    Ok(())
+}
+
+struct Angles {
+    first: usize,
+    tokens: usize,
+    inv_freq: Vec<f32>,
+    scaling: f32,
+}
+
+impl Case for Angles {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<f32> {
+        let width = 2 * self.inv_freq.len();
+        let step = Ragged::of_tokens(vec![0; self.tokens], self.first);
+        let inv_freq = backend.load_vector(&self.inv_freq).expect("a vector");
+        let mut encoder = backend.encoder(&limits(self.tokens, width)).expect("an encoder");
+        let mut out = poisoned(backend, self.tokens, width);
+        encoder.begin(&step.step());
+        encoder.rope_angles(&inv_freq, self.scaling, &mut out);
+        read::<B>(&mut encoder, &out, self.tokens * width)
+    }
+}
+
+fn select<B: Backend>(device: &Device<B>) -> Result<(), String> {
+    for rows in [vec![], vec![0], vec![8], vec![0, 3, 8], (0..9).collect()] {
+        let what = format!("rows {rows:?}");
+        check(&Select { x: Rng(11).normals(9 * 33), rows }, &device.backend, 0.0, &what)?;
+    }
+    Ok(())
+}
+
+struct Select {
+    /// `[9, 33]`.
+    x: Vec<f32>,
+    rows: Vec<u32>,
+}
+
+impl Case for Select {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<f32> {
+        let mut step = Ragged::of_tokens(vec![0; 9], 0);
+        step.logit_rows.clone_from(&self.rows);
+        let mut encoder = backend.encoder(&limits(9, 33)).expect("an encoder");
+        let mut out = poisoned(backend, 9, 33);
+        encoder.begin(&step.step());
+        encoder.select_logit_rows(&upload(backend, 33, &self.x), &mut out);
+        read::<B>(&mut encoder, &out, self.rows.len() * 33)
+    }
+}

@@ -1,0 +1,122 @@
+//! Rows of sampling: every parameter by itself, and all of them together. The same tokens must be chosen.
+
+use marlin_kernels::{Backend, Encoder, SampleRow, TokenCount};
+
+use crate::support::{Case, Rng, check, limits, read, upload};
+use crate::{Device, Table};
+
+/// The neutral settings, but for a temperature.
+const PLAIN: SampleRow<'static> = SampleRow {
+    temperature: 1.0,
+    top_k: 0,
+    top_p: 1.0,
+    min_p: 0.0,
+    uniform: 0.0,
+    repetition_penalty: 1.0,
+    presence_penalty: 0.0,
+    frequency_penalty: 0.0,
+    counts: &[],
+    bias: &[],
+};
+
+const COUNTS: [TokenCount; 4] = [
+    TokenCount { token: 0, generated: 0 },
+    TokenCount { token: 3, generated: 1 },
+    TokenCount { token: 5, generated: 7 },
+    TokenCount { token: 6, generated: 2 },
+];
+
+pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
+    let settings: [(&str, SampleRow<'static>); 17] = [
+        ("greedy", SampleRow { temperature: 0.0, ..PLAIN }),
+        ("temperature=1", PLAIN),
+        ("temperature=0.3", SampleRow { temperature: 0.3, ..PLAIN }),
+        ("temperature=5", SampleRow { temperature: 5.0, ..PLAIN }),
+        ("top-k=1", SampleRow { top_k: 1, ..PLAIN }),
+        ("top-k=40", SampleRow { top_k: 40, ..PLAIN }),
+        ("top-k=1000000", SampleRow { top_k: 1_000_000, ..PLAIN }),
+        ("top-p=0", SampleRow { top_p: 0.0, ..PLAIN }),
+        ("top-p=0.9", SampleRow { top_p: 0.9, ..PLAIN }),
+        ("top-p=0.999", SampleRow { top_p: 0.999, ..PLAIN }),
+        ("min-p=0.05", SampleRow { min_p: 0.05, ..PLAIN }),
+        ("min-p=2", SampleRow { min_p: 2.0, ..PLAIN }),
+        ("repetition-penalty", SampleRow { repetition_penalty: 3.0, counts: &COUNTS, ..PLAIN }),
+        ("presence-penalty", SampleRow { presence_penalty: 2.0, counts: &COUNTS, ..PLAIN }),
+        ("frequency-penalty", SampleRow { frequency_penalty: 0.5, counts: &COUNTS, ..PLAIN }),
+        ("bias", SampleRow { bias: &[(2, 6.0), (4, f32::NEG_INFINITY)], ..PLAIN }),
+        (
+            "everything",
+            SampleRow {
+                temperature: 0.8,
+                top_k: 50,
+                top_p: 0.95,
+                min_p: 0.02,
+                repetition_penalty: 1.1,
+                presence_penalty: 0.5,
+                frequency_penalty: 0.1,
+                counts: &COUNTS,
+                bias: &[(1, 2.0)],
+                ..PLAIN
+            },
+        ),
+    ];
+    for (name, row) in settings {
+        table.add(device, format!("sample/{name}"), move |device| sample(device, row));
+    }
+}
+
+fn sample<B: Backend>(device: &Device<B>, row: SampleRow<'static>) -> Result<(), String> {
+    for vocabulary in [7, 127, 129, 5000] {
+        for (what, distort) in DISTORTIONS {
+            let case = Sample { row, vocabulary, distort };
+            check(&case, &device.backend, 0.0, &format!("{vocabulary} tokens, {what}"))?;
+        }
+    }
+    Ok(())
+}
+
+type Distort = fn(usize, f32) -> f32;
+
+/// Kinds of logits.
+const DISTORTIONS: [(&str, Distort); 6] = [
+    ("spread", |_, x| 3.0 * x),
+    ("many ties", |_, x| x.round()),
+    ("zeros of both signs", |i, _| if i % 2 == 0 { 0.0 } else { -0.0 }),
+    ("NaN and infinities among them", |i, x| {
+        if i % 5 == 1 {
+            f32::NAN
+        } else if i % 5 == 2 {
+            f32::NEG_INFINITY
+        } else {
+            x
+        }
+    }),
+    ("nothing finite", |i, _| if i % 2 == 0 { f32::NAN } else { f32::NEG_INFINITY }),
+    ("one certain", |i, x| if i == 6 { f32::INFINITY } else { x }),
+];
+
+struct Sample {
+    row: SampleRow<'static>,
+    vocabulary: usize,
+    distort: Distort,
+}
+
+impl Case for Sample {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<f32> {
+        let mut rng = Rng(30);
+        let rows = 33;
+        let logits: Vec<f32> =
+            (0..rows * self.vocabulary).map(|i| (self.distort)(i % self.vocabulary, rng.normal())).collect();
+        let largest_below_one = 1.0 - f32::EPSILON / 2.0;
+        let uniforms = [0.0, largest_below_one].into_iter().chain((2..rows).map(|_| rng.uniform()));
+        let settings: Vec<SampleRow<'_>> = uniforms.map(|uniform| SampleRow { uniform, ..self.row }).collect();
+        let mut encoder = backend.encoder(&limits(rows, self.vocabulary)).expect("an encoder");
+        let mut logits = upload(backend, self.vocabulary, &logits);
+        let mut tokens = vec![u32::MAX; rows];
+        encoder.sample(&mut logits, &settings, &mut tokens);
+        // Nothing to read, but the device must have come to an end.
+        read::<B>(&mut encoder, &logits, rows * self.vocabulary);
+        assert!(tokens.iter().all(|&token| (token as usize) < self.vocabulary), "a token of the vocabulary");
+        tokens.iter().map(|&token| token as f32).collect()
+    }
+}
