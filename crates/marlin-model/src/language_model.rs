@@ -1,0 +1,73 @@
+//! A loaded model, whatever its family and device.
+
+use marlin_kernels::{DeviceInfo, KvLayout, KvType, SampleRow};
+
+use crate::{KvPool, ModelError, StepBatch};
+
+/// A decoder ready to run: what an engine, an evaluation or a quantiser needs of it.
+///
+/// One call of [`LanguageModel::forward`] serves prefill, chunked prefill, decode, verification and perplexity. The caller owns its
+/// sequences ([`crate::KvSequence`]) and grows, truncates and forks them through [`LanguageModel::kv`].
+pub trait LanguageModel: Send {
+    /// Sizes and names.
+    fn info(&self) -> &ModelInfo;
+
+    /// The blocks of the KV cache.
+    fn kv(&mut self) -> &mut KvPool;
+
+    /// Runs a step; afterwards logits of its logit rows are on the device. Pending block copies of the pool run first.
+    /// A batch that does not fit [`ModelInfo`] is refused before anything runs. One of no tokens does nothing.
+    fn forward(&mut self, batch: &StepBatch) -> Result<(), ModelError>;
+
+    /// Reads the logits of the last step, `[L, vocabulary]` row-major, into `out` (resized to fit).
+    fn read_logits(&mut self, out: &mut Vec<f32>) -> Result<(), ModelError>;
+
+    /// Chooses a token for each logit row of the last step; consumes its logits, so that there are none to read afterwards.
+    fn sample(&mut self, rows: &[SampleRow<'_>], tokens: &mut [u32]) -> Result<(), ModelError>;
+}
+
+/// Sizes and names of a loaded model.
+#[derive(Debug, Clone)]
+pub struct ModelInfo {
+    /// `architectures[0]` of config.json, for example `Qwen3ForCausalLM`.
+    pub architecture: String,
+    /// Rows of the embedding.
+    pub vocabulary: usize,
+    /// Longest sequence this instance was loaded for (at most the model's own context).
+    pub context: usize,
+    /// Most tokens of a step.
+    pub step_tokens: usize,
+    /// Most rows of logits of a step.
+    pub logit_rows: usize,
+    /// Decoder layers.
+    pub layers: usize,
+    /// Layout of the KV cache.
+    pub kv_layout: KvLayout,
+    /// Number format of the KV cache.
+    pub kv_type: KvType,
+    /// Bytes of all weights as stored in the checkpoint (scales and zero points counted).
+    pub weight_bytes: u64,
+    /// The device it runs on.
+    pub device: DeviceInfo,
+}
+
+/// How much room to make when a model is loaded.
+#[derive(Debug, Clone, Copy)]
+pub struct LoadOptions {
+    /// Longest sequence; `None` is the model's own context.
+    pub context: Option<usize>,
+    /// Most tokens of a step (a longer prompt is prefilled in chunks).
+    pub step_tokens: usize,
+    /// Most rows of logits of a step, at most `step_tokens`: each takes 4 bytes · vocabulary on the device.
+    pub logit_rows: usize,
+    /// KV blocks of the pool; `None` makes enough for one sequence of `context` tokens and one block to spare.
+    pub kv_blocks: Option<usize>,
+    /// Number format of the KV cache.
+    pub kv_type: KvType,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self { context: None, step_tokens: 512, logit_rows: 64, kv_blocks: None, kv_type: KvType::F16 }
+    }
+}

@@ -1,0 +1,22 @@
+//! Decoders: attention, MLP, rope, norms, one small file per model family.
+//!
+//! [`load_model`] reads a checkpoint's config.json, finds the family, and builds a decoder on any
+//! [`Backend`](marlin_kernels::Backend). A caller grows its [`KvSequence`]s in the model's [`KvPool`], describes what to run
+//! in a [`StepBatch`], and calls [`LanguageModel::forward`].
+
+mod batch;
+mod config;
+mod decoder;
+mod error;
+mod families;
+mod kv;
+mod language_model;
+mod rope;
+mod spec;
+
+pub use batch::{LogitRows, StepBatch};
+pub use decoder::load_model;
+pub use error::{ConfigError, ModelError};
+pub use families::SUPPORTED_ARCHITECTURES;
+pub use kv::{KvPool, KvSequence};
+pub use language_model::{LanguageModel, LoadOptions, ModelInfo};

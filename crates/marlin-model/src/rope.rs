@@ -1,0 +1,234 @@
+//! Rotary position embedding: from config.json to inverse frequencies.
+//!
+//! Follows `modeling_rope_utils.py` of `transformers`, in its single-precision arithmetic.
+
+use std::f32::consts::PI;
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::ConfigError;
+use crate::config::{self, Positive, Size};
+
+/// Base of the frequencies where config.json names none.
+const DEFAULT_THETA: f64 = 10_000.0;
+
+/// Inverse frequencies and the factor on cosines and sines.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Rope {
+    /// One per pair of dimensions, `[head_dim / 2]`.
+    pub(crate) inv_freq: Vec<f32>,
+    /// 1 for every type read here; YaRN-like types have others.
+    pub(crate) scaling: f32,
+}
+
+/// The fields of config.json that speak of rope, in the spelling of `transformers` 5 (`rope_parameters`) and in the older one
+/// (`rope_theta`, `rope_scaling`).
+#[derive(Debug, Default)]
+pub(crate) struct RopeFields {
+    pub(crate) rope_parameters: Option<Map<String, Value>>,
+    pub(crate) rope_scaling: Option<Map<String, Value>>,
+    pub(crate) rope_theta: Option<Positive>,
+    pub(crate) partial_rotary_factor: Option<f64>,
+    pub(crate) original_max_position_embeddings: Option<Size>,
+}
+
+/// How frequencies are stretched beyond the context the model was first trained on.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[serde(tag = "rope_type", rename_all = "lowercase", deny_unknown_fields)]
+enum Scaling {
+    Default {},
+    Linear {
+        factor: Positive,
+    },
+    Llama3 {
+        factor: Positive,
+        low_freq_factor: Positive,
+        high_freq_factor: Positive,
+        original_max_position_embeddings: Size,
+    },
+}
+
+impl Rope {
+    /// Rotary embedding of whole heads of `head_dim` (even).
+    pub(crate) fn new(
+        fields: RopeFields,
+        head_dim: usize,
+        max_position_embeddings: usize,
+    ) -> Result<Self, ConfigError> {
+        let (theta, scaling) = fields.resolve(max_position_embeddings)?;
+        let base = inverse_frequencies(theta as f32, head_dim);
+        let inv_freq = match scaling {
+            Scaling::Default {} => base,
+            Scaling::Linear { factor } => base.into_iter().map(|f| f / factor.get() as f32).collect(),
+            Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+                let (factor, low, high) = (factor.get(), low_freq_factor.get(), high_freq_factor.get());
+                if high <= low {
+                    let problem = format!("must be above low_freq_factor = {low}, found {high}");
+                    return Err(ConfigError::new("rope_parameters.high_freq_factor", problem));
+                }
+                let context = original_max_position_embeddings.get() as f32;
+                base.into_iter().map(|f| llama3(f, factor as f32, low as f32, high as f32, context)).collect()
+            }
+        };
+        Ok(Self { inv_freq, scaling: 1.0 })
+    }
+}
+
+impl RopeFields {
+    /// The base and the scaling, whichever way they are spelled; `rope_scaling` wins over `rope_parameters` as it does in
+    /// `transformers`.
+    fn resolve(self, max_position_embeddings: usize) -> Result<(f64, Scaling), ConfigError> {
+        let given = |map: &Map<String, Value>| !map.is_empty();
+        let (name, mut parameters) = match (self.rope_scaling.filter(given), self.rope_parameters) {
+            (Some(scaling), _) => ("rope_scaling", scaling),
+            (None, parameters) => ("rope_parameters", parameters.unwrap_or_default()),
+        };
+        parameters.retain(|_, value| !value.is_null());
+        let in_parameters = |mut error: ConfigError| {
+            error.field = if error.field.is_empty() { name.into() } else { format!("{name}.{}", error.field) };
+            error
+        };
+
+        let theta = match parameters.remove("rope_theta") {
+            Some(theta) => config::parse::<Positive>(&theta).map_err(|mut error| {
+                error.field = "rope_theta".into();
+                in_parameters(error)
+            })?,
+            None => self.rope_theta.unwrap_or(Positive::try_from(DEFAULT_THETA).expect("positive")),
+        };
+        let partial = parameters.remove("partial_rotary_factor").map_or(Ok(self.partial_rotary_factor), |value| {
+            value.as_f64().map(Some).ok_or_else(|| {
+                in_parameters(ConfigError::new("partial_rotary_factor", format!("must be a number, found {value}")))
+            })
+        })?;
+        if let Some(factor) = partial.filter(|&factor| factor != 1.0) {
+            let problem = format!("this family rotates whole heads (1.0), found {factor}");
+            return Err(ConfigError::new("partial_rotary_factor", problem));
+        }
+
+        let legacy_type = parameters.remove("type");
+        let rope_type = parameters.entry("rope_type").or_insert(legacy_type.unwrap_or("default".into()));
+        if rope_type == "llama3" {
+            // A field outside the dictionary wins, and a missing one is the context.
+            let key = "original_max_position_embeddings";
+            if let Some(original) = self.original_max_position_embeddings {
+                parameters.insert(key.into(), original.get().into());
+            }
+            parameters.entry(key).or_insert(max_position_embeddings.into());
+        }
+        let scaling = config::parse(&Value::Object(parameters)).map_err(in_parameters)?;
+        Ok((theta.get(), scaling))
+    }
+}
+
+/// theta^(−2i / head_dim).
+fn inverse_frequencies(theta: f32, head_dim: usize) -> Vec<f32> {
+    (0..head_dim).step_by(2).map(|i| 1.0 / theta.powf(i as f32 / head_dim as f32)).collect()
+}
+
+/// Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended.
+fn llama3(frequency: f32, factor: f32, low: f32, high: f32, original_context: f32) -> f32 {
+    let wavelength = 2.0 * PI / frequency;
+    if wavelength > original_context / low {
+        frequency / factor
+    } else if wavelength < original_context / high {
+        frequency
+    } else {
+        let smooth = (original_context / wavelength - low) / (high - low);
+        (1.0 - smooth) * frequency / factor + smooth * frequency
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn map(value: Value) -> Option<Map<String, Value>> {
+        Some(value.as_object().expect("an object").clone())
+    }
+
+    fn parameters(value: Value) -> Result<Rope, ConfigError> {
+        Rope::new(RopeFields { rope_parameters: map(value), ..Default::default() }, 8, 64)
+    }
+
+    fn old_style(theta: f64, scaling: Value) -> Result<Rope, ConfigError> {
+        let rope_theta = Positive::try_from(theta).ok();
+        Rope::new(RopeFields { rope_scaling: map(scaling), rope_theta, ..Default::default() }, 8, 64)
+    }
+
+    fn assert_near(found: &[f32], wanted: &[f32]) {
+        assert_eq!(found.len(), wanted.len());
+        for (f, w) in found.iter().zip(wanted) {
+            assert!((f - w).abs() <= 1e-6 * w.abs(), "{found:?} is not {wanted:?}");
+        }
+    }
+
+    #[test]
+    fn frequencies_fall_geometrically() {
+        assert_near(&parameters(json!({})).unwrap().inv_freq, &[1.0, 0.1, 0.01, 0.001]);
+        assert_near(&parameters(json!({"rope_theta": 16.0})).unwrap().inv_freq, &[1.0, 0.5, 0.25, 0.125]);
+    }
+
+    #[test]
+    fn linear_scaling_divides() {
+        let wanted = [0.25, 0.125, 0.0625, 0.03125];
+        assert_near(&old_style(16.0, json!({"type": "linear", "factor": 4})).unwrap().inv_freq, &wanted);
+        let new_style = json!({"rope_type": "linear", "factor": 4.0, "rope_theta": 16.0});
+        assert_near(&parameters(new_style).unwrap().inv_freq, &wanted);
+    }
+
+    #[test]
+    fn llama3_keeps_short_waves_and_stretches_long_ones() {
+        // Wavelengths 2π, 4π, 8π, 16π against an original context of 20 and factors 1 and 2: kept below 10, stretched above
+        // 20, blended at 4π with smooth = 20 / 4π − 1.
+        let scaling = json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 2,
+                             "original_max_position_embeddings": 20});
+        let smooth = 20.0 / (4.0 * PI) - 1.0;
+        let blended = 0.5 * ((1.0 - smooth) / 8.0 + smooth);
+        let rope = old_style(16.0, scaling).unwrap();
+        assert_near(&rope.inv_freq, &[1.0, blended, 0.25 / 8.0, 0.125 / 8.0]);
+    }
+
+    #[test]
+    fn spellings_are_resolved_as_transformers_does() {
+        let linear = map(json!({"type": "linear", "factor": 2.0}));
+        let llama3 = json!({"rope_type": "llama3", "factor": 2, "low_freq_factor": 1, "high_freq_factor": 4});
+        let fields = RopeFields {
+            rope_scaling: linear,
+            rope_parameters: map(json!({"rope_theta": 16.0})),
+            rope_theta: Positive::try_from(256.0).ok(),
+            ..Default::default()
+        };
+        assert_eq!(fields.resolve(64).unwrap().0, 256.0);
+
+        let original = |fields: RopeFields| match fields.resolve(64).unwrap().1 {
+            Scaling::Llama3 { original_max_position_embeddings, .. } => original_max_position_embeddings.get(),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(original(RopeFields { rope_parameters: map(llama3.clone()), ..Default::default() }), 64);
+        let outside = RopeFields {
+            rope_parameters: map(llama3),
+            original_max_position_embeddings: Size::try_from(16).ok(),
+            ..Default::default()
+        };
+        assert_eq!(original(outside), 16);
+    }
+
+    #[test]
+    fn what_is_not_understood_is_refused_by_name() {
+        let problem = |value: Value| parameters(value).unwrap_err().to_string();
+        let yarn = problem(json!({"rope_type": "yarn", "factor": 4.0}));
+        assert!(yarn.contains("`yarn`") && yarn.contains("`llama3`"), "{yarn}");
+        assert!(problem(json!({"rope_type": "default", "mrope_section": [1, 2]})).contains("`mrope_section`"));
+        assert!(problem(json!({"full_attention": {"rope_theta": 1.0}})).contains("`full_attention`"));
+        assert!(problem(json!({"rope_type": "linear"})).contains("missing field `factor`"));
+        assert!(problem(json!({"rope_type": "linear", "factor": -2})).contains("must be a positive number"));
+        assert!(problem(json!({"rope_theta": 0})).starts_with("rope_parameters.rope_theta: must be a positive"));
+        assert!(problem(json!({"partial_rotary_factor": 0.5})).contains("partial_rotary_factor"));
+        let crossed = json!({"rope_type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 1});
+        assert!(problem(crossed).contains("high_freq_factor"));
+    }
+}

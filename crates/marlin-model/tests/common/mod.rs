@@ -1,0 +1,248 @@
+//! Goldens, devices, and a model that is driven as an engine drives one.
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use marlin_checkpoint::{Checkpoint, CheckpointWriter, PlannedTensor, WriterOptions};
+use marlin_format::{EncodeOptions, Format, encode};
+use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
+use marlin_kernels::reference::ReferenceBackend;
+use marlin_kernels::{KvType, SampleRow};
+use marlin_model::{KvSequence, LanguageModel, LoadOptions, LogitRows, ModelError, StepBatch, load_model};
+use safetensors::SafeTensors;
+use tempfile::TempDir;
+
+/// What `transformers` says.
+pub(crate) struct Golden {
+    pub(crate) input_ids: Vec<u32>,
+    /// `[input_ids, vocabulary]`.
+    pub(crate) logits: Vec<f32>,
+}
+
+impl Golden {
+    pub(crate) fn read(folder: &Path) -> Self {
+        let bytes = std::fs::read(folder.join("golden.safetensors")).expect("golden.safetensors");
+        let tensors = SafeTensors::deserialize(&bytes).expect("a safetensors file");
+        let words = |name: &str| {
+            let tensor = tensors.tensor(name).expect(name);
+            tensor.data().chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]).collect::<Vec<_>>()
+        };
+        Self {
+            input_ids: words("input_ids").into_iter().map(u32::from_le_bytes).collect(),
+            logits: words("logits").into_iter().map(f32::from_le_bytes).collect(),
+        }
+    }
+
+    pub(crate) fn vocabulary(&self) -> usize {
+        self.logits.len() / self.input_ids.len()
+    }
+}
+
+/// The folders of all tiny goldens.
+pub(crate) fn goldens() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens");
+    let mut folders: Vec<_> = std::fs::read_dir(root).expect("goldens").map(|entry| entry.unwrap().path()).collect();
+    folders.sort();
+    folders
+}
+
+pub(crate) fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
+}
+
+/// A copy of a model whose matrices are packed, `formats` in turn: in a fused group they differ if there are several.
+pub(crate) fn packed(folder: &Path, formats: &[Format]) -> TempDir {
+    let source = Checkpoint::open(folder).unwrap();
+    let names: Vec<&str> = source.tensor_names().collect();
+    let scheme = |index: usize| formats[index % formats.len()].scheme(None).unwrap();
+    let plan = names.iter().enumerate().map(|(index, name)| match *source.shape(name).unwrap() {
+        [rows, cols] => PlannedTensor::matrix(*name, rows, cols, scheme(index)),
+        _ => PlannedTensor::raw(*name, source.tensor(name).unwrap().dtype, source.shape(name).unwrap()),
+    });
+    let target = tempfile::tempdir().unwrap();
+    let out = target.path().join("packed");
+    let config = source.config().clone();
+    let mut writer =
+        CheckpointWriter::create(&out, plan.collect(), config, Vec::new(), &WriterOptions::default()).unwrap();
+    for (index, name) in names.iter().enumerate() {
+        if let [rows, cols] = *source.shape(name).unwrap() {
+            let values = source.matrix(name, rows, cols).unwrap().decode();
+            let matrix = encode(&values, rows, cols, &scheme(index), &EncodeOptions::default()).unwrap();
+            writer.write_matrix(name, &matrix).unwrap();
+        } else {
+            let tensor = source.tensor(name).unwrap();
+            writer.write_raw(name, tensor.dtype, tensor.shape, tensor.bytes).unwrap();
+        }
+    }
+    writer.finish().unwrap();
+    target
+}
+
+/// Where [`packed`] puts the model.
+pub(crate) fn packed_in(target: &TempDir) -> PathBuf {
+    target.path().join("packed")
+}
+
+/// A device to run on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Device {
+    Reference,
+    Cpu(CpuOptions),
+}
+
+impl Device {
+    /// The CPU at a level of instructions, the best one if `None`.
+    pub(crate) fn cpu(arithmetic: Arithmetic, threads: usize, simd: Option<SimdLevel>) -> Self {
+        Self::Cpu(CpuOptions { threads: Some(threads), arithmetic, simd })
+    }
+
+    /// The reference, and the CPU in exact mode at every level this processor has.
+    pub(crate) fn exact() -> Vec<Self> {
+        let cpus = SimdLevel::available().into_iter().map(|simd| Self::cpu(Arithmetic::Exact, 1, Some(simd)));
+        std::iter::once(Self::Reference).chain(cpus).collect()
+    }
+
+    pub(crate) fn load(self, folder: &Path, options: &LoadOptions) -> Result<Model, ModelError> {
+        let checkpoint = Checkpoint::open(folder).expect("a checkpoint");
+        let model = match self {
+            Self::Reference => load_model(&ReferenceBackend, &checkpoint, options)?,
+            Self::Cpu(cpu) => load_model(&CpuBackend::new(cpu).expect("a CPU"), &checkpoint, options)?,
+        };
+        Ok(Model { model, batch: StepBatch::new() })
+    }
+}
+
+/// Options with room for every test's sequences.
+pub(crate) fn options(kv_type: KvType) -> LoadOptions {
+    LoadOptions { step_tokens: 256, logit_rows: 256, kv_blocks: Some(160), kv_type, ..LoadOptions::default() }
+}
+
+/// A model and the step it runs.
+pub(crate) struct Model {
+    pub(crate) model: Box<dyn LanguageModel>,
+    batch: StepBatch,
+}
+
+impl Model {
+    pub(crate) fn sequence(&mut self) -> KvSequence {
+        self.model.kv().sequence()
+    }
+
+    pub(crate) fn fork(&mut self, sequence: &KvSequence) -> KvSequence {
+        self.model.kv().fork(sequence)
+    }
+
+    pub(crate) fn truncate(&mut self, sequence: &mut KvSequence, len: usize) {
+        self.model.kv().truncate(sequence, len);
+    }
+
+    pub(crate) fn release(&mut self, sequence: KvSequence) {
+        self.model.kv().release(sequence);
+    }
+
+    /// Runs one step of several sequences; gives all their logits, `[tokens, vocabulary]` for each sequence.
+    pub(crate) fn step(&mut self, parts: &mut [(&mut KvSequence, &[u32])]) -> Vec<Vec<f32>> {
+        self.batch.clear();
+        let mut rows: Vec<Range<usize>> = Vec::new();
+        for (sequence, tokens) in parts {
+            self.model.kv().append(sequence, tokens.len()).unwrap();
+            rows.push(self.batch.push(sequence, tokens, LogitRows::All));
+        }
+        self.model.forward(&self.batch).unwrap();
+        let mut logits = Vec::new();
+        self.model.read_logits(&mut logits).unwrap();
+        let vocabulary = self.model.info().vocabulary;
+        assert_eq!(logits.len(), self.batch.logit_rows() * vocabulary);
+        rows.into_iter().map(|rows| logits[rows.start * vocabulary..rows.end * vocabulary].to_vec()).collect()
+    }
+
+    /// Appends tokens to a sequence; gives their logits.
+    pub(crate) fn extend(&mut self, sequence: &mut KvSequence, tokens: &[u32]) -> Vec<f32> {
+        self.step(&mut [(sequence, tokens)]).remove(0)
+    }
+
+    /// The logits of tokens that begin a sequence, run `chunk` at a time.
+    pub(crate) fn logits_of(&mut self, tokens: &[u32], chunk: usize) -> Vec<f32> {
+        let mut sequence = self.sequence();
+        let logits = tokens.chunks(chunk).flat_map(|chunk| self.extend(&mut sequence, chunk)).collect();
+        self.release(sequence);
+        logits
+    }
+
+    /// Runs one token and samples the next one greedily.
+    pub(crate) fn greedy(&mut self, sequence: &mut KvSequence, tokens: &[u32]) -> Result<u32, ModelError> {
+        self.batch.clear();
+        self.model.kv().append(sequence, tokens.len())?;
+        self.batch.push(sequence, tokens, LogitRows::Last);
+        self.model.forward(&self.batch)?;
+        let mut next = [0];
+        self.model.sample(&[GREEDY], &mut next)?;
+        Ok(next[0])
+    }
+}
+
+/// Greedy sampling.
+pub(crate) const GREEDY: SampleRow<'static> = SampleRow {
+    temperature: 0.0,
+    top_k: 0,
+    top_p: 1.0,
+    min_p: 0.0,
+    uniform: 0.0,
+    repetition_penalty: 1.0,
+    presence_penalty: 0.0,
+    frequency_penalty: 0.0,
+    counts: &[],
+    bias: &[],
+};
+
+/// Largest difference relative to the largest logit.
+pub(crate) fn max_error(found: &[f32], wanted: &[f32]) -> f32 {
+    let largest = wanted.iter().fold(0f32, |m, w| m.max(w.abs()));
+    largest_difference(found, wanted) / largest
+}
+
+/// Norm of the difference relative to the norm of what is wanted.
+pub(crate) fn l2_error(found: &[f32], wanted: &[f32]) -> f64 {
+    let square = |x: f64| x * x;
+    let difference: f64 = found.iter().zip(wanted).map(|(&f, &w)| square(f64::from(f) - f64::from(w))).sum();
+    let norm: f64 = wanted.iter().map(|&w| square(f64::from(w))).sum();
+    (difference / norm).sqrt()
+}
+
+fn largest_difference(found: &[f32], wanted: &[f32]) -> f32 {
+    assert_eq!(found.len(), wanted.len());
+    // Unlike `f32::max`, this lets a NaN through.
+    found.iter().zip(wanted).map(|(f, w)| (f - w).abs()).fold(0.0, |m, d| if d <= m { m } else { d })
+}
+
+/// Checks logits against a golden: both relative errors within `bound`, and the same token most likely in every row, except
+/// where the two most likely are closer than twice the largest error.
+pub(crate) fn assert_parity(what: &str, found: &[f32], golden: &Golden, bound: f32) {
+    let (max, l2) = (max_error(found, &golden.logits), l2_error(found, &golden.logits));
+    assert!(max <= bound, "{what}: largest relative error {max:e}, bound {bound:e}");
+    assert!(l2 <= f64::from(bound), "{what}: relative L2 error {l2:e}, bound {bound:e}");
+    let error = largest_difference(found, &golden.logits);
+    let rows = found.chunks(golden.vocabulary()).zip(golden.logits.chunks(golden.vocabulary()));
+    for (row, (found, wanted)) in rows.enumerate() {
+        let (first, gap) = top_two(wanted);
+        assert!(argmax(found) == first || gap < 2.0 * error, "{what}: row {row} prefers another token, gap {gap}");
+    }
+}
+
+/// The most likely token.
+pub(crate) fn argmax(row: &[f32]) -> usize {
+    (0..row.len()).reduce(|best, i| if row[i] > row[best] { i } else { best }).expect("a row")
+}
+
+/// The most likely token and how far the second one is behind.
+pub(crate) fn top_two(row: &[f32]) -> (usize, f32) {
+    let first = argmax(row);
+    let second = (0..row.len()).filter(|&i| i != first).map(|i| row[i]).fold(f32::NEG_INFINITY, f32::max);
+    (first, row[first] - second)
+}
+
+/// True if the bits are equal, which also tells NaN from NaN.
+pub(crate) fn same_bits(a: &[f32], b: &[f32]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
+}

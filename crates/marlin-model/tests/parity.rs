@@ -1,0 +1,115 @@
+//! Logits against `transformers`, over tiny random checkpoints of every family.
+
+mod common;
+
+use common::{
+    Device, Golden, argmax, assert_parity, golden, goldens, l2_error, options, packed, packed_in, same_bits, top_two,
+};
+use marlin_format::Format;
+use marlin_kernels::KvType;
+use marlin_kernels::cpu::Arithmetic;
+
+/// Relative error allowed with keys and values in f32: a few times what the roundings of both sides come to.
+const BOUND: f32 = 1e-5;
+/// With keys and values rounded to f16, whose relative step is 2^-11.
+const F16_KV_BOUND: f32 = 5e-3;
+/// With activations rounded to int8.
+const INT8_BOUND: f64 = 0.05;
+
+#[test]
+fn goldens_cover_both_families() {
+    let names: Vec<_> = goldens().iter().map(|f| f.file_name().unwrap().to_str().unwrap().to_owned()).collect();
+    for family in ["llama-", "qwen3-"] {
+        assert!(names.iter().filter(|name| name.starts_with(family)).count() >= 4, "{names:?}");
+    }
+}
+
+#[test]
+fn logits_agree_with_transformers() {
+    for folder in goldens() {
+        let golden = Golden::read(&folder);
+        for device in Device::exact() {
+            for (kv_type, bound) in [(KvType::F32, BOUND), (KvType::F16, F16_KV_BOUND)] {
+                let mut model = device.load(&folder, &options(kv_type)).unwrap();
+                let logits = model.logits_of(&golden.input_ids, golden.input_ids.len());
+                assert_parity(&format!("{} on {device:?}, {kv_type:?}", folder.display()), &logits, &golden, bound);
+            }
+        }
+    }
+}
+
+#[test]
+fn packed_models_agree_on_all_devices() {
+    let all = Format::ALL.into_iter().filter(|format| !format.is_dense());
+    // Each alone, and all mixed, so that the parts of fused linears differ.
+    for formats in all.clone().map(|format| vec![format]).chain([all.collect()]) {
+        for name in ["llama-gqa4-bias-sharded", "qwen3-gqa2-tied"] {
+            let input_ids = Golden::read(&golden(name)).input_ids;
+            let target = packed(&golden(name), &formats);
+            let logits = |device: Device| {
+                device.load(&packed_in(&target), &options(KvType::F32)).unwrap().logits_of(&input_ids, 40)
+            };
+            let wanted = Golden { logits: logits(Device::Reference), input_ids: input_ids.clone() };
+            for device in Device::exact() {
+                assert_parity(&format!("{name} in {formats:?} on {device:?}"), &logits(device), &wanted, BOUND);
+            }
+            // Activations of int8 cost about as much as 8-bit weights: a percent or two.
+            let error = l2_error(&logits(Device::cpu(Arithmetic::Int8, 1, None)), &wanted.logits);
+            assert!(error < INT8_BOUND, "{name} in {formats:?}: relative L2 error {error}");
+        }
+    }
+}
+
+#[test]
+fn sampling_takes_the_most_likely_token_of_each_row() {
+    for device in [Device::Reference, Device::cpu(Arithmetic::Exact, 1, None)] {
+        let folder = golden("qwen3-gqa2-tied");
+        let golden = Golden::read(&folder);
+        let mut model = device.load(&folder, &options(KvType::F32)).unwrap();
+        let mut sequence = model.sequence();
+        for (row, &token) in golden.input_ids.iter().enumerate() {
+            let next = model.greedy(&mut sequence, &[token]).unwrap();
+            let (wanted, gap) = top_two(&golden.logits[row * golden.vocabulary()..][..golden.vocabulary()]);
+            assert!(next as usize == wanted || gap < 0.02, "row {row} on {device:?}");
+        }
+        model.release(sequence);
+    }
+}
+
+#[test]
+fn a_head_beside_a_tied_embedding_is_used_if_it_differs() {
+    let folder = golden("qwen3-gqa2-tied");
+    let golden = Golden::read(&folder);
+    let edited = |edit: fn(&mut [u8])| {
+        let copy = tempfile::tempdir().unwrap();
+        std::fs::copy(folder.join("config.json"), copy.path().join("config.json")).unwrap();
+        let bytes = std::fs::read(folder.join("model.safetensors")).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let embedding = tensors.tensor("model.embed_tokens.weight").unwrap();
+        let mut head = embedding.data().to_vec();
+        edit(&mut head);
+        let head = safetensors::tensor::TensorView::new(embedding.dtype(), embedding.shape().to_vec(), &head).unwrap();
+        let all = tensors.tensors().into_iter().chain([("lm_head.weight".to_owned(), head)]);
+        safetensors::serialize_to_file(all, None, &copy.path().join("model.safetensors")).unwrap();
+        Device::Reference.load(copy.path(), &options(KvType::F32)).unwrap().logits_of(&golden.input_ids, 40)
+    };
+    let tied = Device::Reference.load(&folder, &options(KvType::F32)).unwrap().logits_of(&golden.input_ids, 40);
+    assert!(same_bits(&edited(|_| {}), &tied));
+    // Flips the sign of every bf16 weight.
+    let negated = edited(|head| head.iter_mut().skip(1).step_by(2).for_each(|byte| *byte ^= 0x80));
+    assert!(same_bits(&negated, &tied.iter().map(|l| -l).collect::<Vec<_>>()));
+    assert_ne!(argmax(&negated[..golden.vocabulary()]), argmax(&tied[..golden.vocabulary()]));
+}
+
+#[test]
+fn a_model_describes_itself() {
+    let folder = golden("llama-mha-untied");
+    let model = Device::cpu(Arithmetic::Exact, 1, None).load(&folder, &options(KvType::F16)).unwrap();
+    let info = model.model.info();
+    assert_eq!(
+        (info.architecture.as_str(), info.vocabulary, info.context, info.layers),
+        ("LlamaForCausalLM", 67, 64, 2)
+    );
+    assert_eq!(info.weight_bytes, 4 * (2 * 67 * 40 + 40 + 2 * (4 * 40 * 40 + 3 * 40 * 88 + 2 * 40)));
+    assert_eq!(info.device.name, "cpu");
+}

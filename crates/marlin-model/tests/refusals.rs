@@ -1,0 +1,166 @@
+//! What cannot be loaded is refused with a message that says why.
+
+mod common;
+
+use std::error::Error;
+use std::path::Path;
+
+use common::{Device, golden, options};
+use marlin_kernels::KvType;
+use marlin_model::LoadOptions;
+use safetensors::SafeTensors;
+use serde_json::{Map, Value, json};
+
+type Config = Map<String, Value>;
+
+/// The error of a golden whose config.json was edited.
+fn refusal(name: &str, edit: impl FnOnce(&mut Config)) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(golden(name)).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
+    }
+    edit_config(folder.path(), edit);
+    load_error(folder.path(), &options(KvType::F16))
+}
+
+fn edit_config(folder: &Path, edit: impl FnOnce(&mut Config)) {
+    let path = folder.join("config.json");
+    let mut config: Config = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    edit(&mut config);
+    std::fs::write(path, serde_json::to_vec(&config).unwrap()).unwrap();
+}
+
+/// The chain of messages, as the program shows it.
+fn load_error(folder: &Path, options: &LoadOptions) -> String {
+    let Err(error) = Device::Reference.load(folder, options) else { panic!("{} was loaded", folder.display()) };
+    let chain = std::iter::successors(Some(&error as &dyn Error), |&error| error.source());
+    chain.map(|error| error.to_string()).collect::<Vec<_>>().join(": ")
+}
+
+fn with(key: &'static str, value: Value) -> impl FnOnce(&mut Config) {
+    move |config| {
+        config.insert(key.into(), value);
+    }
+}
+
+#[track_caller]
+fn assert_says(message: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(message.contains(part), "{message:?} does not say {part:?}");
+    }
+}
+
+#[test]
+fn every_size_must_be_there_and_sane() {
+    for field in [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+    ] {
+        for name in ["llama-gqa2-llama3-tied", "qwen3-gqa2-tied"] {
+            let missing = refusal(name, |config| {
+                config.shift_remove(field).unwrap();
+            });
+            assert_says(&missing, &["config.json", &format!("missing field `{field}`")]);
+            for absurd in [json!(-1), json!(0), json!(1u64 << 62)] {
+                assert_says(&refusal(name, with(field, absurd)), &[field, "from 1 to"]);
+            }
+            assert_says(&refusal(name, with(field, json!("many"))), &[field, "\"many\""]);
+        }
+    }
+    assert_says(&refusal("qwen3-gqa2-tied", with("rms_norm_eps", json!(-1e-6))), &["rms_norm_eps", "positive"]);
+}
+
+#[test]
+fn largest_sizes_allowed_end_in_an_error_too() {
+    let most = 1 << 24;
+    for field in ["vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"] {
+        let message = refusal("llama-gqa2-llama3-tied", with(field, json!(most)));
+        assert_says(&message, &["shape"]);
+    }
+    let layers = refusal("llama-gqa2-llama3-tied", with("num_hidden_layers", json!(4096)));
+    assert_says(&layers, &["model.layers.2."]);
+}
+
+#[test]
+fn heads_must_group_and_rotate() {
+    let groups = refusal("llama-gqa2-llama3-tied", with("num_key_value_heads", json!(3)));
+    assert_says(&groups, &["num_key_value_heads", "num_attention_heads = 8", "found 3"]);
+    assert_says(&refusal("llama-gqa2-llama3-tied", with("num_key_value_heads", json!(0))), &["num_key_value_heads"]);
+    assert_says(&refusal("qwen3-gqa2-tied", with("head_dim", json!(31))), &["head_dim", "even", "31"]);
+    assert_says(&refusal("llama-mha-untied", with("hidden_size", json!(42))), &["hidden_size", "multiple", "42"]);
+}
+
+#[test]
+fn architectures_that_are_not_known_are_named() {
+    let unknown = refusal("qwen3-gqa2-tied", with("architectures", json!(["MambaForCausalLM"])));
+    assert_says(&unknown, &["MambaForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM"]);
+    for nothing in [json!(null), json!([]), json!("LlamaForCausalLM"), json!([7])] {
+        let message = refusal("qwen3-gqa2-tied", with("architectures", nothing));
+        assert_says(&message, &["architectures", "LlamaForCausalLM, Qwen3ForCausalLM", "found"]);
+    }
+}
+
+#[test]
+fn settings_that_are_not_supported_are_named() {
+    let act = refusal("llama-mha-untied", with("hidden_act", json!("relu2")));
+    assert_says(&act, &["hidden_act", "relu2", "silu"]);
+    let yarn = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32});
+    assert_says(&refusal("llama-mha-untied", with("rope_scaling", yarn)), &["rope_scaling", "yarn", "llama3"]);
+    let partial = refusal("qwen3-gqa2-tied", with("partial_rotary_factor", json!(0.25)));
+    assert_says(&partial, &["partial_rotary_factor", "0.25"]);
+
+    let layers = |types: &[&str]| with("layer_types", json!(types));
+    let mamba = refusal("qwen3-gqa2-tied", layers(&["full_attention", "mamba"]));
+    assert_says(&mamba, &["layer_types[1]", "mamba", "sliding_attention"]);
+    let count = refusal("qwen3-gqa2-tied", layers(&["full_attention"]));
+    assert_says(&count, &["layer_types", "num_hidden_layers = 2", "found 1"]);
+    let window = refusal("qwen3-gqa2-tied", layers(&["full_attention", "sliding_attention"]));
+    assert_says(&window, &["layer_types", "use_sliding_window"]);
+    let unbounded = refusal("qwen3-gqa3-window", |config| {
+        config.shift_remove("max_window_layers").unwrap();
+    });
+    assert_says(&unbounded, &["max_window_layers"]);
+    assert_says(&refusal("qwen3-gqa3-window", with("sliding_window", json!(0))), &["sliding_window", "found 0"]);
+}
+
+#[test]
+fn tensors_must_match_the_config() {
+    let wider = refusal("llama-gqa2-llama3-tied", with("intermediate_size", json!(97)));
+    assert_says(&wider, &["model.layers.0.mlp.gate_proj.weight", "97"]);
+    let biased = refusal("llama-gqa2-llama3-tied", with("attention_bias", json!(true)));
+    assert_says(&biased, &["model.layers.0.self_attn.q_proj.bias"]);
+    let untied = refusal("qwen3-gqa2-tied", with("tie_word_embeddings", json!(false)));
+    assert_says(&untied, &["lm_head.weight"]);
+}
+
+#[test]
+fn a_missing_tensor_is_named() {
+    let source = golden("qwen3-gqa2-tied");
+    let bytes = std::fs::read(source.join("model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    for missing in ["model.embed_tokens.weight", "model.layers.1.self_attn.k_norm.weight", "model.norm.weight"] {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::copy(source.join("config.json"), folder.path().join("config.json")).unwrap();
+        let kept = tensors.tensors().into_iter().filter(|(name, _)| name != missing);
+        safetensors::serialize_to_file(kept, None, &folder.path().join("model.safetensors")).unwrap();
+        assert_says(&load_error(folder.path(), &options(KvType::F16)), &[missing]);
+    }
+}
+
+#[test]
+fn options_must_suit_the_model() {
+    let error = |options: LoadOptions| load_error(&golden("qwen3-gqa2-tied"), &options);
+    let default = LoadOptions::default();
+    let context = error(LoadOptions { context: Some(65), ..default });
+    assert_says(&context, &["context = 65", "from 1 to 64", "qwen3-gqa2-tied"]);
+    assert_says(&error(LoadOptions { context: Some(0), ..default }), &["context = 0"]);
+    assert_says(&error(LoadOptions { step_tokens: 0, ..default }), &["step_tokens = 0"]);
+    assert_says(&error(LoadOptions { logit_rows: 0, ..default }), &["logit_rows = 0"]);
+    assert_says(&error(LoadOptions { kv_blocks: Some(0), ..default }), &["kv_blocks = 0"]);
+    assert_says(&error(LoadOptions { kv_blocks: Some(usize::MAX), ..default }), &["kv_blocks"]);
+}
