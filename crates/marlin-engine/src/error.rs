@@ -1,0 +1,69 @@
+//! Why a request is refused, or a step fails.
+
+use marlin_checkpoint::CheckpointError;
+use marlin_model::ModelError;
+
+/// An error of the engine.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// A parameter of a request is out of range.
+    #[error("{name} must be {wanted}, found {found}")]
+    Parameter {
+        /// The parameter.
+        name: &'static str,
+        /// Its range.
+        wanted: &'static str,
+        /// The value given.
+        found: String,
+    },
+    /// A request without a prompt: there is nothing to continue.
+    #[error("the prompt has no tokens; give at least one")]
+    EmptyPrompt,
+    /// A token id that the model does not have.
+    #[error("token {token} of the {place} is outside the vocabulary of {vocabulary} tokens")]
+    Token {
+        /// `prompt` or `logit_bias`.
+        place: &'static str,
+        /// The id.
+        token: u32,
+        /// Ids below this are valid.
+        vocabulary: usize,
+    },
+    /// The prompt leaves no room in the context for an answer.
+    #[error(
+        "the prompt has {prompt} tokens, but the context of {context} tokens must hold it and at least one more; \
+         shorten the prompt or load the model with a larger context"
+    )]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        prompt: usize,
+        /// Tokens of the context.
+        context: usize,
+    },
+    /// The KV cache is too small for the request, even alone.
+    #[error(
+        "a prompt of {prompt} tokens with up to {max_tokens} to generate needs {needed} KV blocks of {block_tokens} \
+         tokens, and the cache has {blocks}; shorten the prompt, lower max_tokens or make a larger cache"
+    )]
+    CacheTooSmall {
+        /// Tokens of the prompt.
+        prompt: usize,
+        /// Most tokens to generate.
+        max_tokens: usize,
+        /// Blocks the request needs.
+        needed: usize,
+        /// Tokens of a block.
+        block_tokens: usize,
+        /// Blocks of the cache.
+        blocks: usize,
+    },
+    /// The system has no random numbers for a request without a seed.
+    #[error("no random seed from the system; give a seed")]
+    Entropy(#[from] getrandom::Error),
+    /// The tokenizer failed.
+    #[error("cannot decode tokens")]
+    Tokenizer(#[from] CheckpointError),
+    /// The model failed.
+    #[error("the model failed")]
+    Model(#[from] ModelError),
+}

@@ -1,0 +1,22 @@
+//! Requests to tokens: sequences, scheduling, sampling, streaming.
+//!
+//! A request's life: [`Engine::add`] checks it and queues a sequence. Each [`Engine::step`] *admits* waiting
+//! sequences for which there are KV blocks, *schedules* a ragged step (decoding sequences bring one token, prompts
+//! come in chunks), runs the model, *samples* a token for each sequence that is complete, and *delivers* it as an
+//! [`Event`], until a stop condition holds or [`Engine::cancel`] is called; then the blocks are free again.
+
+mod engine;
+mod error;
+mod sampling;
+mod scheduler;
+mod sequence;
+mod stop;
+#[cfg(test)]
+mod tests;
+mod text;
+
+pub use engine::{Engine, Event, Finish, Request, RequestId};
+pub use error::EngineError;
+pub use sampling::SamplingParams;
+pub use stop::{FinishReason, StopConditions};
+pub use text::TextStream;

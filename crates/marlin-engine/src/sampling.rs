@@ -1,0 +1,243 @@
+//! How a request chooses its tokens.
+
+use std::collections::HashMap;
+
+use marlin_checkpoint::GenerationConfig;
+use marlin_kernels::{SampleRow, TokenCount};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+
+use crate::EngineError;
+
+/// How to choose the next token; [`SampleRow`] says in which order its fields are applied.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingParams {
+    /// Divides the logits: below 1 the likely tokens become likelier. 0 always takes the most likely token (greedy).
+    pub temperature: f32,
+    /// Keep this many of the most likely tokens; 0 keeps all.
+    pub top_k: u32,
+    /// Keep the smallest set of most likely tokens whose probability reaches this; in (0, 1], 1 keeps all.
+    pub top_p: f32,
+    /// Drop tokens less likely than this share of the most likely one; in [0, 1], 0 keeps all.
+    pub min_p: f32,
+    /// Divides positive and multiplies negative logits of tokens that occurred, prompt included; 1 is neutral.
+    pub repetition_penalty: f32,
+    /// Subtracted from logits of tokens already generated; in [−2, 2], 0 is neutral.
+    pub presence_penalty: f32,
+    /// Subtracted from logits of tokens already generated, as often as they were; in [−2, 2], 0 is neutral.
+    pub frequency_penalty: f32,
+    /// Added to the logits of these tokens.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// The same seed chooses the same tokens, whatever else runs at the same time; `None` takes a random one.
+    pub seed: Option<u64>,
+}
+
+impl Default for SamplingParams {
+    /// Sampling that suits plain continuation by small models: temperature 0.7, top-k 40, top-p 0.95, repetition
+    /// penalty 1.1.
+    fn default() -> Self {
+        Self { temperature: 0.7, top_k: 40, top_p: 0.95, repetition_penalty: 1.1, ..Self::greedy() }
+    }
+}
+
+impl SamplingParams {
+    /// Always the most likely token.
+    pub fn greedy() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: None,
+        }
+    }
+
+    /// What a model's generation_config.json asks for; what it leaves open is as in [`SamplingParams::default`],
+    /// or as in [`SamplingParams::greedy`] if it says `"do_sample": false`.
+    pub fn from_generation_config(config: &GenerationConfig) -> Self {
+        let greedy = config.do_sample == Some(false);
+        let base = if greedy { Self::greedy() } else { Self::default() };
+        Self {
+            // transformers ignores the warpers of a greedy configuration, but not its penalty.
+            temperature: config.temperature.filter(|_| !greedy).unwrap_or(base.temperature),
+            top_k: config.top_k.unwrap_or(base.top_k),
+            top_p: config.top_p.unwrap_or(base.top_p),
+            min_p: config.min_p.unwrap_or(base.min_p),
+            repetition_penalty: config.repetition_penalty.unwrap_or(base.repetition_penalty),
+            ..base
+        }
+    }
+
+    /// Checks every range. (That the tokens of `logit_bias` exist is checked by [`crate::Engine::add`].)
+    pub fn validate(&self) -> Result<(), EngineError> {
+        check("temperature", self.temperature, "a number from 0 up", |t| t >= 0.0)?;
+        check("top_p", self.top_p, "above 0 and at most 1", |p| p > 0.0 && p <= 1.0)?;
+        check("min_p", self.min_p, "between 0 and 1", |p| (0.0..=1.0).contains(&p))?;
+        check("repetition_penalty", self.repetition_penalty, "a number above 0", |p| p > 0.0)?;
+        check("presence_penalty", self.presence_penalty, "between -2 and 2", |p| p.abs() <= 2.0)?;
+        check("frequency_penalty", self.frequency_penalty, "between -2 and 2", |p| p.abs() <= 2.0)?;
+        self.logit_bias.iter().try_for_each(|&(_, bias)| check("logit_bias", bias, "a number", |_| true))
+    }
+
+    fn has_penalties(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+}
+
+fn check(name: &'static str, value: f32, wanted: &'static str, valid: fn(f32) -> bool) -> Result<(), EngineError> {
+    if value.is_finite() && valid(value) {
+        return Ok(());
+    }
+    Err(EngineError::Parameter { name, wanted, found: value.to_string() })
+}
+
+/// A sequence's side of sampling: its parameters, its random numbers and what it has already said.
+#[derive(Debug)]
+pub(crate) struct Sampler {
+    params: SamplingParams,
+    random: ChaCha8Rng,
+    counts: TokenCounts,
+}
+
+impl Sampler {
+    pub(crate) fn new(params: SamplingParams, prompt: &[u32]) -> Result<Self, EngineError> {
+        let seed = params.seed.map_or_else(getrandom::u64, Ok)?;
+        let mut counts = TokenCounts::default();
+        if params.has_penalties() {
+            for &token in prompt {
+                counts.saw(token);
+            }
+        }
+        // The key is spelt out, so that a seed means the same in every version of rand_chacha.
+        let mut key = [0; 32];
+        key[..8].copy_from_slice(&seed.to_le_bytes());
+        Ok(Self { params, random: ChaCha8Rng::from_seed(key), counts })
+    }
+
+    /// How to choose the next token.
+    pub(crate) fn row(&mut self, generated: usize) -> SampleRow<'_> {
+        let params = &self.params;
+        SampleRow {
+            temperature: params.temperature,
+            top_k: params.top_k,
+            top_p: params.top_p,
+            min_p: params.min_p,
+            uniform: uniform(&mut self.random, generated),
+            repetition_penalty: params.repetition_penalty,
+            presence_penalty: params.presence_penalty,
+            frequency_penalty: params.frequency_penalty,
+            counts: &self.counts.counts,
+            bias: &params.logit_bias,
+        }
+    }
+
+    /// Takes note of a generated token.
+    pub(crate) fn accept(&mut self, token: u32) {
+        if self.params.has_penalties() {
+            self.counts.saw(token).generated += 1;
+        }
+    }
+}
+
+/// The random number of the `index`-th generated token, in [0, 1): a function of seed and index alone, so that neither
+/// batching nor a rolled-back draft changes it.
+fn uniform(random: &mut ChaCha8Rng, index: usize) -> f32 {
+    random.set_word_pos(index as u128);
+    // 24 bits are what an f32 holds exactly; more could round up to 1.
+    (random.next_u32() >> 8) as f32 / (1 << 24) as f32
+}
+
+/// Tokens seen, each id once, with its number of occurrences.
+#[derive(Debug, Default)]
+struct TokenCounts {
+    counts: Vec<TokenCount>,
+    places: HashMap<u32, usize>,
+}
+
+impl TokenCounts {
+    fn saw(&mut self, token: u32) -> &mut TokenCount {
+        let place = *self.places.entry(token).or_insert_with(|| {
+            self.counts.push(TokenCount { token, generated: 0 });
+            self.counts.len() - 1
+        });
+        &mut self.counts[place]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_checked() {
+        type Break = fn(&mut SamplingParams);
+        let broken: &[(&str, Break)] = &[
+            ("temperature must be a number from 0 up, found -1", |p| p.temperature = -1.0),
+            ("temperature must be a number from 0 up, found NaN", |p| p.temperature = f32::NAN),
+            ("temperature must be a number from 0 up, found inf", |p| p.temperature = f32::INFINITY),
+            ("top_p must be above 0 and at most 1, found 0", |p| p.top_p = 0.0),
+            ("top_p must be above 0 and at most 1, found 1.5", |p| p.top_p = 1.5),
+            ("min_p must be between 0 and 1, found -0.1", |p| p.min_p = -0.1),
+            ("repetition_penalty must be a number above 0, found 0", |p| p.repetition_penalty = 0.0),
+            ("presence_penalty must be between -2 and 2, found 2.5", |p| p.presence_penalty = 2.5),
+            ("frequency_penalty must be between -2 and 2, found NaN", |p| p.frequency_penalty = f32::NAN),
+            ("logit_bias must be a number, found -inf", |p| p.logit_bias = vec![(0, f32::NEG_INFINITY)]),
+        ];
+        for (message, break_it) in broken {
+            let mut params = SamplingParams::default();
+            params.validate().expect("the defaults are valid");
+            break_it(&mut params);
+            assert_eq!(params.validate().unwrap_err().to_string(), *message);
+        }
+    }
+
+    #[test]
+    fn the_generation_config_comes_before_the_defaults() {
+        let preset = GenerationConfig { temperature: Some(0.2), top_k: Some(7), ..GenerationConfig::default() };
+        let params = SamplingParams::from_generation_config(&preset);
+        assert_eq!((params.temperature, params.top_k), (0.2, 7));
+        assert_eq!((params.top_p, params.repetition_penalty), (0.95, 1.1));
+
+        let greedy = GenerationConfig { do_sample: Some(false), ..preset };
+        let params = SamplingParams::from_generation_config(&greedy);
+        assert_eq!((params.temperature, params.repetition_penalty), (0.0, 1.0));
+    }
+
+    #[test]
+    fn random_numbers_depend_on_seed_and_index_only() {
+        let seeded = |seed| SamplingParams { seed: Some(seed), ..SamplingParams::default() };
+        let mut first = Sampler::new(seeded(1), &[]).unwrap();
+        let mut again = Sampler::new(seeded(1), &[5]).unwrap();
+        let forwards: Vec<f32> = (0..100).map(|i| first.row(i).uniform).collect();
+        let backwards: Vec<f32> = (0..100).rev().map(|i| again.row(i).uniform).collect();
+        assert!(forwards.iter().eq(backwards.iter().rev()));
+        assert!(forwards.iter().all(|u| (0.0..1.0).contains(u)));
+        let mean = forwards.iter().sum::<f32>() / 100.0;
+        assert!((mean - 0.5).abs() < 0.15, "{mean}");
+
+        let mut other = Sampler::new(seeded(2), &[]).unwrap();
+        assert_ne!(other.row(0).uniform, forwards[0]);
+    }
+
+    #[test]
+    fn a_seed_means_the_same_in_every_version() {
+        // Key stream of ChaCha8 for the all-zero key and nonce (Strombergson's test vectors, TC1): 3e00ef2f 895f40d6 …
+        let mut sampler = Sampler::new(SamplingParams { seed: Some(0), ..SamplingParams::default() }, &[]).unwrap();
+        assert_eq!(sampler.row(0).uniform, (0x2fef_003e >> 8) as f32 / 16_777_216.0);
+        assert_eq!(sampler.row(1).uniform, (0xd640_5f89_u32 >> 8) as f32 / 16_777_216.0);
+    }
+
+    #[test]
+    fn counts_tell_prompt_from_generated() {
+        let mut sampler = Sampler::new(SamplingParams::default(), &[3, 4, 3]).unwrap();
+        sampler.accept(4);
+        sampler.accept(9);
+        sampler.accept(9);
+        let count = |token, generated| TokenCount { token, generated };
+        assert_eq!(sampler.row(3).counts, [count(3, 0), count(4, 1), count(9, 2)]);
+    }
+}

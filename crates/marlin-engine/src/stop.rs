@@ -1,0 +1,61 @@
+//! When a request ends.
+
+use crate::EngineError;
+
+/// What ends a request, whichever comes first.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StopConditions {
+    /// Generate at most this many tokens; at least 1.
+    pub max_tokens: usize,
+    /// End before the first of these texts that is completed; they may span tokens.
+    pub strings: Vec<String>,
+    /// End at any of these tokens, besides the model's own end-of-sequence tokens.
+    pub tokens: Vec<u32>,
+    /// Go on past the model's end-of-sequence tokens.
+    pub ignore_eos: bool,
+}
+
+impl Default for StopConditions {
+    fn default() -> Self {
+        Self { max_tokens: 256, strings: Vec::new(), tokens: Vec::new(), ignore_eos: false }
+    }
+}
+
+impl StopConditions {
+    /// Checks what can be wrong with them.
+    pub fn validate(&self) -> Result<(), EngineError> {
+        let parameter = |name, wanted, found: &str| Err(EngineError::Parameter { name, wanted, found: found.into() });
+        if self.max_tokens == 0 {
+            return parameter("max_tokens", "at least 1", "0");
+        }
+        if self.strings.iter().any(String::is_empty) {
+            return parameter("stop", "a text", "an empty one");
+        }
+        Ok(())
+    }
+}
+
+/// Why a request ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model said this stop token; it is not part of the text.
+    StopToken(u32),
+    /// The text reached this stop string; it is not part of the text.
+    StopString(String),
+    /// `max_tokens` were generated.
+    Length,
+    /// The context is full.
+    Context,
+}
+
+impl FinishReason {
+    /// Its name in reports: `stop_token`, `stop_string`, `length` or `context`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::StopToken(_) => "stop_token",
+            Self::StopString(_) => "stop_string",
+            Self::Length => "length",
+            Self::Context => "context",
+        }
+    }
+}

@@ -1,0 +1,306 @@
+//! The engine on the fake model.
+
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock, Mutex};
+
+use marlin_checkpoint::Tokenizer;
+use proptest::prelude::*;
+
+use super::fake_model::{FakeModel, Sizes, VOCABULARY, Wire, next_token};
+use super::tokenizers::byte_level;
+use crate::{Engine, EngineError, Event, FinishReason, Request, RequestId, SamplingParams, StopConditions};
+
+const ROOMY: Sizes = Sizes { context: 64, step_tokens: 16, logit_rows: 8, block_tokens: 4, blocks: 64 };
+
+/// Ids 0..256 are bytes, then three pieces, then the end-of-sequence token.
+const EOS: u32 = 259;
+
+static TOKENIZER: LazyLock<Arc<Tokenizer>> =
+    LazyLock::new(|| Arc::new(byte_level(&[b"ab", b" b", b"\xF0\x9F"], &["<|end|>"])));
+
+fn engine(sizes: Sizes) -> (Engine, Arc<Mutex<Wire>>) {
+    let (model, wire) = FakeModel::new(sizes);
+    (Engine::new(Box::new(model), TOKENIZER.clone(), vec![EOS]), wire)
+}
+
+fn greedy(prompt: &[u32], max_tokens: usize) -> Request {
+    Request {
+        prompt: prompt.to_vec(),
+        sampling: SamplingParams::greedy(),
+        stop: StopConditions { max_tokens, ignore_eos: true, ..StopConditions::default() },
+    }
+}
+
+/// Everything that a request's events say.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct Output {
+    tokens: Vec<u32>,
+    text: String,
+    reason: Option<FinishReason>,
+}
+
+/// Steps until idle.
+fn finish(engine: &mut Engine) -> HashMap<RequestId, Output> {
+    let mut events = Vec::new();
+    while !engine.is_idle() {
+        engine.step(&mut events).unwrap();
+    }
+    gather(&events)
+}
+
+fn gather(events: &[Event]) -> HashMap<RequestId, Output> {
+    let mut outputs: HashMap<RequestId, Output> = HashMap::new();
+    for event in events {
+        let output = outputs.entry(event.request).or_default();
+        assert_eq!(output.reason, None, "an event after the last");
+        output.tokens.push(event.token);
+        output.text += &event.text;
+        output.reason = event.finish.as_ref().map(|finish| finish.reason.clone());
+    }
+    outputs
+}
+
+/// What the fake model makes of a greedy request without penalties.
+fn expected(prompt: &[u32], count: usize) -> Vec<u32> {
+    let mut history = prompt.to_vec();
+    let mut sampler = crate::sampling::Sampler::new(SamplingParams::greedy(), &[]).unwrap();
+    for index in 0..count {
+        history.push(next_token(&history, &sampler.row(index)));
+    }
+    history.split_off(prompt.len())
+}
+
+#[test]
+fn a_prompt_is_prefilled_in_chunks_beside_decoding_sequences() {
+    let (mut engine, wire) = engine(ROOMY);
+    let short = engine.add(greedy(&[1, 2, 3], 5)).unwrap();
+    let mut events = Vec::new();
+    engine.step(&mut events).unwrap();
+    let long_prompt: Vec<u32> = (0..40).collect();
+    let long = engine.add(greedy(&long_prompt, 3)).unwrap();
+    while !engine.is_idle() {
+        engine.step(&mut events).unwrap();
+    }
+    // (tokens, sequences, logit rows): 40 = 15 + 15 + 10 beside one decoding token each.
+    assert_eq!(wire.lock().unwrap().steps, [(3, 1, 1), (16, 2, 1), (16, 2, 1), (11, 2, 2), (2, 2, 2), (1, 1, 1)]);
+    let outputs = gather(&events);
+    assert_eq!(outputs[&short].tokens, expected(&[1, 2, 3], 5));
+    assert_eq!(outputs[&long].tokens, expected(&long_prompt, 3));
+    assert_eq!(outputs[&long].reason, Some(FinishReason::Length));
+    assert_eq!(engine.used_kv_blocks(), 0);
+}
+
+#[test]
+fn requests_wait_in_line_for_blocks() {
+    // Each needs (4 + 5 − 1) / 4 = 2 of 5 blocks, so two run at a time.
+    let (mut engine, wire) = engine(Sizes { blocks: 5, ..ROOMY });
+    let ids: Vec<RequestId> = (0..5).map(|i| engine.add(greedy(&[i, 1, 2, 3], 5)).unwrap()).collect();
+    let mut finished = Vec::new();
+    let mut events = Vec::new();
+    while !engine.is_idle() {
+        engine.step(&mut events).unwrap();
+        finished.extend(events.drain(..).filter(|event| event.finish.is_some()).map(|event| event.request));
+    }
+    assert_eq!(finished, ids);
+    assert!(wire.lock().unwrap().steps.iter().all(|&(_, sequences, _)| sequences <= 2));
+    assert_eq!(engine.used_kv_blocks(), 0);
+}
+
+#[test]
+fn a_request_that_can_never_fit_is_refused_with_the_numbers() {
+    let (mut engine, _) = engine(Sizes { blocks: 5, ..ROOMY });
+    let refusal = |engine: &mut Engine, request| engine.add(request).unwrap_err().to_string();
+    let too_long = refusal(&mut engine, greedy(&[0; 64], 1));
+    assert!(too_long.contains("64 tokens, but the context of 64 tokens"), "{too_long}");
+    let too_big = refusal(&mut engine, greedy(&[0; 10], 12));
+    assert!(too_big.contains("needs 6 KV blocks of 4 tokens, and the cache has 5"), "{too_big}");
+    engine.add(greedy(&[0; 10], 11)).expect("5 blocks are enough for 20 tokens");
+
+    assert!(matches!(engine.add(greedy(&[], 1)), Err(EngineError::EmptyPrompt)));
+    assert!(matches!(engine.add(greedy(&[1, 260], 1)), Err(EngineError::Token { token: 260, .. })));
+    let mut biased = greedy(&[1], 1);
+    biased.sampling.logit_bias = vec![(259, 1.0), (300, 1.0)];
+    assert!(matches!(engine.add(biased), Err(EngineError::Token { place: "logit_bias", token: 300, .. })));
+    assert!(matches!(engine.add(greedy(&[1], 0)), Err(EngineError::Parameter { name: "max_tokens", .. })));
+    let mut nameless = greedy(&[1], 1);
+    nameless.stop.strings.push(String::new());
+    assert!(matches!(engine.add(nameless), Err(EngineError::Parameter { name: "stop", .. })));
+}
+
+#[test]
+fn the_context_ends_a_request() {
+    let (mut engine, _) = engine(ROOMY);
+    let id = engine.add(greedy(&[7; 60], 100)).unwrap();
+    let output = &finish(&mut engine)[&id];
+    assert_eq!((output.tokens.len(), &output.reason), (4, &Some(FinishReason::Context)));
+}
+
+#[test]
+fn stop_tokens_end_a_request_and_have_no_text() {
+    let (mut engine, _) = engine(ROOMY);
+    let tokens = expected(&[1, 2], 10);
+    let at = |token| tokens.iter().position(|&t| t == token).unwrap() + 1;
+    let mut request = greedy(&[1, 2], 10);
+    request.stop.tokens = vec![tokens[4]];
+    let id = engine.add(request).unwrap();
+    let output = &finish(&mut engine)[&id];
+    assert_eq!(output.tokens, tokens[..at(tokens[4])]);
+    assert_eq!(output.reason, Some(FinishReason::StopToken(tokens[4])));
+    assert_eq!(output.text, engine.tokenizer().decode(&tokens[..at(tokens[4]) - 1], true).unwrap());
+}
+
+#[test]
+fn the_end_of_sequence_token_is_heeded_or_ignored() {
+    // The first prompt after which the model says EOS within 20 tokens.
+    let prompt = (0..200).map(|i| [i]).find(|prompt| expected(prompt, 20).contains(&EOS)).unwrap();
+    let tokens = expected(&prompt, 20);
+    let (mut engine, _) = engine(ROOMY);
+    let ignoring = engine.add(greedy(&prompt, 20)).unwrap();
+    let mut request = greedy(&prompt, 20);
+    request.stop.ignore_eos = false;
+    let heeding = engine.add(request).unwrap();
+    let outputs = finish(&mut engine);
+    assert_eq!((&outputs[&ignoring].tokens, &outputs[&ignoring].reason), (&tokens, &Some(FinishReason::Length)));
+    assert_eq!(outputs[&heeding].tokens.last(), Some(&EOS));
+    assert_eq!(outputs[&heeding].reason, Some(FinishReason::StopToken(EOS)));
+}
+
+#[test]
+fn a_stop_string_ends_the_text_before_it() {
+    let (mut engine, _) = engine(ROOMY);
+    let whole = engine.tokenizer().decode(&expected(&[5], 30), true).unwrap();
+    let stop: String = whole.chars().filter(|&char| char != char::REPLACEMENT_CHARACTER).nth(3).unwrap().into();
+    let mut request = greedy(&[5], 30);
+    request.stop.strings = vec![stop.clone()];
+    let id = engine.add(request).unwrap();
+    let output = &finish(&mut engine)[&id];
+    assert_eq!(output.text, whole[..whole.find(&stop).unwrap()]);
+    assert_eq!(output.reason, Some(FinishReason::StopString(stop)));
+}
+
+#[test]
+fn cancelling_frees_blocks_at_once() {
+    let (mut engine, _) = engine(Sizes { blocks: 5, ..ROOMY });
+    let running = engine.add(greedy(&[1; 8], 10)).unwrap();
+    let waiting = engine.add(greedy(&[2; 8], 10)).unwrap();
+    let last = engine.add(greedy(&[3; 8], 10)).unwrap();
+    let mut events = Vec::new();
+    engine.step(&mut events).unwrap();
+    assert_eq!(engine.used_kv_blocks(), 2);
+    assert!(engine.cancel(running) && engine.cancel(waiting));
+    assert!(!engine.cancel(running), "it is already gone");
+    assert_eq!(engine.used_kv_blocks(), 0);
+    let outputs = finish(&mut engine);
+    assert_eq!(outputs.keys().collect::<Vec<_>>(), [&last]);
+    assert_eq!(outputs[&last].tokens, expected(&[3; 8], 10));
+}
+
+#[test]
+fn after_a_failure_the_same_step_can_be_run_again() {
+    let (mut engine, wire) = engine(ROOMY);
+    let prompt: Vec<u32> = (0..20).collect();
+    let id = engine.add(greedy(&prompt, 6)).unwrap();
+    let mut events = Vec::new();
+    for failing in [false, true, false, true].into_iter().cycle() {
+        if engine.is_idle() {
+            break;
+        }
+        if failing {
+            let mut wire = wire.lock().unwrap();
+            wire.fail_forward = events.len() % 2 == 0;
+            wire.fail_sample = !wire.fail_forward;
+        }
+        let before = events.len();
+        // A chunk of a prompt has nothing to sample, so its sampling cannot fail.
+        if engine.step(&mut events).is_err() {
+            assert!(failing && events.len() == before);
+        }
+    }
+    assert_eq!(gather(&events)[&id].tokens, expected(&prompt, 6));
+    assert_eq!(engine.used_kv_blocks(), 0);
+}
+
+/// A request of the random test, and when it comes and goes.
+#[derive(Debug, Clone)]
+struct Visit {
+    request: Request,
+    arrival: usize,
+    /// Cancelled this many steps later.
+    patience: Option<usize>,
+}
+
+fn visit() -> impl Strategy<Value = Visit> {
+    let prompt = prop::collection::vec(0..VOCABULARY as u32, 1..30);
+    let sampling =
+        (any::<bool>(), any::<u64>(), prop::sample::select(vec![0.0, 0.5])).prop_map(|(greedy, seed, penalty)| {
+            let base = if greedy { SamplingParams::greedy() } else { SamplingParams::default() };
+            SamplingParams { seed: Some(seed), frequency_penalty: penalty, ..base }
+        });
+    let stop =
+        (1..50usize, prop::collection::vec("[a-d]", 0..2), prop::collection::vec(0..256u32, 0..3), any::<bool>())
+            .prop_map(|(max_tokens, strings, tokens, ignore_eos)| StopConditions {
+                max_tokens,
+                strings,
+                tokens,
+                ignore_eos,
+            });
+    let patience = prop::option::weighted(0.2, 0..20usize);
+    (prompt, sampling, stop, 0..40usize, patience).prop_map(|(prompt, sampling, stop, arrival, patience)| Visit {
+        request: Request { prompt, sampling, stop },
+        arrival,
+        patience,
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
+
+    #[test]
+    fn company_changes_nothing(
+        visits in prop::collection::vec(visit(), 1..20),
+        step_tokens in 1..24usize,
+        logit_rows in 1..8usize,
+        block_tokens in 1..9usize,
+        spare_blocks in 0..40usize,
+    ) {
+        // The smallest pool that any of the requests can run in, or a larger one.
+        let context = 48;
+        let blocks = usize::div_ceil(context - 1, block_tokens) + spare_blocks;
+        let sizes = Sizes { context, step_tokens, logit_rows, block_tokens, blocks };
+        let (mut together, _) = engine(sizes);
+        let mut ids: Vec<Option<RequestId>> = vec![None; visits.len()];
+        let mut cancelled = vec![false; visits.len()];
+        let mut events = Vec::new();
+        for now in 0.. {
+            for (i, visit) in visits.iter().enumerate() {
+                if visit.arrival == now {
+                    ids[i] = Some(together.add(visit.request.clone()).unwrap());
+                }
+                if let (Some(id), Some(patience)) = (ids[i], visit.patience) && now == visit.arrival + patience {
+                    cancelled[i] = together.cancel(id);
+                }
+            }
+            together.step(&mut events).unwrap();
+            if together.is_idle() && now > 60 {
+                break;
+            }
+        }
+        prop_assert_eq!(together.used_kv_blocks(), 0);
+
+        let outputs = gather(&events);
+        for ((visit, id), cancelled) in visits.iter().zip(ids).zip(cancelled) {
+            let (mut alone, _) = engine(ROOMY_ALONE);
+            let own = alone.add(visit.request.clone()).unwrap();
+            let alone = finish(&mut alone).remove(&own).unwrap();
+            let output = outputs.get(&id.unwrap()).cloned().unwrap_or_default();
+            if cancelled {
+                prop_assert_eq!(output.reason, None);
+                prop_assert!(alone.tokens.starts_with(&output.tokens) && alone.text.starts_with(&output.text));
+            } else {
+                prop_assert_eq!(output, alone);
+            }
+        }
+    }
+}
+
+const ROOMY_ALONE: Sizes = Sizes { context: 48, step_tokens: 1000, logit_rows: 1, block_tokens: 1000, blocks: 1 };

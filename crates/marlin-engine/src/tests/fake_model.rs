@@ -1,0 +1,139 @@
+//! A model without weights: its next token is a hash of the tokens it finds in the KV cache.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use marlin_kernels::{DeviceInfo, KernelError, KvLayout, KvType, SampleRow, StepLimits};
+use marlin_model::{KvPool, LanguageModel, ModelError, ModelInfo, StepBatch};
+
+/// Its vocabulary: the bytes, a few pieces, one special token.
+pub(super) const VOCABULARY: usize = 260;
+
+/// The sizes that matter to a scheduler.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sizes {
+    pub(super) context: usize,
+    pub(super) step_tokens: usize,
+    pub(super) logit_rows: usize,
+    pub(super) block_tokens: usize,
+    pub(super) blocks: usize,
+}
+
+/// What tests see and steer while the engine owns the model.
+#[derive(Debug, Default)]
+pub(super) struct Wire {
+    /// `(tokens, sequences, logit rows)` of each step.
+    pub(super) steps: Vec<(usize, usize, usize)>,
+    /// Fail the next forward pass, after it has written to the cache.
+    pub(super) fail_forward: bool,
+    /// Fail the next sampling.
+    pub(super) fail_sample: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct FakeModel {
+    info: ModelInfo,
+    sizes: Sizes,
+    kv: KvPool,
+    /// The cache: the token and the position last written to each slot.
+    slots: HashMap<usize, (u32, u32)>,
+    /// What the last step's logit rows have seen.
+    histories: Vec<Vec<u32>>,
+    wire: Arc<Mutex<Wire>>,
+}
+
+impl FakeModel {
+    pub(super) fn new(sizes: Sizes) -> (Self, Arc<Mutex<Wire>>) {
+        let wire = Arc::new(Mutex::new(Wire::default()));
+        let layout = KvLayout { block_tokens: sizes.block_tokens, layers: Vec::new() };
+        let info = ModelInfo {
+            architecture: "Fake".into(),
+            vocabulary: VOCABULARY,
+            context: sizes.context,
+            step_tokens: sizes.step_tokens,
+            logit_rows: sizes.logit_rows,
+            layers: 0,
+            kv_layout: layout.clone(),
+            kv_type: KvType::F16,
+            weight_bytes: 0,
+            device: DeviceInfo { name: "fake".into(), detail: String::new() },
+        };
+        let kv = KvPool::new(layout, sizes.blocks);
+        (Self { info, sizes, kv, slots: HashMap::new(), histories: Vec::new(), wire: wire.clone() }, wire)
+    }
+}
+
+/// The token that follows `history`, given the random number and the counts of a row.
+pub(super) fn next_token(history: &[u32], row: &SampleRow<'_>) -> u32 {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let mut mix = |value: u32| hash = (hash ^ u64::from(value)).wrapping_mul(0x0100_0000_01b3).rotate_left(23);
+    history.iter().for_each(|&token| mix(token));
+    if row.temperature > 0.0 {
+        mix(row.uniform.to_bits());
+    }
+    for count in row.counts {
+        mix(count.token);
+        mix(count.generated);
+    }
+    (hash >> 20) as u32 % VOCABULARY as u32
+}
+
+impl LanguageModel for FakeModel {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn kv(&mut self) -> &mut KvPool {
+        &mut self.kv
+    }
+
+    fn forward(&mut self, batch: &StepBatch) -> Result<(), ModelError> {
+        let step = batch.as_step();
+        let Sizes { context, step_tokens, logit_rows, block_tokens, blocks } = self.sizes;
+        let limits = StepLimits { tokens: step_tokens, context, width: 1, heads: 1, vocabulary: VOCABULARY };
+        step.validate(&limits, &self.info.kv_layout, blocks)?;
+        assert!(!step.tokens.is_empty(), "an empty step");
+        assert!(step.logit_rows.len() <= logit_rows, "more logits than there is room for");
+
+        let slot = |s: usize, position: u32| {
+            step.table(s)[position as usize / block_tokens] as usize * block_tokens + position as usize % block_tokens
+        };
+        for s in 0..step.sequences() {
+            for row in step.rows(s) {
+                self.slots.insert(slot(s, step.positions[row]), (step.tokens[row], step.positions[row]));
+            }
+        }
+        self.histories.clear();
+        for &row in step.logit_rows {
+            let s = (0..step.sequences()).find(|&s| step.rows(s).contains(&(row as usize))).unwrap();
+            let history = (0..=step.positions[row as usize]).map(|position| {
+                let &(token, written) = self.slots.get(&slot(s, position)).expect("a slot was never written");
+                assert_eq!(written, position, "a slot holds another position");
+                token
+            });
+            self.histories.push(history.collect());
+        }
+        let mut wire = self.wire.lock().unwrap();
+        wire.steps.push((step.tokens.len(), step.sequences(), step.logit_rows.len()));
+        fail(&mut wire.fail_forward)
+    }
+
+    fn read_logits(&mut self, _out: &mut Vec<f32>) -> Result<(), ModelError> {
+        unreachable!("the engine samples on the device")
+    }
+
+    fn sample(&mut self, rows: &[SampleRow<'_>], tokens: &mut [u32]) -> Result<(), ModelError> {
+        assert_eq!((rows.len(), tokens.len()), (self.histories.len(), self.histories.len()));
+        for ((history, row), token) in self.histories.iter().zip(rows).zip(tokens) {
+            *token = next_token(history, row);
+        }
+        fail(&mut self.wire.lock().unwrap().fail_sample)
+    }
+}
+
+fn fail(flag: &mut bool) -> Result<(), ModelError> {
+    if std::mem::take(flag) {
+        return Err(KernelError::Device("the device fell over".into()).into());
+    }
+    Ok(())
+}

@@ -1,0 +1,6 @@
+//! Tests of the crate's parts together, on a model that says what a function of the history tells it to say.
+
+mod engine;
+mod fake_model;
+mod text;
+mod tokenizers;
