@@ -1,0 +1,92 @@
+//! What can go wrong in quantising and evaluating.
+
+use std::io;
+use std::path::PathBuf;
+
+use marlin_checkpoint::CheckpointError;
+use marlin_format::FormatError;
+use marlin_model::ModelError;
+
+/// An error of this crate.
+#[derive(Debug, thiserror::Error)]
+pub enum QuantizeError {
+    /// Reading the source or writing the output failed.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The model failed.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The source is quantised already.
+    #[error(
+        "{model} is quantised already (tensor `{tensor}` is stored as {scheme}); quantise the original checkpoint instead, \
+         a second rounding would only add error"
+    )]
+    AlreadyQuantized {
+        /// The source.
+        model: String,
+        /// A packed tensor of it.
+        tensor: String,
+        /// Its storage.
+        scheme: String,
+    },
+    /// The output would replace the source.
+    #[error("the output {} is the source itself; choose another folder", path.display())]
+    OutputIsSource {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// There is nothing to quantise.
+    #[error(
+        "{model} has no matrix that is known to be a decoder linear; its {tensors} tensors have names of another family"
+    )]
+    NothingToQuantize {
+        /// The source.
+        model: String,
+        /// Number of its tensors.
+        tensors: usize,
+    },
+    /// A matrix that cannot be encoded.
+    #[error("{model}: tensor `{tensor}`: {source}")]
+    Encode {
+        /// The source.
+        model: String,
+        /// The matrix.
+        tensor: String,
+        /// Why.
+        source: FormatError,
+    },
+    /// Windows too short to predict anything.
+    #[error("evaluation windows of {context} tokens predict nothing; at least 2 are needed")]
+    Context {
+        /// Tokens of a window.
+        context: usize,
+    },
+    /// A text too short to predict anything.
+    #[error("the text has {tokens} tokens; at least 2 are needed to predict one")]
+    TextTooShort {
+        /// Its tokens.
+        tokens: usize,
+    },
+    /// A model and its baseline have different vocabularies.
+    #[error("the model has {model} logits and the baseline {baseline}; only models of one vocabulary can be compared")]
+    Vocabularies {
+        /// Logits of the model.
+        model: usize,
+        /// Logits of the baseline.
+        baseline: usize,
+    },
+    /// Logits that cannot be scored.
+    #[error(
+        "window {window}: the logits are not finite, or a token is outside the vocabulary; the model's weights are damaged"
+    )]
+    Logits {
+        /// The window, from 0.
+        window: usize,
+    },
+    /// Recorded logits were asked for other windows than they were made of.
+    #[error("the recorded baseline was made of other windows of text")]
+    NotRecorded,
+    /// The temporary file of recorded logits failed.
+    #[error("the temporary file of the baseline's logits (4 bytes a logit; TMPDIR says where) failed")]
+    Recording(#[source] io::Error),
+}

@@ -1,0 +1,27 @@
+//! Which tensor becomes what.
+
+use marlin_format::{ScaleSearch, Scheme};
+
+use crate::TensorRole;
+
+/// How to quantise a model: a scheme per role. Norms, biases and matrices of unknown kind are kept as they are.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Recipe {
+    /// Storage of the decoder's linears.
+    pub linears: Scheme,
+    /// Storage of embedding and head.
+    pub embedding: Scheme,
+    /// How scales are chosen.
+    pub search: ScaleSearch,
+}
+
+impl Recipe {
+    /// The storage of a tensor; `None` keeps it.
+    pub fn scheme(&self, role: TensorRole) -> Option<Scheme> {
+        match role {
+            TensorRole::DecoderLinear => Some(self.linears),
+            TensorRole::Embedding | TensorRole::Head => Some(self.embedding),
+            TensorRole::Vector | TensorRole::Unknown => None,
+        }
+    }
+}

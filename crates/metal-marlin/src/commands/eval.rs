@@ -1,0 +1,205 @@
+//! `metal-marlin eval`: perplexity, and the distance to a baseline.
+
+use std::fs;
+use std::io::{Write, stdout};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use marlin_checkpoint::Checkpoint;
+use marlin_kernels::KvType;
+use marlin_model::{LanguageModel, LoadOptions};
+use marlin_quantize::{Footprint, LogitSource, ModelLogits, Quality, Windows, evaluate};
+use metal_marlin::{DeviceOptions, LoadError, load};
+use serde_json::{Value, json};
+
+use super::in_pool;
+use crate::progress::{self, Bar};
+
+const EXAMPLES: &str = "\
+Examples:
+  metal-marlin eval path/to/model --text data/text/validation.txt
+  metal-marlin eval out --text data/text/validation.txt --baseline path/to/model
+  metal-marlin eval bundled --text data/text/validation.txt --windows 4 --json
+
+The whole text is encoded at once without special tokens and cut into windows of --context tokens,
+stride = window; every token but the first of each window is predicted. Perplexity is exp of their
+mean negative log-likelihood. KL is KL(baseline || model) a token, in nats.
+
+The baseline always runs with f32 activations and an f32 KV cache, so what is measured is all that
+the model differs by. With --exact the model runs like that too.";
+
+/// Windows are not made longer than this unless --context says so: the length that published figures of small models use.
+const USUAL_CONTEXT: usize = 1024;
+
+/// Tokens of a step, all of whose logits are computed.
+const CHUNK: usize = 128;
+
+/// Measure a model's perplexity on a text, and how far it is from another model
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// Folder of the model, or `bundled`
+    model: PathBuf,
+
+    /// Text to measure on, a UTF-8 file
+    #[arg(long, value_name = "FILE")]
+    text: PathBuf,
+
+    /// Model to compare with, usually the one that MODEL was quantised from
+    #[arg(long, value_name = "MODEL")]
+    baseline: Option<PathBuf>,
+
+    /// Tokens of a window [default: 1024, or what the models allow]
+    #[arg(long, value_name = "N")]
+    context: Option<NonZeroUsize>,
+
+    /// Measure on the first windows only
+    #[arg(long, value_name = "N")]
+    windows: Option<NonZeroUsize>,
+
+    #[command(flatten)]
+    device: DeviceOptions,
+
+    /// Print the result as one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+    let started = Instant::now();
+    let checkpoint = open(&args.model)?;
+    let baseline = args.baseline.as_deref().map(open).transpose()?;
+    let checkpoints: Vec<&Checkpoint> = [Some(&checkpoint), baseline.as_ref()].into_iter().flatten().collect();
+    let context = args.context.map_or_else(|| usual_context(&checkpoints), NonZeroUsize::get);
+    let windows = windows(&checkpoints, &args.text, context, args.windows)?;
+
+    let mut model = load_model(&checkpoint, &args.device, context)?;
+    let exact = DeviceOptions { exact: true, ..args.device.clone() };
+    let mut baseline = baseline.map(|baseline| load_model(&baseline, &exact, context)).transpose()?;
+    let quality = in_pool(args.device.threads, || {
+        let mut bar = Bar::counting("Evaluating", "tokens");
+        let mut model = ModelLogits::new(model.as_mut());
+        let mut baseline = baseline.as_mut().map(|baseline| ModelLogits::new(baseline.as_mut()));
+        let baseline = baseline.as_mut().map(|baseline| baseline as &mut dyn LogitSource);
+        evaluate(&mut model, baseline, &windows, |done| bar.set(done as u64, windows.predicted() as u64))
+    })??;
+
+    let seconds = started.elapsed().as_secs_f64();
+    let footprint = Footprint::of(&checkpoint);
+    let text = if args.json {
+        format!("{}\n", to_json(&args, context, &quality, &footprint, seconds))
+    } else {
+        to_text(&quality, &footprint, context, seconds)
+    };
+    stdout().write_all(text.as_bytes())?;
+    Ok(())
+}
+
+/// Opens a model folder, or the bundled model under its name; `./bundled` is a folder.
+pub(super) fn open(model: &Path) -> Result<Checkpoint, LoadError> {
+    load::open_checkpoint((model != Path::new("bundled")).then_some(model))
+}
+
+/// What all the models allow, but not more than is usual.
+pub(super) fn usual_context(checkpoints: &[&Checkpoint]) -> usize {
+    let allowed =
+        |c: &&Checkpoint| c.config()["max_position_embeddings"].as_u64().and_then(|n| usize::try_from(n).ok());
+    checkpoints.iter().filter_map(allowed).fold(USUAL_CONTEXT, usize::min)
+}
+
+/// The windows of a text, which must consist of the same tokens for all the models.
+pub(super) fn windows(
+    checkpoints: &[&Checkpoint],
+    text: &Path,
+    context: usize,
+    limit: Option<NonZeroUsize>,
+) -> anyhow::Result<Windows> {
+    let content = fs::read_to_string(text).with_context(|| format!("cannot read the text {}", text.display()))?;
+    let mut encoded: Option<(&Checkpoint, Vec<u32>)> = None;
+    for checkpoint in checkpoints {
+        let tokens = checkpoint.tokenizer()?.encode(&content, false)?;
+        match &encoded {
+            Some((first, expected)) if *expected != tokens => bail!(
+                "the tokenizers of {} and {} disagree about the text ({} and {} tokens); only models of one tokenizer \
+                 can be compared",
+                first.name(),
+                checkpoint.name(),
+                expected.len(),
+                tokens.len()
+            ),
+            _ => encoded = Some((checkpoint, tokens)),
+        }
+    }
+    let tokens = encoded.map(|(_, tokens)| tokens).unwrap_or_default();
+    let windows = Windows::new(tokens, context, limit.map(NonZeroUsize::get));
+    windows.with_context(|| format!("cannot measure on {}", text.display()))
+}
+
+/// Loads a model whose steps bring all their logits. The KV cache is as exact as the arithmetic.
+pub(super) fn load_model(
+    checkpoint: &Checkpoint,
+    device: &DeviceOptions,
+    context: usize,
+) -> Result<Box<dyn LanguageModel>, LoadError> {
+    let options = LoadOptions {
+        context: Some(context),
+        step_tokens: CHUNK,
+        logit_rows: CHUNK,
+        kv_type: if device.exact { KvType::F32 } else { KvType::F16 },
+        ..LoadOptions::default()
+    };
+    progress::spinner(&format!("Loading {}", checkpoint.name()), || load::load_model(checkpoint, device, &options))
+}
+
+fn to_json(args: &Args, context: usize, quality: &Quality, footprint: &Footprint, seconds: f64) -> Value {
+    let divergence = quality.divergence;
+    json!({
+        "model": args.model,
+        "text": args.text,
+        "baseline": args.baseline,
+        "context": context,
+        "windows": quality.window_nll.len(),
+        "tokens": quality.tokens,
+        "exact": args.device.exact,
+        "perplexity": quality.perplexity(),
+        "nll": quality.nll,
+        "window_nll": quality.window_nll,
+        "mean_kl": divergence.map(|d| d.mean_kl),
+        "p99_kl": divergence.map(|d| d.p99_kl),
+        "top1_agreement": divergence.map(|d| d.top1_agreement),
+        "bits_per_weight": footprint.bits_per_weight(),
+        "decoder_bits_per_weight": footprint.linear_bits_per_weight(),
+        "seconds": seconds,
+    })
+}
+
+fn to_text(quality: &Quality, footprint: &Footprint, context: usize, seconds: f64) -> String {
+    let mut text = format!(
+        "perplexity       {:.4}\n\
+         mean nll         {:.6} nats, {} tokens in {} windows of {context}\n",
+        quality.perplexity(),
+        quality.nll,
+        quality.tokens,
+        quality.window_nll.len(),
+    );
+    if let Some(divergence) = quality.divergence {
+        text += &format!(
+            "mean KL          {:.6} nats\n\
+             p99 KL           {:.6} nats\n\
+             top-1 agreement  {:.2} %\n",
+            divergence.mean_kl,
+            divergence.p99_kl,
+            divergence.top1_agreement * 100.0,
+        );
+    }
+    text += &format!(
+        "bits per weight  {:.3} ({:.3} of the decoder linears)\n\
+         time             {seconds:.1} s\n",
+        footprint.bits_per_weight(),
+        footprint.linear_bits_per_weight(),
+    );
+    text
+}

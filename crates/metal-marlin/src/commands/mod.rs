@@ -1,0 +1,36 @@
+//! One file per command: its arguments, with their help, and what it does.
+
+use std::num::NonZeroUsize;
+
+pub(crate) mod eval;
+pub(crate) mod quality;
+pub(crate) mod quantize;
+pub(crate) mod run;
+mod sampling;
+
+/// The commands of `metal-marlin`.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Command {
+    Run(run::Args),
+    Quantize(quantize::Args),
+    Eval(eval::Args),
+    Quality(quality::Args),
+}
+
+impl Command {
+    /// Does what the command line asked for.
+    pub(crate) fn execute(self) -> anyhow::Result<()> {
+        match self {
+            Self::Run(args) => run::run(args),
+            Self::Quantize(args) => quantize::run(args),
+            Self::Eval(args) => eval::run(args),
+            Self::Quality(args) => quality::run(args),
+        }
+    }
+}
+
+/// Does `work` with rayon on this many threads, or on all cores.
+fn in_pool<T: Send>(threads: Option<NonZeroUsize>, work: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
+    let threads = threads.map_or(0, NonZeroUsize::get);
+    Ok(rayon::ThreadPoolBuilder::new().num_threads(threads).build()?.install(work))
+}

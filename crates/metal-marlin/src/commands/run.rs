@@ -1,0 +1,308 @@
+//! `metal-marlin run`: continue a text.
+
+use std::io::{IsTerminal, Read, Write, stderr, stdin, stdout};
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use marlin_checkpoint::{Checkpoint, GenerationConfig, Tokenizer};
+use marlin_engine::{Engine, Finish, FinishReason, Request, StopConditions};
+use marlin_kernels::KvType;
+use marlin_model::{LoadOptions, ModelInfo};
+use metal_marlin::{DeviceOptions, load};
+use serde_json::json;
+
+use super::sampling::SamplingOptions;
+use crate::progress;
+
+const EXAMPLES: &str = "\
+Examples:
+  metal-marlin run \"Once upon a time\"
+  metal-marlin run \"Once upon a time\" --seed 1 --max-tokens 50 --stop \"The End\"
+  metal-marlin run path/to/model \"Once upon a time\" --temperature 0
+  metal-marlin run path/to/model - < prompt.txt > continuation.txt
+  metal-marlin run \"Once upon a time\" --json
+
+What to generate, and how, is decided by these options, where they are silent by the model's
+generation_config.json, and where that is silent too by: temperature 0.7, top-k 40, top-p 0.95,
+repetition penalty 1.1 (1 at temperature 0), at most 256 tokens. A generation_config.json with
+\"do_sample\": false means temperature 0.";
+
+/// Tokens generated where neither the options nor the model say how many.
+const DEFAULT_MAX_TOKENS: usize = 256;
+
+/// Continue a text
+///
+/// Writes what a model makes of PROMPT to standard output as it is generated. The prompt itself is not repeated, and
+/// no chat template is applied.
+#[derive(Debug, clap::Args)]
+#[command(allow_missing_positional = true, after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// Folder with a Hugging Face checkpoint, or one made by `quantize` [default: the bundled model]
+    model: Option<PathBuf>,
+
+    /// Text to continue; `-` reads it from standard input (without its last line end)
+    prompt: String,
+
+    #[command(flatten)]
+    sampling: SamplingOptions,
+
+    #[command(flatten)]
+    stop: StopOptions,
+
+    #[command(flatten)]
+    device: DeviceOptions,
+
+    /// Most tokens of prompt and continuation together [default: as many as needed, up to what the model allows]
+    #[arg(long, value_name = "N", help_heading = "Device")]
+    context: Option<NonZeroUsize>,
+
+    /// Number format of cached keys and values
+    #[arg(long, value_enum, default_value_t = KvFormat::F16, help_heading = "Device")]
+    kv: KvFormat,
+
+    /// Print one JSON object at the end (text, tokens, why it ended, timings) instead of text as it comes
+    #[arg(long)]
+    json: bool,
+
+    /// Report model, device and timings on standard error even if that is not a terminal
+    #[arg(long, short)]
+    verbose: bool,
+}
+
+/// When to stop.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Stopping")]
+struct StopOptions {
+    /// Generate at most this many tokens [default: the model's own choice, or 256]
+    #[arg(long, short = 'n', value_name = "N")]
+    max_tokens: Option<NonZeroUsize>,
+
+    /// End before this text; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+
+    /// Go on past the model's end-of-sequence tokens
+    #[arg(long)]
+    ignore_eos: bool,
+}
+
+/// `--kv`.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum KvFormat {
+    /// Half precision
+    F16,
+    /// Single precision
+    F32,
+}
+
+impl From<KvFormat> for KvType {
+    fn from(format: KvFormat) -> Self {
+        match format {
+            KvFormat::F16 => Self::F16,
+            KvFormat::F32 => Self::F32,
+        }
+    }
+}
+
+/// Runs the command.
+pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+    let prompt = read_prompt(&args.prompt)?;
+    let started = Instant::now();
+    let checkpoint = load::open_checkpoint(args.model.as_deref())?;
+    let generation = checkpoint.generation_config()?;
+    let tokenizer = checkpoint.tokenizer()?;
+    let request = Request {
+        prompt: tokens_of(&prompt, &tokenizer, &generation)?,
+        sampling: args.sampling.params(&generation),
+        stop: args.stop.conditions(&generation),
+    };
+    // Before a large model is loaded for nothing.
+    request.sampling.validate()?;
+    request.stop.validate()?;
+
+    let options = LoadOptions {
+        context: args.context(&request, &checkpoint),
+        kv_type: args.kv.into(),
+        logit_rows: 1,
+        ..Default::default()
+    };
+    let model = progress::spinner(&format!("Loading {}", checkpoint.name()), || {
+        load::load_model(&checkpoint, &args.device, &options)
+    })?;
+    let mut engine = Engine::new(model, Arc::new(tokenizer), generation.eos_token_id);
+    let load = started.elapsed();
+
+    engine.add(request)?;
+    let output = generate(&mut engine, !args.json)?;
+    let timings = Timings { load, ..output.timings };
+    if args.json {
+        let report = output.to_json(checkpoint.name(), &timings);
+        writeln!(stdout(), "{report}")?;
+    }
+    if args.verbose || (stderr().is_terminal() && !args.json) {
+        report(checkpoint.name(), engine.info(), &output.finish, &timings, args.verbose);
+    }
+    Ok(())
+}
+
+fn read_prompt(prompt: &str) -> anyhow::Result<String> {
+    if prompt != "-" {
+        return Ok(prompt.to_owned());
+    }
+    let mut text = String::new();
+    stdin().read_to_string(&mut text).context("cannot read the prompt from standard input")?;
+    let end = text.strip_suffix('\n').map_or(text.len(), |text| text.strip_suffix('\r').unwrap_or(text).len());
+    text.truncate(end);
+    Ok(text)
+}
+
+/// The prompt's tokens; an empty prompt begins where every text of the model begins.
+fn tokens_of(prompt: &str, tokenizer: &Tokenizer, generation: &GenerationConfig) -> anyhow::Result<Vec<u32>> {
+    let mut tokens = tokenizer.encode(prompt, true)?;
+    if tokens.is_empty() {
+        tokens.extend(generation.bos_token_id);
+    }
+    Ok(tokens)
+}
+
+impl Args {
+    /// The context asked for, or no more than this one request can use: the KV cache is made for it.
+    fn context(&self, request: &Request, checkpoint: &Checkpoint) -> Option<usize> {
+        let needed = request.prompt.len().saturating_add(request.stop.max_tokens);
+        let allowed = checkpoint.config()["max_position_embeddings"].as_u64().and_then(|n| usize::try_from(n).ok());
+        self.context.map(NonZeroUsize::get).or_else(|| allowed.map(|allowed| allowed.min(needed)))
+    }
+}
+
+impl StopOptions {
+    fn conditions(&self, generation: &GenerationConfig) -> StopConditions {
+        let max_tokens = self.max_tokens.map(NonZeroUsize::get).or(generation.max_new_tokens);
+        StopConditions {
+            max_tokens: max_tokens.unwrap_or(DEFAULT_MAX_TOKENS),
+            strings: self.stop.clone(),
+            tokens: Vec::new(),
+            ignore_eos: self.ignore_eos,
+        }
+    }
+}
+
+/// What came of a request.
+struct Output {
+    text: String,
+    tokens: Vec<u32>,
+    finish: Finish,
+    timings: Timings,
+}
+
+/// Where the time went.
+#[derive(Debug, Clone, Copy, Default)]
+struct Timings {
+    load: Duration,
+    /// Until the first token.
+    prefill: Duration,
+    /// From the first token to the last.
+    decode: Duration,
+}
+
+/// Runs the engine's one request to its end, writing its text as it comes if `stream`.
+fn generate(engine: &mut Engine, stream: bool) -> anyhow::Result<Output> {
+    let mut out = stdout().lock();
+    let (mut text, mut tokens, mut events) = (String::new(), Vec::new(), Vec::new());
+    let started = Instant::now();
+    let mut first = None;
+    loop {
+        engine.step(&mut events)?;
+        for event in events.drain(..) {
+            first.get_or_insert_with(|| started.elapsed());
+            tokens.push(event.token);
+            text.push_str(&event.text);
+            if stream && !event.text.is_empty() {
+                out.write_all(event.text.as_bytes())?;
+                out.flush()?;
+            }
+            if let Some(finish) = event.finish {
+                if stream {
+                    writeln!(out)?;
+                }
+                let prefill = first.unwrap_or_default();
+                let timings = Timings { prefill, decode: started.elapsed() - prefill, ..Timings::default() };
+                return Ok(Output { text, tokens, finish, timings });
+            }
+        }
+    }
+}
+
+impl Output {
+    fn to_json(&self, model: &str, timings: &Timings) -> serde_json::Value {
+        let Finish { reason, prompt_tokens, generated_tokens } = &self.finish;
+        let stopped_at = match reason {
+            FinishReason::StopToken(token) => json!(token),
+            FinishReason::StopString(text) => json!(text),
+            FinishReason::Length | FinishReason::Context => json!(null),
+        };
+        json!({
+            "model": model,
+            "text": self.text,
+            "tokens": self.tokens,
+            "finish_reason": reason.name(),
+            "stopped_at": stopped_at,
+            "prompt_tokens": prompt_tokens,
+            "generated_tokens": generated_tokens,
+            "timings": {
+                "load_seconds": timings.load.as_secs_f64(),
+                "prefill_seconds": timings.prefill.as_secs_f64(),
+                "decode_seconds": timings.decode.as_secs_f64(),
+                "prefill_tokens_per_second": timings.prefill_rate(*prompt_tokens),
+                "decode_tokens_per_second": timings.decode_rate(*generated_tokens),
+            },
+        })
+    }
+}
+
+impl Timings {
+    fn prefill_rate(&self, prompt_tokens: usize) -> f64 {
+        prompt_tokens as f64 / self.prefill.as_secs_f64()
+    }
+
+    /// Tokens a second after the first; `None` if there was only one.
+    fn decode_rate(&self, generated_tokens: usize) -> Option<f64> {
+        (generated_tokens > 1).then(|| (generated_tokens - 1) as f64 / self.decode.as_secs_f64())
+    }
+}
+
+/// Says on standard error what ran and how fast.
+fn report(name: &str, model: &ModelInfo, finish: &Finish, timings: &Timings, verbose: bool) {
+    let mut lines = String::from("\n");
+    if verbose {
+        lines += &format!(
+            "model    {name}: {}, {} layers, {:.1} MB\ndevice   {} ({})\nload     {:.2} s\n",
+            model.architecture,
+            model.layers,
+            model.weight_bytes as f64 / 1e6,
+            model.device.name,
+            model.device.detail,
+            timings.load.as_secs_f64(),
+        );
+    }
+    lines += &format!(
+        "prompt   {} tokens in {:.2} s ({:.1} tokens/s)\n",
+        finish.prompt_tokens,
+        timings.prefill.as_secs_f64(),
+        timings.prefill_rate(finish.prompt_tokens),
+    );
+    lines += &format!("output   {} tokens in {:.2} s", finish.generated_tokens, timings.decode.as_secs_f64());
+    if let Some(rate) = timings.decode_rate(finish.generated_tokens) {
+        lines += &format!(" ({rate:.1} tokens/s)");
+    }
+    let ended = match &finish.reason {
+        FinishReason::StopToken(_) => "the model ended its text".to_owned(),
+        FinishReason::StopString(text) => format!("reached the stop string {text:?}"),
+        FinishReason::Length => "reached --max-tokens".to_owned(),
+        FinishReason::Context => format!("filled the context of {} tokens", model.context),
+    };
+    // Nobody is helped by an error about a report that cannot be written.
+    let _ = writeln!(stderr(), "{lines}; {ended}");
+}

@@ -1,0 +1,20 @@
+//! Metal Marlin as a library: open a checkpoint and load its model onto a device in two calls.
+//!
+//! ```no_run
+//! use metal_marlin::{DeviceOptions, load};
+//!
+//! let checkpoint = load::open_checkpoint(Some("path/to/model".as_ref()))?;
+//! let model = load::load_model(&checkpoint, &DeviceOptions::default(), &Default::default())?;
+//! println!("{} on {}", model.info().architecture, model.info().device.name);
+//! # Ok::<(), metal_marlin::LoadError>(())
+//! ```
+//!
+//! [`marlin_engine::Engine`] then turns requests into text.
+
+#[cfg(feature = "bundled-model")]
+mod bundled;
+pub mod device;
+pub mod load;
+
+pub use device::DeviceOptions;
+pub use load::LoadError;

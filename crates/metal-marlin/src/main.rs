@@ -1,0 +1,59 @@
+//! The command line of Metal Marlin.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+
+mod commands;
+mod progress;
+
+/// Quantised large-language-model inference on the machine you own
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXAMPLES, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: commands::Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  metal-marlin run \"Once upon a time\"                     continue a text with the bundled model
+  metal-marlin run path/to/model \"Once upon a time\"       the same with a model folder
+  metal-marlin quantize path/to/model out --format fp4    write it in 4 bits
+  metal-marlin eval out --text validation.txt             measure its perplexity
+
+`metal-marlin COMMAND --help` explains a command and shows more examples.";
+
+fn main() -> ExitCode {
+    // clap prints its own messages: usage errors exit with 2, --help and --version with 0.
+    let cli = Cli::parse();
+    match cli.command.execute() {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever read our output has seen enough (`metal-marlin run … | head`).
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// Prints an error and what caused it.
+fn report(error: &anyhow::Error) {
+    let mut said = error.to_string();
+    let mut lines = format!("error: {said}\n");
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        // Some errors end with what caused them.
+        if !said.ends_with(&cause) {
+            lines += &format!("  caused by: {cause}\n");
+        }
+        said = cause;
+    }
+    // There is nowhere left to report that this cannot be written.
+    let _ = io::stderr().write_all(lines.as_bytes());
+}

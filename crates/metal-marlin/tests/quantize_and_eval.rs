@@ -1,0 +1,224 @@
+//! `quantize`, `eval` and `quality` as a person meets them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// What a run of the program wrote and how it ended.
+struct Run {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+fn metal_marlin<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Run {
+    let output = Command::new(env!("CARGO_BIN_EXE_metal-marlin")).args(args).output().unwrap();
+    Run {
+        code: output.status.code(),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+/// The JSON that a successful run prints.
+fn json<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Value {
+    let run = metal_marlin(args);
+    assert_eq!((run.code, run.stderr.as_str()), (Some(0), ""));
+    serde_json::from_str(&run.stdout).unwrap()
+}
+
+/// The message of a run that fails.
+fn failure<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> String {
+    let run = metal_marlin(args);
+    assert_eq!((run.code, run.stdout.as_str()), (Some(1), ""), "{}", run.stderr);
+    run.stderr
+}
+
+/// A file of the repository.
+fn repository(path: &str) -> String {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(path).to_str().unwrap().to_owned()
+}
+
+/// A tiny random checkpoint without a tokenizer: 2 layers, tied embedding.
+fn tiny() -> String {
+    repository("crates/marlin-model/tests/goldens/qwen3-gqa2-tied")
+}
+
+struct Folder(TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.path().join(name).to_str().unwrap().to_owned()
+    }
+}
+
+#[test]
+fn quantize_reports_every_matrix() {
+    let folder = Folder::new();
+    let out = folder.path("out");
+    let report = json(&["quantize", &tiny(), &out, "--format", "int4", "--group-size", "32", "--json"]);
+    assert_eq!((&report["scheme"], &report["embedding_scheme"]), (&"int4 g32".into(), &"int8 g32".into()));
+    let matrices = report["matrices"].as_array().unwrap();
+    let config: Value = serde_json::from_slice(&fs::read(Path::new(&tiny()).join("config.json")).unwrap()).unwrap();
+    assert_eq!(matrices.len() as u64, 7 * config["num_hidden_layers"].as_u64().unwrap() + 1);
+    for matrix in matrices {
+        let error = matrix["relative_rms_error"].as_f64().unwrap();
+        let bounds = if matrix["scheme"] == "int4 g32" { 0.02..0.15 } else { 0.001..0.01 };
+        assert!(bounds.contains(&error), "{matrix}");
+    }
+    let on_disk: u64 = report["bytes_after"].as_u64().unwrap();
+    let file = fs::metadata(Path::new(&out).join("model.safetensors")).unwrap().len();
+    assert!((on_disk..on_disk + 16384).contains(&file), "{on_disk} {file}");
+
+    let run = metal_marlin(&["quantize", &tiny(), &out, "--bits", "4", "--method", "rtn", "--force"]);
+    assert_eq!((run.code, run.stderr.as_str()), (Some(0), ""));
+    for wanted in ["self_attn.q_proj", "mlp.down_proj", "fp4 g128", "in layer ", "bits per weight", &out] {
+        assert!(run.stdout.contains(wanted), "{wanted}: {}", run.stdout);
+    }
+    let verbose = metal_marlin(&["quantize", &tiny(), &out, "--bits", "4", "--force", "--verbose"]).stdout;
+    assert!(verbose.contains("model.layers.1.mlp.up_proj.weight"), "{verbose}");
+}
+
+#[test]
+fn quantize_says_what_is_wrong() {
+    let folder = Folder::new();
+    let out = folder.path("out");
+    for args in [
+        &["quantize", "model", "out"][..],
+        &["quantize", "model", "out", "--format", "fp5"],
+        &["quantize", "model", "out", "--format", "bf16"],
+        &["quantize", "model", "out", "--bits", "9"],
+        &["quantize", "model", "out", "--format", "fp4", "--group-size", "0"],
+    ] {
+        let run = metal_marlin(args);
+        assert_eq!(run.code, Some(2), "{args:?}: {}", run.stderr);
+    }
+    let error = failure(&["quantize", &tiny(), &out, "--format", "int8", "--bits", "4"]);
+    assert!(error.contains("int8") && error.contains("--bits"), "{error}");
+    let error = failure(&["quantize", &tiny(), &out, "--format", "mxfp4", "--group-size", "64"]);
+    assert!(error.contains("mxfp4") && error.contains("32"), "{error}");
+    let error = failure(&["quantize", "no/such/model", &out, "--format", "fp4"]);
+    assert!(error.contains("no/such/model"), "{error}");
+    assert!(!Path::new(&out).exists());
+
+    metal_marlin(&["quantize", &tiny(), &out, "--format", "fp4"]);
+    let error = failure(&["quantize", &tiny(), &out, "--format", "fp4"]);
+    assert!(error.contains(&out) && error.contains("--force"), "{error}");
+    let error = failure(&["quantize", &out, &folder.path("again"), "--format", "fp4"]);
+    assert!(error.contains("quantised already"), "{error}");
+    let error = failure(&["quantize", &tiny(), &tiny(), "--format", "fp4", "--force"]);
+    assert!(error.contains("is the source itself"), "{error}");
+    let mine = folder.path("mine");
+    fs::create_dir(&mine).unwrap();
+    fs::write(Path::new(&mine).join("thesis.txt"), "all there is").unwrap();
+    let error = failure(&["quantize", &tiny(), &mine, "--format", "fp4", "--force"]);
+    assert!(error.contains(&mine), "{error}");
+    assert!(Path::new(&mine).join("thesis.txt").exists());
+}
+
+#[test]
+fn eval_says_what_is_wrong() {
+    let folder = Folder::new();
+    let text = folder.path("text.txt");
+    fs::write(&text, "Once upon a time").unwrap();
+    assert_eq!(metal_marlin(&["eval", &tiny()]).code, Some(2));
+    let error = failure(&["eval", "no/such/model", "--text", &text]);
+    assert!(error.contains("no/such/model"), "{error}");
+    let error = failure(&["eval", &tiny(), "--text", &text]);
+    assert!(error.contains("tokenizer.json"), "{error}");
+}
+
+#[cfg(feature = "bundled-model")]
+mod bundled {
+    use super::*;
+
+    const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/model");
+
+    /// What `transformers` measures on the decoded weights (`scripts/goldens/bundled_perplexity.py`).
+    const BUNDLED_PERPLEXITY: f64 = 220.7088;
+
+    fn validation() -> String {
+        repository("data/text/validation.txt")
+    }
+
+    fn number(value: &Value, key: &str) -> f64 {
+        value[key].as_f64().unwrap_or_else(|| panic!("{key}: {value}"))
+    }
+
+    /// The bundled model with another tokenizer: without merges every byte is a token.
+    fn bytewise(folder: &Folder) -> String {
+        let copy = PathBuf::from(folder.path("bytewise"));
+        fs::create_dir(&copy).unwrap();
+        for file in ["config.json", "model.safetensors"] {
+            fs::copy(Path::new(MODEL).join(file), copy.join(file)).unwrap();
+        }
+        let mut tokenizer: Value =
+            serde_json::from_slice(&fs::read(Path::new(MODEL).join("tokenizer.json")).unwrap()).unwrap();
+        tokenizer["model"]["merges"] = Value::Array(Vec::new());
+        fs::write(copy.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        copy.to_str().unwrap().to_owned()
+    }
+
+    #[test]
+    fn the_perplexity_of_the_bundled_model() {
+        let args =
+            ["eval", "bundled", "--text", &validation(), "--context", "32", "--windows", "4", "--exact", "--json"];
+        let result = json(&args);
+        assert_eq!((&result["windows"], &result["tokens"], &result["context"]), (&4.into(), &124.into(), &32.into()));
+        let perplexity = number(&result, "perplexity");
+        assert!((perplexity / BUNDLED_PERPLEXITY - 1.0).abs() < 1e-3, "{perplexity}");
+        assert!((number(&result, "nll").exp() / perplexity - 1.0).abs() < 1e-12);
+        assert!((number(&result, "bits_per_weight") - 4.754).abs() < 1e-3);
+        assert_eq!(result["decoder_bits_per_weight"], 4.125);
+        assert_eq!(result["mean_kl"], Value::Null);
+    }
+
+    #[test]
+    fn a_model_does_not_diverge_from_itself() {
+        let text = validation();
+        let args =
+            ["eval", "bundled", "--text", &text, "--context", "16", "--windows", "2", "--baseline", MODEL, "--json"];
+        let exact = json(&[&args[..], &["--exact"]].concat());
+        assert_eq!(
+            (number(&exact, "mean_kl"), number(&exact, "p99_kl"), number(&exact, "top1_agreement")),
+            (0.0, 0.0, 1.0)
+        );
+        // Activations in int8 are another model.
+        let fast = json(&args);
+        assert!((1e-6..1e-2).contains(&number(&fast, "mean_kl")), "{fast}");
+        assert!((number(&fast, "nll") - number(&exact, "nll")).abs() < 0.05);
+    }
+
+    #[test]
+    fn text_that_cannot_be_measured_is_explained() {
+        let folder = Folder::new();
+        let text = folder.path("text.txt");
+        let error = failure(&["eval", "bundled", "--text", &text]);
+        assert!(error.contains(&text), "{error}");
+        fs::write(&text, [0x66, 0xff]).unwrap();
+        let error = failure(&["eval", "bundled", "--text", &text]);
+        assert!(error.contains(&text) && error.contains("UTF-8"), "{error}");
+        fs::write(&text, "a").unwrap();
+        let error = failure(&["eval", "bundled", "--text", &text]);
+        assert!(error.contains(&text) && error.contains("1 tokens"), "{error}");
+        let error = failure(&["eval", "bundled", "--text", &validation(), "--context", "1"]);
+        assert!(error.contains("predict nothing"), "{error}");
+        let error = failure(&["eval", "bundled", "--text", &validation(), "--context", "4096"]);
+        assert!(error.contains("4096") && error.contains("1024"), "{error}");
+    }
+
+    #[test]
+    fn models_of_different_tokenizers_are_not_compared() {
+        let folder = Folder::new();
+        let other = bytewise(&folder);
+        let error = failure(&["eval", "bundled", "--text", &validation(), "--baseline", &other]);
+        assert!(error.contains("tokenizers") && error.contains(&other), "{error}");
+    }
+}
