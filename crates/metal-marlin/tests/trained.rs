@@ -13,11 +13,14 @@ use serde_json::Value;
 /// Perplexity that `transformers` measures in f32, on the bf16 weights.
 const REFERENCE_PERPLEXITY: f64 = 28.8024;
 
+/// A test of the model in a folder.
+type Test = fn(&Path);
+
 fn main() {
     let model = std::env::var_os("METAL_MARLIN_MODELS").map(|models| PathBuf::from(models).join("tiny-qwen3"));
-    let tests: [(&str, fn(&Path)); 2] =
+    let tests: [(&str, Test); 2] =
         [("perplexity", perplexity), ("the_bundled_model_is_close_to_it", the_bundled_model_is_close_to_it)];
-    let trial = |(name, test): (&str, fn(&Path))| {
+    let trial = |(name, test): (&str, Test)| {
         let model = model.clone();
         let is_ignored = model.is_none() || cfg!(debug_assertions);
         let run = move || {
