@@ -17,6 +17,19 @@ pub enum ModelError {
     /// The checkpoint lacks a tensor, or one has another shape than config.json says.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The checkpoint holds weights of the decoder that config.json has no place for.
+    #[error(
+        "{model} holds {count} tensors that the model config.json describes does not use, the first of them {first}; \
+         config.json does not belong to these weights, or has a wrong number of layers or a bias switched off"
+    )]
+    UnusedTensors {
+        /// The checkpoint.
+        model: String,
+        /// How many.
+        count: usize,
+        /// One of them.
+        first: String,
+    },
     /// The device refuses a weight.
     #[error("{model}: {tensor} cannot be loaded")]
     Weight {

@@ -76,6 +76,18 @@ fn every_size_must_be_there_and_sane() {
 }
 
 #[test]
+fn weights_that_config_json_has_no_place_for() {
+    let fewer = refusal("qwen3-gqa2-tied", |config| {
+        let layers = config["num_hidden_layers"].as_u64().unwrap();
+        config.insert("num_hidden_layers".into(), json!(layers - 1));
+        config.shift_remove("layer_types");
+    });
+    assert_says(&fewer, &["does not use", "11 tensors", "model.layers.1."]);
+    let unbiased = refusal("llama-gqa4-bias-sharded", with("attention_bias", json!(false)));
+    assert_says(&unbiased, &["does not use", "self_attn", ".bias"]);
+}
+
+#[test]
 fn largest_sizes_allowed_end_in_an_error_too() {
     let most = 1 << 24;
     for field in ["vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"] {

@@ -90,3 +90,10 @@ pub enum QuantizeError {
     #[error("the temporary file of the baseline's logits (4 bytes a logit; TMPDIR says where) failed")]
     Recording(#[source] io::Error),
 }
+
+impl QuantizeError {
+    /// Whether the weights themselves are at fault, so that trying again cannot help.
+    pub(crate) fn is_in_the_weights(&self) -> bool {
+        matches!(self, Self::Encode { .. } | Self::Checkpoint(CheckpointError::NotFinite { .. }))
+    }
+}

@@ -117,7 +117,16 @@ pub fn quantize(
     for task in &tasks {
         progress(task.name, done);
         // The error of a matrix that an earlier run wrote is measured when the output can be read.
-        errors.push(if writer.is_done(task.name) { None } else { write(source, task, recipe, &mut writer)? });
+        let written = if writer.is_done(task.name) { Ok(None) } else { write(source, task, recipe, &mut writer) };
+        match written {
+            Ok(error) => errors.push(error),
+            // The same weights would fail again, and the half-written folder would be in the way of other settings.
+            Err(e) if e.is_in_the_weights() => {
+                writer.discard()?;
+                return Err(e);
+            }
+            Err(e) => return Err(e),
+        }
         done += task.bytes;
     }
     writer.finish()?;

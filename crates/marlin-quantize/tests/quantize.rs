@@ -156,7 +156,8 @@ fn weights_that_are_not_finite_are_refused_by_name() {
         let error = error.to_string();
         assert!(error.contains(bad) && error.contains("NaN") && error.contains(model.to_str().unwrap()), "{error}");
         assert!(!out.exists());
-        fs::remove_dir_all(folder.path().join("out.partial")).unwrap();
+        // Nothing stands in the way of another format.
+        assert!(!folder.path().join("out.partial").exists());
     }
 }
 

@@ -32,7 +32,8 @@ impl DeviceOptions {
     }
 }
 
-fn parse_threads(text: &str) -> Result<NonZeroUsize, String> {
+/// Parses a number of threads from 1 to 1024.
+pub fn parse_threads(text: &str) -> Result<NonZeroUsize, String> {
     let threads = text.parse().ok().filter(|threads: &NonZeroUsize| threads.get() <= MOST_THREADS);
     threads.ok_or_else(|| format!("must be a number from 1 to {MOST_THREADS}"))
 }

@@ -184,7 +184,9 @@ mod bundled {
     fn parameters_out_of_range_are_refused() {
         let run = metal_marlin(&["run", "Hello", "--temperature", "-1"]);
         assert_eq!(run.code, Some(1));
-        assert_eq!(run.stderr, "error: temperature must be a number from 0 up, found -1\n");
+        assert!(run.stderr.contains("temperature must be a number from 0 up, found -1\n"), "{}", run.stderr);
+        // The model's own settings could be at fault as well.
+        assert!(run.stderr.contains("generation_config.json"), "{}", run.stderr);
         assert_eq!(metal_marlin(&["run", "Hello", "--top-p", "NaN"]).code, Some(1));
         let run = metal_marlin(&["run", "Hello", "--context", "5000"]);
         assert_eq!(run.code, Some(1));

@@ -18,8 +18,11 @@ type Test = fn(&Path);
 
 fn main() {
     let model = std::env::var_os("METAL_MARLIN_MODELS").map(|models| PathBuf::from(models).join("tiny-qwen3"));
-    let tests: [(&str, Test); 2] =
-        [("perplexity", perplexity), ("the_bundled_model_is_close_to_it", the_bundled_model_is_close_to_it)];
+    let tests: [(&str, Test); 3] = [
+        ("perplexity", perplexity),
+        ("the_bundled_model_is_close_to_it", the_bundled_model_is_close_to_it),
+        ("the_bundled_model_is_what_quantize_makes_of_it", the_bundled_model_is_what_quantize_makes_of_it),
+    ];
     let trial = |(name, test): (&str, Test)| {
         let model = model.clone();
         let is_ignored = model.is_none() || cfg!(debug_assertions);
@@ -69,4 +72,17 @@ fn the_bundled_model_is_close_to_it(model: &Path) {
     // error feedback, which this recipe has not.
     assert!((0.05..0.11).contains(&number(&result, "mean_kl")), "{result}");
     assert!(number(&result, "top1_agreement") > 0.77, "{result}");
+}
+
+fn the_bundled_model_is_what_quantize_makes_of_it(model: &Path) {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("model");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_metal-marlin"));
+    let output = command.arg("quantize").arg(model).arg(&out).args(["--format", "fp4"]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for file in std::fs::read_dir(&out).unwrap() {
+        let file = file.unwrap().path();
+        let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("model").join(file.file_name().unwrap());
+        assert!(std::fs::read(&file).unwrap() == std::fs::read(&bundled).unwrap(), "{} differs", bundled.display());
+    }
 }

@@ -160,6 +160,12 @@ impl CheckpointWriter {
         self.finished(tensor)
     }
 
+    /// Removes what was written. For work that can never be finished as planned; a writer that is only dropped can be resumed.
+    pub fn discard(self) -> Result<(), CheckpointError> {
+        drop(self.files);
+        self.workspace.discard()
+    }
+
     /// Completes the folder and renames it to the output.
     ///
     /// # Errors

@@ -72,6 +72,12 @@ impl Workspace {
         fs::create_dir(&model).map_err(CheckpointError::io("create", &model))
     }
 
+    /// Removes the folder with all that is unfinished.
+    pub(super) fn discard(self) -> Result<(), CheckpointError> {
+        self.clear()?;
+        remove(&self.folder)
+    }
+
     /// Renames the finished model, all of whose files are synced, to the output, and removes the folder.
     pub(super) fn publish(self) -> Result<(), CheckpointError> {
         sync_folder(&self.model())?;

@@ -1,6 +1,10 @@
 //! From a checkpoint to a decoder: every weight once, every buffer once.
 
+use std::cell::RefCell;
+use std::collections::HashSet;
+
 use marlin_checkpoint::Checkpoint;
+use marlin_format::PackedMatrix;
 use marlin_kernels::{Backend, LinearPart, StepLimits};
 
 use super::{Attention, Decoder, HeadNorms, Layer, Mlp, Workspace};
@@ -24,11 +28,12 @@ pub fn load_model<B: Backend>(
     let sizes = Sizes::new(&spec, options, checkpoint.name())?;
 
     // Weights come first: once they are there, the sizes that config.json claims are known to be real.
-    let loader = Loader { backend, checkpoint };
+    let loader = Loader { backend, checkpoint, read: RefCell::default() };
     let embed_tokens = loader.linear(&[(EMBED_TOKENS, spec.vocab_size)], spec.hidden_size, false)?;
     let layers = (0..spec.windows.len()).map(|index| loader.layer(&spec, index)).collect::<Result<_, _>>()?;
     let norm = loader.norm("model.norm", spec.hidden_size)?;
     let lm_head = loader.lm_head(&spec)?;
+    loader.refuse_unread()?;
 
     let limits = StepLimits {
         tokens: options.step_tokens,
@@ -116,6 +121,8 @@ fn workspace<B: Backend>(
 struct Loader<'a, B: Backend> {
     backend: &'a B,
     checkpoint: &'a Checkpoint,
+    /// Names of the tensors that were asked for.
+    read: RefCell<HashSet<String>>,
 }
 
 impl<B: Backend> Loader<'_, B> {
@@ -165,8 +172,7 @@ impl<B: Backend> Loader<'_, B> {
         let (rows, cols) = (spec.vocab_size, spec.hidden_size);
         if spec.tie_word_embeddings {
             let is_separate = self.checkpoint.contains(&weight(LM_HEAD))
-                && self.checkpoint.matrix(&weight(LM_HEAD), rows, cols)?
-                    != self.checkpoint.matrix(&weight(EMBED_TOKENS), rows, cols)?;
+                && self.matrix(&weight(LM_HEAD), rows, cols)? != self.matrix(&weight(EMBED_TOKENS), rows, cols)?;
             if !is_separate {
                 return Ok(None);
             }
@@ -177,8 +183,8 @@ impl<B: Backend> Loader<'_, B> {
     /// One linear of the modules `(name, rows)` of `cols` columns each; all of them have a bias or none has.
     fn linear(&self, modules: &[(&str, usize)], cols: usize, bias: bool) -> Result<B::Linear, ModelError> {
         let part = |&(module, rows): &(&str, usize)| {
-            let bias = bias.then(|| self.checkpoint.vector(&format!("{module}.bias"), rows)).transpose()?;
-            Ok(LinearPart { weight: self.checkpoint.matrix(&weight(module), rows, cols)?, bias })
+            let bias = bias.then(|| self.vector(&format!("{module}.bias"), rows)).transpose()?;
+            Ok(LinearPart { weight: self.matrix(&weight(module), rows, cols)?, bias })
         };
         let parts = modules.iter().map(part).collect::<Result<Vec<_>, ModelError>>()?;
         self.backend.load_linear(&parts).map_err(|source| ModelError::Weight {
@@ -189,7 +195,34 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     fn norm(&self, module: &str, len: usize) -> Result<B::Vector, ModelError> {
-        Ok(self.backend.load_vector(&self.checkpoint.vector(&weight(module), len)?)?)
+        Ok(self.backend.load_vector(&self.vector(&weight(module), len)?)?)
+    }
+
+    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<PackedMatrix<'_>, ModelError> {
+        self.read.borrow_mut().insert(name.to_owned());
+        Ok(self.checkpoint.matrix(name, rows, cols)?)
+    }
+
+    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
+        self.read.borrow_mut().insert(name.to_owned());
+        Ok(self.checkpoint.vector(name, len)?)
+    }
+
+    /// A tensor of the decoder that nobody asked for means that config.json describes another model: a layer too few, a bias
+    /// switched off. It would run and write nonsense. (Old checkpoints hold rotary frequencies, which follow from config.json.)
+    fn refuse_unread(&self) -> Result<(), ModelError> {
+        let read = self.read.borrow();
+        let is_unread = |name: &&str| !read.contains(*name) && !name.ends_with(".rotary_emb.inv_freq");
+        let unread: Vec<&str> =
+            self.checkpoint.tensor_names().filter(|name| name.starts_with("model.")).filter(is_unread).collect();
+        match unread.first() {
+            None => Ok(()),
+            Some(&first) => Err(ModelError::UnusedTensors {
+                model: self.checkpoint.name().to_owned(),
+                count: unread.len(),
+                first: first.to_owned(),
+            }),
+        }
     }
 }
 

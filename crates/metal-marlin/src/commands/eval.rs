@@ -63,7 +63,7 @@ pub(crate) struct Args {
     device: DeviceOptions,
 
     /// Print the result as one JSON object
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     json: bool,
 }
 

@@ -12,6 +12,7 @@ use marlin_quantize::{
     evaluate, quantize,
 };
 use metal_marlin::DeviceOptions;
+use metal_marlin::device::parse_threads;
 
 use super::quantize::embedding_scheme;
 use super::{eval, in_pool};
@@ -45,7 +46,7 @@ pub(crate) struct Args {
     windows: Option<NonZeroUsize>,
 
     /// CPU threads [default: all cores]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_threads)]
     threads: Option<NonZeroUsize>,
 }
 
@@ -112,13 +113,20 @@ impl Measure<'_> {
     /// The unquantised model and every variant.
     fn all(&self) -> anyhow::Result<(Quality, Vec<Row>)> {
         let variants = VARIANTS.len() * METHODS.len();
-        let mut bar = Bar::counting("Measuring", "variants");
         let mut model = eval::load_model(self.source, &self.device(true), self.context)?;
-        let mut recorded = RecordedLogits::record(&mut ModelLogits::new(model.as_mut()), self.windows, |_| {})?;
+        let mut recorded = {
+            let mut bar = Bar::counting("Measuring the original", "tokens");
+            let mut logits = ModelLogits::new(model.as_mut());
+            RecordedLogits::record(&mut logits, self.windows, |done| {
+                bar.set(done as u64, self.windows.predicted() as u64)
+            })?
+        };
         drop(model);
         let baseline = evaluate(&mut recorded, None, self.windows, |_| {})?;
 
         let mut rows = Vec::with_capacity(variants);
+        let mut bar = Bar::counting("Measuring", "variants");
+        bar.set(0, variants as u64);
         for (format, grouping) in VARIANTS {
             for (search, method) in METHODS {
                 let recipe = Recipe {

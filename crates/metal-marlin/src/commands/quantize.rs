@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use marlin_format::{Format, Grouping, ScaleSearch, Scheme};
 use marlin_quantize::{ErrorStats, MatrixReport, QuantizeOptions, Recipe, Report, quantize};
+use metal_marlin::device::parse_threads;
 use metal_marlin::load;
 use serde_json::{Value, json};
 
@@ -70,7 +71,7 @@ pub(crate) struct Args {
     force: bool,
 
     /// CPU threads [default: all cores]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_threads)]
     threads: Option<NonZeroUsize>,
 
     /// List every matrix instead of summing up those of a kind

@@ -2,11 +2,11 @@
 
 use std::io::{IsTerminal, Read, Write, stderr, stdin, stdout};
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use marlin_checkpoint::{Checkpoint, GenerationConfig, Tokenizer};
 use marlin_engine::{Engine, Finish, FinishReason, Request, StopConditions};
 use marlin_kernels::KvType;
@@ -29,6 +29,9 @@ What to generate, and how, is decided by these options, where they are silent by
 generation_config.json, and where that is silent too by: temperature 0.7, top-k 40, top-p 0.95,
 repetition penalty 1.1 (1 at temperature 0), at most 256 tokens. A generation_config.json with
 \"do_sample\": false means temperature 0.";
+
+/// Said of a standard output that is full or gone.
+const CANNOT_WRITE: &str = "cannot write to standard output";
 
 /// Tokens generated where neither the options nor the model say how many.
 const DEFAULT_MAX_TOKENS: usize = 256;
@@ -64,11 +67,11 @@ pub(crate) struct Args {
     kv: KvFormat,
 
     /// Print one JSON object at the end (text, tokens, why it ended, timings) instead of text as it comes
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     json: bool,
 
     /// Report model, device and timings on standard error even if that is not a terminal
-    #[arg(long, short)]
+    #[arg(long, short, help_heading = "Output")]
     verbose: bool,
 }
 
@@ -109,6 +112,7 @@ impl From<KvFormat> for KvType {
 
 /// Runs the command.
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+    refuse_model_as_prompt(&args)?;
     let prompt = read_prompt(&args.prompt)?;
     let started = Instant::now();
     let checkpoint = load::open_checkpoint(args.model.as_deref())?;
@@ -120,8 +124,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         stop: args.stop.conditions(&generation),
     };
     // Before a large model is loaded for nothing.
-    request.sampling.validate()?;
-    request.stop.validate()?;
+    let settings = || format!("the options, or generation_config.json of {}, are out of range", checkpoint.name());
+    request.sampling.validate().with_context(settings)?;
+    request.stop.validate().with_context(settings)?;
 
     let options = LoadOptions {
         context: args.context(&request, &checkpoint),
@@ -140,10 +145,18 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let timings = Timings { load, ..output.timings };
     if args.json {
         let report = output.to_json(checkpoint.name(), &timings);
-        writeln!(stdout(), "{report}")?;
+        writeln!(stdout(), "{report}").context(CANNOT_WRITE)?;
     }
     if args.verbose || (stderr().is_terminal() && !args.json) {
         report(checkpoint.name(), engine.info(), &output.finish, &timings, args.verbose);
+    }
+    Ok(())
+}
+
+/// `run path/to/model` lacks a prompt; without this check the path would be continued by the bundled model.
+fn refuse_model_as_prompt(args: &Args) -> anyhow::Result<()> {
+    if args.model.is_none() && Path::new(&args.prompt).join("config.json").is_file() {
+        bail!("{0} is a model folder, and a prompt is missing: metal-marlin run {0} \"Once upon a time\"", args.prompt);
     }
     Ok(())
 }
@@ -220,12 +233,11 @@ fn generate(engine: &mut Engine, stream: bool) -> anyhow::Result<Output> {
             tokens.push(event.token);
             text.push_str(&event.text);
             if stream && !event.text.is_empty() {
-                out.write_all(event.text.as_bytes())?;
-                out.flush()?;
+                out.write_all(event.text.as_bytes()).and_then(|()| out.flush()).context(CANNOT_WRITE)?;
             }
             if let Some(finish) = event.finish {
                 if stream {
-                    writeln!(out)?;
+                    writeln!(out).context(CANNOT_WRITE)?;
                 }
                 let prefill = first.unwrap_or_default();
                 let timings = Timings { prefill, decode: started.elapsed() - prefill, ..Timings::default() };
