@@ -32,13 +32,13 @@ impl fmt::Display for RequestId {
     }
 }
 
-/// A request got a token.
+/// A request got a token, or failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Event {
     /// The request.
     pub request: RequestId,
-    /// Its token.
-    pub token: u32,
+    /// Its token; `None` if it failed, see [`FinishReason::error`].
+    pub token: Option<u32>,
     /// The text that is certain by now; empty while a character or a stop string may be incomplete.
     pub text: String,
     /// Set on the last event of a request.
@@ -130,7 +130,8 @@ impl Engine {
 
     /// Runs one step and appends an event for each token that came of it.
     ///
-    /// If the model fails, no request has advanced.
+    /// If the model fails, no request has advanced. If it gives one request logits that are not finite, that request ends
+    /// with an event that says so, and the others go on.
     pub fn step(&mut self, events: &mut Vec<Event>) -> Result<(), EngineError> {
         self.scheduler.admit();
         if self.is_idle() {

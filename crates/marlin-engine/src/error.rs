@@ -63,6 +63,11 @@ pub enum EngineError {
     /// The tokenizer failed.
     #[error("cannot decode tokens")]
     Tokenizer(#[from] CheckpointError),
+    /// The model gave a request logits that allow no choice of a token.
+    #[error(
+        "the model's logits are not finite: its weights are damaged, or its keys and values exceed f16 (try --kv f32)"
+    )]
+    NotFinite,
     /// The model failed.
     #[error("the model failed")]
     Model(#[from] ModelError),

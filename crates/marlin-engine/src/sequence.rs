@@ -1,6 +1,7 @@
 //! One request on its way: its tokens, their place in the KV cache, and what is still to come.
 
 use marlin_checkpoint::Tokenizer;
+use marlin_kernels::SampleRow;
 use marlin_model::KvSequence;
 
 use crate::engine::{Event, Finish, Request, RequestId};
@@ -74,17 +75,23 @@ impl Sequence {
         self.tokens.len() - self.prompt_tokens
     }
 
-    /// Takes its next token.
+    /// Takes what was sampled for it: its next token, or that there is none.
     pub(crate) fn accept(
         &mut self,
-        token: u32,
+        sampled: u32,
         eos_tokens: &[u32],
         tokenizer: &Tokenizer,
     ) -> Result<Event, EngineError> {
-        self.tokens.push(token);
-        self.sampler.accept(token);
+        let token = Some(sampled).filter(|&token| token != SampleRow::NOT_FINITE);
         let mut text = String::new();
-        let reason = self.finish_reason(token, eos_tokens, tokenizer, &mut text)?;
+        let reason = if let Some(token) = token {
+            self.tokens.push(token);
+            self.sampler.accept(token);
+            self.finish_reason(token, eos_tokens, tokenizer, &mut text)?
+        } else {
+            self.text.finish(tokenizer, &mut text)?;
+            Some(FinishReason::NotFinite)
+        };
         let finish = reason.map(|reason| Finish {
             reason,
             prompt_tokens: self.prompt_tokens,

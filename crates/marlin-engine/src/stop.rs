@@ -46,16 +46,27 @@ pub enum FinishReason {
     Length,
     /// The context is full.
     Context,
+    /// The request failed: the model's logits were not finite, so there is no next token.
+    NotFinite,
 }
 
 impl FinishReason {
-    /// Its name in reports: `stop_token`, `stop_string`, `length` or `context`.
+    /// Its name in reports: `stop_token`, `stop_string`, `length`, `context` or `not_finite`.
     pub fn name(&self) -> &'static str {
         match self {
             Self::StopToken(_) => "stop_token",
             Self::StopString(_) => "stop_string",
             Self::Length => "length",
             Self::Context => "context",
+            Self::NotFinite => "not_finite",
+        }
+    }
+
+    /// The error, if the request ended by one.
+    pub fn error(&self) -> Option<EngineError> {
+        match self {
+            Self::NotFinite => Some(EngineError::NotFinite),
+            Self::StopToken(_) | Self::StopString(_) | Self::Length | Self::Context => None,
         }
     }
 }

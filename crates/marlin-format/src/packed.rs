@@ -51,8 +51,8 @@ impl<'a> PackedMatrix<'a> {
         Ok(matrix)
     }
 
-    /// A matrix all of whose buffers are still to be filled in.
-    pub(crate) fn empty(scheme: Scheme, rows: usize, cols: usize) -> Self {
+    /// A matrix all of whose buffers are still to be filled in: the base of a literal that names only what its scheme has.
+    pub fn empty(scheme: Scheme, rows: usize, cols: usize) -> Self {
         let none = Cow::Borrowed(&[][..]);
         Self {
             rows,

@@ -78,7 +78,8 @@ impl Format {
     ///
     /// Fewer bits take smaller groups, whose scales then cost more. FP8 carries an exponent in every code, so finer
     /// scales than one a row gain it next to nothing; a scale a row can be applied after the sum over K. Scales are
-    /// f16 for groups along columns, and f32 where they are so few that their size does not count.
+    /// f16 for groups along columns and for rows, and f32 for FP8's rows, tiles and whole matrices, which have so few
+    /// that their size does not count.
     ///
     /// # Errors
     /// The format does not have such groups.
@@ -86,8 +87,7 @@ impl Format {
         let integer_zeros = |scheme| Scheme { zero: ZeroKind::Integer, ..scheme };
         let scaled = |element, usual| -> Result<Scheme, FormatError> {
             let grouping = grouping.unwrap_or(usual);
-            let scale = if matches!(grouping, Grouping::Columns(_)) { ScaleKind::F16 } else { ScaleKind::F32 };
-            let scheme = Scheme::scaled(element, grouping, scale);
+            let scheme = Scheme::scaled(element, grouping, usual_scale(element, grouping));
             scheme.validate()?;
             Ok(scheme)
         };
@@ -114,6 +114,15 @@ impl Format {
             }
             _ => Ok(scheme),
         }
+    }
+}
+
+/// The type of scales that our formats have in such groups; a scheme's name leaves it out.
+pub(crate) fn usual_scale(element: Element, grouping: Grouping) -> ScaleKind {
+    match grouping {
+        Grouping::Columns(_) => ScaleKind::F16,
+        Grouping::Row if element != Element::E4M3 => ScaleKind::F16,
+        _ => ScaleKind::F32,
     }
 }
 

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::preset::usual_scale;
 use crate::{Element, FormatError};
 
 /// Everything there is to say about the storage of a matrix `[rows, cols]`.
@@ -340,18 +341,12 @@ impl Scheme {
         if self.scale == ScaleKind::None {
             return Ok(());
         }
-        let usual_scale = match self.grouping {
-            Grouping::Columns(columns) => {
-                write!(f, " g{columns}")?;
-                ScaleKind::F16
-            }
-            other => {
-                write!(f, " {other}")?;
-                ScaleKind::F32
-            }
-        };
+        match self.grouping {
+            Grouping::Columns(columns) => write!(f, " g{columns}")?,
+            other => write!(f, " {other}")?,
+        }
         match self.scale {
-            scale if scale == usual_scale => Ok(()),
+            scale if scale == usual_scale(self.element, self.grouping) => Ok(()),
             ScaleKind::None => Ok(()),
             ScaleKind::F32 => f.write_str(" f32 scales"),
             ScaleKind::F16 => f.write_str(" f16 scales"),

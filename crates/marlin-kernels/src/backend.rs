@@ -63,8 +63,6 @@ pub struct StepLimits {
     pub context: usize,
     /// The widest input (K) of any linear.
     pub width: usize,
-    /// The most attention heads of any layer.
-    pub heads: usize,
     /// Size of the vocabulary.
     pub vocabulary: usize,
 }
@@ -184,7 +182,8 @@ pub trait Encoder<B: Backend> {
     /// `out[l] = x[logit row l]`; sets `out` to L rows.
     fn select_logit_rows(&mut self, x: &B::Buffer, out: &mut B::Buffer);
 
-    /// Chooses one token per row of `logits` (see [`SampleRow`]); the logits are consumed. `rows`, `tokens` and the rows of `logits` are as many.
+    /// Chooses one token per row of `logits` (see [`SampleRow`]), or gives [`SampleRow::NOT_FINITE`]; the logits are consumed.
+    /// `rows`, `tokens` and the rows of `logits` are as many.
     fn sample(&mut self, logits: &mut B::Buffer, rows: &[SampleRow<'_>], tokens: &mut [u32]);
 
     /// Copies KV blocks `(from, to)` in every layer (copy on write), one pair after the other.

@@ -10,7 +10,12 @@ use std::cmp::Ordering;
 /// probabilities among the top-k; the most likely token always stays. The first token at which the running share of the kept
 /// weights exceeds `uniform` is chosen.
 ///
-/// A logit that is not a number counts as −∞. When no finite logit is largest (all −∞, or one of them +∞), the choice is greedy.
+/// A model whose weights and arithmetic are sound gives finite logits, and −∞ to tokens that it rules out. A row that has NaN
+/// or +∞ among its logits, before anything is added, or has nothing but −∞, is a failure of the model: instead of a token it
+/// gets [`SampleRow::NOT_FINITE`].
+///
+/// What bias and penalties make of finite logits need not be finite: NaN then counts as −∞, and when no finite logit is
+/// largest (all −∞, or one of them +∞), the choice is greedy.
 #[derive(Debug, Clone, Copy)]
 pub struct SampleRow<'a> {
     /// 0 means greedy.
@@ -45,6 +50,9 @@ pub struct TokenCount {
 }
 
 impl SampleRow<'_> {
+    /// Stands for a token where the logits allow no choice; no vocabulary reaches this id.
+    pub const NOT_FINITE: u32 = u32::MAX;
+
     /// Adds the bias, applies the penalties and replaces NaN by −∞: the part of sampling that is plain f32 arithmetic on a few
     /// logits and therefore the same on every device in host memory.
     pub(crate) fn adjust(&self, logits: &mut [f32]) {
@@ -77,6 +85,15 @@ impl SampleRow<'_> {
     pub(crate) fn kept_by_top_k(&self, vocabulary: usize) -> usize {
         if self.top_k == 0 { vocabulary } else { vocabulary.min(self.top_k as usize) }
     }
+}
+
+/// Whether logits as the model gave them allow a choice; if not, the row gets [`SampleRow::NOT_FINITE`].
+pub(crate) fn allow_choice(logits: &[f32]) -> bool {
+    // Without leaving early, so that the search is vectorised. NaN compares as false.
+    let seen = logits.iter().fold((true, false), |(sound, any), &logit| {
+        (sound & (logit < f32::INFINITY), any | (logit > f32::NEG_INFINITY))
+    });
+    seen == (true, true)
 }
 
 /// The largest logit and its lowest id.

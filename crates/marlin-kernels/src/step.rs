@@ -139,7 +139,7 @@ mod tests {
     use super::*;
     use crate::KvLayer;
 
-    const LIMITS: StepLimits = StepLimits { tokens: 8, context: 20, width: 1, heads: 1, vocabulary: 100 };
+    const LIMITS: StepLimits = StepLimits { tokens: 8, context: 20, width: 1, vocabulary: 100 };
     const BLOCKS: usize = 6;
 
     /// Two sequences: three tokens from position 3 on, one at position 9; blocks of 4 tokens.

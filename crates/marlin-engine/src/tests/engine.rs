@@ -53,7 +53,7 @@ fn gather(events: &[Event]) -> HashMap<RequestId, Output> {
     for event in events {
         let output = outputs.entry(event.request).or_default();
         assert_eq!(output.reason, None, "an event after the last");
-        output.tokens.push(event.token);
+        output.tokens.extend(event.token);
         output.text += &event.text;
         output.reason = event.finish.as_ref().map(|finish| finish.reason.clone());
     }
@@ -217,6 +217,37 @@ fn after_a_failure_the_same_step_can_be_run_again() {
         }
     }
     assert_eq!(gather(&events)[&id].tokens, expected(&prompt, 6));
+    assert_eq!(engine.used_kv_blocks(), 0);
+}
+
+#[test]
+fn a_request_whose_logits_are_not_finite_fails_alone() {
+    let (mut engine, wire) = engine(ROOMY);
+    let doomed = engine.add(greedy(&[1, 2, 3], 9)).unwrap();
+    let sound = engine.add(greedy(&[4, 5, 6], 9)).unwrap();
+    let mut events = Vec::new();
+    for _ in 0..4 {
+        engine.step(&mut events).unwrap();
+    }
+    wire.lock().unwrap().poison = Some(1);
+    let used = engine.used_kv_blocks();
+    engine.step(&mut events).unwrap();
+    let failure = events.iter().find(|event| event.token.is_none()).unwrap();
+    assert_eq!(failure.request, doomed);
+    let finish = failure.finish.as_ref().unwrap();
+    assert_eq!((finish.prompt_tokens, finish.generated_tokens), (3, 4));
+    let error = finish.reason.error().unwrap().to_string();
+    assert!(error.starts_with("the model's logits are not finite"), "{error}");
+    assert!(engine.used_kv_blocks() < used, "its blocks are free");
+    while !engine.is_idle() {
+        engine.step(&mut events).unwrap();
+    }
+    let outputs = gather(&events);
+    let text = |tokens: &[u32]| engine.tokenizer().decode(tokens, true).unwrap();
+    assert_eq!(outputs[&doomed].tokens, expected(&[1, 2, 3], 4));
+    assert_eq!(outputs[&doomed].text, text(&outputs[&doomed].tokens), "nothing is held back");
+    assert_eq!(outputs[&sound].tokens, expected(&[4, 5, 6], 9));
+    assert_eq!(outputs[&sound].reason, Some(FinishReason::Length));
     assert_eq!(engine.used_kv_blocks(), 0);
 }
 

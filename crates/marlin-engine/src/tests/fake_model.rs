@@ -26,6 +26,8 @@ pub(super) struct Wire {
     pub(super) steps: Vec<(usize, usize, usize)>,
     /// Fail the next forward pass, after it has written to the cache.
     pub(super) fail_forward: bool,
+    /// Give histories with this token logits that are not finite.
+    pub(super) poison: Option<u32>,
     /// Fail the next sampling.
     pub(super) fail_sample: bool,
 }
@@ -90,7 +92,7 @@ impl LanguageModel for FakeModel {
     fn forward(&mut self, batch: &StepBatch) -> Result<(), ModelError> {
         let step = batch.as_step();
         let Sizes { context, step_tokens, logit_rows, block_tokens, blocks } = self.sizes;
-        let limits = StepLimits { tokens: step_tokens, context, width: 1, heads: 1, vocabulary: VOCABULARY };
+        let limits = StepLimits { tokens: step_tokens, context, width: 1, vocabulary: VOCABULARY };
         step.validate(&limits, &self.info.kv_layout, blocks)?;
         assert!(!step.tokens.is_empty(), "an empty step");
         assert!(step.logit_rows.len() <= logit_rows, "more logits than there is room for");
@@ -124,10 +126,12 @@ impl LanguageModel for FakeModel {
 
     fn sample(&mut self, rows: &[SampleRow<'_>], tokens: &mut [u32]) -> Result<(), ModelError> {
         assert_eq!((rows.len(), tokens.len()), (self.histories.len(), self.histories.len()));
+        let mut wire = self.wire.lock().unwrap();
         for ((history, row), token) in self.histories.iter().zip(rows).zip(tokens) {
-            *token = next_token(history, row);
+            let is_poisoned = wire.poison.is_some_and(|poison| history.contains(&poison));
+            *token = if is_poisoned { SampleRow::NOT_FINITE } else { next_token(history, row) };
         }
-        fail(&mut self.wire.lock().unwrap().fail_sample)
+        fail(&mut wire.fail_sample)
     }
 }
 

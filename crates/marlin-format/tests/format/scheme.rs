@@ -25,6 +25,9 @@ fn sizes_are_counted_by_hand() {
         (Scheme::F32, [5 * 400, 0, 0, 0, 0, 0]),
         (Format::Fp4.scheme(None).unwrap(), [5 * 50, 5 * 2, 0, 0, 0, 0]),
         (Format::Fp4.scheme(Some(Grouping::Columns(32))).unwrap(), [5 * 50, 5 * 4 * 2, 0, 0, 0, 0]),
+        (Format::Fp4.scheme(Some(Grouping::Row)).unwrap(), [5 * 50, 5 * 2, 0, 0, 0, 0]),
+        (Format::Int8.scheme(Some(Grouping::Row)).unwrap(), [500, 5 * 2, 0, 0, 0, 0]),
+        (Format::Fp4.scheme(Some(Grouping::Tensor)).unwrap(), [5 * 50, 4, 0, 0, 0, 0]),
         // 100 · 3 bits are 37½ bytes; two groups of 3 bits take one byte of zero points.
         (Format::Int3.scheme(None).unwrap(), [5 * 38, 5 * 2 * 2, 5, 0, 0, 0]),
         // Four groups of 2 bits take one byte.
@@ -88,6 +91,8 @@ fn names_are_short() {
     assert_eq!(name(Format::Int2, None), "int2 g32");
     assert_eq!(name(Format::Mxfp4, None), "mxfp4");
     assert_eq!(name(Format::Nvfp4, Some("16")), "nvfp4");
+    let fine = Scheme { scale: ScaleKind::F32, ..Format::Fp4.scheme(Some(Grouping::Row)).unwrap() };
+    assert_eq!(fine.to_string(), "fp4 row f32 scales");
     assert_eq!(q4_k().to_string(), "u4 g32 6-bit scales per 256 - 6-bit minima");
     let mlx = Scheme { scale: ScaleKind::Bf16, zero: ZeroKind::Bf16Bias, ..grouped(Element::Uint(4), 64) };
     assert_eq!(mlx.to_string(), "u4 g64 bf16 scales + bf16 bias");

@@ -71,7 +71,7 @@ impl CpuBackend {
     /// Starts the threads.
     ///
     /// # Errors
-    /// If the processor lacks the instructions asked for, or threads cannot be started.
+    /// If the processor lacks the instructions asked for, or as many threads cannot be started.
     pub fn new(options: CpuOptions) -> Result<Self, KernelError> {
         let simd = options.simd.unwrap_or_else(SimdLevel::detect);
         if !SimdLevel::available().contains(&simd) {
@@ -81,7 +81,7 @@ impl CpuBackend {
         }
         let threads = match options.threads {
             Some(count) => count,
-            None => std::thread::available_parallelism().map_or(1, usize::from),
+            None => std::thread::available_parallelism().map_or(1, usize::from).min(threads::MOST_THREADS),
         };
         Ok(Self { threads: Threads::new(threads)?, arithmetic: options.arithmetic, simd })
     }

@@ -1,13 +1,16 @@
 //! Sampling without sorting the vocabulary.
 
 use crate::SampleRow;
-use crate::sampling::{argmax, by_falling_logit};
+use crate::sampling::{allow_choice, argmax, by_falling_logit};
 
 /// Tokens sorted at first; each further stretch is as long as all before it.
 const FIRST_STRETCH: usize = 128;
 
 /// Chooses a token of one row of logits; `ids` is scratch of at least as many entries as there are logits.
 pub(super) fn sample(row: &SampleRow<'_>, logits: &mut [f32], ids: &mut [u32]) -> u32 {
+    if !allow_choice(logits) {
+        return SampleRow::NOT_FINITE;
+    }
     row.adjust(logits);
     let (most_likely, largest) = argmax(logits);
     if row.is_greedy(largest) {

@@ -4,6 +4,9 @@ use std::sync::Arc;
 
 use crate::KernelError;
 
+/// More threads than any machine has use for; starting many more would take minutes, or all memory.
+pub(crate) const MOST_THREADS: usize = 1024;
+
 /// A pool of threads. Clones share it.
 #[derive(Debug, Clone)]
 pub(crate) struct Threads {
@@ -16,6 +19,11 @@ impl Threads {
     pub(crate) fn new(count: usize) -> Result<Self, KernelError> {
         if count == 0 {
             return Err(KernelError::Device("the CPU backend needs at least one thread, found 0".into()));
+        }
+        if count > MOST_THREADS {
+            return Err(KernelError::Device(format!(
+                "the CPU backend runs on at most {MOST_THREADS} threads, found {count}; one per core is fastest"
+            )));
         }
         if count == 1 {
             return Ok(Self { pool: None });
@@ -85,7 +93,8 @@ mod tests {
     }
 
     #[test]
-    fn no_threads_are_refused() {
+    fn absurd_counts_are_refused() {
         assert!(Threads::new(0).unwrap_err().to_string().contains("at least one thread"));
+        assert!(Threads::new(100_000).unwrap_err().to_string().contains("at most 1024 threads, found 100000"));
     }
 }

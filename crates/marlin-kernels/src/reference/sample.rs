@@ -1,10 +1,13 @@
 //! Sampling by sorting the whole vocabulary.
 
 use crate::SampleRow;
-use crate::sampling::{argmax, by_falling_logit};
+use crate::sampling::{allow_choice, argmax, by_falling_logit};
 
 /// Chooses a token of one row of logits.
 pub(super) fn sample(row: &SampleRow<'_>, logits: &mut [f32]) -> u32 {
+    if !allow_choice(logits) {
+        return SampleRow::NOT_FINITE;
+    }
     row.adjust(logits);
     let (most_likely, largest) = argmax(logits);
     if row.is_greedy(largest) {

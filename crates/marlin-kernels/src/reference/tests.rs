@@ -5,7 +5,7 @@ use marlin_format::{PackedMatrix, Scheme};
 use super::*;
 use crate::{KvLayer, TokenCount};
 
-const LIMITS: StepLimits = StepLimits { tokens: 8, context: 64, width: 8, heads: 8, vocabulary: 8 };
+const LIMITS: StepLimits = StepLimits { tokens: 8, context: 64, width: 8, vocabulary: 8 };
 
 fn buffer(width: usize, values: &[f32]) -> HostBuffer {
     let rows = values.len() / width;
@@ -210,7 +210,11 @@ fn penalties_and_bias_move_logits() {
 #[test]
 fn sampling_survives_logits_that_are_not_finite() {
     let nan = f32::NAN;
-    assert_eq!(sample::sample(&PLAIN, &mut [nan, nan]), 0);
-    assert_eq!(sample::sample(&PLAIN, &mut [nan, -5.0]), 1);
-    assert_eq!(sample::sample(&PLAIN, &mut [0.0, f32::INFINITY, f32::INFINITY]), 1);
+    let infinity = f32::INFINITY;
+    for mut logits in [[nan, nan], [-5.0, nan], [0.0, infinity], [-infinity, -infinity]] {
+        assert_eq!(sample::sample(&PLAIN, &mut logits), SampleRow::NOT_FINITE, "{logits:?}");
+    }
+    assert_eq!(sample::sample(&PLAIN, &mut [-infinity, -5.0]), 1);
+    let biased = SampleRow { bias: &[(0, infinity), (1, infinity)], ..PLAIN };
+    assert_eq!(sample::sample(&biased, &mut [-infinity, 0.0, 1.0]), 1);
 }

@@ -10,8 +10,9 @@ use crate::Table;
 use crate::matrices::random;
 use crate::support::{Pages, Rng, limits, poisoned, read, upload};
 
-/// Rows of the largest batch, and how it is cut: all at once, in sevens, one by one.
-const ROWS: usize = 64;
+/// Rows of the largest batch, more than two of the blocks in which rows pass over weights, and how it is cut: all at once, in
+/// sevens, one by one.
+const ROWS: usize = 130;
 const BATCHES: [usize; 3] = [ROWS, 7, 1];
 const THREADS: [usize; 2] = [1, 2];
 

@@ -10,6 +10,10 @@ use crate::{Device, Table};
 /// Around the borders of the tiles: 8 rows of N, 4 rows of M, 32 columns of K.
 const N: [usize; 5] = [1, 7, 8, 9, 17];
 const M: [usize; 5] = [1, 3, 4, 5, 9];
+/// Around the borders of blocks of 64 rows of M, which pass over the weights one after the other.
+const BLOCKS_M: [usize; 4] = [63, 64, 65, 129];
+/// Those who meet [`BLOCKS_M`]: one scheme for each kind of inner loop, and one that is converted.
+const BLOCKS_SCHEMES: [&str; 6] = ["fp4", "int4", "int8", "fp8", "bf16", "q4-k"];
 const K: [usize; 7] = [1, 31, 32, 33, 65, 128, 300];
 
 /// The magnitude of outlier channels.
@@ -20,7 +24,18 @@ const OUTLIER: f32 = 1e5;
 const PRODUCT: f64 = 4.0;
 
 pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
+    let epilogues = [
+        ("store", Epilogue::Store),
+        ("add", Epilogue::Add),
+        ("gated-silu", Epilogue::Gated(Activation::Silu)),
+        ("gated-gelutanh", Epilogue::Gated(Activation::GeluTanh)),
+    ];
     for (name, scheme) in schemes() {
+        for (epilogue_name, epilogue) in epilogues.into_iter().filter(|_| BLOCKS_SCHEMES.contains(&name.as_str())) {
+            table.add(device, format!("linear-row-blocks-{epilogue_name}/{name}"), move |device| {
+                row_blocks(device, scheme, epilogue)
+            });
+        }
         table.add(device, format!("linear/{name}"), move |device| all_shapes(device, scheme));
         table.add(device, format!("linear-bias/{name}"), move |device| some_shapes(device, scheme, Epilogue::Store));
         table.add(device, format!("linear-add/{name}"), move |device| some_shapes(device, scheme, Epilogue::Add));
@@ -53,11 +68,18 @@ fn some_shapes<B: Backend>(device: &Device<B>, scheme: Scheme, epilogue: Epilogu
     let mut rng = Rng(2);
     for (i, k) in K.into_iter().filter(|&k| has_columns(&scheme, k)).enumerate() {
         let (n, m) = (N[i % N.len()], M[(2 * i + 1) % M.len()]);
-        let parts = if matches!(epilogue, Epilogue::Gated(_)) { 2 } else { 1 };
-        let parts: Vec<_> = (0..parts).map(|_| with_bias(random(scheme, n, k, &mut rng), &mut rng)).collect();
+        let parts: Vec<_> =
+            (0..epilogue.parts()).map(|_| with_bias(random(scheme, n, k, &mut rng), &mut rng)).collect();
         check_linear(device, &parts, m, epilogue, &mut rng)?;
     }
     Ok(())
+}
+
+/// Each value of [`BLOCKS_M`], on two panels of weights.
+fn row_blocks<B: Backend>(device: &Device<B>, scheme: Scheme, epilogue: Epilogue) -> Result<(), String> {
+    let mut rng = Rng(5);
+    let parts: Vec<_> = (0..epilogue.parts()).map(|_| with_bias(random(scheme, 9, 65, &mut rng), &mut rng)).collect();
+    BLOCKS_M.into_iter().try_for_each(|m| check_linear(device, &parts, m, epilogue, &mut rng))
 }
 
 /// Three matrices of different heights in one linear, with neighbouring schemes of the table and biases on some.
@@ -116,6 +138,13 @@ enum Epilogue {
     Store,
     Add,
     Gated(Activation),
+}
+
+impl Epilogue {
+    /// Matrices that it takes.
+    fn parts(self) -> usize {
+        if matches!(self, Self::Gated(_)) { 2 } else { 1 }
+    }
 }
 
 struct Linear<'a> {

@@ -60,15 +60,11 @@ pub(crate) fn random(scheme: Scheme, rows: usize, cols: usize, rng: &mut Rng) ->
     let size = |bytes: Result<usize, _>| bytes.expect("a shape of the scheme");
     let groups = scheme.scale_count(rows, cols).expect("a shape of the scheme");
     let mut matrix = PackedMatrix {
-        rows,
-        cols,
-        scheme,
         codes: Cow::Owned(codes(scheme.element, size(scheme.codes_bytes(rows, cols)), rng)),
         scales: Cow::Owned(scales(scheme.scale, size(scheme.scales_bytes(rows, cols)), rng)),
         zeros: Cow::Owned(zeros(scheme.zero, groups, size(scheme.zeros_bytes(rows, cols)), rng)),
         globals: Cow::Owned(globals(scheme.scale, size(scheme.globals_bytes(rows, cols)), rng)),
-        group_index: Cow::Borrowed(&[]),
-        sparse_index: Cow::Borrowed(&[]),
+        ..PackedMatrix::empty(scheme, rows, cols)
     };
     if scheme.order == ColumnOrder::GroupIndex {
         let groups = scheme.groups_per_row(cols);

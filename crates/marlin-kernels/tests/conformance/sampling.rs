@@ -27,7 +27,7 @@ const COUNTS: [TokenCount; 4] = [
 ];
 
 pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
-    let settings: [(&str, SampleRow<'static>); 17] = [
+    let settings: [(&str, SampleRow<'static>); 18] = [
         ("greedy", SampleRow { temperature: 0.0, ..PLAIN }),
         ("temperature=1", PLAIN),
         ("temperature=0.3", SampleRow { temperature: 0.3, ..PLAIN }),
@@ -44,6 +44,7 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
         ("presence-penalty", SampleRow { presence_penalty: 2.0, counts: &COUNTS, ..PLAIN }),
         ("frequency-penalty", SampleRow { frequency_penalty: 0.5, counts: &COUNTS, ..PLAIN }),
         ("bias", SampleRow { bias: &[(2, 6.0), (4, f32::NEG_INFINITY)], ..PLAIN }),
+        ("infinite-bias", SampleRow { bias: &[(2, f32::INFINITY)], ..PLAIN }),
         (
             "everything",
             SampleRow {
@@ -75,25 +76,26 @@ fn sample<B: Backend>(device: &Device<B>, row: SampleRow<'static>) -> Result<(),
     Ok(())
 }
 
-type Distort = fn(usize, f32) -> f32;
+/// Makes a logit of row, token and a random number.
+type Distort = fn(usize, usize, f32) -> f32;
 
-/// Kinds of logits.
-const DISTORTIONS: [(&str, Distort); 6] = [
-    ("spread", |_, x| 3.0 * x),
-    ("many ties", |_, x| x.round()),
-    ("zeros of both signs", |i, _| if i % 2 == 0 { 0.0 } else { -0.0 }),
-    ("NaN and infinities among them", |i, x| {
-        if i % 5 == 1 {
-            f32::NAN
-        } else if i % 5 == 2 {
-            f32::NEG_INFINITY
-        } else {
-            x
-        }
-    }),
-    ("nothing finite", |i, _| if i % 2 == 0 { f32::NAN } else { f32::NEG_INFINITY }),
-    ("one certain", |i, x| if i == 6 { f32::INFINITY } else { x }),
+/// Kinds of logits; from the fourth last on with rows that allow no choice, alone and beside sound ones.
+const DISTORTIONS: [(&str, Distort); 9] = [
+    ("spread", |_, _, x| 3.0 * x),
+    ("many ties", |_, _, x| x.round()),
+    ("zeros of both signs", |_, i, _| if i % 2 == 0 { 0.0 } else { -0.0 }),
+    ("−∞ among them", |_, i, x| if i % 5 == 2 { f32::NEG_INFINITY } else { x }),
+    ("one certain", |_, i, x| if i == 6 { f32::MAX } else { x }),
+    ("one NaN in every third row", |row, i, x| if row % 3 == 1 && i == 5 { f32::NAN } else { x }),
+    ("one +∞ in every third row", |row, i, x| if row % 3 == 2 && i == 0 { f32::INFINITY } else { x }),
+    ("NaN only", |_, _, _| f32::NAN),
+    ("−∞ only in every other row", |row, _, x| if row % 2 == 0 { f32::NEG_INFINITY } else { x }),
 ];
+
+/// Whether a row of logits allows a choice, in the words of [`SampleRow`].
+fn allows_choice(logits: &[f32]) -> bool {
+    !logits.iter().any(|&x| x.is_nan() || x == f32::INFINITY) && logits.iter().any(|&x| x != f32::NEG_INFINITY)
+}
 
 struct Sample {
     row: SampleRow<'static>,
@@ -105,18 +107,24 @@ impl Case for Sample {
     fn run<B: Backend>(&self, backend: &B) -> Vec<f32> {
         let mut rng = Rng(30);
         let rows = 33;
-        let logits: Vec<f32> =
-            (0..rows * self.vocabulary).map(|i| (self.distort)(i % self.vocabulary, rng.normal())).collect();
+        let distort = |i| (self.distort)(i / self.vocabulary, i % self.vocabulary, rng.normal());
+        let values: Vec<f32> = (0..rows * self.vocabulary).map(distort).collect();
         let largest_below_one = 1.0 - f32::EPSILON / 2.0;
         let uniforms = [0.0, largest_below_one].into_iter().chain((2..rows).map(|_| rng.uniform()));
         let settings: Vec<SampleRow<'_>> = uniforms.map(|uniform| SampleRow { uniform, ..self.row }).collect();
         let mut encoder = backend.encoder(&limits(rows, self.vocabulary)).expect("an encoder");
-        let mut logits = upload(backend, self.vocabulary, &logits);
-        let mut tokens = vec![u32::MAX; rows];
+        let mut logits = upload(backend, self.vocabulary, &values);
+        let mut tokens = vec![SampleRow::NOT_FINITE - 1; rows];
         encoder.sample(&mut logits, &settings, &mut tokens);
         // Nothing to read, but the device must have come to an end.
         read::<B>(&mut encoder, &logits, rows * self.vocabulary);
-        assert!(tokens.iter().all(|&token| (token as usize) < self.vocabulary), "a token of the vocabulary");
+        for (&token, logits) in tokens.iter().zip(values.chunks_exact(self.vocabulary)) {
+            if allows_choice(logits) {
+                assert!((token as usize) < self.vocabulary, "{token} is no token of the vocabulary");
+            } else {
+                assert_eq!(token, SampleRow::NOT_FINITE, "a token of logits that allow no choice");
+            }
+        }
         tokens.iter().map(|&token| token as f32).collect()
     }
 }

@@ -39,7 +39,6 @@ pub fn load_model<B: Backend>(
         tokens: options.step_tokens,
         context: sizes.context,
         width: spec.widest_input(),
-        heads: spec.attention.heads,
         vocabulary: spec.vocab_size,
     };
     let kv_layout = spec.kv_layout();

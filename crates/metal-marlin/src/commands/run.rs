@@ -230,7 +230,7 @@ fn generate(engine: &mut Engine, stream: bool) -> anyhow::Result<Output> {
         engine.step(&mut events)?;
         for event in events.drain(..) {
             first.get_or_insert_with(|| started.elapsed());
-            tokens.push(event.token);
+            tokens.extend(event.token);
             text.push_str(&event.text);
             if stream && !event.text.is_empty() {
                 out.write_all(event.text.as_bytes()).and_then(|()| out.flush()).context(CANNOT_WRITE)?;
@@ -238,6 +238,9 @@ fn generate(engine: &mut Engine, stream: bool) -> anyhow::Result<Output> {
             if let Some(finish) = event.finish {
                 if stream {
                     writeln!(out).context(CANNOT_WRITE)?;
+                }
+                if let Some(error) = finish.reason.error() {
+                    return Err(error.into());
                 }
                 let prefill = first.unwrap_or_default();
                 let timings = Timings { prefill, decode: started.elapsed() - prefill, ..Timings::default() };
@@ -253,7 +256,7 @@ impl Output {
         let stopped_at = match reason {
             FinishReason::StopToken(token) => json!(token),
             FinishReason::StopString(text) => json!(text),
-            FinishReason::Length | FinishReason::Context => json!(null),
+            FinishReason::Length | FinishReason::Context | FinishReason::NotFinite => json!(null),
         };
         json!({
             "model": model,
@@ -314,6 +317,7 @@ fn report(name: &str, model: &ModelInfo, finish: &Finish, timings: &Timings, ver
         FinishReason::StopString(text) => format!("reached the stop string {text:?}"),
         FinishReason::Length => "reached --max-tokens".to_owned(),
         FinishReason::Context => format!("filled the context of {} tokens", model.context),
+        FinishReason::NotFinite => "the model failed".to_owned(),
     };
     // Nobody is helped by an error about a report that cannot be written.
     let _ = writeln!(stderr(), "{lines}; {ended}");

@@ -97,17 +97,7 @@ pub(super) fn to_dense(matrix: &PackedMatrix<'_>, threads: &Threads) -> Result<P
             *bytes = weight.to_le_bytes();
         }
     });
-    Ok(PackedMatrix {
-        rows: matrix.rows,
-        cols: matrix.cols,
-        scheme: Scheme::F32,
-        codes: codes.into(),
-        scales: Default::default(),
-        zeros: Default::default(),
-        globals: Default::default(),
-        group_index: Default::default(),
-        sparse_index: Default::default(),
-    })
+    Ok(PackedMatrix::from_dense_bytes(Scheme::F32, matrix.rows, matrix.cols, codes)?)
 }
 
 fn scale_type(kind: ScaleKind) -> Option<ScaleType> {

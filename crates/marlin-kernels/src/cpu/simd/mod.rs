@@ -15,6 +15,9 @@ mod avx2;
 mod neon;
 mod portable;
 
+// `Simd` reads numbers as their bytes, and tiles hold them as bytes.
+const _: () = assert!(cfg!(target_endian = "little"), "the CPU kernels are written for little-endian targets");
+
 /// An instruction set that kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SimdLevel {
@@ -125,7 +128,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn signed_byte_to_f32(self, v: Self::Bytes, j: usize) -> Self::F32;
 
     fn splat(self, value: f32) -> Self::F32;
-    /// Eight f32 in memory; hosts are little-endian.
+    /// Eight f32 in memory.
     #[inline(always)]
     fn load(self, from: &[f32; 8]) -> Self::F32 {
         self.load_le_f32(bytemuck::cast_ref(from))
