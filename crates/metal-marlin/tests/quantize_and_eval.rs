@@ -198,7 +198,7 @@ mod bundled {
         assert_eq!((run.code, run.stderr.as_str()), (Some(0), ""));
         let page = fs::read_to_string(page).unwrap();
         for row in
-            ["| unquantised |", "| fp4 g128 | RTN |", "| fp4 g128 | MSE |", "| nvfp4 g16 | MSE |", "| int2 g32 | RTN |"]
+            ["| unquantised |", "| fp4 g128 | RTN |", "| fp4 g128 | MSE |", "| nvfp4 | MSE |", "| int2 g32 | RTN |"]
         {
             assert!(page.contains(row), "{row}: {page}");
         }
