@@ -1,9 +1,10 @@
 //! A packed matrix in canonical order.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use crate::size::{Sizes, sparse_row_bytes};
-use crate::{ColumnOrder, FormatError, ScaleKind, Scheme, Sparsity, ZeroKind, bits, decode};
+use crate::{ColumnOrder, FormatError, Grouping, ScaleKind, Scheme, Sparsity, ZeroKind, bits, decode};
 
 /// A matrix `[rows, cols]` in the storage its [`Scheme`] describes, borrowed (from a mapped file) or owned.
 ///
@@ -138,6 +139,54 @@ impl<'a> PackedMatrix<'a> {
         };
         joined.validate()?;
         Ok(joined)
+    }
+
+    /// Consecutive rows as a matrix of their own, borrowed but for two-level minima: one half of a tensor that holds two
+    /// matrices.
+    ///
+    /// # Errors
+    /// The range is empty or reaches beyond the matrix, it begins within a tile of rows that share their scales, or a
+    /// buffer has the wrong length.
+    pub fn slice_rows(&self, range: Range<usize>) -> Result<PackedMatrix<'_>, FormatError> {
+        let sizes = self.scheme.sizes(self.rows, self.cols)?;
+        self.check_lengths(&sizes)?;
+        let refuse = |reason: String| Err(FormatError::RowSlice { scheme: Box::new(self.scheme), reason });
+        let Range { start, end } = range;
+        if start >= end || end > self.rows {
+            return refuse(format!("rows {start}..{end} of {}", self.rows));
+        }
+        // A scale of the whole matrix is that of each slice too.
+        let tile = self.scheme.group_rows(usize::MAX);
+        if self.scheme.grouping != Grouping::Tensor && !start.is_multiple_of(tile) {
+            return refuse(format!("row {start} lies within a tile of {tile}"));
+        }
+        let slice = |bytes, total: usize, range: &Range<usize>| {
+            let bytes: &[u8] = bytes;
+            let each = bytes.len() / total;
+            Cow::Borrowed(&bytes[range.start * each..range.end * each])
+        };
+        let (rows, tiles) = (start..end, start / tile..end.div_ceil(tile));
+        Ok(PackedMatrix {
+            rows: end - start,
+            codes: slice(&self.codes, self.rows, &rows),
+            scales: slice(&self.scales, sizes.group_rows, &tiles),
+            zeros: slice(&self.zeros, sizes.group_rows, &tiles),
+            globals: self.slice_globals(&rows),
+            group_index: Cow::Borrowed(&self.group_index),
+            sparse_index: slice(&self.sparse_index, self.rows, &rows),
+            ..PackedMatrix::empty(self.scheme, 0, self.cols)
+        })
+    }
+
+    /// Second-level values of some rows: minima stand behind all scales.
+    fn slice_globals(&self, rows: &Range<usize>) -> Cow<'_, [u8]> {
+        if !matches!(self.scheme.scale, ScaleKind::TwoLevel { .. }) {
+            return Cow::Borrowed(&self.globals);
+        }
+        let levels = if matches!(self.scheme.zero, ZeroKind::TwoLevelMin { .. }) { 2 } else { 1 };
+        let (level, row) = (self.globals.len() / levels, self.globals.len() / levels / self.rows);
+        let of_level = |index: usize| &self.globals[index * level..][rows.start * row..rows.end * row];
+        if levels == 1 { Cow::Borrowed(of_level(0)) } else { join([of_level(0), of_level(1)].into_iter()) }
     }
 
     /// Checks everything that decoding relies on: the length of each buffer, groups in range, 2:4 metadata that names

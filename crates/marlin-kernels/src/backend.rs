@@ -136,8 +136,8 @@ pub trait Encoder<B: Backend> {
     /// Starts a step: takes over its tokens, positions and block tables. `step` has been validated against `limits`.
     fn begin(&mut self, step: &Step<'_>);
 
-    /// `out[t] = table[token t]`; table rows decode to f32. Sets `out` to T rows.
-    fn embed(&mut self, table: &B::Linear, out: &mut B::Buffer);
+    /// `out[t] = table[token t] · scale`; table rows decode to f32. Sets `out` to T rows.
+    fn embed(&mut self, table: &B::Linear, scale: f32, out: &mut B::Buffer);
 
     /// Cosines and sines of the step's positions: `out[t] = [cos(p·f_i)·scaling … | sin(p·f_i)·scaling …]`, width 2·len(inv_freq).
     /// The angle p·f_i is rounded to f32, as models are trained with.
@@ -145,6 +145,12 @@ pub trait Encoder<B: Backend> {
 
     /// `out = x / sqrt(mean(x²) + eps) · weight`, row by row.
     fn rms_norm(&mut self, x: &B::Buffer, weight: &B::Vector, eps: f32, out: &mut B::Buffer);
+
+    /// `out += x / sqrt(mean(x²) + eps) · weight`, row by row: a normalised block's output goes into the residual stream.
+    fn rms_norm_add(&mut self, x: &B::Buffer, weight: &B::Vector, eps: f32, out: &mut B::Buffer);
+
+    /// `x = cap · tanh(x / cap)`: squeezes values into ± `cap`, which is positive.
+    fn soft_cap(&mut self, x: &mut B::Buffer, cap: f32);
 
     /// `out = x · Wᵀ + bias`.
     fn linear(&mut self, x: &B::Buffer, linear: &B::Linear, out: &mut B::Buffer);

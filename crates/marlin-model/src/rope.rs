@@ -16,15 +16,15 @@ const DEFAULT_THETA: f64 = 10_000.0;
 /// Inverse frequencies and the factor on cosines and sines.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Rope {
-    /// One per pair of dimensions, `[head_dim / 2]`.
+    /// One per pair of rotated dimensions, `[head_dim / 2]` or fewer.
     pub(crate) inv_freq: Vec<f32>,
-    /// 1 for every type read here; YaRN-like types have others.
+    /// 1 but for YaRN.
     pub(crate) scaling: f32,
 }
 
 /// The fields of config.json that speak of rope, in the spelling of `transformers` 5 (`rope_parameters`) and in the older one
 /// (`rope_theta`, `rope_scaling`).
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Deserialize)]
 pub(crate) struct RopeFields {
     pub(crate) rope_parameters: Option<Map<String, Value>>,
     pub(crate) rope_scaling: Option<Map<String, Value>>,
@@ -47,6 +47,25 @@ enum Scaling {
         high_freq_factor: Positive,
         original_max_position_embeddings: Size,
     },
+    Yarn(Yarn),
+}
+
+/// YaRN (Peng et al. 2023): short wavelengths are kept, long ones stretched by `factor`, those between blended.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Yarn {
+    factor: Positive,
+    original_max_position_embeddings: Size,
+    /// Factor on cosines and sines, instead of the one that follows from the others.
+    attention_factor: Option<Positive>,
+    /// Waves that turn more often than this over the original context are kept.
+    beta_fast: Option<Positive>,
+    /// Waves that turn less often than this are stretched.
+    beta_slow: Option<Positive>,
+    mscale: Option<Positive>,
+    mscale_all_dim: Option<Positive>,
+    /// Blend between whole dimensions.
+    truncate: Option<bool>,
 }
 
 impl Rope {
@@ -56,11 +75,21 @@ impl Rope {
         head_dim: usize,
         max_position_embeddings: usize,
     ) -> Result<Self, ConfigError> {
-        let (theta, scaling) = fields.resolve(max_position_embeddings)?;
+        let Resolved { theta, partial, scaling } = fields.resolve(max_position_embeddings)?;
+        if partial != 1.0 {
+            let problem = format!("this family rotates whole heads (1.0), found {partial}");
+            return Err(ConfigError::new("partial_rotary_factor", problem));
+        }
         let base = inverse_frequencies(theta as f32, head_dim);
         let inv_freq = match scaling {
             Scaling::Default {} => base,
             Scaling::Linear { factor } => base.into_iter().map(|f| f / factor.get() as f32).collect(),
+            Scaling::Yarn(_) if theta <= 1.0 => {
+                return Err(ConfigError::new("rope_theta", format!("must be above 1 for yarn, found {theta}")));
+            }
+            Scaling::Yarn(yarn) => {
+                return Ok(Self { inv_freq: yarn.stretch(theta, head_dim), scaling: yarn.attention_factor() });
+            }
             Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
                 let (factor, low, high) = (factor.get(), low_freq_factor.get(), high_freq_factor.get());
                 if high <= low {
@@ -73,12 +102,89 @@ impl Rope {
         };
         Ok(Self { inv_freq, scaling: 1.0 })
     }
+
+    /// Rotary embedding of the first part of a head, `partial_rotary_factor` of it, for a family that has no scaling but
+    /// `longrope`. That one is refused: its frequencies change with the length of the text, and keys that are cached
+    /// already would have to change with them.
+    pub(crate) fn unscaled(
+        fields: RopeFields,
+        head_dim: usize,
+        max_position_embeddings: usize,
+    ) -> Result<Self, ConfigError> {
+        for (name, map) in [("rope_scaling", &fields.rope_scaling), ("rope_parameters", &fields.rope_parameters)] {
+            let Some(map) = map else { continue };
+            let rope_type = ["rope_type", "type"].into_iter().find_map(|key| map.get(key)?.as_str());
+            if let Some(found) = rope_type.filter(|&found| found != "default") {
+                let problem = format!("{found} is not supported for this family; must be default");
+                return Err(ConfigError::new(format!("{name}.rope_type"), problem));
+            }
+        }
+        let Resolved { theta, partial, .. } = fields.resolve(max_position_embeddings)?;
+        let rotary = (head_dim as f64 * partial) as usize;
+        if !(1..=head_dim).contains(&rotary) {
+            let problem = format!("must leave from 1 to head_dim = {head_dim} dimensions to rotate, found {partial}");
+            return Err(ConfigError::new("partial_rotary_factor", problem));
+        }
+        Ok(Self { inv_freq: inverse_frequencies(theta as f32, rotary), scaling: 1.0 })
+    }
+}
+
+impl Yarn {
+    /// Frequencies of `dim` dimensions, blended by how often a wave turns over the original context.
+    fn stretch(&self, theta: f64, dim: usize) -> Vec<f32> {
+        let factor = self.factor.get() as f32;
+        let (first, last) = self.blended(theta, dim);
+        let (first, width) = (first as f32, if first == last { 0.001 } else { last - first } as f32);
+        let pairs = (0..dim).step_by(2).enumerate();
+        let frequency = |(pair, i): (usize, usize)| {
+            let wave = (theta as f32).powf(i as f32 / dim as f32);
+            let kept = 1.0 - ((pair as f32 - first) / width).clamp(0.0, 1.0);
+            1.0 / (factor * wave) * (1.0 - kept) + 1.0 / wave * kept
+        };
+        pairs.map(frequency).collect()
+    }
+
+    /// The first and the last pair of dimensions to blend.
+    fn blended(&self, theta: f64, dim: usize) -> (f64, f64) {
+        let context = self.original_max_position_embeddings.get() as f64;
+        let turns =
+            |turns: f64| dim as f64 * (context / (turns * 2.0 * std::f64::consts::PI)).ln() / (2.0 * theta.ln());
+        let fast = turns(self.beta_fast.map_or(32.0, Positive::get));
+        let slow = turns(self.beta_slow.map_or(1.0, Positive::get));
+        let (fast, slow) = if self.truncate.unwrap_or(true) { (fast.floor(), slow.ceil()) } else { (fast, slow) };
+        (fast.max(0.0), slow.min(dim as f64 - 1.0))
+    }
+
+    /// The factor on cosines and sines, which sharpens attention over a longer context.
+    fn attention_factor(&self) -> f32 {
+        let factor = self.factor.get();
+        let scale = |mscale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 };
+        let inferred = match (self.mscale, self.mscale_all_dim) {
+            (Some(mscale), Some(all_dim)) => scale(mscale.get()) / scale(all_dim.get()),
+            _ => scale(1.0),
+        };
+        self.attention_factor.map_or(inferred, Positive::get) as f32
+    }
+}
+
+/// What [`RopeFields`] come to.
+#[derive(Debug)]
+struct Resolved {
+    /// Base of the frequencies.
+    theta: f64,
+    /// The part of a head that is rotated, normally 1.
+    partial: f64,
+    scaling: Scaling,
 }
 
 impl RopeFields {
+    pub(crate) fn parse(config: &Value) -> Result<Self, ConfigError> {
+        config::parse(config)
+    }
+
     /// The base and the scaling, whichever way they are spelled; `rope_scaling` wins over `rope_parameters` as it does in
     /// `transformers`.
-    fn resolve(self, max_position_embeddings: usize) -> Result<(f64, Scaling), ConfigError> {
+    fn resolve(self, max_position_embeddings: usize) -> Result<Resolved, ConfigError> {
         let given = |map: &Map<String, Value>| !map.is_empty();
         let (name, mut parameters) = match (self.rope_scaling.filter(given), self.rope_parameters) {
             (Some(scaling), _) => ("rope_scaling", scaling),
@@ -102,14 +208,10 @@ impl RopeFields {
                 in_parameters(ConfigError::new("partial_rotary_factor", format!("must be a number, found {value}")))
             })
         })?;
-        if let Some(factor) = partial.filter(|&factor| factor != 1.0) {
-            let problem = format!("this family rotates whole heads (1.0), found {factor}");
-            return Err(ConfigError::new("partial_rotary_factor", problem));
-        }
 
         let legacy_type = parameters.remove("type");
         let rope_type = parameters.entry("rope_type").or_insert(legacy_type.unwrap_or("default".into()));
-        if rope_type == "llama3" {
+        if rope_type == "llama3" || rope_type == "yarn" {
             // A field outside the dictionary wins, and a missing one is the context.
             let key = "original_max_position_embeddings";
             if let Some(original) = self.original_max_position_embeddings {
@@ -118,7 +220,7 @@ impl RopeFields {
             parameters.entry(key).or_insert(max_position_embeddings.into());
         }
         let scaling = config::parse(&Value::Object(parameters)).map_err(in_parameters)?;
-        Ok((theta.get(), scaling))
+        Ok(Resolved { theta: theta.get(), partial: partial.unwrap_or(1.0), scaling })
     }
 }
 
@@ -193,6 +295,36 @@ mod tests {
     }
 
     #[test]
+    fn yarn_keeps_waves_that_turn_often_and_stretches_those_that_do_not() {
+        // Base 16 over 8 dimensions: pair i has wavelength 2π·2^i, and a context just over 16π holds just over 8 / 2^i
+        // turns. Between 4 turns (pair 1) and 1.02 turns (before pair 3) lies pair 2, half of each.
+        let scaling = json!({"rope_type": "yarn", "factor": 4, "beta_fast": 4, "beta_slow": 1.02, "rope_theta": 16,
+                             "original_max_position_embeddings": 51});
+        let rope = parameters(scaling).unwrap();
+        assert_near(&rope.inv_freq, &[1.0, 0.5, 0.5 * (0.25 + 0.25 / 4.0), 0.125 / 4.0]);
+        assert!((rope.scaling - (0.1 * 4f32.ln() + 1.0)).abs() < 1e-6);
+        let given = json!({"rope_type": "yarn", "factor": 4, "attention_factor": 0.5});
+        assert_eq!(parameters(given).unwrap().scaling, 0.5);
+    }
+
+    #[test]
+    fn a_part_of_a_head_is_rotated() {
+        let unscaled =
+            |value: Value| Rope::unscaled(RopeFields { rope_parameters: map(value), ..Default::default() }, 8, 64);
+        let half = unscaled(json!({"rope_theta": 16.0, "partial_rotary_factor": 0.5})).unwrap();
+        assert_near(&half.inv_freq, &[1.0, 0.25]);
+        let odd = unscaled(json!({"rope_theta": 8.0, "partial_rotary_factor": 0.4})).unwrap();
+        assert_near(&odd.inv_freq, &[1.0, 0.25]);
+        for factor in [0.0, 0.1, 1.2, -1.0] {
+            let error = unscaled(json!({"partial_rotary_factor": factor})).unwrap_err();
+            assert_eq!(error.field, "partial_rotary_factor");
+        }
+        assert!(unscaled(json!({"rope_type": null, "type": "yarn", "factor": 2.0})).is_err());
+        let longrope = unscaled(json!({"rope_type": "longrope", "short_factor": [1.0]})).unwrap_err().to_string();
+        assert!(longrope.contains("longrope is not supported"), "{longrope}");
+    }
+
+    #[test]
     fn spellings_are_resolved_as_transformers_does() {
         let linear = map(json!({"type": "linear", "factor": 2.0}));
         let llama3 = json!({"rope_type": "llama3", "factor": 2, "low_freq_factor": 1, "high_freq_factor": 4});
@@ -202,9 +334,9 @@ mod tests {
             rope_theta: Positive::try_from(256.0).ok(),
             ..Default::default()
         };
-        assert_eq!(fields.resolve(64).unwrap().0, 256.0);
+        assert_eq!(fields.resolve(64).unwrap().theta, 256.0);
 
-        let original = |fields: RopeFields| match fields.resolve(64).unwrap().1 {
+        let original = |fields: RopeFields| match fields.resolve(64).unwrap().scaling {
             Scaling::Llama3 { original_max_position_embeddings, .. } => original_max_position_embeddings.get(),
             other => panic!("{other:?}"),
         };
@@ -220,8 +352,8 @@ mod tests {
     #[test]
     fn what_is_not_understood_is_refused_by_name() {
         let problem = |value: Value| parameters(value).unwrap_err().to_string();
-        let yarn = problem(json!({"rope_type": "yarn", "factor": 4.0}));
-        assert!(yarn.contains("`yarn`") && yarn.contains("`llama3`"), "{yarn}");
+        let dynamic = problem(json!({"rope_type": "dynamic", "factor": 4.0}));
+        assert!(dynamic.contains("`dynamic`") && dynamic.contains("`yarn`"), "{dynamic}");
         assert!(problem(json!({"rope_type": "default", "mrope_section": [1, 2]})).contains("`mrope_section`"));
         assert!(problem(json!({"full_attention": {"rope_theta": 1.0}})).contains("`full_attention`"));
         assert!(problem(json!({"rope_type": "linear"})).contains("missing field `factor`"));

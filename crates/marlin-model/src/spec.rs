@@ -20,16 +20,35 @@ pub(crate) struct DecoderSpec {
     pub(crate) max_position_embeddings: usize,
     /// Epsilon of every norm.
     pub(crate) rms_norm_eps: f32,
+    /// What is added to the weights of every norm as they are stored.
+    pub(crate) norm_offset: f32,
+    /// What attention and MLP give is normalised before it is added to the residual stream.
+    pub(crate) block_output_norms: bool,
+    /// Factor on embeddings.
+    pub(crate) embedding_scale: f32,
+    /// Logits are squeezed into ± this.
+    pub(crate) logit_cap: Option<f32>,
     /// The head is the embedding, transposed.
     pub(crate) tie_word_embeddings: bool,
-    /// Rotary embedding, the same in every layer.
-    pub(crate) rope: Rope,
-    /// Attention, but for the window that differs from layer to layer.
+    /// Q, K and V are stored as one tensor, and so are gate and up.
+    pub(crate) is_fused: bool,
+    /// Kinds of rotary embedding.
+    pub(crate) ropes: Vec<Rope>,
+    /// Attention, but for what differs from layer to layer.
     pub(crate) attention: AttentionSpec,
     /// The feed-forward block of every layer.
     pub(crate) mlp: MlpSpec,
-    /// Attention window of each layer.
-    pub(crate) windows: Vec<Option<usize>>,
+    /// What differs from layer to layer.
+    pub(crate) layers: Vec<LayerSpec>,
+}
+
+/// What one layer has of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LayerSpec {
+    /// Attention window.
+    pub(crate) window: Option<usize>,
+    /// Index into [`DecoderSpec::ropes`].
+    pub(crate) rope: usize,
 }
 
 /// Attention with grouped queries.
@@ -41,8 +60,12 @@ pub(crate) struct AttentionSpec {
     pub(crate) kv_heads: usize,
     /// Width of a head.
     pub(crate) head_dim: usize,
-    /// `q_proj`, `k_proj`, `v_proj` and `o_proj` have biases.
-    pub(crate) bias: bool,
+    /// Factor on the scores.
+    pub(crate) scale: f32,
+    /// `q_proj`, `k_proj` and `v_proj` have biases.
+    pub(crate) qkv_bias: bool,
+    /// `o_proj` has a bias.
+    pub(crate) o_bias: bool,
     /// Q and K heads are normalised before rotary embedding.
     pub(crate) qk_norm: bool,
 }
@@ -70,7 +93,8 @@ impl AttentionSpec {
             let problem = format!("must be even for rotary embedding, found {head_dim}");
             return Err(ConfigError::new("head_dim", problem));
         }
-        Ok(Self { heads, kv_heads, head_dim, bias: false, qk_norm: false })
+        let scale = (head_dim as f64).powf(-0.5) as f32;
+        Ok(Self { heads, kv_heads, head_dim, scale, qkv_bias: false, o_bias: false, qk_norm: false })
     }
 
     /// The kernels' view of it.
@@ -79,7 +103,7 @@ impl AttentionSpec {
             heads: self.heads,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
-            scale: (self.head_dim as f64).powf(-0.5) as f32,
+            scale: self.scale,
             window,
         }
     }
@@ -99,8 +123,13 @@ impl DecoderSpec {
     /// How the KV cache is laid out.
     pub(crate) fn kv_layout(&self) -> KvLayout {
         let AttentionSpec { kv_heads, head_dim, .. } = self.attention;
-        let layer = |&window| KvLayer { heads: kv_heads, key_dim: head_dim, value_dim: head_dim, window };
-        KvLayout { block_tokens: BLOCK_TOKENS, layers: self.windows.iter().map(layer).collect() }
+        let layer = |layer: &LayerSpec| KvLayer {
+            heads: kv_heads,
+            key_dim: head_dim,
+            value_dim: head_dim,
+            window: layer.window,
+        };
+        KvLayout { block_tokens: BLOCK_TOKENS, layers: self.layers.iter().map(layer).collect() }
     }
 
     /// The widest input of any linear.

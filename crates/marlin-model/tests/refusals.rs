@@ -61,7 +61,7 @@ fn every_size_must_be_there_and_sane() {
         "num_attention_heads",
         "max_position_embeddings",
     ] {
-        for name in ["llama-gqa2-llama3-tied", "qwen3-gqa2-tied"] {
+        for name in ["llama-gqa2-llama3-tied", "qwen3-gqa2-tied", "phi3-mha-window", "gemma3-mha-bias"] {
             let missing = refusal(name, |config| {
                 config.shift_remove(field).unwrap();
             });
@@ -113,7 +113,7 @@ fn architectures_that_are_not_known_are_named() {
     assert_says(&unknown, &["MambaForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM"]);
     for nothing in [json!(null), json!([]), json!("LlamaForCausalLM"), json!([7])] {
         let message = refusal("qwen3-gqa2-tied", with("architectures", nothing));
-        assert_says(&message, &["architectures", "LlamaForCausalLM, Qwen3ForCausalLM", "found"]);
+        assert_says(&message, &["architectures", "LlamaForCausalLM, MistralForCausalLM", "found"]);
     }
 }
 
@@ -121,8 +121,26 @@ fn architectures_that_are_not_known_are_named() {
 fn settings_that_are_not_supported_are_named() {
     let act = refusal("llama-mha-untied", with("hidden_act", json!("relu2")));
     assert_says(&act, &["hidden_act", "relu2", "silu"]);
-    let yarn = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32});
-    assert_says(&refusal("llama-mha-untied", with("rope_scaling", yarn)), &["rope_scaling", "yarn", "llama3"]);
+    let dynamic = json!({"rope_type": "dynamic", "factor": 4.0});
+    assert_says(&refusal("llama-mha-untied", with("rope_scaling", dynamic)), &["rope_scaling", "dynamic", "llama3"]);
+    let flat = refusal("qwen2-gqa2-yarn-sharded", with("rope_theta", json!(1.0)));
+    assert_says(&flat, &["rope_theta", "above 1", "yarn"]);
+    for longrope in ["longrope", "su", "yarn"] {
+        let scaling = json!({"type": longrope, "short_factor": [1.0], "long_factor": [2.0]});
+        assert_says(&refusal("phi3-mha-window", with("rope_scaling", scaling)), &[longrope, "not supported"]);
+    }
+    let part = refusal("phi3-gqa3-partial-sharded", with("partial_rotary_factor", json!(1.5)));
+    assert_says(&part, &["partial_rotary_factor", "head_dim = 16", "1.5"]);
+    let scores = refusal("gemma3-mha-bias", with("attn_logit_softcapping", json!(50.0)));
+    assert_says(&scores, &["attn_logit_softcapping", "null"]);
+    let embedder = refusal("gemma3-mha-bias", with("use_bidirectional_attention", json!(true)));
+    assert_says(&embedder, &["use_bidirectional_attention", "false"]);
+    let rope = json!({"full_attention": {"rope_type": "default"}, "chunked_attention": {}});
+    assert_says(&refusal("gemma3-gqa4-tied", with("rope_parameters", rope)), &["rope_parameters", "chunked_attention"]);
+    let local = refusal("gemma3-gqa4-tied", with("sliding_window", json!(null)));
+    assert_says(&local, &["layer_types", "sliding_attention needs sliding_window"]);
+    let groups = refusal("mistral-gqa4-window", with("num_key_value_heads", json!(null)));
+    assert_says(&groups, &["missing field `num_key_value_heads`"]);
     let partial = refusal("qwen3-gqa2-tied", with("partial_rotary_factor", json!(0.25)));
     assert_says(&partial, &["partial_rotary_factor", "0.25"]);
 
@@ -148,6 +166,8 @@ fn tensors_must_match_the_config() {
     assert_says(&biased, &["model.layers.0.self_attn.q_proj.bias"]);
     let untied = refusal("qwen3-gqa2-tied", with("tie_word_embeddings", json!(false)));
     assert_says(&untied, &["lm_head.weight"]);
+    let halves = refusal("phi3-mha-window", with("intermediate_size", json!(89)));
+    assert_says(&halves, &["model.layers.0.mlp.gate_up_proj.weight", "178"]);
 }
 
 #[test]

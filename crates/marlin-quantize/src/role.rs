@@ -16,7 +16,8 @@ pub enum TensorRole {
 }
 
 /// Linears of a decoder block, by the last module of their names.
-const DECODER_LINEARS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+const DECODER_LINEARS: [&str; 9] =
+    ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"];
 
 impl TensorRole {
     /// Tells by the name that `transformers` gives the tensor, and its number of dimensions.
@@ -51,6 +52,8 @@ mod tests {
             ("model.layers.0.input_layernorm.weight", 1, TensorRole::Vector),
             ("model.layers.11.self_attn.q_proj.weight", 2, TensorRole::DecoderLinear),
             ("model.layers.11.self_attn.q_proj.bias", 1, TensorRole::Vector),
+            ("model.layers.0.self_attn.qkv_proj.weight", 2, TensorRole::DecoderLinear),
+            ("model.layers.0.mlp.gate_up_proj.weight", 2, TensorRole::DecoderLinear),
             ("model.layers.11.mlp.down_proj.weight", 2, TensorRole::DecoderLinear),
             ("model.layers.1.mlp.gate.weight", 2, TensorRole::Unknown),
             ("model.layers.1.conv.weight", 3, TensorRole::Unknown),

@@ -145,6 +145,60 @@ fn rows_join_only_with_their_like() {
     assert_eq!(joined.decode()[480..], sample(Format::Bf16).decode());
 }
 
+#[test]
+fn rows_are_cut_where_their_scales_allow() {
+    let scheme = Format::Fp8.scheme("2x64".parse().ok()).unwrap();
+    let tiled = encode(&gaussian(5 * 64, 2), 5, 64, &scheme, &EncodeOptions::default()).unwrap();
+    assert_eq!(tiled.slice_rows(2..5).unwrap().decode(), tiled.decode()[2 * 64..]);
+    let refused = |range: std::ops::Range<usize>, message: &str| {
+        let error = tiled.slice_rows(range).unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
+    };
+    refused(1..3, "row 1 lies within a tile of 2");
+    refused(4..6, "rows 4..6 of 5");
+    refused(3..3, "rows 3..3 of 5");
+    let mut short = tiled.clone();
+    short.codes.to_mut().pop();
+    assert!(matches!(short.slice_rows(0..2), Err(FormatError::BufferLength { field: "codes", .. })));
+
+    for format in Format::ALL {
+        let whole = sample(format);
+        let slice = whole.slice_rows(1..3).unwrap();
+        slice.validate().unwrap();
+        assert_eq!(slice.decode(), whole.decode()[160..], "{format}");
+    }
+    let two_level = two_level();
+    let slice = two_level.slice_rows(1..3).unwrap();
+    slice.validate().unwrap();
+    assert_eq!(slice.decode(), two_level.decode()[256..]);
+}
+
+/// Scales and minima of two levels, as GGUF's Q4_K has them.
+fn two_level() -> PackedMatrix<'static> {
+    let scheme = Scheme {
+        zero: ZeroKind::TwoLevelMin { bits: 6 },
+        ..Scheme::scaled(
+            Element::Uint(4),
+            Grouping::Columns(32),
+            ScaleKind::TwoLevel { bits: 6, signed: false, super_group: 256 },
+        )
+    };
+    let (rows, cols) = (3, 256);
+    let mut random = crate::common::Random(3);
+    let mut bytes = |count: usize| (0..count).map(|_| random.bits() as u8 % 60).collect::<Vec<u8>>().into();
+    PackedMatrix {
+        rows,
+        cols,
+        scheme,
+        codes: bytes(scheme.codes_bytes(rows, cols).unwrap()),
+        scales: bytes(scheme.scales_bytes(rows, cols).unwrap()),
+        zeros: bytes(scheme.zeros_bytes(rows, cols).unwrap()),
+        globals: bytes(scheme.globals_bytes(rows, cols).unwrap()),
+        group_index: bytes(0),
+        sparse_index: bytes(0),
+    }
+}
+
 /// An integer scheme of any width, grouping and zero point, with buffers of random bytes.
 fn any_matrix() -> impl Strategy<Value = PackedMatrix<'static>> {
     let grouping = prop_oneof![
@@ -191,6 +245,12 @@ proptest! {
                 let value = matrix.scheme.element.value(matrix.code(row, col)) - matrix.zero_at(row, group) as f32;
                 prop_assert_eq!(weights[col], matrix.scale_at(row, group) * value);
             }
+        }
+        let tile = matrix.scheme.group_rows(1);
+        for start in (0..matrix.rows).step_by(tile) {
+            let slice = matrix.slice_rows(start..matrix.rows).unwrap();
+            slice.validate().unwrap();
+            prop_assert_eq!(slice.decode(), &matrix.decode()[start * matrix.cols..]);
         }
     }
 }

@@ -157,11 +157,14 @@ impl Encoder<CpuBackend> for CpuEncoder {
         self.attention.begin(&self.step);
     }
 
-    fn embed(&mut self, table: &CpuLinear, out: &mut HostBuffer) {
+    fn embed(&mut self, table: &CpuLinear, scale: f32, out: &mut HostBuffer) {
         let width = table.0.cols();
         let out = out.output(self.step.rows(), width);
         let tokens = &self.step.tokens;
-        self.threads.for_each_chunk(out, width, |row, out| table.0.decode_row(tokens[row] as usize, out));
+        self.threads.for_each_chunk(out, width, |row, out| {
+            table.0.decode_row(tokens[row] as usize, out);
+            out.iter_mut().for_each(|value| *value *= scale);
+        });
     }
 
     fn rope_angles(&mut self, inv_freq: &Vec<f32>, scaling: f32, out: &mut HostBuffer) {
@@ -175,6 +178,18 @@ impl Encoder<CpuBackend> for CpuEncoder {
         assert_eq!(weight.len(), width, "a norm weight for each value of a row");
         let out = out.output(x.rows(), width);
         rows::rms_norm(x.values(), weight, eps, out, self.simd, &self.threads);
+    }
+
+    fn rms_norm_add(&mut self, x: &HostBuffer, weight: &Vec<f32>, eps: f32, out: &mut HostBuffer) {
+        let width = x.width();
+        assert_eq!(weight.len(), width, "a norm weight for each value of a row");
+        assert_eq!(out.rows(), x.rows(), "the residual stream has a row for each input row");
+        let out = out.output(x.rows(), width);
+        rows::rms_norm_add(x.values(), weight, eps, out, self.simd, &self.threads);
+    }
+
+    fn soft_cap(&mut self, x: &mut HostBuffer, cap: f32) {
+        rows::soft_cap(x, cap, &self.threads);
     }
 
     fn linear(&mut self, x: &HostBuffer, linear: &CpuLinear, out: &mut HostBuffer) {

@@ -12,6 +12,9 @@ use crate::{AttentionShape, HostBuffer, QkNorm};
 /// Rows of a task: a decode step of few rows is not worth waking threads for.
 const TASK_ROWS: usize = 4;
 
+/// Values of a task of [`soft_cap`], whose rows are as long as the vocabulary.
+const SOFT_CAP_TASK: usize = 4096;
+
 const CHECKED: &str = "the backend was made for a SIMD level of this processor";
 
 /// `out[t] = [cos(p·f_i)·scaling … | sin(p·f_i)·scaling …]`.
@@ -58,6 +61,44 @@ impl WithSimd for NormRows<'_> {
             vector::rms_norm(simd, row, self.weight, self.eps);
         }
     }
+}
+
+/// Adds the RMS norm of each row of `x` to that of `out`.
+pub(super) fn rms_norm_add(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32], simd: SimdLevel, threads: &Threads) {
+    if weight.is_empty() {
+        return;
+    }
+    let task = TASK_ROWS * weight.len();
+    threads.for_each_chunk(out, task, |i, rows| {
+        let x = &x[i * task..][..rows.len()];
+        simd.dispatch(AddNormRows { x, rows, weight, eps }).expect(CHECKED);
+    });
+}
+
+struct AddNormRows<'a> {
+    x: &'a [f32],
+    rows: &'a mut [f32],
+    weight: &'a [f32],
+    eps: f32,
+}
+
+impl WithSimd for AddNormRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let width = self.weight.len();
+        for (row, x) in self.rows.chunks_exact_mut(width).zip(self.x.chunks_exact(width)) {
+            vector::rms_norm_add(simd, x, self.weight, self.eps, row);
+        }
+    }
+}
+
+/// `x = cap · tanh(x / cap)`.
+pub(super) fn soft_cap(x: &mut HostBuffer, cap: f32, threads: &Threads) {
+    threads.for_each_chunk(x.values_mut(), SOFT_CAP_TASK, |_, values| {
+        values.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+    });
 }
 
 /// Norm and rotation of query and key heads.

@@ -81,11 +81,25 @@ pub(super) fn exp(x: f32) -> f32 {
 /// `x = x / sqrt(mean(x²) + eps) · weight`.
 #[inline(always)]
 pub(super) fn rms_norm<S: Simd>(simd: S, x: &mut [f32], weight: &[f32], eps: f32) {
-    let [square] = dots(simd, [&*x], x);
-    let scale = 1.0 / (square / x.len() as f32 + eps).sqrt();
+    let scale = inverse_rms(simd, x, eps);
     for (x, weight) in x.iter_mut().zip(weight) {
         *x = *x * scale * weight;
     }
+}
+
+/// `out += x / sqrt(mean(x²) + eps) · weight`.
+#[inline(always)]
+pub(super) fn rms_norm_add<S: Simd>(simd: S, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let scale = inverse_rms(simd, x, eps);
+    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+        *out += x * scale * weight;
+    }
+}
+
+#[inline(always)]
+fn inverse_rms<S: Simd>(simd: S, x: &[f32], eps: f32) -> f32 {
+    let [square] = dots(simd, [x], x);
+    1.0 / (square / x.len() as f32 + eps).sqrt()
 }
 
 /// Rotates dimension `i` of a head with `i + rotary / 2`; `angles` are `rotary / 2` cosines, then as many sines.

@@ -106,10 +106,12 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
         self.step.begin(step);
     }
 
-    fn embed(&mut self, table: &ReferenceLinear, out: &mut HostBuffer) {
+    fn embed(&mut self, table: &ReferenceLinear, scale: f32, out: &mut HostBuffer) {
         out.output(self.step.rows(), table.cols);
         for (t, &token) in self.step.tokens.iter().enumerate() {
-            out.row_mut(t).copy_from_slice(table.row(token as usize));
+            for (y, &weight) in out.row_mut(t).iter_mut().zip(table.row(token as usize)) {
+                *y = weight * scale;
+            }
         }
     }
 
@@ -129,6 +131,24 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
         out.output(x.rows(), x.width()).copy_from_slice(x.values());
         for t in 0..x.rows() {
             rms_norm(out.row_mut(t), weight, eps);
+        }
+    }
+
+    fn rms_norm_add(&mut self, x: &HostBuffer, weight: &Vec<f32>, eps: f32, out: &mut HostBuffer) {
+        assert_eq!(out.rows(), x.rows(), "the residual stream has a row for each input row");
+        for t in 0..x.rows() {
+            let mut normed = x.row(t).to_vec();
+            rms_norm(&mut normed, weight, eps);
+            for (y, normed) in out.row_mut(t).iter_mut().zip(normed) {
+                *y += normed;
+            }
+        }
+    }
+
+    fn soft_cap(&mut self, x: &mut HostBuffer, cap: f32) {
+        let cap = f64::from(cap);
+        for x in x.values_mut() {
+            *x = (cap * (f64::from(*x) / cap).tanh()) as f32;
         }
     }
 

@@ -70,7 +70,7 @@ fn embedding_norm_and_selection() {
     step.logit_rows = &[1];
     encoder.begin(&step);
     let mut x = ReferenceBackend.buffer(2, 2).unwrap();
-    encoder.embed(&table, &mut x);
+    encoder.embed(&table, 1.0, &mut x);
     assert_eq!(x.values(), [5.0, 6.0, 3.0, 4.0]);
 
     let mut selected = ReferenceBackend.buffer(2, 2).unwrap();
@@ -81,6 +81,15 @@ fn embedding_norm_and_selection() {
     let mut normed = ReferenceBackend.buffer(1, 2).unwrap();
     encoder.rms_norm(&selected, &vec![2.0, -1.0], 3.5, &mut normed);
     assert_eq!(normed.values(), [1.5, -1.0]);
+
+    // The same norm added to what is there, and a scaled embedding.
+    encoder.rms_norm_add(&selected, &vec![2.0, -1.0], 3.5, &mut normed);
+    assert_eq!(normed.values(), [3.0, -2.0]);
+    encoder.embed(&table, 0.5, &mut x);
+    assert_eq!(x.values(), [2.5, 3.0, 1.5, 2.0]);
+
+    encoder.soft_cap(&mut normed, 2.0);
+    assert_close(normed.values(), &[2.0 * 1.5f32.tanh(), 2.0 * (-1f32).tanh()]);
 }
 
 #[test]

@@ -208,8 +208,11 @@ fn embed<B: Backend>(device: &Device<B>, scheme: Scheme) -> Result<(), String> {
         let vocabulary = 19;
         let table = random(scheme, vocabulary, k, &mut rng);
         let tokens = [18, 0, 7, 8, 7].map(|token| token as u32).to_vec();
-        let case = Embed { table: [LinearPart { weight: table, bias: None }], tokens };
-        check(&case, &device.backend, 1e-13, &format!("k={k}"))?;
+        let mut case = Embed { table: [LinearPart { weight: table, bias: None }], tokens, scale: 1.0 };
+        for scale in [1.0, 55.5] {
+            case.scale = scale;
+            check(&case, &device.backend, 1e-13, &format!("k={k}, scale={scale}"))?;
+        }
     }
     Ok(())
 }
@@ -217,6 +220,7 @@ fn embed<B: Backend>(device: &Device<B>, scheme: Scheme) -> Result<(), String> {
 struct Embed<'a> {
     table: [LinearPart<'a>; 1],
     tokens: Vec<u32>,
+    scale: f32,
 }
 
 impl Case for Embed<'_> {
@@ -227,7 +231,7 @@ impl Case for Embed<'_> {
         let mut encoder = backend.encoder(&limits(self.tokens.len(), k)).expect("an encoder");
         let mut out = poisoned(backend, self.tokens.len(), k);
         encoder.begin(&step.step());
-        encoder.embed(&table, &mut out);
+        encoder.embed(&table, self.scale, &mut out);
         read::<B>(&mut encoder, &out, self.tokens.len() * k)
     }
 }

@@ -7,15 +7,19 @@ use crate::{Device, Table};
 
 pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
     for width in [1, 7, 8, 9, 15, 16, 17, 33, 576, 2048] {
-        table.add(device, format!("rms-norm/width={width}"), move |device| rms_norm(device, width));
+        table.add(device, format!("rms-norm/width={width}"), move |device| rms_norm(device, width, false));
+        table.add(device, format!("rms-norm-add/width={width}"), move |device| rms_norm(device, width, true));
     }
     for (frequencies, scaling) in [(1, 1.0), (16, 1.0), (33, 0.5), (64, 1.2)] {
         table.add(device, format!("rope-angles/{frequencies}"), move |device| angles(device, frequencies, scaling));
     }
     table.add(device, "select-logit-rows".into(), select);
+    for width in [1, 67, 5000] {
+        table.add(device, format!("soft-cap/width={width}"), move |device| soft_cap(device, width));
+    }
 }
 
-fn rms_norm<B: Backend>(device: &Device<B>, width: usize) -> Result<(), String> {
+fn rms_norm<B: Backend>(device: &Device<B>, width: usize, adds: bool) -> Result<(), String> {
     let mut rng = Rng(10);
     for rows in [1, 3, 4, 5, 9] {
         for (what, magnitude, outlier) in [("", 1.0, None), (" with outliers", 1.0, Some(1e5)), (" tiny", 1e-18, None)]
@@ -24,7 +28,8 @@ fn rms_norm<B: Backend>(device: &Device<B>, width: usize) -> Result<(), String> 
             if let Some(outlier) = outlier {
                 x.iter_mut().skip(rng.below(width)).step_by(width).for_each(|x| *x = outlier);
             }
-            let case = RmsNorm { x, weight: rng.normals(width), eps: 1e-6 };
+            let residual = adds.then(|| rng.normals(rows * width));
+            let case = RmsNorm { x, weight: rng.normals(width), eps: 1e-6, residual };
             check(&case, &device.backend, 1e-12, &format!("{rows} rows{what}"))?;
         }
     }
@@ -35,6 +40,8 @@ struct RmsNorm {
     x: Vec<f32>,
     weight: Vec<f32>,
     eps: f32,
+    /// What the norm is added to; `None` writes it to a poisoned buffer.
+    residual: Option<Vec<f32>>,
 }
 
 impl Case for RmsNorm {
@@ -43,9 +50,47 @@ impl Case for RmsNorm {
         let rows = self.x.len() / width;
         let weight = backend.load_vector(&self.weight).expect("a vector");
         let mut encoder = backend.encoder(&limits(rows, width)).expect("an encoder");
-        let mut out = poisoned(backend, rows, width);
-        encoder.rms_norm(&upload(backend, width, &self.x), &weight, self.eps, &mut out);
+        let x = upload(backend, width, &self.x);
+        let out = match &self.residual {
+            None => {
+                let mut out = poisoned(backend, rows, width);
+                encoder.rms_norm(&x, &weight, self.eps, &mut out);
+                out
+            }
+            Some(residual) => {
+                let mut out = upload(backend, width, residual);
+                encoder.rms_norm_add(&x, &weight, self.eps, &mut out);
+                out
+            }
+        };
         read::<B>(&mut encoder, &out, self.x.len())
+    }
+}
+
+fn soft_cap<B: Backend>(device: &Device<B>, width: usize) -> Result<(), String> {
+    let mut rng = Rng(12);
+    for (rows, cap) in [(1, 30.0), (5, 0.5)] {
+        let mut x: Vec<f32> = rng.normals(rows * width).iter().map(|x| x * cap).collect();
+        // Far beyond the cap, and far within.
+        x[0] = -1e5;
+        *x.last_mut().expect("a value") *= 1e-6;
+        check(&SoftCap { x, width, cap }, &device.backend, 1e-13, &format!("{rows} rows, cap {cap}"))?;
+    }
+    Ok(())
+}
+
+struct SoftCap {
+    x: Vec<f32>,
+    width: usize,
+    cap: f32,
+}
+
+impl Case for SoftCap {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<f32> {
+        let mut encoder = backend.encoder(&limits(self.x.len() / self.width, self.width)).expect("an encoder");
+        let mut x = upload(backend, self.width, &self.x);
+        encoder.soft_cap(&mut x, self.cap);
+        read::<B>(&mut encoder, &x, self.x.len())
     }
 }
 

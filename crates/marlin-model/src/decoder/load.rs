@@ -2,14 +2,15 @@
 
 use std::cell::RefCell;
 use std::collections::HashSet;
+use std::ops::Range;
 
 use marlin_checkpoint::Checkpoint;
 use marlin_format::PackedMatrix;
-use marlin_kernels::{Backend, LinearPart, StepLimits};
+use marlin_kernels::{Backend, KernelError, LinearPart, StepLimits};
 
-use super::{Attention, Decoder, HeadNorms, Layer, Mlp, Workspace};
+use super::{Attention, Decoder, HeadNorms, Layer, Mlp, OutputProjection, Rope, Workspace};
 use crate::families;
-use crate::spec::{AttentionSpec, DecoderSpec, MlpSpec};
+use crate::spec::DecoderSpec;
 use crate::{KvPool, LanguageModel, LoadOptions, ModelError, ModelInfo};
 
 const EMBED_TOKENS: &str = "model.embed_tokens";
@@ -28,11 +29,11 @@ pub fn load_model<B: Backend>(
     let sizes = Sizes::new(&spec, options, checkpoint.name())?;
 
     // Weights come first: once they are there, the sizes that config.json claims are known to be real.
-    let loader = Loader { backend, checkpoint, read: RefCell::default() };
-    let embed_tokens = loader.linear(&[(EMBED_TOKENS, spec.vocab_size)], spec.hidden_size, false)?;
-    let layers = (0..spec.windows.len()).map(|index| loader.layer(&spec, index)).collect::<Result<_, _>>()?;
+    let loader = Loader { backend, checkpoint, spec: &spec, read: RefCell::default() };
+    let embed_tokens = loader.table(EMBED_TOKENS, spec.vocab_size, spec.hidden_size)?;
+    let layers = (0..spec.layers.len()).map(|index| loader.layer(index)).collect::<Result<_, _>>()?;
     let norm = loader.norm("model.norm", spec.hidden_size)?;
-    let lm_head = loader.lm_head(&spec)?;
+    let lm_head = loader.lm_head()?;
     loader.refuse_unread()?;
 
     let limits = StepLimits {
@@ -42,10 +43,14 @@ pub fn load_model<B: Backend>(
         vocabulary: spec.vocab_size,
     };
     let kv_layout = spec.kv_layout();
+    let rope = |rope: &crate::rope::Rope| {
+        Ok::<_, ModelError>(Rope { inv_freq: backend.load_vector(&rope.inv_freq)?, scaling: rope.scaling })
+    };
     Ok(Box::new(Decoder::<B> {
         rms_norm_eps: spec.rms_norm_eps,
-        inv_freq: backend.load_vector(&spec.rope.inv_freq)?,
-        rope_scaling: spec.rope.scaling,
+        embedding_scale: spec.embedding_scale,
+        logit_cap: spec.logit_cap,
+        ropes: spec.ropes.iter().map(rope).collect::<Result<_, _>>()?,
         embed_tokens,
         layers,
         norm,
@@ -61,7 +66,7 @@ pub fn load_model<B: Backend>(
             context: sizes.context,
             step_tokens: options.step_tokens,
             logit_rows: sizes.logit_rows,
-            layers: spec.windows.len(),
+            layers: spec.layers.len(),
             kv_layout,
             kv_type: options.kv_type,
             weight_bytes: checkpoint.weight_bytes(),
@@ -106,7 +111,11 @@ fn workspace<B: Backend>(
     Ok(Workspace {
         hidden: backend.buffer(step_tokens, hidden)?,
         normed: backend.buffer(step_tokens, hidden)?,
-        angles: backend.buffer(step_tokens, 2 * spec.rope.inv_freq.len())?,
+        angles: spec
+            .ropes
+            .iter()
+            .map(|rope| backend.buffer(step_tokens, 2 * rope.inv_freq.len()))
+            .collect::<Result<_, _>>()?,
         qkv: backend.buffer(step_tokens, attention.q_width() + 2 * attention.kv_width())?,
         attention: backend.buffer(step_tokens, attention.q_width())?,
         gated: backend.buffer(step_tokens, spec.mlp.intermediate_size)?,
@@ -120,81 +129,125 @@ fn workspace<B: Backend>(
 struct Loader<'a, B: Backend> {
     backend: &'a B,
     checkpoint: &'a Checkpoint,
+    spec: &'a DecoderSpec,
     /// Names of the tensors that were asked for.
     read: RefCell<HashSet<String>>,
 }
 
 impl<B: Backend> Loader<'_, B> {
-    fn layer(&self, spec: &DecoderSpec, index: usize) -> Result<Layer<B>, ModelError> {
+    fn layer(&self, index: usize) -> Result<Layer<B>, ModelError> {
         let name = |block: &str| format!("model.layers.{index}.{block}");
-        let norm = |block: &str| self.norm(&name(block), spec.hidden_size);
+        let norm = |block: &str| self.norm(&name(block), self.spec.hidden_size);
+        // With norms on both sides of a block, `post_attention_layernorm` is what it says; without, it is the MLP's input.
+        let (attn_out_norm, mlp_norm, mlp_out_norm) = if self.spec.block_output_norms {
+            (
+                Some(norm("post_attention_layernorm")?),
+                norm("pre_feedforward_layernorm")?,
+                Some(norm("post_feedforward_layernorm")?),
+            )
+        } else {
+            (None, norm("post_attention_layernorm")?, None)
+        };
         Ok(Layer {
-            input_layernorm: norm("input_layernorm")?,
-            self_attn: self.attention(&name("self_attn"), &spec.attention, spec.windows[index], spec.hidden_size)?,
-            post_attention_layernorm: norm("post_attention_layernorm")?,
-            mlp: self.mlp(&name("mlp"), &spec.mlp, spec.hidden_size)?,
+            attn_norm: norm("input_layernorm")?,
+            self_attn: self.attention(&name("self_attn"), index, attn_out_norm)?,
+            mlp_norm,
+            mlp: self.mlp(&name("mlp"), mlp_out_norm)?,
         })
     }
 
-    fn attention(
-        &self,
-        block: &str,
-        spec: &AttentionSpec,
-        window: Option<usize>,
-        hidden: usize,
-    ) -> Result<Attention<B>, ModelError> {
-        let [q, k, v, o] = ["q_proj", "k_proj", "v_proj", "o_proj"].map(|name| format!("{block}.{name}"));
+    fn attention(&self, block: &str, layer: usize, out_norm: Option<B::Vector>) -> Result<Attention<B>, ModelError> {
+        let (hidden, spec, layer) = (self.spec.hidden_size, &self.spec.attention, &self.spec.layers[layer]);
         let norm = |name: &str| self.norm(&format!("{block}.{name}"), spec.head_dim);
         let head_norms = || Ok::<_, ModelError>(HeadNorms { q_norm: norm("q_norm")?, k_norm: norm("k_norm")? });
-        let qkv = [(q.as_str(), spec.q_width()), (&k, spec.kv_width()), (&v, spec.kv_width())];
+        let (q, kv) = (spec.q_width(), spec.kv_width());
         Ok(Attention {
-            shape: spec.shape(window),
-            qkv_proj: self.linear(&qkv, hidden, spec.bias)?,
+            shape: spec.shape(layer.window),
+            rope: layer.rope,
+            qkv_proj: if self.spec.is_fused {
+                self.linear(block, &[("qkv_proj", q + 2 * kv)], hidden, spec.qkv_bias)?
+            } else {
+                self.linear(block, &[("q_proj", q), ("k_proj", kv), ("v_proj", kv)], hidden, spec.qkv_bias)?
+            },
             qk_norm: spec.qk_norm.then(head_norms).transpose()?,
-            o_proj: self.linear(&[(&o, hidden)], spec.q_width(), spec.bias)?,
+            o_proj: OutputProjection {
+                linear: self.linear(block, &[("o_proj", hidden)], q, spec.o_bias)?,
+                norm: out_norm,
+            },
         })
     }
 
-    fn mlp(&self, block: &str, spec: &MlpSpec, hidden: usize) -> Result<Mlp<B>, ModelError> {
-        let [gate, up, down] = ["gate_proj", "up_proj", "down_proj"].map(|name| format!("{block}.{name}"));
+    fn mlp(&self, block: &str, out_norm: Option<B::Vector>) -> Result<Mlp<B>, ModelError> {
+        let (hidden, spec) = (self.spec.hidden_size, &self.spec.mlp);
         let width = spec.intermediate_size;
         Ok(Mlp {
-            gate_up_proj: self.linear(&[(&gate, width), (&up, width)], hidden, spec.bias)?,
+            gate_up_proj: if self.spec.is_fused {
+                self.halves(&format!("{block}.gate_up_proj"), width, hidden, spec.bias)?
+            } else {
+                self.linear(block, &[("gate_proj", width), ("up_proj", width)], hidden, spec.bias)?
+            },
             activation: spec.activation,
-            down_proj: self.linear(&[(&down, hidden)], width, spec.bias)?,
+            down_proj: OutputProjection {
+                linear: self.linear(block, &[("down_proj", hidden)], width, spec.bias)?,
+                norm: out_norm,
+            },
         })
     }
 
     /// The head's own matrix. A tied model has none; if its checkpoint holds one nevertheless, it is used where it differs from
     /// the embedding, as `transformers` does.
-    fn lm_head(&self, spec: &DecoderSpec) -> Result<Option<B::Linear>, ModelError> {
-        let (rows, cols) = (spec.vocab_size, spec.hidden_size);
-        if spec.tie_word_embeddings {
+    fn lm_head(&self) -> Result<Option<B::Linear>, ModelError> {
+        let (rows, cols) = (self.spec.vocab_size, self.spec.hidden_size);
+        if self.spec.tie_word_embeddings {
             let is_separate = self.checkpoint.contains(&weight(LM_HEAD))
                 && self.matrix(&weight(LM_HEAD), rows, cols)? != self.matrix(&weight(EMBED_TOKENS), rows, cols)?;
             if !is_separate {
                 return Ok(None);
             }
         }
-        self.linear(&[(LM_HEAD, rows)], cols, false).map(Some)
+        self.table(LM_HEAD, rows, cols).map(Some)
     }
 
-    /// One linear of the modules `(name, rows)` of `cols` columns each; all of them have a bias or none has.
-    fn linear(&self, modules: &[(&str, usize)], cols: usize, bias: bool) -> Result<B::Linear, ModelError> {
-        let part = |&(module, rows): &(&str, usize)| {
-            let bias = bias.then(|| self.vector(&format!("{module}.bias"), rows)).transpose()?;
-            Ok(LinearPart { weight: self.matrix(&weight(module), rows, cols)?, bias })
-        };
+    /// Embedding or head: a matrix by itself, without a bias.
+    fn table(&self, module: &str, rows: usize, cols: usize) -> Result<B::Linear, ModelError> {
+        self.load(module, &[self.part(module, rows, cols, false)?])
+    }
+
+    /// One linear of a block's modules `(name, rows)` of `cols` columns each; all of them have a bias or none has.
+    fn linear(&self, block: &str, modules: &[(&str, usize)], cols: usize, bias: bool) -> Result<B::Linear, ModelError> {
+        let part = |&(name, rows): &(&str, usize)| self.part(&format!("{block}.{name}"), rows, cols, bias);
         let parts = modules.iter().map(part).collect::<Result<Vec<_>, ModelError>>()?;
-        self.backend.load_linear(&parts).map_err(|source| ModelError::Weight {
-            model: self.checkpoint.name().to_owned(),
-            tensor: weight(modules[0].0),
-            source,
-        })
+        self.load(&format!("{block}.{}", modules[0].0), &parts)
+    }
+
+    /// One linear of the two halves of a module, `rows` rows each.
+    fn halves(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<B::Linear, ModelError> {
+        let LinearPart { weight, bias } = self.part(module, 2 * rows, cols, bias)?;
+        let half = |range: Range<usize>| {
+            let bias = bias.as_ref().map(|bias| bias[range.clone()].to_vec());
+            let weight = weight.slice_rows(range).map_err(|source| self.weight_error(module, source.into()))?;
+            Ok::<_, ModelError>(LinearPart { weight, bias })
+        };
+        self.load(module, &[half(0..rows)?, half(rows..2 * rows)?])
+    }
+
+    fn part(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<LinearPart<'_>, ModelError> {
+        let bias = bias.then(|| self.vector(&format!("{module}.bias"), rows)).transpose()?;
+        Ok(LinearPart { weight: self.matrix(&weight(module), rows, cols)?, bias })
+    }
+
+    fn load(&self, first: &str, parts: &[LinearPart<'_>]) -> Result<B::Linear, ModelError> {
+        self.backend.load_linear(parts).map_err(|source| self.weight_error(first, source))
+    }
+
+    fn weight_error(&self, module: &str, source: KernelError) -> ModelError {
+        ModelError::Weight { model: self.checkpoint.name().to_owned(), tensor: weight(module), source }
     }
 
     fn norm(&self, module: &str, len: usize) -> Result<B::Vector, ModelError> {
-        Ok(self.backend.load_vector(&self.vector(&weight(module), len)?)?)
+        let mut weights = self.vector(&weight(module), len)?;
+        weights.iter_mut().for_each(|weight| *weight += self.spec.norm_offset);
+        Ok(self.backend.load_vector(&weights)?)
     }
 
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<PackedMatrix<'_>, ModelError> {

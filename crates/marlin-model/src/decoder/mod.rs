@@ -13,8 +13,9 @@ struct Decoder<B: Backend> {
     info: ModelInfo,
     limits: StepLimits,
     rms_norm_eps: f32,
-    inv_freq: B::Vector,
-    rope_scaling: f32,
+    embedding_scale: f32,
+    logit_cap: Option<f32>,
+    ropes: Vec<Rope<B>>,
     embed_tokens: B::Linear,
     layers: Vec<Layer<B>>,
     norm: B::Vector,
@@ -28,20 +29,29 @@ struct Decoder<B: Backend> {
     logit_rows: usize,
 }
 
-/// `x += self_attn(input_layernorm(x)); x += mlp(post_attention_layernorm(x))`.
+/// A kind of rotary embedding.
+struct Rope<B: Backend> {
+    inv_freq: B::Vector,
+    scaling: f32,
+}
+
+/// `x += self_attn(attn_norm(x)); x += mlp(mlp_norm(x))`. The norms are named by what they are for, because families differ in
+/// their tensors' names.
 struct Layer<B: Backend> {
-    input_layernorm: B::Vector,
+    attn_norm: B::Vector,
     self_attn: Attention<B>,
-    post_attention_layernorm: B::Vector,
+    mlp_norm: B::Vector,
     mlp: Mlp<B>,
 }
 
 /// Attention with grouped queries; Q, K and V are one matrix.
 struct Attention<B: Backend> {
     shape: AttentionShape,
+    /// Index into the decoder's ropes.
+    rope: usize,
     qkv_proj: B::Linear,
     qk_norm: Option<HeadNorms<B>>,
-    o_proj: B::Linear,
+    o_proj: OutputProjection<B>,
 }
 
 /// Norms over each head of Q and K.
@@ -54,17 +64,23 @@ struct HeadNorms<B: Backend> {
 struct Mlp<B: Backend> {
     gate_up_proj: B::Linear,
     activation: Activation,
-    down_proj: B::Linear,
+    down_proj: OutputProjection<B>,
+}
+
+/// The end of a block: `x += norm(linear(y))`, in most families without the norm.
+struct OutputProjection<B: Backend> {
+    linear: B::Linear,
+    norm: Option<B::Vector>,
 }
 
 /// Activations of a step.
 struct Workspace<B: Backend> {
     /// The residual stream, `[T, hidden]`.
     hidden: B::Buffer,
-    /// The input of a block, `[T, hidden]`.
+    /// The input of a block, or its output if that is normalised, `[T, hidden]`.
     normed: B::Buffer,
-    /// Cosines and sines, `[T, head_dim]`.
-    angles: B::Buffer,
+    /// Cosines and sines of each rope, `[T, rotated dimensions]`.
+    angles: Vec<B::Buffer>,
     /// `[T, q heads | k heads | v heads]`.
     qkv: B::Buffer,
     /// `[T, q heads]`.
@@ -137,19 +153,24 @@ impl<B: Backend> Decoder<B> {
         let Self { encoder, kv_cache, workspace: work, rms_norm_eps: eps, .. } = self;
         encoder.begin(&batch.as_step());
         encoder.copy_kv_blocks(kv_cache, self.pool.pending_copies());
-        encoder.embed(&self.embed_tokens, &mut work.hidden);
-        encoder.rope_angles(&self.inv_freq, self.rope_scaling, &mut work.angles);
+        encoder.embed(&self.embed_tokens, self.embedding_scale, &mut work.hidden);
+        for (rope, angles) in self.ropes.iter().zip(&mut work.angles) {
+            encoder.rope_angles(&rope.inv_freq, rope.scaling, angles);
+        }
         for (index, layer) in self.layers.iter().enumerate() {
-            encoder.rms_norm(&work.hidden, &layer.input_layernorm, *eps, &mut work.normed);
+            encoder.rms_norm(&work.hidden, &layer.attn_norm, *eps, &mut work.normed);
             layer.self_attn.encode(encoder, work, kv_cache, index, *eps);
-            encoder.rms_norm(&work.hidden, &layer.post_attention_layernorm, *eps, &mut work.normed);
-            layer.mlp.encode(encoder, work);
+            encoder.rms_norm(&work.hidden, &layer.mlp_norm, *eps, &mut work.normed);
+            layer.mlp.encode(encoder, work, *eps);
         }
         if batch.logit_rows() > 0 {
             encoder.select_logit_rows(&work.hidden, &mut work.last_hidden);
             encoder.rms_norm(&work.last_hidden, &self.norm, *eps, &mut work.last_normed);
             let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
             encoder.linear(&work.last_normed, head, &mut work.logits);
+            if let Some(cap) = self.logit_cap {
+                encoder.soft_cap(&mut work.logits, cap);
+            }
         }
     }
 }
@@ -166,16 +187,36 @@ impl<B: Backend> Attention<B> {
     ) {
         let norm = self.qk_norm.as_ref().map(|norms| QkNorm { q: &norms.q_norm, k: &norms.k_norm, eps });
         encoder.linear(&work.normed, &self.qkv_proj, &mut work.qkv);
-        encoder.rope_store_kv(&mut work.qkv, &self.shape, norm, &work.angles, kv_cache, layer);
+        encoder.rope_store_kv(&mut work.qkv, &self.shape, norm, &work.angles[self.rope], kv_cache, layer);
         encoder.attention(&work.qkv, &self.shape, kv_cache, layer, &mut work.attention);
-        encoder.linear_add(&work.attention, &self.o_proj, &mut work.hidden);
+        self.o_proj.encode(encoder, &work.attention, &mut work.normed, &mut work.hidden, eps);
     }
 }
 
 impl<B: Backend> Mlp<B> {
     /// Adds the MLP of `normed` to `hidden`.
-    fn encode(&self, encoder: &mut B::Encoder, work: &mut Workspace<B>) {
+    fn encode(&self, encoder: &mut B::Encoder, work: &mut Workspace<B>, eps: f32) {
         encoder.linear_gated(&work.normed, &self.gate_up_proj, self.activation, &mut work.gated);
-        encoder.linear_add(&work.gated, &self.down_proj, &mut work.hidden);
+        self.down_proj.encode(encoder, &work.gated, &mut work.normed, &mut work.hidden, eps);
+    }
+}
+
+impl<B: Backend> OutputProjection<B> {
+    /// Adds the projection of `x` to `hidden`; `scratch` takes it before it is normalised.
+    fn encode(
+        &self,
+        encoder: &mut B::Encoder,
+        x: &B::Buffer,
+        scratch: &mut B::Buffer,
+        hidden: &mut B::Buffer,
+        eps: f32,
+    ) {
+        match &self.norm {
+            None => encoder.linear_add(x, &self.linear, hidden),
+            Some(norm) => {
+                encoder.linear(x, &self.linear, scratch);
+                encoder.rms_norm_add(scratch, norm, eps, hidden);
+            }
+        }
     }
 }

@@ -1,7 +1,12 @@
 //! Model families: how each one's config.json maps to the shared blocks.
 
+mod base;
+mod gemma3;
+mod layer_type;
 mod llama;
-mod qwen3;
+mod mistral;
+mod phi3;
+mod qwen;
 
 use marlin_checkpoint::Checkpoint;
 use serde_json::Value;
@@ -10,7 +15,14 @@ use crate::spec::DecoderSpec;
 use crate::{ConfigError, ModelError};
 
 /// What is found under `architectures` in config.json of a model that can be loaded.
-pub const SUPPORTED_ARCHITECTURES: &[&str] = &["LlamaForCausalLM", "Qwen3ForCausalLM"];
+pub const SUPPORTED_ARCHITECTURES: &[&str] = &[
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Phi3ForCausalLM",
+    "Gemma3ForCausalLM",
+];
 
 /// The architecture a checkpoint names, and its decoder.
 pub(crate) fn spec(checkpoint: &Checkpoint) -> Result<(String, DecoderSpec), ModelError> {
@@ -19,7 +31,11 @@ pub(crate) fn spec(checkpoint: &Checkpoint) -> Result<(String, DecoderSpec), Mod
         .and_then(|architecture| {
             let spec = match architecture {
                 "LlamaForCausalLM" => llama::spec(config),
-                "Qwen3ForCausalLM" => qwen3::spec(config),
+                "MistralForCausalLM" => mistral::spec(config),
+                "Qwen2ForCausalLM" => qwen::qwen2(config),
+                "Qwen3ForCausalLM" => qwen::qwen3(config),
+                "Phi3ForCausalLM" => phi3::spec(config),
+                "Gemma3ForCausalLM" => gemma3::spec(config),
                 other => Err(unsupported(other)),
             };
             Ok((architecture.to_owned(), spec?))

@@ -1,0 +1,115 @@
+//! What config.json says in the same words in every family.
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::ConfigError;
+use crate::config::{self, HiddenAct, Positive, Size};
+use crate::rope::Rope;
+use crate::spec::{AttentionSpec, DecoderSpec, LayerSpec, MlpSpec};
+
+/// The fields that all families share.
+#[derive(Debug, Deserialize)]
+pub(super) struct BaseConfig {
+    vocab_size: Size,
+    hidden_size: Size,
+    intermediate_size: Size,
+    num_hidden_layers: Size<4096>,
+    num_attention_heads: Size,
+    num_key_value_heads: Option<Size>,
+    head_dim: Option<Size>,
+    #[serde(default)]
+    hidden_act: HiddenAct,
+    max_position_embeddings: Size,
+    rms_norm_eps: Positive,
+    tie_word_embeddings: Option<bool>,
+}
+
+impl BaseConfig {
+    pub(super) fn parse(config: &Value) -> Result<Self, ConfigError> {
+        config::parse(config)
+    }
+
+    /// Decoder layers.
+    pub(super) fn layers(&self) -> usize {
+        self.num_hidden_layers.get()
+    }
+
+    /// The longest context.
+    pub(super) fn context(&self) -> usize {
+        self.max_position_embeddings.get()
+    }
+
+    /// The same in every layer.
+    pub(super) fn uniform_layers(&self, window: Option<usize>) -> Vec<LayerSpec> {
+        vec![LayerSpec { window, rope: 0 }; self.layers()]
+    }
+
+    /// `head_dim`, or an even share of the hidden size.
+    pub(super) fn head_dim_or_share(&self) -> Result<usize, ConfigError> {
+        let (hidden, heads) = (self.hidden_size.get(), self.num_attention_heads.get());
+        match self.head_dim {
+            Some(head_dim) => Ok(head_dim.get()),
+            None if hidden.is_multiple_of(heads) => Ok(hidden / heads),
+            None => {
+                let problem =
+                    format!("without head_dim must be a multiple of num_attention_heads = {heads}, found {hidden}");
+                Err(ConfigError::new("hidden_size", problem))
+            }
+        }
+    }
+
+    /// `head_dim`, or what the family says where config.json names none.
+    pub(super) fn head_dim_or(&self, default: usize) -> usize {
+        self.head_dim.map_or(default, Size::get)
+    }
+
+    /// Refuses a config without `num_key_value_heads`: some families have defaults for it that suit one size of model only.
+    pub(super) fn require_kv_heads(&self) -> Result<(), ConfigError> {
+        match self.num_key_value_heads {
+            Some(_) => Ok(()),
+            None => Err(ConfigError::new("", "missing field `num_key_value_heads`")),
+        }
+    }
+
+    /// Llama's blocks in these sizes, from which a family goes on: no biases, no QK norm, an embedding of its own unless
+    /// it is said to be tied.
+    pub(super) fn decoder(
+        &self,
+        head_dim: usize,
+        ropes: Vec<Rope>,
+        layers: Vec<LayerSpec>,
+    ) -> Result<DecoderSpec, ConfigError> {
+        let kv_heads = self.num_key_value_heads.unwrap_or(self.num_attention_heads);
+        Ok(DecoderSpec {
+            vocab_size: self.vocab_size.get(),
+            hidden_size: self.hidden_size.get(),
+            max_position_embeddings: self.context(),
+            rms_norm_eps: self.rms_norm_eps.get() as f32,
+            norm_offset: 0.0,
+            block_output_norms: false,
+            embedding_scale: 1.0,
+            logit_cap: None,
+            tie_word_embeddings: self.tie_word_embeddings.unwrap_or(false),
+            is_fused: false,
+            ropes,
+            attention: AttentionSpec::new(self.num_attention_heads, kv_heads, head_dim)?,
+            mlp: MlpSpec {
+                intermediate_size: self.intermediate_size.get(),
+                activation: self.hidden_act.into(),
+                bias: false,
+            },
+            layers,
+        })
+    }
+
+    /// Whether the head is the embedding, if config.json says so or not.
+    pub(super) fn tie_word_embeddings(&self) -> Option<bool> {
+        self.tie_word_embeddings
+    }
+
+    /// Width of the residual stream.
+    pub(super) fn hidden_size(&self) -> usize {
+        self.hidden_size.get()
+    }
+}
