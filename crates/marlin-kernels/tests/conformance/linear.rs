@@ -10,11 +10,12 @@ use crate::{Device, Table};
 /// Around the borders of the tiles: 8 rows of N, 4 rows of M, 32 columns of K.
 const N: [usize; 5] = [1, 7, 8, 9, 17];
 const M: [usize; 5] = [1, 3, 4, 5, 9];
+const K: [usize; 7] = [1, 31, 32, 33, 65, 128, 300];
+
 /// Around the borders of blocks of 64 rows of M, which pass over the weights one after the other.
 const BLOCKS_M: [usize; 4] = [63, 64, 65, 129];
-/// Those who meet [`BLOCKS_M`]: one scheme for each kind of inner loop, and one that is converted.
+/// Those that meet [`BLOCKS_M`]: one scheme for each kind of inner loop, and one that is converted.
 const BLOCKS_SCHEMES: [&str; 6] = ["fp4", "int4", "int8", "fp8", "bf16", "q4-k"];
-const K: [usize; 7] = [1, 31, 32, 33, 65, 128, 300];
 
 /// The magnitude of outlier channels.
 const OUTLIER: f32 = 1e5;
