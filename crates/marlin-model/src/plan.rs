@@ -13,7 +13,7 @@ use crate::spec::DecoderSpec;
 use crate::{LoadOptions, ModelError, families};
 
 /// Allowance for code, stacks, the allocator and what a request needs.
-const PROGRAM_BYTES: u64 = 24 << 20;
+const PROGRAM_BYTES: u64 = 8 << 20;
 
 /// A tokenizer in memory takes about so many times the bytes of its file.
 const TOKENIZER_FACTOR: u64 = 12;
