@@ -77,6 +77,16 @@ pub struct TensorInfo {
     pub bytes: u64,
 }
 
+impl TensorInfo {
+    /// The scheme of a matrix in this storage; `None` if no matrix is read from it.
+    pub fn scheme(&self) -> Option<Scheme> {
+        match self.storage {
+            Storage::Plain(dtype) => layout::dense_scheme(dtype),
+            Storage::Packed(scheme) => Some(scheme),
+        }
+    }
+}
+
 /// An ordinary tensor, as stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tensor<'a> {

@@ -1,6 +1,6 @@
 //! What a device offers a decoder.
 
-use marlin_format::PackedMatrix;
+use marlin_format::{PackedMatrix, Scheme};
 
 use crate::{KernelError, KvLayout, KvType, SampleRow, Step};
 
@@ -28,6 +28,10 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// What the device has no kernel for is converted, exactly where that is possible.
     fn load_linear(&self, parts: &[LinearPart<'_>]) -> Result<Self::Linear, KernelError>;
 
+    /// Bytes that [`Backend::load_linear`] will keep of a matrix `[rows, cols]` without a bias: what a plan is made of before anything
+    /// is loaded. Fails if the scheme has no such shape.
+    fn linear_bytes(&self, scheme: &Scheme, rows: usize, cols: usize) -> Result<usize, KernelError>;
+
     /// Uploads a vector.
     fn load_vector(&self, values: &[f32]) -> Result<Self::Vector, KernelError>;
 
@@ -39,6 +43,10 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     /// Makes a pool of `blocks` KV blocks for every layer of `layout`.
     fn kv_cache(&self, layout: &KvLayout, kv_type: KvType, blocks: usize) -> Result<Self::KvCache, KernelError>;
+
+    /// Bytes of scratch memory that [`Backend::encoder`] makes for these limits. What a thread needs for one tile of attention, some
+    /// kilobytes, is not counted.
+    fn encoder_bytes(&self, limits: &StepLimits) -> usize;
 
     /// Makes an encoder whose steps stay within `limits`; it owns whatever scratch memory its operations need, so that a step
     /// allocates nothing.

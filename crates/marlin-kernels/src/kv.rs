@@ -43,6 +43,11 @@ impl KvType {
 }
 
 impl KvLayout {
+    /// Bytes of a pool of so many blocks.
+    pub fn pool_bytes(&self, kv_type: KvType, blocks: usize) -> usize {
+        blocks.saturating_mul(self.block_tokens).saturating_mul(self.bytes_per_token(kv_type))
+    }
+
     /// Bytes that one token takes over all layers.
     pub fn bytes_per_token(&self, kv_type: KvType) -> usize {
         self.layers.iter().map(|l| l.heads * (l.key_dim + l.value_dim) * kv_type.bytes()).sum()

@@ -2,7 +2,7 @@
 //!
 //! [`load_model`] reads a checkpoint's config.json, finds the family, and builds a decoder on any
 //! [`Backend`](marlin_kernels::Backend). A caller grows its [`KvSequence`]s in the model's [`KvPool`], describes what to run
-//! in a [`StepBatch`], and calls [`LanguageModel::forward`].
+//! in a [`StepBatch`], and calls [`LanguageModel::forward`]. What all that takes of a device's memory, a [`Planner`] tells before.
 
 mod batch;
 mod config;
@@ -11,6 +11,7 @@ mod error;
 mod families;
 mod kv;
 mod language_model;
+mod plan;
 mod rope;
 mod spec;
 
@@ -20,3 +21,4 @@ pub use error::{ConfigError, ModelError};
 pub use families::SUPPORTED_ARCHITECTURES;
 pub use kv::{KvPool, KvSequence};
 pub use language_model::{LanguageModel, LoadOptions, ModelInfo};
+pub use plan::{MemoryPlan, ModelShape, Planner};

@@ -15,6 +15,7 @@
 mod bundled;
 pub mod device;
 pub mod load;
+pub mod memory;
 
 pub use device::DeviceOptions;
 pub use load::LoadError;

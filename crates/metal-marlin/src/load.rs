@@ -37,6 +37,9 @@ pub enum LoadError {
     /// The device cannot be used.
     #[error("cannot use the device")]
     Device(#[source] KernelError),
+    /// The model takes more memory than there is.
+    #[error(transparent)]
+    DoesNotFit(crate::memory::DoesNotFit),
     /// The model does not load.
     #[error("cannot load the model")]
     Model(#[source] ModelError),

@@ -17,6 +17,8 @@ mod vector;
 
 use std::sync::Mutex;
 
+use marlin_format::Scheme;
+
 pub use linear::Arithmetic;
 pub use simd::SimdLevel;
 
@@ -115,6 +117,10 @@ impl Backend for CpuBackend {
         TiledLinear::load(parts, self.arithmetic, self.simd, &self.threads).map(CpuLinear)
     }
 
+    fn linear_bytes(&self, scheme: &Scheme, rows: usize, cols: usize) -> Result<usize, KernelError> {
+        linear::bytes(scheme, rows, cols, self.arithmetic, self.simd)
+    }
+
     fn load_vector(&self, values: &[f32]) -> Result<Vec<f32>, KernelError> {
         Ok(values.to_vec())
     }
@@ -129,6 +135,11 @@ impl Backend for CpuBackend {
 
     fn kv_cache(&self, layout: &KvLayout, kv_type: KvType, blocks: usize) -> Result<HostKvCache, KernelError> {
         HostKvCache::new(layout, kv_type, blocks, NAME)
+    }
+
+    fn encoder_bytes(&self, limits: &StepLimits) -> usize {
+        let sampling = self.threads.count().saturating_mul(limits.vocabulary).saturating_mul(size_of::<u32>());
+        Activations::bytes(limits.tokens, limits.width).saturating_add(sampling)
     }
 
     fn encoder(&self, limits: &StepLimits) -> Result<CpuEncoder, KernelError> {

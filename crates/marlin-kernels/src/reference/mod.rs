@@ -10,6 +10,7 @@ mod sample;
 mod tests;
 
 use half::f16;
+use marlin_format::{FormatError, Scheme};
 
 use crate::host::{HostStep, KvData, KvPlane, visible};
 use crate::{
@@ -65,6 +66,13 @@ impl Backend for ReferenceBackend {
         Ok(linear)
     }
 
+    fn linear_bytes(&self, scheme: &Scheme, rows: usize, cols: usize) -> Result<usize, KernelError> {
+        scheme.packed_bytes(rows, cols)?;
+        let values = rows.checked_mul(cols).and_then(|weights| weights.checked_add(rows));
+        let bytes = values.and_then(|values| values.checked_mul(size_of::<f32>()));
+        Ok(bytes.ok_or(FormatError::TooLarge { rows, cols })?)
+    }
+
     fn load_vector(&self, values: &[f32]) -> Result<Vec<f32>, KernelError> {
         Ok(values.to_vec())
     }
@@ -79,6 +87,10 @@ impl Backend for ReferenceBackend {
 
     fn kv_cache(&self, layout: &KvLayout, kv_type: KvType, blocks: usize) -> Result<HostKvCache, KernelError> {
         HostKvCache::new(layout, kv_type, blocks, NAME)
+    }
+
+    fn encoder_bytes(&self, _limits: &StepLimits) -> usize {
+        0
     }
 
     fn encoder(&self, _limits: &StepLimits) -> Result<ReferenceEncoder, KernelError> {

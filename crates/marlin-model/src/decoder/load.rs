@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use marlin_checkpoint::Checkpoint;
 use marlin_format::PackedMatrix;
-use marlin_kernels::{Backend, KernelError, LinearPart, StepLimits};
+use marlin_kernels::{Backend, KernelError, KvLayout, LinearPart, StepLimits};
 
 use super::{Attention, Decoder, HeadNorms, Layer, Mlp, OutputProjection, Rope, Workspace};
 use crate::families;
@@ -36,12 +36,7 @@ pub fn load_model<B: Backend>(
     let lm_head = loader.lm_head()?;
     loader.refuse_unread()?;
 
-    let limits = StepLimits {
-        tokens: options.step_tokens,
-        context: sizes.context,
-        width: spec.widest_input(),
-        vocabulary: spec.vocab_size,
-    };
+    let limits = sizes.step_limits(&spec, options.step_tokens);
     let kv_layout = spec.kv_layout();
     let rope = |rope: &crate::rope::Rope| {
         Ok::<_, ModelError>(Rope { inv_freq: backend.load_vector(&rope.inv_freq)?, scaling: rope.scaling })
@@ -77,14 +72,14 @@ pub fn load_model<B: Backend>(
 }
 
 /// Load options, checked against the model and filled in.
-struct Sizes {
-    context: usize,
-    kv_blocks: usize,
-    logit_rows: usize,
+pub(crate) struct Sizes {
+    pub(crate) context: usize,
+    pub(crate) kv_blocks: usize,
+    pub(crate) logit_rows: usize,
 }
 
 impl Sizes {
-    fn new(spec: &DecoderSpec, options: &LoadOptions, model: &str) -> Result<Self, ModelError> {
+    pub(crate) fn new(spec: &DecoderSpec, options: &LoadOptions, model: &str) -> Result<Self, ModelError> {
         let within = |option, found: usize, most: usize| match found {
             found if (1..=most).contains(&found) => Ok(found),
             _ => {
@@ -95,10 +90,46 @@ impl Sizes {
         let context = within("context", options.context.unwrap_or(longest), longest)?;
         let step_tokens = within("step_tokens", options.step_tokens, u32::MAX as usize)?;
         let logit_rows = within("logit_rows", options.logit_rows, usize::MAX)?.min(step_tokens);
-        let enough = context.div_ceil(spec.kv_layout().block_tokens) + 1;
+        let enough = kv_blocks(&spec.kv_layout(), context, 1);
         let kv_blocks = within("kv_blocks", options.kv_blocks.unwrap_or(enough), u32::MAX as usize)?;
         Ok(Self { context, kv_blocks, logit_rows })
     }
+
+    /// The largest step of such a model.
+    pub(crate) fn step_limits(&self, spec: &DecoderSpec, step_tokens: usize) -> StepLimits {
+        StepLimits {
+            tokens: step_tokens,
+            context: self.context,
+            width: spec.widest_input(),
+            vocabulary: spec.vocab_size,
+        }
+    }
+}
+
+/// KV blocks for so many sequences of `context` tokens, and one to spare.
+pub(crate) fn kv_blocks(layout: &KvLayout, context: usize, sequences: usize) -> usize {
+    context.div_ceil(layout.block_tokens).saturating_mul(sequences).saturating_add(1)
+}
+
+/// Rows and width of each buffer of a [`Workspace`], in the order of its fields, without the angles; the last is that of the
+/// logits.
+pub(crate) fn workspace_shapes(spec: &DecoderSpec, step_tokens: usize, logit_rows: usize) -> [(usize, usize); 8] {
+    let (hidden, attention) = (spec.hidden_size, &spec.attention);
+    [
+        (step_tokens, hidden),
+        (step_tokens, hidden),
+        (step_tokens, attention.q_width() + 2 * attention.kv_width()),
+        (step_tokens, attention.q_width()),
+        (step_tokens, spec.mlp.intermediate_size),
+        (logit_rows, hidden),
+        (logit_rows, hidden),
+        (logit_rows, spec.vocab_size),
+    ]
+}
+
+/// Rows and width of the angles of each kind of rotary embedding.
+pub(crate) fn angle_shapes(spec: &DecoderSpec, step_tokens: usize) -> impl Iterator<Item = (usize, usize)> + '_ {
+    spec.ropes.iter().map(move |rope| (step_tokens, 2 * rope.inv_freq.len()))
 }
 
 fn workspace<B: Backend>(
@@ -107,21 +138,21 @@ fn workspace<B: Backend>(
     step_tokens: usize,
     logit_rows: usize,
 ) -> Result<Workspace<B>, ModelError> {
-    let (hidden, attention) = (spec.hidden_size, &spec.attention);
+    let shapes = workspace_shapes(spec, step_tokens, logit_rows);
+    let [hidden, normed, qkv, attention, gated, last_hidden, last_normed, logits] =
+        shapes.map(|(rows, width)| backend.buffer(rows, width));
     Ok(Workspace {
-        hidden: backend.buffer(step_tokens, hidden)?,
-        normed: backend.buffer(step_tokens, hidden)?,
-        angles: spec
-            .ropes
-            .iter()
-            .map(|rope| backend.buffer(step_tokens, 2 * rope.inv_freq.len()))
+        hidden: hidden?,
+        normed: normed?,
+        angles: angle_shapes(spec, step_tokens)
+            .map(|(rows, width)| backend.buffer(rows, width))
             .collect::<Result<_, _>>()?,
-        qkv: backend.buffer(step_tokens, attention.q_width() + 2 * attention.kv_width())?,
-        attention: backend.buffer(step_tokens, attention.q_width())?,
-        gated: backend.buffer(step_tokens, spec.mlp.intermediate_size)?,
-        last_hidden: backend.buffer(logit_rows, hidden)?,
-        last_normed: backend.buffer(logit_rows, hidden)?,
-        logits: backend.buffer(logit_rows, spec.vocab_size)?,
+        qkv: qkv?,
+        attention: attention?,
+        gated: gated?,
+        last_hidden: last_hidden?,
+        last_normed: last_normed?,
+        logits: logits?,
     })
 }
 

@@ -3,6 +3,7 @@
 mod load;
 
 pub use load::load_model;
+pub(crate) use load::{Sizes, angle_shapes, kv_blocks, workspace_shapes};
 
 use marlin_kernels::{Activation, AttentionShape, Backend, Encoder, QkNorm, SampleRow, StepLimits};
 

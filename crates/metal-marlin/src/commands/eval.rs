@@ -9,8 +9,10 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use marlin_checkpoint::Checkpoint;
 use marlin_kernels::KvType;
-use marlin_model::{LanguageModel, LoadOptions};
+use marlin_kernels::cpu::CpuBackend;
+use marlin_model::{LanguageModel, LoadOptions, Planner};
 use marlin_quantize::{Footprint, LogitSource, ModelLogits, Quality, Windows, evaluate};
+use metal_marlin::memory::{self, MemoryOptions};
 use metal_marlin::{DeviceOptions, LoadError, load};
 use serde_json::{Value, json};
 
@@ -62,6 +64,9 @@ pub(crate) struct Args {
     #[command(flatten)]
     device: DeviceOptions,
 
+    #[command(flatten)]
+    memory: MemoryOptions,
+
     /// Print the result as one JSON object
     #[arg(long, help_heading = "Output")]
     json: bool,
@@ -76,8 +81,13 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let context = args.context.map_or_else(|| usual_context(&checkpoints), NonZeroUsize::get);
     let windows = windows(&checkpoints, &args.text, context, args.windows)?;
 
-    let mut model = load_model(&checkpoint, &args.device, context)?;
     let exact = DeviceOptions { exact: true, ..args.device.clone() };
+    if let Some(memory) = args.memory.budget() {
+        // The baseline is there at the same time.
+        let taken = baseline.as_ref().map_or(Ok(0), |baseline| require_fit(baseline, &exact, context, memory))?;
+        require_fit(&checkpoint, &args.device, context, memory - taken)?;
+    }
+    let mut model = load_model(&checkpoint, &args.device, context)?;
     let mut baseline = baseline.map(|baseline| load_model(&baseline, &exact, context)).transpose()?;
     let quality = in_pool(args.device.threads, || {
         let mut bar = Bar::counting("Evaluating", "tokens");
@@ -144,14 +154,25 @@ pub(super) fn load_model(
     device: &DeviceOptions,
     context: usize,
 ) -> Result<Box<dyn LanguageModel>, LoadError> {
-    let options = LoadOptions {
+    let options = load_options(device, context);
+    progress::spinner(&format!("Loading {}", checkpoint.name()), || load::load_model(checkpoint, device, &options))
+}
+
+fn load_options(device: &DeviceOptions, context: usize) -> LoadOptions {
+    LoadOptions {
         context: Some(context),
         step_tokens: CHUNK,
         logit_rows: CHUNK,
         kv_type: if device.exact { KvType::F32 } else { KvType::F16 },
         ..LoadOptions::default()
-    };
-    progress::spinner(&format!("Loading {}", checkpoint.name()), || load::load_model(checkpoint, device, &options))
+    }
+}
+
+/// The bytes that [`load_model`] will take, if there are so many.
+fn require_fit(checkpoint: &Checkpoint, device: &DeviceOptions, context: usize, memory: u64) -> Result<u64, LoadError> {
+    let backend = CpuBackend::new(device.cpu()).map_err(LoadError::Device)?;
+    let planner = Planner::new(&backend, checkpoint).map_err(LoadError::Model)?;
+    Ok(memory::require_fit(&planner, &load_options(device, context), memory)?.total())
 }
 
 fn to_json(args: &Args, context: usize, quality: &Quality, footprint: &Footprint, seconds: f64) -> Value {

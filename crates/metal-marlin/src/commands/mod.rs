@@ -3,6 +3,7 @@
 use std::num::NonZeroUsize;
 
 pub(crate) mod eval;
+pub(crate) mod plan;
 pub(crate) mod quality;
 pub(crate) mod quantize;
 pub(crate) mod run;
@@ -13,6 +14,7 @@ mod sampling;
 pub(crate) enum Command {
     Run(run::Args),
     Quantize(quantize::Args),
+    Plan(plan::Args),
     Eval(eval::Args),
     Quality(quality::Args),
 }
@@ -23,6 +25,7 @@ impl Command {
         match self {
             Self::Run(args) => run::run(args),
             Self::Quantize(args) => quantize::run(args),
+            Self::Plan(args) => plan::run(args),
             Self::Eval(args) => eval::run(args),
             Self::Quality(args) => quality::run(args),
         }

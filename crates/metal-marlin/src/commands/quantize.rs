@@ -132,7 +132,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn quantized_format(name: &str) -> Result<Format, String> {
+pub(super) fn quantized_format(name: &str) -> Result<Format, String> {
     let quantized = || Format::ALL.into_iter().filter(|format| !format.is_dense());
     quantized().find(|format| format.name() == name).ok_or_else(|| {
         let names: Vec<&str> = quantized().map(Format::name).collect();

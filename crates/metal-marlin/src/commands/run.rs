@@ -10,8 +10,10 @@ use anyhow::{Context, bail};
 use marlin_checkpoint::{Checkpoint, GenerationConfig, Tokenizer};
 use marlin_engine::{Engine, Finish, FinishReason, Request, StopConditions};
 use marlin_kernels::KvType;
-use marlin_model::{LoadOptions, ModelInfo};
-use metal_marlin::{DeviceOptions, load};
+use marlin_kernels::cpu::CpuBackend;
+use marlin_model::{LoadOptions, ModelInfo, Planner};
+use metal_marlin::memory::{self, MemoryOptions};
+use metal_marlin::{DeviceOptions, LoadError, load};
 use serde_json::json;
 
 use super::sampling::SamplingOptions;
@@ -58,7 +60,11 @@ pub(crate) struct Args {
     #[command(flatten)]
     device: DeviceOptions,
 
-    /// Most tokens of prompt and continuation together [default: as many as needed, up to what the model allows]
+    #[command(flatten)]
+    memory: MemoryOptions,
+
+    /// Most tokens of prompt and continuation together [default: as many as needed, up to what the model and the memory
+    /// allow]
     #[arg(long, value_name = "N", help_heading = "Device")]
     context: Option<NonZeroUsize>,
 
@@ -94,7 +100,7 @@ struct StopOptions {
 
 /// `--kv`.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum KvFormat {
+pub(super) enum KvFormat {
     /// Half precision
     F16,
     /// Single precision
@@ -128,12 +134,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     request.sampling.validate().with_context(settings)?;
     request.stop.validate().with_context(settings)?;
 
-    let options = LoadOptions {
-        context: args.context(&request, &checkpoint),
-        kv_type: args.kv.into(),
-        logit_rows: 1,
-        ..Default::default()
-    };
+    let options = args.load_options(&request, &checkpoint)?;
     let model = progress::spinner(&format!("Loading {}", checkpoint.name()), || {
         load::load_model(&checkpoint, &args.device, &options)
     })?;
@@ -182,11 +183,25 @@ fn tokens_of(prompt: &str, tokenizer: &Tokenizer, generation: &GenerationConfig)
 }
 
 impl Args {
-    /// The context asked for, or no more than this one request can use: the KV cache is made for it.
-    fn context(&self, request: &Request, checkpoint: &Checkpoint) -> Option<usize> {
+    /// How to load the model, if there is memory for it: with the context asked for, or with no more than this one request can use
+    /// and than fits; the prompt must.
+    fn load_options(&self, request: &Request, checkpoint: &Checkpoint) -> Result<LoadOptions, LoadError> {
+        let backend = CpuBackend::new(self.device.cpu()).map_err(LoadError::Device)?;
+        let planner = Planner::new(&backend, checkpoint).map_err(LoadError::Model)?;
         let needed = request.prompt.len().saturating_add(request.stop.max_tokens);
-        let allowed = checkpoint.config()["max_position_embeddings"].as_u64().and_then(|n| usize::try_from(n).ok());
-        self.context.map(NonZeroUsize::get).or_else(|| allowed.map(|allowed| allowed.min(needed)))
+        let usable = needed.clamp(1, planner.shape().context);
+        let context = self.context.map_or(usable, NonZeroUsize::get);
+        let options =
+            LoadOptions { context: Some(context), kv_type: self.kv.into(), logit_rows: 1, ..LoadOptions::default() };
+        let Some(memory) = self.memory.budget() else { return Ok(options) };
+        let plan = planner.plan(&options).map_err(LoadError::Model)?;
+        let context = match plan.longest_context(memory, 1) {
+            Some(fits) if self.context.is_none() && fits > request.prompt.len() => fits.min(context),
+            _ => context,
+        };
+        let options = LoadOptions { context: Some(context), ..options };
+        memory::require_fit(&planner, &options, memory)?;
+        Ok(options)
     }
 }
 
@@ -293,10 +308,11 @@ fn report(name: &str, model: &ModelInfo, finish: &Finish, timings: &Timings, ver
     let mut lines = String::from("\n");
     if verbose {
         lines += &format!(
-            "model    {name}: {}, {} layers, {:.1} MB\ndevice   {} ({})\nload     {:.2} s\n",
+            "model    {name}: {}, {} layers, {:.1} MB\ncontext  {} tokens\ndevice   {} ({})\nload     {:.2} s\n",
             model.architecture,
             model.layers,
             model.weight_bytes as f64 / 1e6,
+            model.context,
             model.device.name,
             model.device.detail,
             timings.load.as_secs_f64(),

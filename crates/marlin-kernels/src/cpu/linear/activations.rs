@@ -41,6 +41,12 @@ impl Activations {
         Ok(Self { blocks, padded: allocate("padded activations", &sizes, "cpu")? })
     }
 
+    /// Memory that [`Activations::new`] takes.
+    pub(crate) fn bytes(max_rows: usize, max_width: usize) -> usize {
+        let chunk = size_of::<Block>() + size_of::<[f32; CHUNK]>();
+        max_rows.saturating_mul(max_width.div_ceil(CHUNK)).saturating_mul(chunk)
+    }
+
     /// Prepares `x`, `[rows, width]`, in the forms asked for.
     pub(super) fn prepare<'a>(
         &'a mut self,

@@ -11,7 +11,7 @@ mod kernel;
 mod tests;
 mod tiles;
 
-use marlin_format::Element;
+use marlin_format::{Element, FormatError, Scheme};
 
 use self::activations::{Forms, Inputs};
 use self::codes::{Bf16, Codes, E2M1, E4M3, F16, F32, Floats, Int2, Int3, Int4, Int8, Iq4Nl, LANES};
@@ -218,6 +218,21 @@ impl Part {
             }
         }
     }
+}
+
+/// What [`TiledLinear::bytes`] will be for a matrix without a bias. Presumes that FP8 codes are numbers: a matrix with a NaN would be
+/// converted to f32.
+pub(crate) fn bytes(
+    scheme: &Scheme,
+    rows: usize,
+    cols: usize,
+    arithmetic: Arithmetic,
+    simd: SimdLevel,
+) -> Result<usize, KernelError> {
+    scheme.packed_bytes(rows, cols)?;
+    let scheme = if tiles::is_native_scheme(scheme, cols) { scheme } else { &Scheme::F32 };
+    let kernel = simd.dispatch(ChooseKernel { element: scheme.element, arithmetic })?;
+    Ok(tiles::tile_bytes(scheme, rows, cols, kernel.as_ref()).ok_or(FormatError::TooLarge { rows, cols })?)
 }
 
 /// What the tasks of one multiplication share.

@@ -397,6 +397,25 @@ fn packed_weights_stay_packed() {
 }
 
 #[test]
+fn memory_is_told_before_loading() {
+    let (mut random, threads) = (Random(10), Threads::new(1).unwrap());
+    let usual = Format::ALL.map(|format| format.scheme(None).unwrap());
+    for scheme in usual.into_iter().chain(unusual_native_schemes()).chain(converted_schemes()) {
+        for (rows, cols) in [(8, 128), (13, 192), (1, 4), (9, 100)] {
+            for arithmetic in [Arithmetic::Exact, Arithmetic::Int8] {
+                let (level, weight) = (SimdLevel::Portable, random.matrix(scheme, rows, cols));
+                let loaded = TiledLinear::load(&[part(&weight)], arithmetic, level, &threads).unwrap().bytes();
+                assert_eq!(bytes(&scheme, rows, cols, arithmetic, level).unwrap(), loaded, "{scheme} [{rows}, {cols}]");
+            }
+        }
+    }
+    for (rows, cols) in [(0, 4), (usize::MAX, 4), (1, usize::MAX / 4)] {
+        let told = bytes(&Scheme::BF16, rows, cols, Arithmetic::Int8, SimdLevel::Portable);
+        assert!(matches!(told, Err(KernelError::Format(_))), "[{rows}, {cols}]: {told:?}");
+    }
+}
+
+#[test]
 fn what_does_not_fit_is_refused() {
     let (mut random, threads) = (Random(9), Threads::new(1).unwrap());
     let mut matrix = |n, k| random.matrix(Scheme::F32, n, k);

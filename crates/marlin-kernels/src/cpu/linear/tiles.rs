@@ -39,6 +39,16 @@ pub(super) enum GroupSpan {
     HalfChunk,
 }
 
+impl GroupSpan {
+    /// Groups of so many chunks.
+    fn groups(self, chunks: usize) -> usize {
+        match self {
+            Self::Chunks(span) => chunks.div_ceil(span),
+            Self::HalfChunk => 2 * chunks,
+        }
+    }
+}
+
 /// Storage of a scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ScaleType {
@@ -71,13 +81,28 @@ enum Offsets {
 
 /// Whether kernels read a matrix as it is. If not, [`to_dense`] gives one that they do.
 pub(super) fn is_native(matrix: &PackedMatrix<'_>) -> bool {
-    let scheme = &matrix.scheme;
+    is_native_scheme(&matrix.scheme, matrix.cols)
+        && !(matrix.scheme.element == Element::E4M3 && has_e4m3_nan(&matrix.codes))
+}
+
+/// [`is_native`], as far as it can be told without the codes.
+pub(super) fn is_native_scheme(scheme: &Scheme, cols: usize) -> bool {
     scheme.sparsity == Sparsity::Dense
         && scheme.order == ColumnOrder::Natural
         && matches!(scheme.zero, ZeroKind::None | ZeroKind::Integer)
         && scale_type(scheme.scale).is_some()
-        && group_span(scheme.group_cols(matrix.cols), matrix.cols).is_some()
-        && !(scheme.element == Element::E4M3 && has_e4m3_nan(&matrix.codes))
+        && group_span(scheme.group_cols(cols), cols).is_some()
+}
+
+/// What [`Tiles::bytes`] will be for a native scheme; `None` if that cannot be addressed.
+pub(super) fn tile_bytes(scheme: &Scheme, rows: usize, cols: usize, kernel: &dyn PanelKernel) -> Option<usize> {
+    let span = group_span(scheme.group_cols(cols), cols)?;
+    let offset = if scheme.zero == ZeroKind::Integer { size_of::<i8>() } else { 0 };
+    let group_bytes = LANES * (scale_type(scheme.scale)?.bytes() + offset);
+    let chunks = cols.div_ceil(CHUNK);
+    let codes = chunks.checked_mul(kernel.chunk_bytes())?;
+    let panel = codes.checked_add(span.groups(chunks).checked_mul(group_bytes)?)?;
+    rows.div_ceil(LANES).checked_mul(panel)
 }
 
 /// The kernels know no NaN of E4M3.
@@ -147,10 +172,7 @@ impl Tiles {
         let not_native = || KernelError::Device(format!("the CPU has no kernel for {scheme}"));
         let scale_type = scale_type(scheme.scale).ok_or_else(not_native)?;
         let span = group_span(scheme.group_cols(cols), cols).ok_or_else(not_native)?;
-        let groups = match span {
-            GroupSpan::Chunks(span) => chunks.div_ceil(span),
-            GroupSpan::HalfChunk => 2 * chunks,
-        };
+        let groups = span.groups(chunks);
         let element_factor = if scheme.element == Element::E2M1 { E2M1::FACTOR } else { 1.0 };
         let global = match scheme.scale {
             ScaleKind::E4M3Global => f32::from_le_bytes(*array(&matrix.globals, 0)),

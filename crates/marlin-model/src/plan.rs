@@ -1,0 +1,229 @@
+//! What a model takes of a device's memory, told from its headers before anything is loaded.
+//!
+//! The numbers are those that [`load_model`](crate::load_model) allocates: weights in the device's own order (what it converts counted as
+//! converted), KV blocks, activations with scratch memory, logits. On top comes an allowance for the rest of the program. The mapped
+//! checkpoint is not counted: its pages are the system's cache of the file, which it takes back when memory runs short.
+
+use marlin_checkpoint::{Checkpoint, TensorInfo};
+use marlin_format::Scheme;
+use marlin_kernels::{Backend, KvLayout, KvType};
+
+use crate::decoder::{Sizes, angle_shapes, kv_blocks, workspace_shapes};
+use crate::spec::DecoderSpec;
+use crate::{LoadOptions, ModelError, families};
+
+/// Allowance for code, stacks, the allocator and what a request needs.
+const PROGRAM_BYTES: u64 = 8 << 20;
+
+/// A tokenizer in memory takes about so many times the bytes of its file.
+const TOKENIZER_FACTOR: u64 = 12;
+
+/// Tells what a checkpoint's model will take on a device.
+pub struct Planner<'a, B> {
+    backend: &'a B,
+    checkpoint: &'a Checkpoint,
+    architecture: String,
+    spec: DecoderSpec,
+    kv_layout: KvLayout,
+    program: u64,
+}
+
+/// The sizes of a model, as config.json gives them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModelShape {
+    /// Decoder layers.
+    pub layers: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Width inside the MLP.
+    pub intermediate: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Rows of the embedding.
+    pub vocabulary: usize,
+    /// The longest context, in tokens.
+    pub context: usize,
+    /// The output head is the embedding.
+    pub tied: bool,
+}
+
+/// Memory, in bytes, of a model loaded with certain [`LoadOptions`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// Longest sequence, in tokens.
+    pub context: usize,
+    /// The longest that the model allows.
+    pub model_context: usize,
+    /// Weights as the device holds them.
+    pub weights: u64,
+    /// All KV blocks.
+    pub kv_cache: u64,
+    /// Buffers of a step and the device's scratch memory.
+    pub activations: u64,
+    /// Logits of a step.
+    pub logits: u64,
+    /// Allowance for the rest of the program, the tokenizer above all.
+    pub program: u64,
+    /// Tokens of a KV block.
+    pub block_tokens: usize,
+    /// One KV block of all layers.
+    pub block_bytes: u64,
+}
+
+impl MemoryPlan {
+    /// Everything.
+    pub fn total(&self) -> u64 {
+        self.without_kv().saturating_add(self.kv_cache)
+    }
+
+    /// The longest context of which `sequences` at once fit into `memory` bytes; at most the model's own. `None` if there is none.
+    pub fn longest_context(&self, memory: u64, sequences: usize) -> Option<usize> {
+        let blocks = self.usable_blocks(memory)? / sequences.max(1) as u64;
+        let tokens = blocks.saturating_mul(self.block_tokens as u64).min(self.model_context as u64);
+        (tokens > 0).then_some(tokens as usize)
+    }
+
+    /// How many sequences of the planned context fit into `memory` bytes at once. `None` if not one does.
+    pub fn most_sequences(&self, memory: u64) -> Option<u64> {
+        let blocks = self.context.div_ceil(self.block_tokens).max(1) as u64;
+        Some(self.usable_blocks(memory)? / blocks).filter(|&sequences| sequences > 0)
+    }
+
+    fn without_kv(&self) -> u64 {
+        [self.activations, self.logits, self.program].iter().fold(self.weights, |sum, &bytes| sum.saturating_add(bytes))
+    }
+
+    /// Blocks that `memory` has room for, less the one to spare.
+    fn usable_blocks(&self, memory: u64) -> Option<u64> {
+        let room = memory.checked_sub(self.without_kv())?;
+        room.checked_div(self.block_bytes)?.checked_sub(1)
+    }
+}
+
+impl<'a, B: Backend> Planner<'a, B> {
+    /// Reads config.json.
+    ///
+    /// # Errors
+    /// The architecture or a setting of it is not supported.
+    pub fn new(backend: &'a B, checkpoint: &'a Checkpoint) -> Result<Self, ModelError> {
+        let (architecture, spec) = families::spec(checkpoint)?;
+        let tokenizer = checkpoint.file("tokenizer.json")?.map_or(0, |file| file.len() as u64);
+        let program = PROGRAM_BYTES + TOKENIZER_FACTOR * tokenizer;
+        let kv_layout = spec.kv_layout();
+        Ok(Self { backend, checkpoint, architecture, spec, kv_layout, program })
+    }
+
+    /// `architectures[0]` of config.json.
+    pub fn architecture(&self) -> &str {
+        &self.architecture
+    }
+
+    /// The checkpoint planned for.
+    pub fn checkpoint(&self) -> &'a Checkpoint {
+        self.checkpoint
+    }
+
+    /// The model's sizes.
+    pub fn shape(&self) -> ModelShape {
+        let (spec, attention) = (&self.spec, &self.spec.attention);
+        ModelShape {
+            layers: spec.layers.len(),
+            hidden: spec.hidden_size,
+            intermediate: spec.mlp.intermediate_size,
+            heads: attention.heads,
+            kv_heads: attention.kv_heads,
+            head_dim: attention.head_dim,
+            vocabulary: spec.vocab_size,
+            context: spec.max_position_embeddings,
+            tied: spec.tie_word_embeddings,
+        }
+    }
+
+    /// Bytes that a token takes in the KV cache.
+    pub fn kv_bytes_per_token(&self, kv_type: KvType) -> usize {
+        self.kv_layout.bytes_per_token(kv_type)
+    }
+
+    /// KV blocks ([`LoadOptions::kv_blocks`]) for so many sequences of `context` tokens at once.
+    pub fn kv_blocks(&self, context: usize, sequences: usize) -> usize {
+        kv_blocks(&self.kv_layout, context, sequences)
+    }
+
+    /// The plan of loading the checkpoint as it is stored.
+    ///
+    /// # Errors
+    /// An option does not suit the model (as in [`load_model`](crate::load_model)), or a tensor has an impossible shape.
+    pub fn plan(&self, options: &LoadOptions) -> Result<MemoryPlan, ModelError> {
+        self.plan_as(options, |_, _| None)
+    }
+
+    /// The plan of loading it with other formats: `scheme` says how a matrix is stored, `None` leaves it as it is.
+    ///
+    /// # Errors
+    /// As for [`Planner::plan`].
+    pub fn plan_as(
+        &self,
+        options: &LoadOptions,
+        scheme: impl Fn(&str, &TensorInfo) -> Option<Scheme>,
+    ) -> Result<MemoryPlan, ModelError> {
+        let sizes = Sizes::new(&self.spec, options, self.checkpoint.name())?;
+        let buffer = |(rows, width): (usize, usize)| (rows as u64).saturating_mul(width as u64).saturating_mul(4);
+        let [buffers @ .., logits] = workspace_shapes(&self.spec, options.step_tokens, sizes.logit_rows);
+        let scratch = self.backend.encoder_bytes(&sizes.step_limits(&self.spec, options.step_tokens)) as u64;
+        Ok(MemoryPlan {
+            context: sizes.context,
+            model_context: self.spec.max_position_embeddings,
+            weights: self.weights(scheme)?,
+            kv_cache: self.kv_layout.pool_bytes(options.kv_type, sizes.kv_blocks) as u64,
+            activations: buffers
+                .into_iter()
+                .chain(angle_shapes(&self.spec, options.step_tokens))
+                .map(buffer)
+                .fold(scratch, u64::saturating_add),
+            logits: buffer(logits),
+            program: self.program,
+            block_tokens: self.kv_layout.block_tokens,
+            block_bytes: self.kv_layout.pool_bytes(options.kv_type, 1) as u64,
+        })
+    }
+
+    /// Bytes that the device holds of a matrix in this storage.
+    ///
+    /// # Errors
+    /// The scheme has no such shape.
+    pub fn matrix_bytes(&self, name: &str, rows: usize, cols: usize, scheme: &Scheme) -> Result<u64, ModelError> {
+        let bytes = self.backend.linear_bytes(scheme, rows, cols).map_err(|source| ModelError::Weight {
+            model: self.checkpoint.name().to_owned(),
+            tensor: name.to_owned(),
+            source,
+        })?;
+        Ok(bytes as u64)
+    }
+
+    /// Whether the model is made of this tensor: a checkpoint may hold towers and prediction layers besides. A tied model's own head
+    /// counts, since only its values tell whether it is loaded.
+    pub fn is_loaded(&self, name: &str) -> bool {
+        match name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) {
+            Some((layer, _)) => layer.parse().is_ok_and(|layer: usize| layer < self.spec.layers.len()),
+            None => name.starts_with("model.") || name.starts_with("lm_head."),
+        }
+    }
+
+    fn weights(&self, scheme: impl Fn(&str, &TensorInfo) -> Option<Scheme>) -> Result<u64, ModelError> {
+        let mut sum = 0u64;
+        for name in self.checkpoint.tensor_names().filter(|name| self.is_loaded(name)) {
+            let Some(info) = self.checkpoint.info(name) else { continue };
+            sum = sum.saturating_add(match (info.shape.as_slice(), scheme(name, &info).or(info.scheme())) {
+                (&[rows, cols], Some(scheme)) => self.matrix_bytes(name, rows, cols, &scheme)?,
+                // Vectors become f32.
+                (&[len], _) => (len as u64).saturating_mul(4),
+                _ => info.bytes,
+            });
+        }
+        Ok(sum)
+    }
+}

@@ -1,0 +1,87 @@
+//! Plans against what loading really allocates.
+
+mod common;
+
+use std::alloc::System;
+
+use common::{golden, goldens, packed};
+use marlin_checkpoint::Checkpoint;
+use marlin_format::Format;
+use marlin_kernels::KvType;
+use marlin_kernels::cpu::{CpuBackend, CpuOptions};
+use marlin_model::{LoadOptions, ModelError, Planner, load_model};
+use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
+
+#[global_allocator]
+static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
+
+/// What is allocated beyond the plan: names and vectors of layers, biases padded to whole panels, and for each linear up to one panel
+/// that aligns it.
+const SLACK: u64 = 400 << 10;
+
+fn backend() -> CpuBackend {
+    CpuBackend::new(CpuOptions { threads: Some(1), ..CpuOptions::default() }).unwrap()
+}
+
+// One test, for the allocator counts what all threads do.
+#[test]
+fn plans_are_what_loading_allocates() {
+    let backend = backend();
+    let wide = LoadOptions { step_tokens: 2048, logit_rows: 512, ..LoadOptions::default() };
+    let many = LoadOptions { context: Some(40), kv_blocks: Some(9000), kv_type: KvType::F32, ..LoadOptions::default() };
+    let formats = [Format::Int4, Format::Int8, Format::Fp4, Format::Int3, Format::Bf16];
+    let stored = goldens();
+    let packed: Vec<_> = stored.iter().map(|folder| packed(folder, &formats)).collect();
+    let folders = stored.into_iter().chain(packed.iter().map(|folder| folder.path().join("packed")));
+    for folder in folders {
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        for options in [LoadOptions::default(), wide, many] {
+            let plan = Planner::new(&backend, &checkpoint).unwrap().plan(&options).unwrap();
+            let planned = plan.total() - plan.program;
+            let region = Region::new(ALLOCATOR);
+            let model = load_model(&backend, &checkpoint, &options).unwrap();
+            let change = region.change();
+            let allocated = (change.bytes_allocated - change.bytes_deallocated) as u64;
+            drop(model);
+            let name = folder.display();
+            assert!((planned..planned + SLACK).contains(&allocated), "{name}: {allocated} allocated, {plan:?}");
+        }
+    }
+    answers_agree_with_plans(&backend);
+    unsuitable_options_are_refused(&backend);
+}
+
+/// The longest context and the most sequences fit; one more does not.
+fn answers_agree_with_plans(backend: &CpuBackend) {
+    let checkpoint = Checkpoint::open(&golden("qwen3-gqa2-tied")).unwrap();
+    let planner = Planner::new(backend, &checkpoint).unwrap();
+    let total = |context, sequences| {
+        let kv_blocks = Some(planner.kv_blocks(context, sequences));
+        planner.plan(&LoadOptions { context: Some(context), kv_blocks, ..LoadOptions::default() }).unwrap().total()
+    };
+    let model_context = planner.shape().context;
+    let plan = planner.plan(&LoadOptions { context: Some(1), ..LoadOptions::default() }).unwrap();
+    for memory in (0..60).map(|i| plan.total() + i * plan.block_bytes / 3) {
+        for sequences in [1, 2, 3] {
+            match plan.longest_context(memory, sequences) {
+                Some(context) => {
+                    assert!(total(context, sequences) <= memory);
+                    assert!(context == model_context || total(context + 1, sequences) > memory);
+                }
+                None => assert!(total(1, sequences) > memory),
+            }
+        }
+        let most = plan.most_sequences(memory).unwrap() as usize;
+        assert!(total(1, most) <= memory && total(1, most + 1) > memory);
+    }
+    assert_eq!(plan.longest_context(plan.total() - 1, 1), None);
+    assert_eq!(plan.most_sequences(0), None);
+}
+
+fn unsuitable_options_are_refused(backend: &CpuBackend) {
+    let checkpoint = Checkpoint::open(&golden("qwen3-gqa2-tied")).unwrap();
+    let planner = Planner::new(backend, &checkpoint).unwrap();
+    let context = Some(planner.shape().context + 1);
+    let error = planner.plan(&LoadOptions { context, ..LoadOptions::default() }).unwrap_err();
+    assert!(matches!(error, ModelError::Option { option: "context", .. }), "{error}");
+}
