@@ -11,10 +11,14 @@
 //!
 //! [`marlin_engine::Engine`] then turns requests into text.
 
+pub mod bench;
 #[cfg(feature = "bundled-model")]
 mod bundled;
 pub mod device;
+pub mod doctor;
 pub mod load;
+pub mod machine;
+pub mod stats;
 
 pub use device::DeviceOptions;
 pub use load::LoadError;

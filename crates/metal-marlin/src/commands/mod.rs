@@ -2,6 +2,8 @@
 
 use std::num::NonZeroUsize;
 
+pub(crate) mod bench;
+pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod quality;
 pub(crate) mod quantize;
@@ -15,6 +17,8 @@ pub(crate) enum Command {
     Quantize(quantize::Args),
     Eval(eval::Args),
     Quality(quality::Args),
+    Bench(bench::Args),
+    Doctor(doctor::Args),
 }
 
 impl Command {
@@ -25,6 +29,8 @@ impl Command {
             Self::Quantize(args) => quantize::run(args),
             Self::Eval(args) => eval::run(args),
             Self::Quality(args) => quality::run(args),
+            Self::Bench(args) => bench::run(args),
+            Self::Doctor(args) => doctor::run(args),
         }
     }
 }
