@@ -1,9 +1,10 @@
 //! Reading a checkpoint.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::path::Path;
+use std::sync::Arc;
 
 use half::{bf16, f16};
 use marlin_format::{PackedMatrix, Scheme};
@@ -11,6 +12,7 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 use crate::layout::{self, Buffer};
+use crate::memory::MemoryTensor;
 use crate::shard::{Location, Shard};
 use crate::source::Source;
 use crate::weights::{self, Weights};
@@ -31,9 +33,10 @@ const SIDE_FILES: [&str; 9] = [
     "generation_config.json",
 ];
 
-/// An opened model: a Hugging Face folder, a folder quantised by this project, or files embedded in the program.
+/// An opened model: a Hugging Face folder, a folder quantised by this project, files embedded in the program, or tensors
+/// made in memory.
 ///
-/// Weights are mapped, not read; matrices borrow from the map.
+/// Weights of files are mapped, not read; matrices borrow from the map.
 pub struct Checkpoint {
     source: Source,
     name: String,
@@ -48,6 +51,7 @@ pub struct Checkpoint {
 enum Entry {
     Plain(Location),
     Packed(PackedEntry),
+    Memory(MemoryTensor),
 }
 
 struct PackedEntry {
@@ -112,6 +116,42 @@ impl Checkpoint {
     /// messages.
     pub fn from_static(name: &str, files: &'static [(&'static str, &'static [u8])]) -> Result<Self, CheckpointError> {
         Self::load(Source::Static { name: name.to_owned(), files })
+    }
+
+    /// A model made in memory: `config` is what config.json would hold, `tensors` have the names they would have in files.
+    /// It has no tokenizer and no other file. `name` stands for the folder in messages.
+    ///
+    /// # Errors
+    /// `config` is no JSON object, a tensor is there twice, or a matrix is malformed.
+    pub fn from_parts(
+        name: &str,
+        config: Value,
+        tensors: Vec<(String, MemoryTensor)>,
+    ) -> Result<Self, CheckpointError> {
+        let source = Source::Memory { name: name.to_owned() };
+        if !config.is_object() {
+            return Err(CheckpointError::malformed(&source.label(CONFIG_FILE), "it is no JSON object"));
+        }
+        let mut index = HashMap::with_capacity(tensors.len());
+        let mut checked = HashSet::new();
+        for (position, (tensor, made)) in tensors.iter().enumerate() {
+            if index.insert(tensor.clone(), position).is_some() {
+                return Err(CheckpointError::malformed(name, format!("tensor `{tensor}` is there twice")));
+            }
+            // One that several tensors share is checked once, and a vector is right by construction.
+            if made.shape.len() == 2 && checked.insert(Arc::as_ptr(&made.values)) {
+                let format = |source| CheckpointError::Format { file: name.to_owned(), tensor: tensor.clone(), source };
+                made.values.validate().map_err(format)?;
+            }
+        }
+        let packed = tensors.iter().filter_map(|(tensor, made)| match made.info().storage {
+            Storage::Packed(scheme) => Some((tensor.as_str(), scheme, [made.values.rows, made.values.cols])),
+            Storage::Plain(_) => None,
+        });
+        let described = QuantizationConfig::describe(packed);
+        let quantization = (!described.tensors.is_empty()).then_some(described);
+        let tensors = tensors.into_iter().map(|(tensor, made)| (tensor, Entry::Memory(made))).collect();
+        Ok(Self { name: source.name(), source, config, quantization, shards: Vec::new(), tensors, index })
     }
 
     fn load(source: Source) -> Result<Self, CheckpointError> {
@@ -188,6 +228,7 @@ impl Checkpoint {
                 storage: Storage::Packed(packed.scheme),
                 bytes: packed.buffers.iter().map(|(_, location)| location.range.len() as u64).sum(),
             },
+            Entry::Memory(made) => made.info(),
         })
     }
 
@@ -230,6 +271,10 @@ impl Checkpoint {
                 }
                 matrix
             }
+            Entry::Memory(made) if made.shape.len() == 2 => return Ok(made.values.borrowed()),
+            Entry::Memory(made) => {
+                return Err(self.wrong_shape(name, made.shape.clone(), "a matrix [rows, cols]".to_owned()));
+            }
         };
         matrix.validate().map_err(|source| CheckpointError::Format {
             file: self.file_of(name),
@@ -271,6 +316,10 @@ impl Checkpoint {
                 Ok(Tensor { dtype: location.dtype, shape: &location.shape, bytes: self.bytes(location) })
             }
             Entry::Packed(_) => Err(self.wrong_type(name, "an ordinary tensor")),
+            Entry::Memory(made) => match layout::dense_dtype(&made.values.scheme) {
+                Some(dtype) => Ok(Tensor { dtype, shape: &made.shape, bytes: &made.values.codes }),
+                None => Err(self.wrong_type(name, "an ordinary tensor")),
+            },
         }
     }
 
@@ -301,12 +350,12 @@ impl Checkpoint {
         self.shards[location.shard].bytes(&location.range)
     }
 
-    /// The shard of an existing tensor (of its codes, if packed).
+    /// The shard of an existing tensor (of its codes, if packed); the model for one made in memory.
     fn file_of(&self, name: &str) -> String {
         let shard = match self.entry(name) {
             Some(Entry::Plain(location)) => location.shard,
             Some(Entry::Packed(packed)) => packed.buffers[0].1.shard,
-            None => return self.name.clone(),
+            Some(Entry::Memory(_)) | None => return self.name.clone(),
         };
         self.shards[shard].label.clone()
     }
@@ -316,9 +365,9 @@ impl Checkpoint {
     }
 
     fn wrong_type(&self, name: &str, wanted: &'static str) -> CheckpointError {
-        let found = match self.entry(name) {
-            Some(Entry::Plain(location)) => location.dtype.to_string(),
-            Some(Entry::Packed(packed)) => format!("packed {}", packed.scheme),
+        let found = match self.info(name).map(|info| info.storage) {
+            Some(Storage::Plain(dtype)) => dtype.to_string(),
+            Some(Storage::Packed(scheme)) => format!("packed {scheme}"),
             None => "nothing".to_owned(),
         };
         CheckpointError::Type { file: self.file_of(name), tensor: name.to_owned(), found, wanted }

@@ -11,10 +11,17 @@ use serde::de::DeserializeOwned;
 
 use crate::CheckpointError;
 
-/// A folder, or files embedded in the program.
+/// A folder, files embedded in the program, or none at all.
 pub(crate) enum Source {
     Folder(PathBuf),
-    Static { name: String, files: &'static [(&'static str, &'static [u8])] },
+    Static {
+        name: String,
+        files: &'static [(&'static str, &'static [u8])],
+    },
+    /// A model made in memory has no files.
+    Memory {
+        name: String,
+    },
 }
 
 /// The bytes of a weight file.
@@ -39,7 +46,7 @@ impl Source {
     pub(crate) fn name(&self) -> String {
         match self {
             Self::Folder(folder) => folder.display().to_string(),
-            Self::Static { name, .. } => name.clone(),
+            Self::Static { name, .. } | Self::Memory { name } => name.clone(),
         }
     }
 
@@ -47,7 +54,7 @@ impl Source {
     pub(crate) fn label(&self, file: &str) -> String {
         match self {
             Self::Folder(folder) => folder.join(file).display().to_string(),
-            Self::Static { name, .. } => format!("{name}/{file}"),
+            Self::Static { name, .. } | Self::Memory { name } => format!("{name}/{file}"),
         }
     }
 
@@ -62,7 +69,7 @@ impl Source {
                     Err(e) => Err(CheckpointError::io("read", &path)(e)),
                 }
             }
-            Self::Static { .. } => Ok(self.embedded(file).map(Cow::Borrowed)),
+            Self::Static { .. } | Self::Memory { .. } => Ok(self.embedded(file).map(Cow::Borrowed)),
         }
     }
 

@@ -106,7 +106,7 @@ fn no_weights(source: &Source) -> CheckpointError {
                 })
             })
             .map(|name| format!(" (`{name}` is a format that is not read)")),
-        Source::Static { .. } => None,
+        Source::Static { .. } | Source::Memory { .. } => None,
     };
     CheckpointError::MissingFile {
         file: source.label(SINGLE_FILE),

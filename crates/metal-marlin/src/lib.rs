@@ -11,11 +11,15 @@
 //!
 //! [`marlin_engine::Engine`] then turns requests into text.
 
+pub mod bench;
 #[cfg(feature = "bundled-model")]
 mod bundled;
 pub mod device;
+pub mod doctor;
 pub mod load;
+pub mod machine;
 pub mod memory;
+pub mod stats;
 
 pub use device::DeviceOptions;
 pub use load::LoadError;

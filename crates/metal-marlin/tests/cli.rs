@@ -34,7 +34,7 @@ fn metal_marlin(args: &[&str]) -> Run {
 fn help_explains_every_command_with_examples() {
     let general = metal_marlin(&["--help"]);
     assert_eq!(general.code, Some(0));
-    for command in ["run", "quantize", "eval"] {
+    for command in ["run", "quantize", "eval", "bench", "doctor"] {
         assert!(general.stdout.contains(&format!("\n  {command} ")), "{}", general.stdout);
         let help = metal_marlin(&[command, "--help"]);
         assert_eq!(help.code, Some(0), "{command}");

@@ -2,6 +2,8 @@
 
 use std::num::NonZeroUsize;
 
+pub(crate) mod bench;
+pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod plan;
 pub(crate) mod quality;
@@ -17,6 +19,8 @@ pub(crate) enum Command {
     Plan(plan::Args),
     Eval(eval::Args),
     Quality(quality::Args),
+    Bench(bench::Args),
+    Doctor(doctor::Args),
 }
 
 impl Command {
@@ -28,6 +32,8 @@ impl Command {
             Self::Plan(args) => plan::run(args),
             Self::Eval(args) => eval::run(args),
             Self::Quality(args) => quality::run(args),
+            Self::Bench(args) => bench::run(args),
+            Self::Doctor(args) => doctor::run(args),
         }
     }
 }

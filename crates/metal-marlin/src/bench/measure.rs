@@ -1,0 +1,129 @@
+//! Runs tests on a loaded model.
+
+use std::time::Instant;
+
+use marlin_model::{KvSequence, LanguageModel, LogitRows, ModelError, ModelInfo, StepBatch};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+
+use super::{BytesPerToken, Measurement, Test};
+use crate::stats::Spread;
+
+/// Tokens of the untimed step that comes before everything.
+const WARM_UP: usize = 16;
+
+/// Runs every test `repetitions` times. Decode tests must come in ascending order of depth.
+///
+/// The KV cache below a depth is filled by running that many random tokens through the model, once for all repetitions
+/// (which then roll back to it) and as the beginning of the next depth. Tokens are random too: nothing is sampled.
+pub(super) fn run(
+    model: &mut dyn LanguageModel,
+    tests: &[Test],
+    repetitions: usize,
+    weights_per_token: f64,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Vec<Measurement>, ModelError> {
+    let mut runner = Runner { batch: StepBatch::new(), rng: ChaCha8Rng::seed_from_u64(0), model };
+    let total = tests.len() * repetitions;
+    let mut done = 0;
+
+    let mut sequence = runner.model.kv().sequence();
+    let warm_up = tests.iter().map(|test| test.tokens()).max().unwrap_or(0).min(WARM_UP);
+    runner.prefill(&mut sequence, warm_up, LogitRows::Last)?;
+    runner.model.kv().truncate(&mut sequence, 0);
+
+    let mut measurements = Vec::with_capacity(tests.len());
+    for &test in tests {
+        let depth = test.depth();
+        runner.model.kv().truncate(&mut sequence, depth);
+        let missing = depth - sequence.len();
+        runner.prefill(&mut sequence, missing, LogitRows::None)?;
+        let mut samples = Vec::with_capacity(repetitions);
+        for _ in 0..repetitions {
+            let started = Instant::now();
+            match test {
+                Test::Prefill(tokens) => runner.prefill(&mut sequence, tokens, LogitRows::Last)?,
+                Test::Decode { tokens, .. } => {
+                    for _ in 0..tokens {
+                        runner.prefill(&mut sequence, 1, LogitRows::Last)?;
+                    }
+                }
+            }
+            samples.push(test.tokens() as f64 / started.elapsed().as_secs_f64());
+            runner.model.kv().truncate(&mut sequence, depth);
+            done += 1;
+            progress(done, total);
+        }
+        let bytes = match test {
+            Test::Prefill(_) => None,
+            Test::Decode { tokens, depth } => {
+                Some(BytesPerToken { weights: weights_per_token, kv: kv_per_token(runner.model.info(), depth, tokens) })
+            }
+        };
+        // There is at least one repetition.
+        measurements.extend(Spread::of(&samples).map(|rate| Measurement { test, rate, samples, bytes }));
+    }
+    runner.model.kv().release(sequence);
+    Ok(measurements)
+}
+
+struct Runner<'a> {
+    model: &'a mut dyn LanguageModel,
+    batch: StepBatch,
+    rng: ChaCha8Rng,
+}
+
+impl Runner<'_> {
+    /// Adds random tokens to a sequence and runs them, in as few steps as they fit; the last one computes logits if asked.
+    fn prefill(&mut self, sequence: &mut KvSequence, tokens: usize, logits: LogitRows) -> Result<(), ModelError> {
+        let (vocabulary, most) = (self.model.info().vocabulary as u32, self.model.info().step_tokens);
+        let mut left = tokens;
+        while left > 0 {
+            let ids: Vec<u32> = (0..left.min(most)).map(|_| self.rng.next_u32() % vocabulary).collect();
+            left -= ids.len();
+            self.model.kv().append(sequence, ids.len())?;
+            self.batch.clear();
+            self.batch.push(sequence, &ids, if left == 0 { logits } else { LogitRows::None });
+            self.model.forward(&self.batch)?;
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of the KV cache that a token sees, the mean over `tokens` tokens after `depth` others. A token sees itself.
+fn kv_per_token(info: &ModelInfo, depth: usize, tokens: usize) -> f64 {
+    let layer = |layer: &marlin_kernels::KvLayer| {
+        let bytes = layer.heads * (layer.key_dim + layer.value_dim) * info.kv_type.bytes();
+        let visible = (depth + 1..=depth + tokens).map(|seen| seen.min(layer.window.unwrap_or(usize::MAX)) as f64);
+        bytes as f64 * visible.sum::<f64>() / tokens as f64
+    };
+    info.kv_layout.layers.iter().map(layer).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use marlin_kernels::{DeviceInfo, KvLayer, KvLayout, KvType};
+
+    use super::*;
+
+    #[test]
+    fn a_token_sees_its_past_and_itself_within_the_window() {
+        let layer = KvLayer { heads: 2, key_dim: 4, value_dim: 4, window: None };
+        let layers = vec![layer, KvLayer { window: Some(3), ..layer }];
+        let info = ModelInfo {
+            architecture: String::new(),
+            vocabulary: 1,
+            context: 16,
+            step_tokens: 1,
+            logit_rows: 1,
+            layers: 2,
+            kv_layout: KvLayout { block_tokens: 4, layers },
+            kv_type: KvType::F16,
+            weight_bytes: 0,
+            device: DeviceInfo { name: String::new(), detail: String::new() },
+        };
+        // 32 bytes a token and layer; 11 and 12 tokens are seen in the first layer, 3 in the second.
+        assert_eq!(kv_per_token(&info, 10, 2), 32.0 * (11.5 + 3.0));
+        assert_eq!(kv_per_token(&info, 0, 1), 64.0);
+    }
+}

@@ -1,0 +1,394 @@
+//! Measures how fast a model runs, beside how fast the machine reads memory.
+//!
+//! A decoded token reads every weight and the whole KV cache of its sequence once, so the rate at which memory can be read
+//! bounds the rate of decoding; how near it comes to that is measured in the same run.
+
+mod measure;
+mod output;
+mod random;
+mod shape;
+
+use std::time::{Duration, Instant};
+
+use marlin_checkpoint::{Checkpoint, CheckpointError, Storage};
+use marlin_format::FormatError;
+use marlin_kernels::cpu::SimdLevel;
+use marlin_model::{LoadOptions, ModelError, ModelInfo};
+use marlin_quantize::{Footprint, TensorRole};
+
+use crate::machine::{self, BandwidthProbe};
+use crate::stats::Spread;
+use crate::{DeviceOptions, LoadError, load};
+
+pub use output::OutputFormat;
+pub(crate) use random::random_matrix;
+pub use random::random_model;
+pub use shape::Shape;
+
+const USUAL_DEPTHS: [usize; 3] = [0, 1024, 4096];
+
+/// What to measure.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Lengths of prompts to prefill.
+    pub prefill: Vec<usize>,
+    /// Tokens to decode, one after the other, at each depth; 0 decodes nothing.
+    pub decode: usize,
+    /// Tokens that are already in the KV cache when decoding begins.
+    pub depths: Vec<usize>,
+    /// How often each test is repeated, at least once.
+    pub repetitions: usize,
+}
+
+/// Why nothing could be measured.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// No shape has this name.
+    #[error("there is no shape `{found}`; shapes are {known}")]
+    UnknownShape {
+        /// The name.
+        found: String,
+        /// All names.
+        known: String,
+    },
+    /// A test does not fit the model.
+    #[error(
+        "{test} needs a context of {needed} tokens, {model} has {context}; choose shorter --prefill, --decode or --depths"
+    )]
+    Context {
+        /// The test.
+        test: String,
+        /// Tokens it needs.
+        needed: usize,
+        /// The model.
+        model: String,
+        /// Tokens it can have.
+        context: usize,
+    },
+    /// There is nothing to measure.
+    #[error("nothing to measure: --prefill and --decode are 0")]
+    Nothing,
+    /// The format does not suit the model.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// The random model is not right.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The model does not load.
+    #[error(transparent)]
+    Load(Box<LoadError>),
+    /// The model does not run.
+    #[error("cannot run the model")]
+    Model(#[source] Box<ModelError>),
+    /// Memory bandwidth cannot be measured.
+    #[error("cannot start threads to measure memory bandwidth")]
+    Threads(#[from] rayon::ThreadPoolBuildError),
+}
+
+impl From<LoadError> for BenchError {
+    fn from(error: LoadError) -> Self {
+        Self::Load(Box::new(error))
+    }
+}
+
+impl From<ModelError> for BenchError {
+    fn from(error: ModelError) -> Self {
+        Self::Model(Box::new(error))
+    }
+}
+
+/// A test: what is timed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Test {
+    /// A prompt of so many tokens in an empty context, with the logits of its last token.
+    Prefill(usize),
+    /// Tokens one after the other, each with its logits.
+    Decode {
+        /// How many.
+        tokens: usize,
+        /// Tokens in the KV cache before the first.
+        depth: usize,
+    },
+}
+
+/// What a token of a test read, at least.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BytesPerToken {
+    /// All weights a decode step uses as they are stored: of an embedding that is not the head, one row.
+    pub weights: f64,
+    /// The visible part of the KV cache; the mean over the tokens of the test.
+    pub kv: f64,
+}
+
+/// A test and how fast it was.
+#[derive(Debug, Clone)]
+pub struct Measurement {
+    /// The test.
+    pub test: Test,
+    /// Tokens a second of each repetition.
+    pub samples: Vec<f64>,
+    /// The same in three numbers.
+    pub rate: Spread,
+    /// Of a decode test.
+    pub bytes: Option<BytesPerToken>,
+}
+
+/// A model, a machine, and how fast the one ran on the other.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// Folder or name of the model.
+    pub model: String,
+    /// Whether its weights are random.
+    pub is_random: bool,
+    /// Formats of the decoder's matrices, and of embedding and head.
+    pub formats: [String; 2],
+    /// Its size.
+    pub footprint: Footprint,
+    /// The model as loaded.
+    pub info: ModelInfo,
+    /// Threads it ran on.
+    pub threads: usize,
+    /// Instructions it ran with.
+    pub simd: SimdLevel,
+    /// Time to bring its weights into the device's order.
+    pub load: Duration,
+    /// The most memory the process had from the beginning of the load, in bytes, if the system tells.
+    pub peak_memory: Option<u64>,
+    /// Bytes a second that as many threads read from memory, before and after the tests.
+    pub read_bandwidth: Spread,
+    /// Bytes they read it from.
+    pub read_buffer: usize,
+    /// Every test in the order it ran.
+    pub measurements: Vec<Measurement>,
+}
+
+impl Plan {
+    /// The tests in their order.
+    pub fn tests(&self) -> Vec<Test> {
+        let prefill = self.prefill.iter().filter(|tokens| **tokens > 0).map(|tokens| Test::Prefill(*tokens));
+        let mut depths = self.depths.clone();
+        // The KV cache of one depth is the beginning of the next one's.
+        depths.sort_unstable();
+        depths.dedup();
+        let decode = depths.into_iter().map(|depth| Test::Decode { tokens: self.decode, depth });
+        prefill.chain(decode.filter(|_| self.decode > 0)).collect()
+    }
+}
+
+impl Test {
+    /// Tokens that are timed.
+    pub fn tokens(self) -> usize {
+        match self {
+            Self::Prefill(tokens) | Self::Decode { tokens, .. } => tokens,
+        }
+    }
+
+    /// Tokens in the KV cache before those that are timed.
+    pub fn depth(self) -> usize {
+        match self {
+            Self::Prefill(_) => 0,
+            Self::Decode { depth, .. } => depth,
+        }
+    }
+}
+
+impl std::fmt::Display for Test {
+    /// The names of llama-bench: `pp512`, `tg64`, `tg64 @ d1024`.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Prefill(tokens) => write!(f, "pp{tokens}"),
+            Self::Decode { tokens, depth: 0 } => write!(f, "tg{tokens}"),
+            Self::Decode { tokens, depth } => write!(f, "tg{tokens} @ d{depth}"),
+        }
+    }
+}
+
+impl BytesPerToken {
+    /// Weights and KV cache.
+    pub fn total(&self) -> f64 {
+        self.weights + self.kv
+    }
+}
+
+/// Loads a checkpoint's model and runs the plan. The checkpoint is given back before the tests run, so that only the loaded
+/// model is in memory. `progress` hears how many of how many repetitions are done.
+///
+/// # Errors
+/// The plan does not fit the model, or the model cannot be loaded or run.
+pub fn run(
+    checkpoint: Checkpoint,
+    is_random: bool,
+    plan: &Plan,
+    device: &DeviceOptions,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Report, BenchError> {
+    let tests = plan.tests();
+    let context = context(&checkpoint, &tests)?;
+    let threads = device.threads.map_or_else(machine::threads, usize::from);
+    let mut probe = BandwidthProbe::new(threads);
+    probe.run()?;
+    // The probe's buffer is not the model's.
+    let counts_peak = machine::reset_peak_memory();
+
+    let (model, footprint, formats) = (checkpoint.name().to_owned(), Footprint::of(&checkpoint), formats(&checkpoint));
+    let weights_per_token = weights_per_token(&checkpoint) as f64;
+    let options = LoadOptions { context: Some(context), logit_rows: 1, ..LoadOptions::default() };
+    let started = Instant::now();
+    let mut loaded = load::load_model(&checkpoint, device, &options)?;
+    let load = started.elapsed();
+    drop(checkpoint);
+
+    let measurements = measure::run(loaded.as_mut(), &tests, plan.repetitions.max(1), weights_per_token, progress)?;
+    let peak_memory = machine::peak_memory().filter(|_| counts_peak);
+    let info = loaded.info().clone();
+    drop(loaded);
+    probe.run()?;
+    Ok(Report {
+        model,
+        is_random,
+        formats,
+        footprint,
+        info,
+        threads,
+        simd: SimdLevel::detect(),
+        load,
+        peak_memory,
+        read_bandwidth: probe.rate().ok_or(BenchError::Nothing)?,
+        read_buffer: probe.bytes(),
+        measurements,
+    })
+}
+
+/// The context that the tests need, which the model must have.
+fn context(checkpoint: &Checkpoint, tests: &[Test]) -> Result<usize, BenchError> {
+    let needed = |test: &Test| test.depth().saturating_add(test.tokens());
+    let longest = tests.iter().max_by_key(|test| needed(test)).ok_or(BenchError::Nothing)?;
+    match allowed_context(checkpoint) {
+        Some(context) if needed(longest) > context => Err(BenchError::Context {
+            test: longest.to_string(),
+            needed: needed(longest),
+            model: checkpoint.name().to_owned(),
+            context,
+        }),
+        // A config.json without it is refused, with its reasons, when the model is loaded.
+        _ => Ok(needed(longest)),
+    }
+}
+
+/// Depths to measure where none are asked for: 0, 1024 and 4096, as far as the model's context allows.
+pub fn usual_depths(checkpoint: &Checkpoint, decode: usize) -> Vec<usize> {
+    let context = allowed_context(checkpoint).unwrap_or(0);
+    USUAL_DEPTHS.into_iter().filter(|&depth| depth == 0 || depth.saturating_add(decode) <= context).collect()
+}
+
+fn allowed_context(checkpoint: &Checkpoint) -> Option<usize> {
+    checkpoint.config()["max_position_embeddings"].as_u64().and_then(|n| usize::try_from(n).ok())
+}
+
+/// Formats of the decoder's matrices, and of embedding and head, each once.
+fn formats(checkpoint: &Checkpoint) -> [String; 2] {
+    let mut found = [Vec::new(), Vec::new()];
+    for name in checkpoint.tensor_names() {
+        let Some(info) = checkpoint.info(name) else { continue };
+        let kind = match TensorRole::of(name, info.shape.len()) {
+            TensorRole::DecoderLinear => 0,
+            TensorRole::Embedding | TensorRole::Head => 1,
+            TensorRole::Vector | TensorRole::Unknown => continue,
+        };
+        let format = match info.storage {
+            Storage::Packed(scheme) => scheme.to_string(),
+            Storage::Plain(dtype) => dtype.to_string().to_lowercase(),
+        };
+        if !found[kind].contains(&format) {
+            found[kind].push(format);
+        }
+    }
+    found.map(|formats| formats.join(" + "))
+}
+
+/// Bytes of the weights that a decode step reads, as stored.
+fn weights_per_token(checkpoint: &Checkpoint) -> u64 {
+    let tensors = || checkpoint.tensor_names().filter_map(|name| Some((name, checkpoint.info(name)?)));
+    let has_head = tensors().any(|(name, info)| TensorRole::of(name, info.shape.len()) == TensorRole::Head);
+    let bytes = |(name, info): (&str, marlin_checkpoint::TensorInfo)| match TensorRole::of(name, info.shape.len()) {
+        TensorRole::Embedding if has_head => info.bytes / (info.shape[0].max(1) as u64),
+        _ => info.bytes,
+    };
+    tensors().map(bytes).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use marlin_checkpoint::MemoryTensor;
+    use marlin_format::{Format, PackedMatrix, Scheme};
+
+    use super::*;
+
+    fn made(shape: &str) -> Checkpoint {
+        let shape: Shape = shape.parse().unwrap();
+        random_model(&shape, &Format::Fp4.scheme(None).unwrap(), &Format::Int8.scheme(None).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn tests_are_named_as_in_llama_bench_and_ordered_by_depth() {
+        let plan = Plan { prefill: vec![128, 0, 64], decode: 8, depths: vec![1024, 0, 1024], repetitions: 1 };
+        let names: Vec<String> = plan.tests().iter().map(ToString::to_string).collect();
+        assert_eq!(names, ["pp128", "pp64", "tg8", "tg8 @ d1024"]);
+        assert_eq!(Plan { decode: 0, prefill: vec![0], ..plan }.tests(), []);
+    }
+
+    #[test]
+    fn a_shape_has_the_weights_of_its_model() {
+        // The numbers of parameters that the models' pages state.
+        for (name, weights) in [("qwen3-0.6b", 0.596e9), ("llama-3.2-1b", 1.236e9)] {
+            let footprint = Footprint::of(&made(name));
+            let relative = footprint.weights as f64 / weights;
+            assert!((0.99..1.01).contains(&relative), "{name}: {}", footprint.weights);
+        }
+        assert_eq!("qwen3-9b".parse::<Shape>().unwrap_err().to_string().matches("qwen3-8b").count(), 1);
+    }
+
+    #[test]
+    fn random_weights_keep_logits_finite() {
+        let options = LoadOptions { context: Some(8), ..LoadOptions::default() };
+        let mut model = load::load_model(&made("tiny"), &DeviceOptions::default(), &options).unwrap();
+        let mut sequence = model.kv().sequence();
+        model.kv().append(&mut sequence, 3).unwrap();
+        let mut batch = marlin_model::StepBatch::new();
+        batch.push(&sequence, &[1, 2, 3], marlin_model::LogitRows::Last);
+        model.forward(&batch).unwrap();
+        let mut logits = Vec::new();
+        model.read_logits(&mut logits).unwrap();
+        model.kv().release(sequence);
+        let largest = logits.iter().fold(0f32, |largest, logit| largest.max(logit.abs()));
+        assert!(logits.iter().all(|logit| logit.is_finite()) && (0.1..100.0).contains(&largest), "{largest}");
+    }
+
+    #[test]
+    fn a_token_reads_one_row_of_an_embedding_that_is_not_the_head() {
+        let tied = made("tiny");
+        assert_eq!(weights_per_token(&tied), tied.weight_bytes());
+        assert_eq!(formats(&tied), ["fp4 g128", "int8 g128"]);
+
+        let bytes = vec![0; 8 * 16 * 2];
+        let matrix = PackedMatrix::from_dense_bytes(Scheme::BF16, 8, 16, bytes).unwrap();
+        let matrix = MemoryTensor::matrix(Arc::new(matrix));
+        let tensors = ["model.embed_tokens.weight", "lm_head.weight"].map(|name| (name.to_owned(), matrix.clone()));
+        let untied = Checkpoint::from_parts("untied", serde_json::json!({}), tensors.into()).unwrap();
+        assert_eq!(weights_per_token(&untied), 8 * 16 * 2 + 16 * 2);
+    }
+
+    #[test]
+    fn what_exceeds_the_context_is_refused() {
+        let tests = [Test::Prefill(16), Test::Decode { tokens: 64, depth: 1000 }];
+        let error = context(&made("tiny"), &tests).unwrap_err().to_string();
+        assert!(error.contains("tg64 @ d1000") && error.contains("1064") && error.contains("1024"), "{error}");
+        assert_eq!(context(&made("tiny"), &tests[..1]).unwrap(), 16);
+        assert_eq!(usual_depths(&made("tiny"), 1), [0]);
+        assert_eq!(usual_depths(&made("qwen3-0.6b"), 64), USUAL_DEPTHS);
+        let huge = [Test::Decode { tokens: usize::MAX, depth: usize::MAX }];
+        assert!(matches!(context(&made("tiny"), &huge), Err(BenchError::Context { .. })));
+    }
+}

@@ -1,0 +1,199 @@
+//! Models of random weights, made in memory in whatever format.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use marlin_checkpoint::{Checkpoint, MemoryTensor};
+use marlin_format::{ColumnOrder, Element, FormatError, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind};
+use marlin_quantize::TensorRole;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+
+use super::shape::TensorShape;
+use super::{BenchError, Shape};
+
+/// Every run measures the same weights.
+const SEED: u64 = 0x6d61_726c_696e;
+
+/// A model of this shape whose weights are random codes, with scales that keep activations near 1.
+///
+/// Matrices of one shape and format are one matrix in memory: a device copies them into its own order anyway, and a model
+/// of many gigabytes is made in the time and memory of one layer.
+///
+/// # Errors
+/// The schemes have no matrices of these sizes, or cannot be filled with random codes.
+pub fn random_model(shape: &Shape, linears: &Scheme, embedding: &Scheme) -> Result<Checkpoint, BenchError> {
+    let mut rng = ChaCha8Rng::seed_from_u64(SEED);
+    let mut made: HashMap<(Scheme, [usize; 2]), Arc<PackedMatrix<'static>>> = HashMap::new();
+    let mut tensors = Vec::new();
+    for (name, tensor) in shape.tensors() {
+        let tensor = match tensor {
+            TensorShape::Norm(len) => MemoryTensor::vector(&vec![1.0; len]),
+            TensorShape::Matrix(size @ [rows, cols]) => {
+                let scheme = match TensorRole::of(&name, 2) {
+                    TensorRole::Embedding | TensorRole::Head => embedding,
+                    _ => linears,
+                };
+                let matrix = match made.get(&(*scheme, size)) {
+                    Some(matrix) => matrix.clone(),
+                    None => {
+                        let matrix = Arc::new(random_matrix(scheme, rows, cols, &mut rng)?);
+                        made.insert((*scheme, size), matrix.clone());
+                        matrix
+                    }
+                };
+                MemoryTensor::matrix(matrix)
+            }
+        };
+        tensors.push((name, tensor));
+    }
+    Ok(Checkpoint::from_parts(shape.name, shape.config(), tensors)?)
+}
+
+/// A matrix of random codes whose weights have a mean square of about 1 / `cols`, so that it keeps the size of what it is
+/// multiplied with.
+pub(crate) fn random_matrix(
+    scheme: &Scheme,
+    rows: usize,
+    cols: usize,
+    rng: &mut ChaCha8Rng,
+) -> Result<PackedMatrix<'static>, FormatError> {
+    if scheme.order == ColumnOrder::GroupIndex {
+        return Err(no_random(scheme));
+    }
+    let element = scheme.element;
+    let root_mean_square = (1.0 / cols as f64).sqrt();
+    let codes = scheme.codes_bytes(rows, cols)?;
+    let codes = match element {
+        Element::F32 => uniform(codes, root_mean_square, rng, f32::to_le_bytes),
+        Element::F16 => uniform(codes, root_mean_square, rng, |value| f16::from_f32(value).to_le_bytes()),
+        Element::Bf16 => uniform(codes, root_mean_square, rng, |value| bf16::from_f32(value).to_le_bytes()),
+        Element::E4M3 => {
+            let mut codes = random(codes, rng);
+            // Without the highest bit of their exponents codes are below 2, and none of them is NaN.
+            codes.iter_mut().for_each(|code| *code &= !E4M3_HIGH_EXPONENT);
+            codes
+        }
+        _ => random(codes, rng),
+    };
+    let zero = match scheme.zero {
+        ZeroKind::None => 0,
+        ZeroKind::Integer => 1 << (element.bits() - 1),
+        _ => return Err(no_random(scheme)),
+    };
+    let (scales, globals) = scales(scheme, rows, cols, root_mean_square / code_root_mean_square(element, zero))?;
+    let zero_bytes = scheme.zeros_bytes(rows, cols)?;
+    let zeros = if zero_bytes == 0 { Vec::new() } else { zeros(scheme, cols, zero_bytes) };
+    let sparse = scheme.sparse_index_bytes(rows, cols)?;
+    let matrix = PackedMatrix {
+        rows,
+        cols,
+        scheme: *scheme,
+        codes: Cow::Owned(codes),
+        scales: Cow::Owned(scales),
+        zeros: Cow::Owned(zeros),
+        globals: Cow::Owned(globals),
+        group_index: Cow::Borrowed(&[]),
+        sparse_index: Cow::Owned(if scheme.sparsity == Sparsity::Dense { Vec::new() } else { pairs(sparse, rng) }),
+    };
+    Ok(matrix)
+}
+
+const E4M3_HIGH_EXPONENT: u8 = 0x40;
+
+fn random(bytes: usize, rng: &mut ChaCha8Rng) -> Vec<u8> {
+    let mut codes = vec![0; bytes];
+    rng.fill_bytes(&mut codes);
+    codes
+}
+
+/// Floats spread evenly around zero.
+fn uniform<const N: usize>(
+    bytes: usize,
+    root_mean_square: f64,
+    rng: &mut ChaCha8Rng,
+    to_bytes: impl Fn(f32) -> [u8; N],
+) -> Vec<u8> {
+    let most = (3f64.sqrt() * root_mean_square) as f32;
+    let unit = most / i32::MAX as f32;
+    (0..bytes / N).flat_map(|_| to_bytes(rng.next_u32() as i32 as f32 * unit)).collect()
+}
+
+/// Over all codes that [`random_matrix`] makes, less the zero point.
+fn code_root_mean_square(element: Element, zero: u32) -> f64 {
+    if element.is_dense() {
+        return 1.0;
+    }
+    let usable = |code: &usize| element != Element::E4M3 || code & usize::from(E4M3_HIGH_EXPONENT) == 0;
+    let values = element.values().iter().enumerate().filter(|(code, _)| usable(code)).map(|(_, value)| value);
+    let squares: Vec<f64> = values.map(|value| (f64::from(*value) - f64::from(zero)).powi(2)).collect();
+    (squares.iter().sum::<f64>() / squares.len() as f64).sqrt()
+}
+
+/// The bytes of scales that are all `scale`, and of second-level values.
+fn scales(scheme: &Scheme, rows: usize, cols: usize, scale: f64) -> Result<(Vec<u8>, Vec<u8>), FormatError> {
+    const E4M3_ONE: u8 = 0x38;
+    let value = scale as f32;
+    let bytes = scheme.scales_bytes(rows, cols)?;
+    Ok(match scheme.scale {
+        ScaleKind::None => (Vec::new(), Vec::new()),
+        ScaleKind::F32 => (value.to_le_bytes().repeat(bytes / 4), Vec::new()),
+        ScaleKind::F16 => (f16::from_f32(value).to_le_bytes().repeat(bytes / 2), Vec::new()),
+        ScaleKind::Bf16 => (bf16::from_f32(value).to_le_bytes().repeat(bytes / 2), Vec::new()),
+        ScaleKind::E8M0 => (vec![(127.0 + scale.log2().round()).clamp(0.0, 254.0) as u8; bytes], Vec::new()),
+        ScaleKind::E4M3Global => (vec![E4M3_ONE; bytes], value.to_le_bytes().to_vec()),
+        ScaleKind::TwoLevel { .. } => return Err(no_random(scheme)),
+    })
+}
+
+/// Integer zero points in the middle of the codes, whose only bit is the highest.
+fn zeros(scheme: &Scheme, cols: usize, bytes: usize) -> Vec<u8> {
+    let bits = scheme.element.bits() as usize;
+    let row_bytes = (scheme.groups_per_row(cols) * bits).div_ceil(8);
+    let bit = |position: usize| u8::from(position % bits == bits - 1);
+    let row: Vec<u8> = (0..row_bytes).map(|byte| (0..8).map(|i| bit(byte * 8 + i) << i).sum()).collect();
+    row.repeat(bytes / row_bytes)
+}
+
+/// 2:4 metadata: each half byte names two columns of four, the lower one first.
+fn pairs(bytes: usize, rng: &mut ChaCha8Rng) -> Vec<u8> {
+    const PAIRS: [u8; 6] = [0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110];
+    let mut pair = || PAIRS[rng.next_u32() as usize % PAIRS.len()];
+    (0..bytes).map(|_| pair() | pair() << 4).collect()
+}
+
+fn no_random(scheme: &Scheme) -> FormatError {
+    FormatError::InvalidScheme(format!("there are no random weights in {scheme}; choose another format"))
+}
+
+#[cfg(test)]
+mod tests {
+    use marlin_format::{Format, Grouping};
+
+    use super::*;
+
+    #[test]
+    fn weights_of_every_format_are_valid_and_of_the_size_that_is_wanted() {
+        let groupings = [None, Some(Grouping::Row), Some(Grouping::Columns(32)), Some(Grouping::Tensor)];
+        let schemes = Format::ALL.into_iter().flat_map(|format| groupings.map(|g| format.scheme(g))).flatten();
+        let sparse = Scheme { sparsity: Sparsity::TwoOfFour, ..Format::Fp4.scheme(None).unwrap() };
+        for scheme in schemes.chain([sparse]) {
+            let (rows, cols) = (24, 320);
+            let matrix = random_matrix(&scheme, rows, cols, &mut ChaCha8Rng::seed_from_u64(1)).unwrap();
+            matrix.validate().unwrap();
+            let squares: f64 = matrix.decode().iter().map(|value| f64::from(*value).powi(2)).sum();
+            // Power-of-two scales are at most a factor of √2 off, 2:4 leaves out half of the squares.
+            let relative = squares / rows as f64;
+            assert!((0.4..2.2).contains(&relative), "{scheme}: {relative}");
+        }
+    }
+
+    #[test]
+    fn formats_without_random_codes_are_refused() {
+        let scheme = Scheme { zero: ZeroKind::F16Bias, ..Format::Int4.scheme(None).unwrap() };
+        let error = random_matrix(&scheme, 8, 128, &mut ChaCha8Rng::seed_from_u64(1)).unwrap_err();
+        assert!(error.to_string().contains("no random weights"), "{error}");
+    }
+}

@@ -1,0 +1,120 @@
+//! `metal-marlin bench`: how fast a model runs.
+
+use std::io::{Write, stdout};
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use marlin_format::{Format, Grouping};
+use metal_marlin::DeviceOptions;
+use metal_marlin::bench::{self, OutputFormat, Plan, Shape};
+
+use super::{eval, quantize};
+use crate::progress::{self, Bar};
+
+const EXAMPLES: &str = "\
+Examples:
+  metal-marlin bench path/to/model
+  metal-marlin bench --shape qwen3-4b --format fp4
+  metal-marlin bench --shape llama-3.1-8b --format int4 --group-size 32 --threads 8
+  metal-marlin bench --shape qwen3-0.6b --prefill 512 --decode 32 --depths 0 --repetitions 3
+  metal-marlin bench bundled --output json
+
+pp128 is the prefill of a prompt of 128 tokens, tg64 @ d1024 the decoding of 64 tokens after 1024
+others, as in llama-bench. The tokens before a decode test are run through the model, once a depth,
+without being timed. Tokens are random, and nothing is sampled. Given are medians with the least and
+the most.
+
+MB/token is what a decoded token has to read: the weights as they are stored, and the keys and values
+that it sees. The share of memory compares tokens/s x MB/token with the rate at which as many threads
+read a buffer larger than the caches, measured before and after the tests; a model that fits the
+caches can be faster.
+
+Peak memory counts from the beginning of the load, which holds a shape's random matrices (one of each
+size) beside the loaded model.";
+
+/// Most repetitions of a test.
+const MOST_REPETITIONS: usize = 1000;
+
+/// Measure prefill and decode speed of a model, or of a known shape with random weights
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// Folder of the model, or `bundled`
+    #[arg(required_unless_present = "shape", conflicts_with = "shape")]
+    model: Option<PathBuf>,
+
+    /// Measure random weights in the shape of a known model: tiny, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b,
+    /// qwen3-14b, qwen3-32b, llama-3.2-1b, llama-3.2-3b or llama-3.1-8b
+    #[arg(long, value_name = "NAME")]
+    shape: Option<String>,
+
+    /// Number format of the shape's matrices: fp4, int4, int4-sym, int8, fp8, int3, int2, mxfp4, nvfp4, bf16, f16 or
+    /// f32
+    #[arg(long, short, value_name = "FORMAT", default_value_t = Format::Fp4, help_heading = "Shape", conflicts_with = "model")]
+    format: Format,
+
+    /// Weights that share a scale, as in `quantize`
+    #[arg(long, short, value_name = "SIZE", help_heading = "Shape", conflicts_with = "model")]
+    group_size: Option<Grouping>,
+
+    /// Number format of the shape's embedding and output head
+    #[arg(long, value_name = "FORMAT", default_value_t = Format::Int8, help_heading = "Shape", conflicts_with = "model")]
+    embedding_format: Format,
+
+    /// Weights of the embedding that share a scale, as in `quantize`
+    #[arg(long, value_name = "SIZE", help_heading = "Shape", conflicts_with = "model")]
+    embedding_group_size: Option<Grouping>,
+
+    /// Prompt lengths to measure; 0 for none
+    #[arg(long, short, value_name = "N,…", value_delimiter = ',', default_value = "128,512", help_heading = "Tests")]
+    prefill: Vec<usize>,
+
+    /// Tokens to decode at each depth; 0 for none
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 64, help_heading = "Tests")]
+    decode: usize,
+
+    /// Tokens in the KV cache before decoding begins [default: 0,1024,4096, as far as the model's context allows]
+    #[arg(long, short, value_name = "N,…", value_delimiter = ',', help_heading = "Tests")]
+    depths: Vec<usize>,
+
+    /// How often each test is repeated
+    #[arg(long, short, value_name = "N", default_value = "5", value_parser = repetitions, help_heading = "Tests")]
+    repetitions: NonZeroUsize,
+
+    #[command(flatten)]
+    device: DeviceOptions,
+
+    /// How to print the result
+    #[arg(long, short, value_enum, default_value_t = OutputFormat::Text)]
+    output: OutputFormat,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+    let checkpoint = match (&args.shape, &args.model) {
+        (Some(name), _) => {
+            let shape: Shape = name.parse()?;
+            let linears = args.format.scheme(args.group_size)?;
+            let embedding = quantize::embedding_scheme(args.embedding_format, args.embedding_group_size)?;
+            progress::spinner(&format!("Making {name}"), || bench::random_model(&shape, &linears, &embedding))?
+        }
+        (None, Some(model)) => eval::open(model)?,
+        // clap has seen to it that there is one of them.
+        (None, None) => anyhow::bail!("name a MODEL or a --shape"),
+    };
+    let depths =
+        if args.depths.is_empty() { bench::usual_depths(&checkpoint, args.decode) } else { args.depths.clone() };
+    let plan = Plan { prefill: args.prefill.clone(), decode: args.decode, depths, repetitions: args.repetitions.get() };
+    let report = {
+        let mut bar = Bar::counting("Measuring", "runs");
+        let mut progress = |done: usize, total: usize| bar.set(done as u64, total as u64);
+        bench::run(checkpoint, args.shape.is_some(), &plan, &args.device, &mut progress)?
+    };
+    stdout().write_all(report.render(args.output).as_bytes())?;
+    Ok(())
+}
+
+fn repetitions(text: &str) -> Result<NonZeroUsize, String> {
+    let found = text.parse().ok().filter(|n: &NonZeroUsize| n.get() <= MOST_REPETITIONS);
+    found.ok_or_else(|| format!("must be a number from 1 to {MOST_REPETITIONS}"))
+}

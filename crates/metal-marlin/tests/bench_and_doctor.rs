@@ -1,0 +1,142 @@
+//! `bench` and `doctor` as a person meets them. What they measure is never compared with a time.
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn metal_marlin(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_metal-marlin")).args(args).output().unwrap()
+}
+
+fn success(args: &[&str]) -> String {
+    let output = metal_marlin(args);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn failure(args: &[&str], code: i32) -> String {
+    let output = metal_marlin(args);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), output.stdout.len()), (Some(code), 0), "{stderr}");
+    stderr
+}
+
+const TINY: [&str; 9] = ["bench", "--shape", "tiny", "--decode", "3", "--prefill", "7,600", "--repetitions", "2"];
+
+fn tiny(more: &[&str]) -> String {
+    success(&[&TINY[..], more].concat())
+}
+
+fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap_or_else(|| panic!("a number, found {value}"))
+}
+
+#[test]
+fn json_says_everything() {
+    let report: Value =
+        serde_json::from_str(&tiny(&["--depths", "0,700", "--output", "json", "--threads", "2"])).unwrap();
+    assert_eq!((&report["model"], &report["random_weights"]), (&"tiny".into(), &true.into()));
+    assert_eq!((&report["format"], &report["embedding_format"]), (&"fp4 g128".into(), &"int8 g32".into()));
+    assert_eq!((&report["threads"], &report["architecture"]), (&2.into(), &"Qwen3ForCausalLM".into()));
+    // 256 · 64 of the embedding; a layer of 2 · 64 · (64 + 32) of attention and 3 · 64 · 128; norms of 64 and heads of 16.
+    let weights = 256 * 64 + 2 * (2 * 64 * (64 + 32) + 3 * 64 * 128 + 2 * 64 + 2 * 16) + 64;
+    assert_eq!(report["weights"], weights);
+    assert!(number(&report["load_seconds"]) > 0.0);
+    if cfg!(target_os = "linux") {
+        assert!(number(&report["peak_memory_bytes"]) > number(&report["weight_bytes"]));
+    }
+    let memory = number(&report["read_bytes_per_second"]["median"]);
+
+    let results = report["results"].as_array().unwrap();
+    let names: Vec<&str> = results.iter().map(|result| result["test"].as_str().unwrap()).collect();
+    assert_eq!(names, ["pp7", "pp600", "tg3", "tg3 @ d700"]);
+    for result in results {
+        let rate = &result["tokens_per_second"];
+        assert_eq!(result["samples"].as_array().unwrap().len(), 2);
+        assert!(0.0 < number(&rate["min"]) && number(&rate["min"]) <= number(&rate["median"]), "{rate}");
+        assert!(number(&rate["median"]) <= number(&rate["max"]), "{rate}");
+        if result["kind"] == "prefill" {
+            assert!(result["bytes_per_token"].is_null());
+            continue;
+        }
+        // Two layers of 2 heads of 16 keys and 16 values in f16; a token sees those before it and itself.
+        let kv = 2.0 * 2.0 * 32.0 * 2.0 * (number(&result["depth"]) + 2.0);
+        assert_eq!(number(&result["kv_bytes_per_token"]), kv);
+        assert_eq!(result["weight_bytes_per_token"], number(&report["weight_bytes"]));
+        let bytes = number(&result["bytes_per_token"]);
+        assert_eq!(bytes, kv + number(&report["weight_bytes"]));
+        let close = |found: &Value, wanted: f64| (number(found) / wanted - 1.0).abs() < 1e-9;
+        assert!(close(&result["bytes_per_second"], bytes * number(&rate["median"])));
+        assert!(close(&result["share_of_read_bandwidth"], bytes * number(&rate["median"]) / memory));
+    }
+}
+
+#[test]
+fn every_output_has_a_line_for_each_test() {
+    let options = ["--depths", "4", "--format", "int8", "--group-size", "row", "--embedding-format", "bf16"];
+    let csv = tiny(&[&options[..], &["--output", "csv"]].concat());
+    let lines: Vec<&str> = csv.lines().collect();
+    assert_eq!(lines.len(), 1 + 3, "{csv}");
+    assert!(lines[0].starts_with("version,platform,model,") && lines[0].ends_with(",share_of_read_bandwidth"), "{csv}");
+    assert!(
+        lines[3].contains(",\"tiny\",true,\"int8 row\",\"bf16\",") && lines[3].contains(",\"tg3 @ d4\",3,4,2,"),
+        "{csv}"
+    );
+    // The device is the only field with commas of its own.
+    let fields = |line: &str| line.split('"').step_by(2).map(|outside| outside.matches(',').count()).sum::<usize>();
+    assert!(lines.iter().all(|line| fields(line) == fields(lines[0])), "{csv}");
+
+    let markdown = tiny(&[&options[..], &["--output", "markdown"]].concat());
+    assert!(markdown.contains("\n| test | threads | tokens/s |") && markdown.contains("\n| tg3 @ d4 | "), "{markdown}");
+    let text = tiny(&options);
+    assert!(text.starts_with("tiny (random weights): Qwen3ForCausalLM, int8 row, embedding bf16"), "{text}");
+    assert!(text.contains("\npp7 ") && text.contains("\ntg3 @ d4 "), "{text}");
+}
+
+#[test]
+fn what_cannot_be_measured_is_explained() {
+    let unknown = failure(&["bench", "--shape", "qwen3-5b"], 1);
+    assert!(unknown.contains("`qwen3-5b`") && unknown.contains("qwen3-4b, qwen3-8b"), "{unknown}");
+    let deep = failure(&["bench", "--shape", "tiny", "--depths", "4096"], 1);
+    assert!(deep.contains("tg64 @ d4096") && deep.contains("4160 tokens, tiny has 1024"), "{deep}");
+    let nothing = failure(&["bench", "--shape", "tiny", "--prefill", "0", "--decode", "0"], 1);
+    assert!(nothing.contains("nothing to measure"), "{nothing}");
+    let groups = failure(&["bench", "--shape", "tiny", "--format", "mxfp4", "--group-size", "64"], 1);
+    assert!(groups.contains("mxfp4") && groups.contains("64"), "{groups}");
+    for usage in [
+        &["bench"][..],
+        &["bench", "model", "--shape", "tiny"],
+        &["bench", "model", "--group-size", "32"],
+        &["bench", "model", "--format", "fp4"],
+        &["bench", "--shape", "tiny", "--depths", "1,x"],
+        &["bench", "--shape", "tiny", "--repetitions", "0"],
+    ] {
+        failure(usage, 2);
+    }
+}
+
+#[cfg(feature = "bundled-model")]
+#[test]
+fn a_model_is_measured_as_it_is() {
+    let args = ["bench", "bundled", "-p", "0", "-n", "2", "-d", "0", "-r", "1", "--output", "json"];
+    let report: Value = serde_json::from_str(&success(&args)).unwrap();
+    assert_eq!(report["random_weights"], false);
+    assert_eq!(report["results"].as_array().unwrap().len(), 1);
+    let deep = failure(&["bench", "bundled", "-d", "1000"], 1);
+    assert!(deep.contains("1024"), "{deep}");
+}
+
+#[test]
+fn the_doctor_finds_nothing_broken() {
+    let report: Value = serde_json::from_str(&success(&["doctor", "--json"])).unwrap();
+    assert_eq!(report["ok"], true);
+    assert!(report["compiler"].as_str().unwrap().starts_with("rustc "), "{report}");
+    let simd = report["simd_available"].as_array().unwrap();
+    assert!(simd.contains(&report["simd"]) && simd.contains(&"portable".into()), "{report}");
+    // Two arithmetics a SIMD level, and the bundled model.
+    assert_eq!(report["checks"].as_array().unwrap().len(), 2 * simd.len() + 1, "{report}");
+    for bandwidth in report["read_bandwidth"].as_array().unwrap() {
+        assert!(number(&bandwidth["bytes_per_second"]["median"]) > 0.0, "{report}");
+    }
+    assert_eq!(report["read_bandwidth"][0]["threads"], 1);
+}
