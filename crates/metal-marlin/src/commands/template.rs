@@ -8,7 +8,7 @@ use marlin_checkpoint::{Checkpoint, Tokenizer};
 use marlin_engine::{ChatOptions, ChatTemplate, Message};
 
 /// How a conversation becomes a prompt.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 #[command(next_help_heading = "Chat")]
 pub(crate) struct TemplateOptions {
     /// Instructions that stand before the conversation

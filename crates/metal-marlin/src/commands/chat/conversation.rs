@@ -162,3 +162,40 @@ fn explain(error: EngineError) -> anyhow::Error {
         error => error.into(),
     }
 }
+
+#[cfg(all(test, feature = "bundled-model"))]
+mod tests {
+    use marlin_model::LoadOptions;
+    use metal_marlin::{DeviceOptions, load};
+
+    use super::*;
+    use crate::commands::template::TemplateOptions;
+
+    #[test]
+    fn an_interrupt_keeps_what_was_said_and_the_talk_goes_on() {
+        let checkpoint = load::open_checkpoint(None).unwrap();
+        let tokenizer = checkpoint.tokenizer().unwrap();
+        let prompter = TemplateOptions::default().prompter(&checkpoint, &tokenizer).unwrap();
+        let model = load::load_model(&checkpoint, &DeviceOptions::default(), &LoadOptions::default()).unwrap();
+        let engine = Engine::new(model, tokenizer.into(), Vec::new());
+        let stop = StopConditions { max_tokens: 20, ignore_eos: true, ..StopConditions::default() };
+        let mut conversation = Conversation::new(engine, prompter, SamplingParams::greedy(), stop, Vec::new());
+
+        // Before the first token: as if nothing had been asked.
+        let answer = conversation.answer("Hello".into(), &AtomicBool::new(true), |_| Ok(())).unwrap();
+        assert_eq!((answer, conversation.messages.len()), (Answer::Interrupted, 0));
+
+        let (interrupted, mut heard) = (AtomicBool::new(false), String::new());
+        let answer = conversation.answer("Hello".into(), &interrupted, |piece| {
+            heard.push_str(piece);
+            interrupted.store(heard.len() > 5, Ordering::Relaxed);
+            Ok(())
+        });
+        assert_eq!(answer.unwrap(), Answer::Interrupted);
+        assert_eq!(conversation.messages, [Message::new("user", "Hello"), Message::new("assistant", heard)]);
+        assert_eq!(conversation.engine.used_kv_blocks(), 0);
+
+        let answer = conversation.answer("Go on".into(), &AtomicBool::new(false), |_| Ok(())).unwrap();
+        assert!(matches!(answer, Answer::Finished(_)) && conversation.messages.len() == 4, "{answer:?}");
+    }
+}
