@@ -1,9 +1,13 @@
-//! The chat template of a model.
+//! The chat template of a model, and the special tokens it may name.
+
+use std::collections::BTreeMap;
 
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::CheckpointError;
 use crate::source::Source;
+use crate::tokenizer::SpecialToken;
 
 const TEMPLATE_FILE: &str = "chat_template.jinja";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
@@ -47,4 +51,14 @@ pub(crate) fn read(source: &Source) -> Result<Option<String>, CheckpointError> {
             })
         }
     }
+}
+
+/// The special tokens of tokenizer_config.json under their names there.
+pub(crate) fn special_tokens(source: &Source) -> Result<BTreeMap<String, String>, CheckpointError> {
+    let config: BTreeMap<String, Value> = source.json(TOKENIZER_CONFIG)?.unwrap_or_default();
+    // Settings end in `_token` as well: `add_bos_token`. A token that is null is none.
+    let named = config.into_iter().filter(|(name, _)| name.ends_with("_token"));
+    Ok(named
+        .filter_map(|(name, value)| SpecialToken::deserialize(value).ok().map(|token| (name, token.into_text())))
+        .collect())
 }

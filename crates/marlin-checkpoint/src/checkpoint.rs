@@ -1,7 +1,7 @@
 //! Reading a checkpoint.
 
 use std::borrow::Cow;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
@@ -331,6 +331,12 @@ impl Checkpoint {
     /// The chat template (Jinja): chat_template.jinja, or else that of tokenizer_config.json; `None` if there is none.
     pub fn chat_template(&self) -> Result<Option<String>, CheckpointError> {
         chat_template::read(&self.source)
+    }
+
+    /// The special tokens that tokenizer_config.json names, as chat templates know them: `bos_token`, `eos_token` and
+    /// the like. Empty if there is no such file.
+    pub fn special_tokens(&self) -> Result<BTreeMap<String, String>, CheckpointError> {
+        chat_template::special_tokens(&self.source)
     }
 
     /// The recommended generation settings.

@@ -37,9 +37,17 @@ struct TokenizerConfig {
 
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "a token or an object with its `content`")]
-enum SpecialToken {
+pub(crate) enum SpecialToken {
     Text(String),
     Added { content: String },
+}
+
+impl SpecialToken {
+    pub(crate) fn into_text(self) -> String {
+        match self {
+            Self::Text(text) | Self::Added { content: text } => text,
+        }
+    }
 }
 
 impl Tokenizer {

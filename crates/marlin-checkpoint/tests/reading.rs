@@ -268,6 +268,18 @@ fn embedded_files() {
 }
 
 #[test]
+fn special_tokens_are_those_of_the_tokenizer_configuration() {
+    let folder = folder("{}", &[]);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    assert!(checkpoint.special_tokens().unwrap().is_empty());
+    let config =
+        r#"{"bos_token": null, "eos_token": {"content": "</s>"}, "pad_token": "<pad>", "add_bos_token": true}"#;
+    fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();
+    let tokens: Vec<_> = checkpoint.special_tokens().unwrap().into_iter().collect();
+    assert_eq!(tokens, [("eos_token".into(), "</s>".into()), ("pad_token".into(), "<pad>".into())]);
+}
+
+#[test]
 fn chat_templates() {
     let folder = folder("{}", &[]);
     let checkpoint = Checkpoint::open(folder.path()).unwrap();

@@ -57,6 +57,12 @@ pub enum EngineError {
         /// Blocks of the cache.
         blocks: usize,
     },
+    /// The chat template cannot be compiled, refuses the conversation, or does not end.
+    #[error("the chat template fails: {problem}")]
+    ChatTemplate {
+        /// What is wrong, and in which line.
+        problem: String,
+    },
     /// The system has no random numbers for a request without a seed.
     #[error("no random seed from the system; give a seed")]
     Entropy(#[from] getrandom::Error),

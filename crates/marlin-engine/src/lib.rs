@@ -4,7 +4,10 @@
 //! sequences for which there are KV blocks, *schedules* a ragged step (decoding sequences bring one token, prompts
 //! come in chunks), runs the model, *samples* a token for each sequence that is complete, and *delivers* it as an
 //! [`Event`], until a stop condition holds or [`Engine::cancel`] is called; then the blocks are free again.
+//!
+//! [`ChatTemplate`] turns a conversation into the text of a prompt.
 
+mod chat_template;
 mod engine;
 mod error;
 mod sampling;
@@ -15,6 +18,7 @@ mod stop;
 mod tests;
 mod text;
 
+pub use chat_template::{ChatOptions, ChatTemplate, Message};
 pub use engine::{Engine, Event, Finish, Request, RequestId};
 pub use error::EngineError;
 pub use sampling::SamplingParams;

@@ -20,6 +20,7 @@ const EXAMPLES: &str = "\
 Examples:
   metal-marlin run \"Once upon a time\"                     continue a text with the bundled model
   metal-marlin run path/to/model \"Once upon a time\"       the same with a model folder
+  metal-marlin chat path/to/model                         talk with it
   metal-marlin quantize path/to/model out --format fp4    write it in 4 bits
   metal-marlin eval out --text validation.txt             measure its perplexity
 

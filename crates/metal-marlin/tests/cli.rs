@@ -34,7 +34,7 @@ fn metal_marlin(args: &[&str]) -> Run {
 fn help_explains_every_command_with_examples() {
     let general = metal_marlin(&["--help"]);
     assert_eq!(general.code, Some(0));
-    for command in ["run", "quantize", "eval", "bench", "doctor"] {
+    for command in ["run", "chat", "quantize", "plan", "eval", "quality", "bench", "doctor", "completions", "man"] {
         assert!(general.stdout.contains(&format!("\n  {command} ")), "{}", general.stdout);
         let help = metal_marlin(&[command, "--help"]);
         assert_eq!(help.code, Some(0), "{command}");
@@ -77,6 +77,32 @@ fn a_folder_that_is_no_model_is_explained() {
     assert_eq!(run.code, Some(1));
     assert!(run.stderr.contains(path) && run.stderr.contains("\n  caused by: "), "{}", run.stderr);
     assert!(run.stderr.contains(Path::new(path).join("config.json").to_str().unwrap()), "{}", run.stderr);
+}
+
+#[test]
+fn completions_know_the_commands() {
+    for shell in ["bash", "zsh", "fish"] {
+        let run = metal_marlin(&["completions", shell]);
+        assert_eq!(run.code, Some(0), "{}", run.stderr);
+        assert!(run.stdout.contains("quantize") && run.stdout.contains("chat-template"), "{shell}");
+    }
+}
+
+#[test]
+fn the_manual_has_a_page_for_each_command() {
+    let folder = tempfile::tempdir().unwrap();
+    let pages = folder.path().join("share/man1");
+    let run = metal_marlin(&["man", pages.to_str().unwrap()]);
+    assert_eq!((run.code, run.stderr.as_str()), (Some(0), ""));
+    for (page, text) in [("metal-marlin.1", "quantize"), ("metal-marlin-chat.1", "chat\\-template")] {
+        let page = std::fs::read_to_string(pages.join(page)).unwrap();
+        assert!(page.contains(".TH") && page.contains(text), "{page}");
+    }
+    let file = folder.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let run = metal_marlin(&["man", file.to_str().unwrap()]);
+    assert_eq!(run.code, Some(1));
+    assert!(run.stderr.contains(file.to_str().unwrap()), "{}", run.stderr);
 }
 
 #[cfg(not(feature = "bundled-model"))]

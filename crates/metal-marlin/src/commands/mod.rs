@@ -3,24 +3,31 @@
 use std::num::NonZeroUsize;
 
 pub(crate) mod bench;
+pub(crate) mod chat;
+pub(crate) mod completions;
 pub(crate) mod doctor;
 pub(crate) mod eval;
+pub(crate) mod man;
 pub(crate) mod plan;
 pub(crate) mod quality;
 pub(crate) mod quantize;
 pub(crate) mod run;
 mod sampling;
+mod template;
 
 /// The commands of `metal-marlin`.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
     Run(run::Args),
+    Chat(chat::Args),
     Quantize(quantize::Args),
     Plan(plan::Args),
     Eval(eval::Args),
     Quality(quality::Args),
     Bench(bench::Args),
     Doctor(doctor::Args),
+    Completions(completions::Args),
+    Man(man::Args),
 }
 
 impl Command {
@@ -28,12 +35,15 @@ impl Command {
     pub(crate) fn execute(self) -> anyhow::Result<()> {
         match self {
             Self::Run(args) => run::run(args),
+            Self::Chat(args) => chat::run(args),
             Self::Quantize(args) => quantize::run(args),
             Self::Plan(args) => plan::run(args),
             Self::Eval(args) => eval::run(args),
             Self::Quality(args) => quality::run(args),
             Self::Bench(args) => bench::run(args),
             Self::Doctor(args) => doctor::run(args),
+            Self::Completions(args) => completions::run(args),
+            Self::Man(args) => man::run(args),
         }
     }
 }

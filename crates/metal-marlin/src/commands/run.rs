@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use marlin_checkpoint::{Checkpoint, GenerationConfig, Tokenizer};
-use marlin_engine::{Engine, Finish, FinishReason, Request, StopConditions};
+use marlin_engine::{Engine, Finish, FinishReason, Message, Request, StopConditions};
 use marlin_kernels::KvType;
 use marlin_kernels::cpu::CpuBackend;
 use marlin_model::{LoadOptions, ModelInfo, Planner};
@@ -17,6 +17,7 @@ use metal_marlin::{DeviceOptions, LoadError, load};
 use serde_json::json;
 
 use super::sampling::SamplingOptions;
+use super::template::TemplateOptions;
 use crate::progress;
 
 const EXAMPLES: &str = "\
@@ -26,6 +27,7 @@ Examples:
   metal-marlin run path/to/model \"Once upon a time\" --temperature 0
   metal-marlin run path/to/model - < prompt.txt > continuation.txt
   metal-marlin run \"Once upon a time\" --json
+  metal-marlin run path/to/model --chat \"Why is the sky blue?\" --system \"Be brief.\"
 
 What to generate, and how, is decided by these options, where they are silent by the model's
 generation_config.json, and where that is silent too by: temperature 0.7, top-k 40, top-p 0.95,
@@ -40,8 +42,8 @@ const DEFAULT_MAX_TOKENS: usize = 256;
 
 /// Continue a text
 ///
-/// Writes what a model makes of PROMPT to standard output as it is generated. The prompt itself is not repeated, and
-/// no chat template is applied.
+/// Writes what a model makes of PROMPT to standard output as it is generated. The prompt itself is not repeated.
+/// Without --chat it is continued as it stands; with it, it is a message that is answered.
 #[derive(Debug, clap::Args)]
 #[command(allow_missing_positional = true, after_help = EXAMPLES)]
 pub(crate) struct Args {
@@ -53,6 +55,13 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     sampling: SamplingOptions,
+
+    /// Put PROMPT as a message to the model, in its chat template, and print the answer
+    #[arg(long, help_heading = "Chat")]
+    chat: bool,
+
+    #[command(flatten)]
+    template: TemplateOptions,
 
     #[command(flatten)]
     stop: StopOptions,
@@ -119,16 +128,25 @@ impl From<KvFormat> for KvType {
 /// Runs the command.
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     refuse_model_as_prompt(&args)?;
+    if args.template.is_given() && !args.chat {
+        bail!("--system, --chat-template and --no-thinking shape a message; add --chat to send PROMPT as one");
+    }
     let prompt = read_prompt(&args.prompt)?;
     let started = Instant::now();
     let checkpoint = load::open_checkpoint(args.model.as_deref())?;
     let generation = checkpoint.generation_config()?;
     let tokenizer = checkpoint.tokenizer()?;
-    let request = Request {
-        prompt: tokens_of(&prompt, &tokenizer, &generation)?,
-        sampling: args.sampling.params(&generation),
-        stop: args.stop.conditions(&generation),
+    let mut stop = args.stop.conditions(&generation);
+    let prompt = if args.chat {
+        let prompter = args.template.prompter(&checkpoint, &tokenizer)?;
+        stop.tokens.extend(prompter.end_of_turn.filter(|_| !stop.ignore_eos));
+        let mut messages = args.template.first_messages();
+        messages.push(Message::new("user", prompt));
+        prompter.tokens(&messages, &tokenizer)?
+    } else {
+        tokens_of(&prompt, &tokenizer, &generation)?
     };
+    let request = Request { prompt, sampling: args.sampling.params(&generation), stop };
     // Before a large model is loaded for nothing.
     let settings = || format!("the options, or generation_config.json of {}, are out of range", checkpoint.name());
     request.sampling.validate().with_context(settings)?;
