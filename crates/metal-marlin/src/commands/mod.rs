@@ -2,6 +2,8 @@
 
 use std::num::NonZeroUsize;
 
+use marlin_checkpoint::Checkpoint;
+
 pub(crate) mod eval;
 pub(crate) mod quality;
 pub(crate) mod quantize;
@@ -26,6 +28,13 @@ impl Command {
             Self::Eval(args) => eval::run(args),
             Self::Quality(args) => quality::run(args),
         }
+    }
+}
+
+/// Says on standard error what a model folder asks for and is not followed.
+fn print_notes(checkpoint: &Checkpoint) {
+    for note in checkpoint.notes() {
+        eprintln!("note: {}: {note}", checkpoint.name());
     }
 }
 
