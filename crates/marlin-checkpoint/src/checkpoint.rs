@@ -11,8 +11,9 @@ use marlin_format::{PackedMatrix, Scheme};
 use safetensors::Dtype;
 use serde_json::Value;
 
-use crate::layout::{self, Buffer};
+use crate::layouts::{self, Entry, Gathered, compressed_tensors, metal_marlin};
 use crate::memory::MemoryTensor;
+use crate::quantization::Quantization;
 use crate::shard::{Location, Shard};
 use crate::source::Source;
 use crate::weights::{self, Weights};
@@ -33,32 +34,20 @@ const SIDE_FILES: [&str; 9] = [
     "generation_config.json",
 ];
 
-/// An opened model: a Hugging Face folder, a folder quantised by this project, files embedded in the program, or tensors
-/// made in memory.
+/// An opened model: a Hugging Face folder, a folder quantised by this project or in the layout of `compressed-tensors`, files
+/// embedded in the program, or tensors made in memory.
 ///
-/// Weights of files are mapped, not read; matrices borrow from the map.
+/// Weights of files are mapped, not read; matrices borrow from the map wherever their bytes are in canonical order there.
 pub struct Checkpoint {
     source: Source,
     name: String,
     config: Value,
     quantization: Option<QuantizationConfig>,
+    notes: Vec<String>,
     shards: Vec<Shard>,
     /// In the order of the files and of the bytes in them.
     tensors: Vec<(String, Entry)>,
     index: HashMap<String, usize>,
-}
-
-enum Entry {
-    Plain(Location),
-    Packed(PackedEntry),
-    Memory(MemoryTensor),
-}
-
-struct PackedEntry {
-    scheme: Scheme,
-    rows: usize,
-    cols: usize,
-    buffers: Vec<(Buffer, Location)>,
 }
 
 /// How a tensor is stored.
@@ -85,7 +74,7 @@ impl TensorInfo {
     /// The scheme of a matrix in this storage; `None` if no matrix is read from it.
     pub fn scheme(&self) -> Option<Scheme> {
         match self.storage {
-            Storage::Plain(dtype) => layout::dense_scheme(dtype),
+            Storage::Plain(dtype) => layouts::dense_scheme(dtype),
             Storage::Packed(scheme) => Some(scheme),
         }
     }
@@ -151,7 +140,16 @@ impl Checkpoint {
         let described = QuantizationConfig::describe(packed);
         let quantization = (!described.tensors.is_empty()).then_some(described);
         let tensors = tensors.into_iter().map(|(tensor, made)| (tensor, Entry::Memory(made))).collect();
-        Ok(Self { name: source.name(), source, config, quantization, shards: Vec::new(), tensors, index })
+        Ok(Self {
+            name: source.name(),
+            source,
+            config,
+            quantization,
+            notes: Vec::new(),
+            shards: Vec::new(),
+            tensors,
+            index,
+        })
     }
 
     fn load(source: Source) -> Result<Self, CheckpointError> {
@@ -163,14 +161,24 @@ impl Checkpoint {
         if !config.is_object() {
             return Err(CheckpointError::malformed(&config_label, "it holds no JSON object"));
         }
-        let quantization = QuantizationConfig::read(&config, &config_label)?;
+        let quantization = Quantization::read(&config, &config_label)?;
         let Weights { shards, tensors: stored } = weights::load(&source)?;
-        let tensors = match &quantization {
-            Some(quantization) => gather(quantization, stored, &shards, &config_label)?,
-            None => stored.into_iter().map(|(name, location)| (name, Entry::Plain(location))).collect(),
+        let Gathered { tensors, notes } = match &quantization {
+            Some(Quantization::Ours(config)) => metal_marlin::gather(config, stored, &shards, &config_label)?,
+            Some(Quantization::CompressedTensors(config)) => {
+                compressed_tensors::gather(config, stored, &shards, &config_label)?
+            }
+            None => {
+                let plain = |(name, location)| (name, Entry::Plain(location));
+                Gathered { tensors: stored.into_iter().map(plain).collect(), notes: Vec::new() }
+            }
+        };
+        let quantization = match quantization {
+            Some(Quantization::Ours(config)) => Some(config),
+            _ => None,
         };
         let index = tensors.iter().enumerate().map(|(i, (name, _))| (name.clone(), i)).collect();
-        Ok(Self { name: source.name(), source, config, quantization, shards, tensors, index })
+        Ok(Self { name: source.name(), source, config, quantization, notes, shards, tensors, index })
     }
 
     /// The folder, or the name given to an embedded model.
@@ -226,7 +234,7 @@ impl Checkpoint {
             Entry::Packed(packed) => TensorInfo {
                 shape: vec![packed.rows, packed.cols],
                 storage: Storage::Packed(packed.scheme),
-                bytes: packed.buffers.iter().map(|(_, location)| location.range.len() as u64).sum(),
+                bytes: packed.buffers.iter().map(|(_, _, location)| location.range.len() as u64).sum(),
             },
             Entry::Memory(made) => made.info(),
         })
@@ -237,12 +245,19 @@ impl Checkpoint {
         self.tensor_names().filter_map(|name| self.info(name)).map(|info| info.bytes).sum()
     }
 
-    /// How the matrices of a quantised folder are packed; `None` for an unquantised model.
+    /// What the folder says about its quantisation and this program does not follow, one sentence each: weights are
+    /// read exactly, how activations or the KV cache are to be rounded is not imitated.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// What a folder in our own layout says about its packed matrices; `None` for an unquantised model and for the
+    /// layouts of others, whose matrices [`Checkpoint::info`] describes all the same.
     pub fn quantization(&self) -> Option<&QuantizationConfig> {
         self.quantization.as_ref()
     }
 
-    /// A matrix of the shape `[rows, cols]`, borrowed from the map.
+    /// A matrix of the shape `[rows, cols]`, borrowed from the map where it lies there in canonical order.
     pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<PackedMatrix<'_>, CheckpointError> {
         let matrix = self.matrix_any(name)?;
         if (matrix.rows, matrix.cols) != (rows, cols) {
@@ -251,7 +266,7 @@ impl Checkpoint {
         Ok(matrix)
     }
 
-    /// A matrix of whatever shape it has, borrowed from the map: packed, or BF16, F16 or F32.
+    /// A matrix of whatever shape it has, borrowed likewise: packed, or BF16, F16 or F32.
     pub fn matrix_any(&self, name: &str) -> Result<PackedMatrix<'_>, CheckpointError> {
         let matrix = match self.require(name)? {
             Entry::Plain(location) => {
@@ -259,15 +274,15 @@ impl Checkpoint {
                     return Err(self.wrong_shape(name, location.shape.clone(), "a matrix [rows, cols]".to_owned()));
                 };
                 let scheme =
-                    layout::dense_scheme(location.dtype).ok_or_else(|| self.wrong_type(name, "BF16, F16 or F32"))?;
-                let mut matrix = layout::empty_matrix(scheme, rows, cols);
+                    layouts::dense_scheme(location.dtype).ok_or_else(|| self.wrong_type(name, "BF16, F16 or F32"))?;
+                let mut matrix = PackedMatrix::empty(scheme, rows, cols);
                 matrix.codes = Cow::Borrowed(self.bytes(location));
                 matrix
             }
             Entry::Packed(packed) => {
-                let mut matrix = layout::empty_matrix(packed.scheme, packed.rows, packed.cols);
-                for (buffer, location) in &packed.buffers {
-                    buffer.set(&mut matrix, self.bytes(location));
+                let mut matrix = PackedMatrix::empty(packed.scheme, packed.rows, packed.cols);
+                for (buffer, form, location) in &packed.buffers {
+                    buffer.set(&mut matrix, form.decode(self.bytes(location)));
                 }
                 matrix
             }
@@ -316,7 +331,7 @@ impl Checkpoint {
                 Ok(Tensor { dtype: location.dtype, shape: &location.shape, bytes: self.bytes(location) })
             }
             Entry::Packed(_) => Err(self.wrong_type(name, "an ordinary tensor")),
-            Entry::Memory(made) => match layout::dense_dtype(&made.values.scheme) {
+            Entry::Memory(made) => match layouts::dense_dtype(&made.values.scheme) {
                 Some(dtype) => Ok(Tensor { dtype, shape: &made.shape, bytes: &made.values.codes }),
                 None => Err(self.wrong_type(name, "an ordinary tensor")),
             },
@@ -360,7 +375,7 @@ impl Checkpoint {
     fn file_of(&self, name: &str) -> String {
         let shard = match self.entry(name) {
             Some(Entry::Plain(location)) => location.shard,
-            Some(Entry::Packed(packed)) => packed.buffers[0].1.shard,
+            Some(Entry::Packed(packed)) => packed.buffers[0].2.shard,
             Some(Entry::Memory(_)) | None => return self.name.clone(),
         };
         self.shards[shard].label.clone()
@@ -384,50 +399,4 @@ impl fmt::Debug for Checkpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Checkpoint").field("name", &self.name).field("tensors", &self.tensors.len()).finish()
     }
-}
-
-/// Gathers the stored tensors of each packed matrix into one entry; the others stay as they are.
-fn gather(
-    quantization: &QuantizationConfig,
-    stored: Vec<(String, Location)>,
-    shards: &[Shard],
-    config_label: &str,
-) -> Result<Vec<(String, Entry)>, CheckpointError> {
-    let order: Vec<String> = stored.iter().map(|(name, _)| name.clone()).collect();
-    let mut stored: HashMap<String, Location> = stored.into_iter().collect();
-    let mut packed = HashMap::new();
-    for (name, tensor) in &quantization.tensors {
-        let [rows, cols] = tensor.shape;
-        let scheme = quantization.schemes[&tensor.scheme];
-        let parts = layout::parts(&scheme, rows, cols).map_err(|source| CheckpointError::Format {
-            file: config_label.to_owned(),
-            tensor: name.clone(),
-            source,
-        })?;
-        let mut buffers = Vec::with_capacity(parts.len());
-        for part in parts {
-            let part_name = format!("{name}{}", part.buffer.suffix());
-            let location = stored.remove(&part_name).ok_or_else(|| {
-                let problem = format!("tensor `{name}` is packed as {scheme}, but the weights lack `{part_name}`");
-                CheckpointError::malformed(config_label, problem)
-            })?;
-            if (location.dtype, &location.shape) != (part.dtype, &part.shape) {
-                let problem = format!(
-                    "tensor `{part_name}` is {} {:?}; wanted {} {:?} for `{name}` [{rows}, {cols}] packed as {scheme}",
-                    location.dtype, location.shape, part.dtype, part.shape
-                );
-                return Err(CheckpointError::malformed(&shards[location.shard].label, problem));
-            }
-            buffers.push((part.buffer, location));
-        }
-        packed.insert(name.as_str(), PackedEntry { scheme, rows, cols, buffers });
-    }
-    let entry = |name: String| {
-        let entry = match packed.remove(name.as_str()) {
-            Some(packed) => Entry::Packed(packed),
-            None => Entry::Plain(stored.remove(&name)?),
-        };
-        Some((name, entry))
-    };
-    Ok(order.into_iter().filter_map(entry).collect())
 }

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use marlin_format::FormatError;
+use marlin_format::{FormatError, Scheme};
 
 /// An error of reading or writing a checkpoint; its message names the file, what was found, what was wanted, and what
 /// to do.
@@ -85,6 +85,17 @@ pub enum CheckpointError {
         file: String,
         /// Its quant_method.
         layout: String,
+    },
+    /// A scheme that the layout asked for does not have.
+    #[error(
+        "the layout {layout} has no place for {scheme}; it takes int4, int4-sym and int8 in groups of columns or rows, \
+         fp8 a tensor, a row or a tile, mxfp4 and nvfp4; choose one of them, or the layout metal-marlin"
+    )]
+    NoPlace {
+        /// The layout.
+        layout: &'static str,
+        /// The scheme.
+        scheme: Box<Scheme>,
     },
     /// A folder of ours, made by a later version.
     #[error(

@@ -1,15 +1,15 @@
 //! Checkpoint folders in and out.
 //!
 //! [`Checkpoint`] opens a Hugging Face folder (config.json, safetensors by mmap, tokenizer, chat template, generation
-//! settings) or a folder quantised by this project, and hands out matrices without copying them. [`CheckpointWriter`]
-//! writes quantised folders: crash-safe, resumable, one tensor in memory at a time. `docs/formats.md` describes the
-//! layout to the bit.
+//! settings), a folder quantised by this project or one in the layout of `compressed-tensors`, and hands out matrices
+//! without copying them. [`CheckpointWriter`] writes quantised folders in either layout: crash-safe, resumable, one
+//! tensor in memory at a time. `docs/formats.md` describes the layouts to the bit.
 
 mod chat_template;
 mod checkpoint;
 mod error;
 mod generation_config;
-mod layout;
+mod layouts;
 mod memory;
 mod quantization;
 mod shard;
@@ -21,6 +21,7 @@ mod writer;
 pub use checkpoint::{Checkpoint, Storage, Tensor, TensorInfo};
 pub use error::CheckpointError;
 pub use generation_config::GenerationConfig;
+pub use layouts::Layout;
 pub use memory::MemoryTensor;
 pub use quantization::{QuantizationConfig, QuantizedTensor};
 pub use safetensors::Dtype;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use marlin_format::{PackedMatrix, Scheme};
 
-use crate::layout;
+use crate::layouts;
 use crate::{Storage, TensorInfo};
 
 /// A tensor of a checkpoint that is made in memory, see [`crate::Checkpoint::from_parts`].
@@ -25,7 +25,7 @@ impl MemoryTensor {
     /// A vector (norm weights, a bias), kept in f32.
     pub fn vector(values: &[f32]) -> Self {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        let row = PackedMatrix { codes: Cow::Owned(bytes), ..layout::empty_matrix(Scheme::F32, 1, values.len()) };
+        let row = PackedMatrix { codes: Cow::Owned(bytes), ..PackedMatrix::empty(Scheme::F32, 1, values.len()) };
         Self { shape: vec![values.len()], values: Arc::new(row) }
     }
 
@@ -33,7 +33,7 @@ impl MemoryTensor {
         let scheme = self.values.scheme;
         TensorInfo {
             shape: self.shape.clone(),
-            storage: layout::dense_dtype(&scheme).map_or(Storage::Packed(scheme), Storage::Plain),
+            storage: layouts::dense_dtype(&scheme).map_or(Storage::Packed(scheme), Storage::Plain),
             bytes: self.values.bytes() as u64,
         }
     }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::CheckpointError;
+use crate::layouts::compressed_tensors;
 
 /// The `quant_method` of folders that this project writes.
 pub(crate) const METHOD: &str = "metal-marlin";
@@ -60,21 +61,8 @@ impl QuantizationConfig {
         name
     }
 
-    /// Reads it from config.json; `None` for an unquantised model. `file` names config.json in messages.
-    pub(crate) fn read(config: &Value, file: &str) -> Result<Option<Self>, CheckpointError> {
-        let Some(found) = config.get("quantization_config").or_else(|| config.get("quantization")) else {
-            return Ok(None);
-        };
-        if found.is_null() {
-            return Ok(None);
-        }
-        match found.get("quant_method").and_then(Value::as_str) {
-            Some(METHOD) => {}
-            Some(layout) => return Err(foreign(file, layout)),
-            // MLX writes group_size and bits without naming itself.
-            None if found.get("group_size").is_some() => return Err(foreign(file, "mlx")),
-            None => return Err(CheckpointError::malformed(file, "quantization_config lacks quant_method")),
-        }
+    /// Reads it from config.json, whose `quantization_config` is `found`. `file` names config.json in messages.
+    fn read(found: &Value, file: &str) -> Result<Self, CheckpointError> {
         let version = found.get("version").unwrap_or(&Value::Null);
         if version.as_u64() != Some(u64::from(VERSION)) {
             return Err(CheckpointError::Version {
@@ -91,7 +79,7 @@ impl QuantizationConfig {
                 return Err(CheckpointError::malformed(file, problem));
             }
         }
-        Ok(Some(read))
+        Ok(read)
     }
 
     /// The scheme of a packed matrix; `None` for a tensor stored as it is.
@@ -100,6 +88,31 @@ impl QuantizationConfig {
     }
 }
 
-fn foreign(file: &str, layout: &str) -> CheckpointError {
-    CheckpointError::ForeignLayout { file: file.to_owned(), layout: layout.to_owned() }
+/// How the matrices of a folder are packed, by the layout.
+pub(crate) enum Quantization {
+    Ours(QuantizationConfig),
+    CompressedTensors(compressed_tensors::Config),
+}
+
+impl Quantization {
+    /// Reads it from config.json; `None` for an unquantised model. `file` names config.json in messages.
+    pub(crate) fn read(config: &Value, file: &str) -> Result<Option<Self>, CheckpointError> {
+        // Folders of 2024 have `compression_config`.
+        let fields = ["quantization_config", "compression_config", "quantization"];
+        let Some(found) = fields.iter().find_map(|field| config.get(field)).filter(|found| !found.is_null()) else {
+            return Ok(None);
+        };
+        let foreign =
+            |layout: &str| CheckpointError::ForeignLayout { file: file.to_owned(), layout: layout.to_owned() };
+        match found.get("quant_method").and_then(Value::as_str) {
+            Some(METHOD) => QuantizationConfig::read(found, file).map(Self::Ours).map(Some),
+            Some(compressed_tensors::METHOD) => {
+                compressed_tensors::Config::read(found, file).map(Self::CompressedTensors).map(Some)
+            }
+            Some(layout) => Err(foreign(layout)),
+            // MLX writes group_size and bits without naming itself.
+            None if found.get("group_size").is_some() => Err(foreign("mlx")),
+            None => Err(CheckpointError::malformed(file, "quantization_config lacks quant_method")),
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! Codes of 1 to 8 bits packed least-significant bit first.
 
 /// Code number `index` of a packed run; `bits` is 1 to 8.
-pub(crate) fn get(bytes: &[u8], index: usize, bits: u32) -> u8 {
+pub fn get(bytes: &[u8], index: usize, bits: u32) -> u8 {
     let bit = index * bits as usize;
     let (byte, shift) = (bit / 8, bit % 8);
     let low = u16::from(bytes[byte]);
@@ -10,7 +10,7 @@ pub(crate) fn get(bytes: &[u8], index: usize, bits: u32) -> u8 {
 }
 
 /// Unpacks `out.len()` codes from the start of `bytes`.
-pub(crate) fn unpack(bytes: &[u8], bits: u32, out: &mut [u8]) {
+pub fn unpack(bytes: &[u8], bits: u32, out: &mut [u8]) {
     match bits {
         8 => out.copy_from_slice(&bytes[..out.len()]),
         4 => {
@@ -37,7 +37,7 @@ pub(crate) fn unpack(bytes: &[u8], bits: u32, out: &mut [u8]) {
 }
 
 /// Packs `codes` to the start of `out`; the unused bits of the last byte become 0.
-pub(crate) fn pack(codes: &[u8], bits: u32, out: &mut [u8]) {
+pub fn pack(codes: &[u8], bits: u32, out: &mut [u8]) {
     match bits {
         8 => out[..codes.len()].copy_from_slice(codes),
         4 => {

@@ -12,7 +12,7 @@
 //!
 //! let weights: Vec<f32> = (0..4 * 256).map(|i| (i as f32 * 0.1).sin()).collect();
 //! let scheme = Format::Fp4.scheme(None)?;
-//! let packed = encode(&weights, 4, 256, &scheme, &EncodeOptions { search: ScaleSearch::Mse })?;
+//! let packed = encode(&weights, 4, 256, &scheme, &EncodeOptions { search: ScaleSearch::Mse, ..Default::default() })?;
 //! assert_eq!(packed.scheme.to_string(), "fp4 g128");
 //! assert_eq!(packed.bits_per_weight(), 4.125);
 //!
@@ -22,7 +22,7 @@
 //! # Ok::<(), marlin_format::FormatError>(())
 //! ```
 
-mod bits;
+pub mod bits;
 mod decode;
 mod element;
 mod encode;

@@ -78,7 +78,7 @@ fn decode_rows(matrix: &PackedMatrix<'_>, rows: Range<usize>) -> Vec<f32> {
 
 #[cfg(test)]
 mod tests {
-    use marlin_format::{Format, Grouping, ScaleSearch};
+    use marlin_format::{Format, Grouping};
 
     use super::*;
 
@@ -104,7 +104,7 @@ mod tests {
         let (rows, cols) = (700, 200);
         let weights = weights(rows, cols);
         let source = dense(&weights, rows, cols);
-        let options = EncodeOptions { search: ScaleSearch::AbsMax };
+        let options = EncodeOptions::default();
         for format in Format::ALL {
             let tiles = (format == Format::Fp8).then_some(Grouping::Block { rows: 128, cols: 128 });
             let scheme = format.scheme(tiles).unwrap();

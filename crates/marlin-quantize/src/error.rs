@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use marlin_checkpoint::CheckpointError;
+use marlin_checkpoint::{CheckpointError, Layout};
 use marlin_format::FormatError;
 use marlin_model::ModelError;
 
@@ -34,6 +34,17 @@ pub enum QuantizeError {
     OutputIsSource {
         /// The folder.
         path: PathBuf,
+    },
+    /// The layout leaves embedding and head as they are.
+    #[error(
+        "the layout {layout} keeps embedding and head as they are, and {scheme} is asked for them; \
+         ask for bf16, f16, f32 or nothing"
+    )]
+    EmbeddingNotPacked {
+        /// The layout.
+        layout: Layout,
+        /// What was asked for.
+        scheme: String,
     },
     /// There is nothing to quantise.
     #[error(

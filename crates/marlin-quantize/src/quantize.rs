@@ -4,7 +4,7 @@ use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 
-use marlin_checkpoint::{Checkpoint, CheckpointWriter, Dtype, PlannedTensor, Storage, WriterOptions};
+use marlin_checkpoint::{Checkpoint, CheckpointWriter, Dtype, Layout, PlannedTensor, Storage, WriterOptions};
 use marlin_format::{EncodeOptions, Scheme};
 
 use crate::encode_matrix::{encode_matrix, matrix_error};
@@ -16,13 +16,16 @@ pub struct QuantizeOptions<'a> {
     pub force: bool,
     /// Bytes written between two syncs to disk: about what has to be done again after a kill.
     pub sync_bytes: u64,
+    /// How the output lays packed matrices out.
+    pub layout: Layout,
     /// Called before each tensor and once at the end.
     pub progress: Option<&'a mut dyn FnMut(Progress<'_>)>,
 }
 
 impl Default for QuantizeOptions<'_> {
     fn default() -> Self {
-        Self { force: false, sync_bytes: WriterOptions::default().sync_bytes, progress: None }
+        let WriterOptions { sync_bytes, layout, .. } = WriterOptions::default();
+        Self { force: false, sync_bytes, layout, progress: None }
     }
 }
 
@@ -93,18 +96,22 @@ pub fn quantize(
     recipe: &Recipe,
     mut options: QuantizeOptions<'_>,
 ) -> Result<Report, QuantizeError> {
+    let layout = options.layout;
+    let recipe = &in_layout(recipe, layout)?;
     let tasks = plan(source, recipe)?;
     refuse_source_as_output(source, out)?;
     let writer_options = WriterOptions {
-        fingerprint: fingerprint(source, recipe)?,
+        fingerprint: fingerprint(source, recipe, layout)?,
         force: options.force,
         sync_bytes: options.sync_bytes,
+        layout,
         ..WriterOptions::default()
     };
     let planned = tasks.iter().map(|task| task.planned.clone()).collect();
     let mut writer =
         CheckpointWriter::create(out, planned, source.config().clone(), source.side_files()?, &writer_options)?;
 
+    let encode = EncodeOptions { search: recipe.search, power_of_two_global: layout.stores_inverse_globals() };
     let resumed = writer.resumed();
     let total = tasks.iter().map(|task| task.bytes).sum();
     let mut done = 0;
@@ -117,7 +124,7 @@ pub fn quantize(
     for task in &tasks {
         progress(task.name, done);
         // The error of a matrix that an earlier run wrote is measured when the output can be read.
-        let written = if writer.is_done(task.name) { Ok(None) } else { write(source, task, recipe, &mut writer) };
+        let written = if writer.is_done(task.name) { Ok(None) } else { write(source, task, &encode, &mut writer) };
         match written {
             Ok(error) => errors.push(error),
             // The same weights would fail again, and the half-written folder would be in the way of other settings.
@@ -134,6 +141,17 @@ pub fn quantize(
 
     let output = Checkpoint::open(out)?;
     report(source, &output, &tasks, errors, resumed)
+}
+
+/// The recipe with schemes as the layout stores them.
+fn in_layout(recipe: &Recipe, layout: Layout) -> Result<Recipe, QuantizeError> {
+    let embedding = match recipe.embedding {
+        Some(scheme) if !scheme.is_dense() && !layout.packs_embeddings() => {
+            return Err(QuantizeError::EmbeddingNotPacked { layout, scheme: scheme.to_string() });
+        }
+        other => other,
+    };
+    Ok(Recipe { linears: layout.scheme(recipe.linears)?, embedding, search: recipe.search })
 }
 
 /// Decides about every tensor.
@@ -171,7 +189,7 @@ fn refuse_source_as_output(source: &Checkpoint, out: &Path) -> Result<(), Quanti
 
 /// Everything the output depends on. Of the weights only the first bytes of each tensor are looked at: enough to tell two trainings of one
 /// model apart.
-fn fingerprint(source: &Checkpoint, recipe: &Recipe) -> Result<String, QuantizeError> {
+fn fingerprint(source: &Checkpoint, recipe: &Recipe, layout: Layout) -> Result<String, QuantizeError> {
     const SAMPLE: usize = 256;
     let mut hasher = DefaultHasher::new();
     source.config().to_string().hash(&mut hasher);
@@ -180,14 +198,14 @@ fn fingerprint(source: &Checkpoint, recipe: &Recipe) -> Result<String, QuantizeE
         (name, &bytes[..bytes.len().min(SAMPLE)]).hash(&mut hasher);
     }
     let version = env!("CARGO_PKG_VERSION");
-    Ok(format!("metal-marlin {version}, source {:016x}, {recipe:?}", hasher.finish()))
+    Ok(format!("metal-marlin {version}, source {:016x}, {layout}, {recipe:?}", hasher.finish()))
 }
 
 /// Writes one tensor; the error of a matrix that was encoded.
 fn write(
     source: &Checkpoint,
     task: &Task<'_>,
-    recipe: &Recipe,
+    encode: &EncodeOptions,
     writer: &mut CheckpointWriter,
 ) -> Result<Option<ErrorStats>, QuantizeError> {
     let Some(scheme) = task.scheme else {
@@ -202,8 +220,7 @@ fn write(
         return Ok(None);
     };
     let matrix = source.matrix_any(task.name)?;
-    let (encoded, error) = encode_matrix(&matrix, scheme, &EncodeOptions { search: recipe.search })
-        .map_err(|e| encode_error(source, task.name, e))?;
+    let (encoded, error) = encode_matrix(&matrix, scheme, encode).map_err(|e| encode_error(source, task.name, e))?;
     writer.write_matrix(task.name, &encoded)?;
     Ok(Some(error))
 }

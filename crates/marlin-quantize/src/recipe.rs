@@ -9,8 +9,8 @@ use crate::TensorRole;
 pub struct Recipe {
     /// Storage of the decoder's linears.
     pub linears: Scheme,
-    /// Storage of embedding and head.
-    pub embedding: Scheme,
+    /// Storage of embedding and head; `None` keeps them as they are.
+    pub embedding: Option<Scheme>,
     /// How scales are chosen.
     pub search: ScaleSearch,
 }
@@ -20,7 +20,7 @@ impl Recipe {
     pub fn scheme(&self, role: TensorRole) -> Option<Scheme> {
         match role {
             TensorRole::DecoderLinear => Some(self.linears),
-            TensorRole::Embedding | TensorRole::Head => Some(self.embedding),
+            TensorRole::Embedding | TensorRole::Head => self.embedding,
             TensorRole::Vector | TensorRole::Unknown => None,
         }
     }

@@ -15,7 +15,7 @@ fn golden(name: &str) -> PathBuf {
 }
 
 fn recipe(linears: Scheme, search: ScaleSearch) -> Recipe {
-    Recipe { linears, embedding: Format::Int8.scheme(Some(Grouping::Columns(32))).unwrap(), search }
+    Recipe { linears, embedding: Some(Format::Int8.scheme(Some(Grouping::Columns(32))).unwrap()), search }
 }
 
 fn fp4() -> Recipe {
@@ -79,7 +79,7 @@ fn check_output(source: &Checkpoint, output: &Checkpoint, recipe: &Recipe) {
             continue;
         };
         let matrix = source.matrix_any(name).unwrap();
-        let options = EncodeOptions { search: recipe.search };
+        let options = EncodeOptions { search: recipe.search, ..Default::default() };
         let wanted = marlin_format::encode(&matrix.decode(), matrix.rows, matrix.cols, &scheme, &options).unwrap();
         assert_eq!(output.matrix(name, shape[0], shape[1]).unwrap(), wanted, "{name} as {scheme}");
     }

@@ -105,7 +105,7 @@ pub fn plan_in<B: Backend>(
     let usual = |format: Format, grouping| format.scheme(grouping).expect("every format has its usual groups");
     let recipe = Recipe {
         linears: usual(format, None),
-        embedding: usual(Format::Int8, Some(Grouping::Columns(32))),
+        embedding: Some(usual(Format::Int8, Some(Grouping::Columns(32)))),
         search: ScaleSearch::Mse,
     };
     let scheme =

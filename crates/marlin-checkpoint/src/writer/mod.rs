@@ -16,7 +16,7 @@ use self::journal::{Journal, Record};
 use self::plan::Plan;
 pub use self::plan::PlannedTensor;
 use self::workspace::Workspace;
-use crate::{CheckpointError, layout, weights};
+use crate::{CheckpointError, Layout, layouts, weights};
 
 const GIB: u64 = 1 << 30;
 const MIB: u64 = 1 << 20;
@@ -33,11 +33,19 @@ pub struct WriterOptions {
     pub max_shard_bytes: u64,
     /// Tensor bytes between two syncs to disk: about what a kill can cost.
     pub sync_bytes: u64,
+    /// How packed matrices are laid out.
+    pub layout: Layout,
 }
 
 impl Default for WriterOptions {
     fn default() -> Self {
-        Self { fingerprint: String::new(), force: false, max_shard_bytes: 4 * GIB, sync_bytes: 64 * MIB }
+        Self {
+            fingerprint: String::new(),
+            force: false,
+            max_shard_bytes: 4 * GIB,
+            sync_bytes: 64 * MIB,
+            layout: Layout::default(),
+        }
     }
 }
 
@@ -81,7 +89,7 @@ impl CheckpointWriter {
         options: &WriterOptions,
     ) -> Result<Self, CheckpointError> {
         let impossible = |problem| CheckpointError::Plan { path: out.to_path_buf(), problem };
-        let plan = Plan::new(tensors, options.max_shard_bytes).map_err(impossible)?;
+        let plan = Plan::new(tensors, options.layout, options.max_shard_bytes).map_err(impossible)?;
         let config = plan.config(config, out)?;
         check_side_files(&side_files).map_err(impossible)?;
 
@@ -127,7 +135,7 @@ impl CheckpointWriter {
             tensor: name.to_owned(),
             source,
         })?;
-        if let Some(dtype) = layout::dense_dtype(&matrix.scheme) {
+        if let Some(dtype) = layouts::dense_dtype(&matrix.scheme) {
             return self.write_raw(name, dtype, &[matrix.rows, matrix.cols], &matrix.codes);
         }
         let tensor = self.pending(name)?;
@@ -137,8 +145,8 @@ impl CheckpointWriter {
             return Err(self.not_as_planned(tensor, &found));
         }
         for slot in 0..self.plan.slots(tensor).len() {
-            let buffer = self.plan.slots(tensor)[slot].buffer;
-            self.write_slot(tensor, slot, buffer.of(matrix))?;
+            let content = self.plan.slots(tensor)[slot].content.clone();
+            self.write_slot(tensor, slot, &content.bytes(matrix))?;
         }
         self.finished(tensor)
     }

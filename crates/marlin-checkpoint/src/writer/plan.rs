@@ -8,8 +8,8 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Value, json};
 
-use crate::layout::{self, Buffer};
-use crate::{CheckpointError, QuantizationConfig, weights};
+use crate::layouts::{self, Buffer, Content as PartContent, Form, Part};
+use crate::{CheckpointError, Layout, weights};
 
 /// A tensor that will be written.
 #[derive(Debug, Clone, PartialEq)]
@@ -28,7 +28,7 @@ enum Content {
 impl PlannedTensor {
     /// A matrix `[rows, cols]` in a scheme; an unquantised one becomes an ordinary tensor.
     pub fn matrix(name: impl Into<String>, rows: usize, cols: usize, scheme: Scheme) -> Self {
-        let content = match layout::dense_dtype(&scheme) {
+        let content = match layouts::dense_dtype(&scheme) {
             Some(dtype) => Content::Raw { dtype, shape: vec![rows, cols] },
             None => Content::Matrix { rows, cols, scheme },
         };
@@ -65,32 +65,31 @@ impl PlannedTensor {
     }
 
     /// The stored tensors it becomes; the error says what is impossible.
-    fn parts(&self) -> Result<Vec<Slot>, String> {
-        let slot = |buffer: Buffer, dtype: Dtype, shape: Vec<usize>| {
+    fn parts(&self, layout: Layout) -> Result<Vec<Slot>, String> {
+        let parts = match &self.content {
+            Content::Raw { dtype, shape } => {
+                let content = PartContent::Buffer(Buffer::Codes, Form::Same);
+                vec![Part { name: self.name.clone(), dtype: *dtype, shape: shape.clone(), content }]
+            }
+            Content::Matrix { rows, cols, scheme } => layout.parts(&self.name, scheme, *rows, *cols)?,
+        };
+        let slot = |Part { name, dtype, shape, content }: Part| {
             let bits = shape.iter().try_fold(dtype.bitsize(), |bits, n| bits.checked_mul(*n));
             match bits {
                 Some(bits) if bits % 8 == 0 => {
-                    let name = format!("{}{}", self.name, buffer.suffix());
-                    Ok(Slot { buffer, name, dtype, shape, bytes: bits as u64 / 8, shard: 0, offset: 0 })
+                    Ok(Slot { content, name, dtype, shape, bytes: bits as u64 / 8, shard: 0, offset: 0 })
                 }
-                _ => Err(format!("tensor `{}` cannot have shape {shape:?}", self.name)),
+                _ => Err(format!("tensor `{name}` cannot have shape {shape:?}")),
             }
         };
-        match &self.content {
-            Content::Raw { dtype, shape } => Ok(vec![slot(Buffer::Codes, *dtype, shape.clone())?]),
-            Content::Matrix { rows, cols, scheme } => layout::parts(scheme, *rows, *cols)
-                .map_err(|e| format!("tensor `{}`: {e}", self.name))?
-                .into_iter()
-                .map(|part| slot(part.buffer, part.dtype, part.shape))
-                .collect(),
-        }
+        parts.into_iter().map(slot).collect()
     }
 }
 
 /// A stored tensor and its place.
 #[derive(Debug, Clone)]
 pub(super) struct Slot {
-    pub(super) buffer: Buffer,
+    pub(super) content: PartContent,
     pub(super) name: String,
     dtype: Dtype,
     shape: Vec<usize>,
@@ -125,14 +124,15 @@ pub(super) struct Plan {
     /// The slots of each planned tensor.
     slots: Vec<Vec<Slot>>,
     tensors: Vec<PlannedTensor>,
+    layout: Layout,
     index: HashMap<String, usize>,
 }
 
 impl Plan {
     /// Distributes tensors over shards, in their order, none split, no file above `max_shard_bytes` unless one tensor
     /// alone is.
-    pub(super) fn new(tensors: Vec<PlannedTensor>, max_shard_bytes: u64) -> Result<Self, String> {
-        let mut slots = tensors.iter().map(PlannedTensor::parts).collect::<Result<Vec<_>, _>>()?;
+    pub(super) fn new(tensors: Vec<PlannedTensor>, layout: Layout, max_shard_bytes: u64) -> Result<Self, String> {
+        let mut slots = tensors.iter().map(|tensor| tensor.parts(layout)).collect::<Result<Vec<_>, _>>()?;
         check_names(&slots)?;
 
         // Assign shards.
@@ -163,7 +163,7 @@ impl Plan {
             })
             .collect::<Result<_, _>>()?;
         let index = tensors.iter().enumerate().map(|(i, tensor)| (tensor.name.clone(), i)).collect();
-        Ok(Self { shards, slots, tensors, index })
+        Ok(Self { shards, slots, tensors, layout, index })
     }
 
     pub(super) fn tensors(&self) -> &[PlannedTensor] {
@@ -202,11 +202,15 @@ impl Plan {
             });
         };
         object.shift_remove("quantization_config");
-        let packed =
-            || self.tensors.iter().filter_map(|t| t.packed().map(|(scheme, shape)| (t.name.as_str(), scheme, shape)));
-        if packed().next().is_some() {
-            let described = serde_json::to_value(QuantizationConfig::describe(packed()));
-            object.insert("quantization_config".to_owned(), described.expect("plain data becomes JSON"));
+        let packed = |t: &PlannedTensor| t.packed().is_some();
+        if self.tensors.iter().any(packed) {
+            let described =
+                self.tensors.iter().filter_map(|t| t.packed().map(|(scheme, shape)| (&*t.name, scheme, shape)));
+            let plain = self.tensors.iter().filter(|t| t.raw_content().is_some_and(|(_, shape)| shape.len() == 2));
+            let described: Vec<_> = described.collect();
+            let plain: Vec<&str> = plain.map(|t| t.name.as_str()).collect();
+            let described = self.layout.quantization_config(&described, &plain);
+            object.insert("quantization_config".to_owned(), described);
         }
         Ok(config)
     }

@@ -20,6 +20,9 @@ use search::Choice;
 pub struct EncodeOptions {
     /// How the scale of a group is found.
     pub search: ScaleSearch,
+    /// Whether the f32 of a matrix with E4M3 scales (NVFP4) is rounded up to a power of two, whose inverse is exact: for
+    /// layouts that store the inverse. It costs at most one of the fifteen binades of E4M3.
+    pub power_of_two_global: bool,
 }
 
 /// How the scale (and zero point) of a group is found.
@@ -71,7 +74,7 @@ pub struct Encoder {
     scheme: Scheme,
     rows: usize,
     cols: usize,
-    search: ScaleSearch,
+    options: EncodeOptions,
     /// Largest magnitude of the whole matrix.
     abs_max: Option<f32>,
 }
@@ -86,7 +89,7 @@ impl Encoder {
         if let Some(reason) = unsupported(scheme) {
             return Err(FormatError::Unsupported { scheme: Box::new(*scheme), reason });
         }
-        Ok(Self { scheme: *scheme, rows, cols, search: options.search, abs_max: None })
+        Ok(Self { scheme: *scheme, rows, cols, options: *options, abs_max: None })
     }
 
     /// Whether slices need to know the largest magnitude of the whole matrix (see [`Encoder::with_abs_max`]).
@@ -123,7 +126,7 @@ impl Encoder {
             }
             known => known.unwrap_or(slice_max),
         };
-        let store = ScaleStore::new(&self.scheme, whole_max);
+        let store = ScaleStore::new(&self.scheme, whole_max, self.options.power_of_two_global);
 
         let bits = self.scheme.element.bits();
         let sizes = self.scheme.sizes(rows, self.cols)?;
@@ -192,10 +195,10 @@ impl Encoder {
     /// The scale and zero point of a group; `None` if its weights are too large.
     fn choose(&self, group: &[f32], store: &ScaleStore) -> Option<Choice> {
         match self.scheme.element {
-            Element::E2M1 => search::e2m1(group, store, self.search),
-            Element::E4M3 => search::e4m3(group, store, self.search),
-            Element::Int(bits) => search::signed(group, bits, store, self.search),
-            Element::Uint(bits) => search::unsigned(group, bits, store, self.search),
+            Element::E2M1 => search::e2m1(group, store, self.options.search),
+            Element::E4M3 => search::e4m3(group, store, self.options.search),
+            Element::Int(bits) => search::signed(group, bits, store, self.options.search),
+            Element::Uint(bits) => search::unsigned(group, bits, store, self.options.search),
             element => unreachable!("{element} is not encoded in groups"),
         }
     }

@@ -27,14 +27,17 @@ pub(super) struct ScaleStore {
 
 impl ScaleStore {
     /// `abs_max` is the largest magnitude of the whole matrix. As NVFP4 defines it, the global scale gives the group
-    /// of that weight the largest E4M3 scale.
-    pub(super) fn new(scheme: &Scheme, abs_max: f32) -> Self {
+    /// of that weight the largest E4M3 scale, or as a power of two one of at least half of that.
+    pub(super) fn new(scheme: &Scheme, abs_max: f32, power_of_two_global: bool) -> Self {
         let largest = match scheme.element {
             Element::Uint(bits) => ((1u32 << bits) - 1) as f32,
             element => element.values().iter().fold(0.0, |max: f32, value| max.max(value.abs())),
         };
         let global = match scheme.scale {
-            ScaleKind::E4M3Global if abs_max > 0.0 => (abs_max / largest / 448.0).max(f32::from_bits(1)),
+            ScaleKind::E4M3Global if abs_max > 0.0 => {
+                let global = (abs_max / largest / 448.0).max(f32::from_bits(1));
+                if power_of_two_global { ceil_power_of_two(global) } else { global }
+            }
             _ => 1.0,
         };
         Self { kind: scheme.scale, global, largest }
@@ -108,13 +111,20 @@ impl ScaleStore {
     }
 }
 
+/// The smallest power of two that is not smaller and has a finite inverse.
+fn ceil_power_of_two(x: f32) -> f32 {
+    let x = x.max(f32::MIN_POSITIVE);
+    let floor = f32::from_bits(x.to_bits() & 0x7f80_0000);
+    if floor < x { floor * 2.0 } else { floor }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::Grouping;
 
     fn store(kind: ScaleKind, abs_max: f32) -> ScaleStore {
-        ScaleStore::new(&Scheme::scaled(Element::E2M1, Grouping::Row, kind), abs_max)
+        ScaleStore::new(&Scheme::scaled(Element::E2M1, Grouping::Row, kind), abs_max, false)
     }
 
     #[test]
@@ -142,6 +152,14 @@ mod tests {
             } else {
                 assert_eq!(store.round(f32::MAX / 2.0), None, "{kind:?}");
             }
+        }
+    }
+
+    #[test]
+    fn powers_of_two_have_exact_inverses() {
+        for (x, wanted) in [(1.0, 1.0), (1.1, 2.0), (0.75, 1.0), (1e-45, f32::MIN_POSITIVE), (1.2e35, 2f32.powi(117))] {
+            assert_eq!(ceil_power_of_two(x), wanted, "{x:e}");
+            assert_eq!(1.0 / (1.0 / wanted), wanted);
         }
     }
 

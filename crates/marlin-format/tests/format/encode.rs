@@ -6,8 +6,8 @@ use marlin_format::{
     Scheme, Sparsity, ZeroKind, abs_max, encode,
 };
 
-const RTN: EncodeOptions = EncodeOptions { search: ScaleSearch::AbsMax };
-const MSE: EncodeOptions = EncodeOptions { search: ScaleSearch::Mse };
+const RTN: EncodeOptions = EncodeOptions { search: ScaleSearch::AbsMax, power_of_two_global: false };
+const MSE: EncodeOptions = EncodeOptions { search: ScaleSearch::Mse, power_of_two_global: false };
 
 fn groupings() -> Vec<Grouping> {
     ["16", "32", "64", "100", "128", "row", "tensor", "128x128", "3x40"].map(|text| text.parse().unwrap()).to_vec()

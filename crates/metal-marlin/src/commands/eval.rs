@@ -110,7 +110,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 
 /// Opens a model folder, or the bundled model under its name; `./bundled` is a folder.
 pub(super) fn open(model: &Path) -> Result<Checkpoint, LoadError> {
-    load::open_checkpoint((model != Path::new("bundled")).then_some(model))
+    let checkpoint = load::open_checkpoint((model != Path::new("bundled")).then_some(model))?;
+    super::print_notes(&checkpoint);
+    Ok(checkpoint)
 }
 
 /// What all the models allow, but not more than is usual.

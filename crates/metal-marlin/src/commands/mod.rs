@@ -2,6 +2,8 @@
 
 use std::num::NonZeroUsize;
 
+use marlin_checkpoint::Checkpoint;
+
 pub(crate) mod bench;
 pub(crate) mod chat;
 pub(crate) mod completions;
@@ -45,6 +47,13 @@ impl Command {
             Self::Completions(args) => completions::run(args),
             Self::Man(args) => man::run(args),
         }
+    }
+}
+
+/// Says on standard error what a model folder asks for and is not followed.
+fn print_notes(checkpoint: &Checkpoint) {
+    for note in checkpoint.notes() {
+        eprintln!("note: {}: {note}", checkpoint.name());
     }
 }
 

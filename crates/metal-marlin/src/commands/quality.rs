@@ -131,7 +131,7 @@ impl Measure<'_> {
             for (search, method) in METHODS {
                 let recipe = Recipe {
                     linears: format.scheme(grouping)?,
-                    embedding: embedding_scheme(Format::Int8, None)?,
+                    embedding: Some(embedding_scheme(Format::Int8, None)?),
                     search,
                 };
                 let folder = tempfile::tempdir().context("cannot make a temporary folder")?;

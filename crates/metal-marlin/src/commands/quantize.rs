@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use marlin_checkpoint::Layout;
 use marlin_format::{Format, Grouping, ScaleSearch, Scheme};
 use marlin_quantize::{ErrorStats, MatrixReport, QuantizeOptions, Recipe, Report, quantize};
 use metal_marlin::device::parse_threads;
@@ -20,10 +21,14 @@ Examples:
   metal-marlin quantize path/to/model out --format int4 --group-size 32
   metal-marlin quantize path/to/model out --format fp8 --group-size 128x128
   metal-marlin quantize path/to/model out --bits 3 --embedding-format bf16 --json
+  metal-marlin quantize path/to/model out --format int4 --layout compressed-tensors
 
 Group sizes, where they are not given: fp4, int4, int4-sym and int8 128, int3 64, int2 32, fp8 row;
 mxfp4 always has 32 and nvfp4 16. Norms and biases are kept as they are. An interrupted run leaves
-OUT.partial; the same command goes on from there.";
+OUT.partial; the same command goes on from there.
+
+The layout compressed-tensors is for other engines (vLLM, transformers). It takes int4, int4-sym and int8 in
+groups of columns or rows, fp8 a row, a tensor or a tile, mxfp4 and nvfp4; embedding and head are kept.";
 
 /// Groups of an int8 embedding: fine, since every token's logit depends on it.
 const EMBEDDING_GROUP: Grouping = Grouping::Columns(32);
@@ -58,13 +63,18 @@ pub(crate) struct Args {
     #[arg(long, value_enum, default_value_t = Method::Mse)]
     method: Method,
 
-    /// Number format of embedding and output head: one of the above, bf16, f16 or f32
-    #[arg(long, value_name = "FORMAT", default_value_t = Format::Int8)]
-    embedding_format: Format,
+    /// Number format of embedding and output head: one of the above, bf16, f16 or f32 [default: int8; with the layout
+    /// compressed-tensors they are kept]
+    #[arg(long, value_name = "FORMAT")]
+    embedding_format: Option<Format>,
 
     /// Weights of the embedding that share a scale [default: 32 for int8, otherwise the format's own]
     #[arg(long, value_name = "SIZE")]
     embedding_group_size: Option<Grouping>,
+
+    /// How packed matrices are laid out: metal-marlin, or compressed-tensors for other engines
+    #[arg(long, value_parser = layout, default_value_t = Layout::MetalMarlin)]
+    layout: Layout,
 
     /// Replace OUT if it is a model folder
     #[arg(long)]
@@ -111,7 +121,7 @@ pub(super) fn embedding_scheme(format: Format, grouping: Option<Grouping>) -> an
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let recipe = Recipe {
         linears: format(args.format, args.bits)?.scheme(args.group_size)?,
-        embedding: embedding_scheme(args.embedding_format, args.embedding_group_size)?,
+        embedding: embedding(&args)?,
         search: args.method.into(),
     };
     let started = Instant::now();
@@ -119,7 +129,12 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let report = in_pool(args.threads, || {
         let mut bar = Bar::bytes("Quantising");
         let mut progress = |progress: marlin_quantize::Progress<'_>| bar.set(progress.done, progress.total);
-        let options = QuantizeOptions { force: args.force, progress: Some(&mut progress), ..Default::default() };
+        let options = QuantizeOptions {
+            force: args.force,
+            layout: args.layout,
+            progress: Some(&mut progress),
+            ..Default::default()
+        };
         quantize(&checkpoint, &args.out, &recipe, options)
     })??;
     let seconds = started.elapsed().as_secs_f64();
@@ -130,6 +145,26 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     };
     stdout().write_all(text.as_bytes())?;
     Ok(())
+}
+
+/// What `--embedding-format` asks for, or else what suits the layout; `None` keeps embedding and head.
+fn embedding(args: &Args) -> anyhow::Result<Option<Scheme>> {
+    let usual = args.layout.packs_embeddings().then_some(Format::Int8);
+    match (args.embedding_format.or(usual), args.embedding_group_size) {
+        (Some(format), grouping) => embedding_scheme(format, grouping).map(Some),
+        (None, None) => Ok(None),
+        (None, Some(_)) => anyhow::bail!(
+            "--embedding-group-size has nothing to group: the layout {} keeps embedding and head as they are",
+            args.layout
+        ),
+    }
+}
+
+fn layout(name: &str) -> Result<Layout, String> {
+    Layout::ALL.into_iter().find(|layout| layout.name() == name).ok_or_else(|| {
+        let names = Layout::ALL.map(Layout::name);
+        format!("layouts are {}", names.join(", "))
+    })
 }
 
 pub(super) fn quantized_format(name: &str) -> Result<Format, String> {
@@ -177,7 +212,8 @@ fn to_json(args: &Args, recipe: &Recipe, report: &Report, seconds: f64) -> Value
         "model": args.model,
         "out": args.out,
         "scheme": recipe.linears.to_string(),
-        "embedding_scheme": recipe.embedding.to_string(),
+        "embedding_scheme": recipe.embedding.map(|scheme| scheme.to_string()),
+        "layout": args.layout.name(),
         "bits_per_weight": report.after.bits_per_weight(),
         "decoder_bits_per_weight": report.after.linear_bits_per_weight(),
         "bytes_before": report.before.bytes,

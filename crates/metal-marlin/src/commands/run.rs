@@ -134,6 +134,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let prompt = read_prompt(&args.prompt)?;
     let started = Instant::now();
     let checkpoint = load::open_checkpoint(args.model.as_deref())?;
+    super::print_notes(&checkpoint);
     let generation = checkpoint.generation_config()?;
     let tokenizer = checkpoint.tokenizer()?;
     let mut stop = args.stop.conditions(&generation);

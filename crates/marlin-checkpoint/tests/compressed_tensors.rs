@@ -1,0 +1,266 @@
+//! Folders in the layout of `compressed-tensors`: those of the package, ours, and broken ones.
+
+mod common;
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use common::{Raw, assert_says, folder, message};
+use marlin_checkpoint::{Checkpoint, CheckpointWriter, Dtype, Layout, PlannedTensor, Storage, WriterOptions};
+use marlin_format::{EncodeOptions, Format, Grouping, PackedMatrix, Scheme};
+use serde_json::{Value, json};
+
+fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/compressed-tensors")
+}
+
+/// What `scripts/oracles/check_compressed_tensors.py goldens` decoded in f32.
+fn expected() -> BTreeMap<String, Vec<f32>> {
+    let bytes = fs::read(golden().join("expected.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let floats = |bytes: &[u8]| bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    tensors.iter().map(|(name, view)| (name.to_owned(), floats(view.data()))).collect()
+}
+
+#[test]
+fn a_folder_of_the_package_decodes_as_there() {
+    let checkpoint = Checkpoint::open(&golden()).unwrap();
+    let mut names: Vec<&str> = checkpoint.tensor_names().collect();
+    names.sort_unstable();
+    let expected = expected();
+    assert_eq!(names, expected.keys().map(String::as_str).collect::<Vec<_>>());
+    assert!(checkpoint.notes().is_empty() && checkpoint.quantization().is_none());
+
+    for (name, wanted) in &expected {
+        let found = checkpoint.matrix_any(name).unwrap().decode();
+        if name == "c.nvfp4.weight" {
+            // The inverse of an arbitrary f32 is rounded.
+            let close = |(a, b): (&f32, &f32)| (a - b).abs() <= b.abs() * 3e-7;
+            assert!(found.len() == wanted.len() && found.iter().zip(wanted).all(close), "{name}");
+        } else {
+            let bits = |weights: &[f32]| weights.iter().map(|w| w.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&found), bits(wanted), "{name}");
+        }
+    }
+    for (name, scheme) in [
+        ("a.int4_sym_group.weight", "int4-sym g16 bf16 scales"),
+        ("a.int4_sym_row_odd.weight", "int4-sym row"),
+        ("a.int4_asym_group.weight", "int4 g32 f32 scales"),
+        ("a.int3_asym_group.weight", "int3 g16"),
+        ("b.int8_asym_row.weight", "int8-asym row bf16 scales"),
+        ("b.fp8_block.weight", "fp8 8x16"),
+        ("c.nvfp4.weight", "nvfp4"),
+        ("c.mxfp4.weight", "mxfp4"),
+        ("c.mxfp8.weight", "mxfp8"),
+    ] {
+        let Storage::Packed(found) = checkpoint.info(name).unwrap().storage else { panic!("{name} is not packed") };
+        assert_eq!(found.to_string(), scheme, "{name}");
+    }
+    // Rows of whole words are not copied, odd ones must be.
+    let codes = |name| checkpoint.matrix_any(name).unwrap().codes;
+    assert!(matches!(codes("a.int4_sym_group.weight"), Cow::Borrowed(_)));
+    assert!(matches!(codes("a.int4_sym_row_odd.weight"), Cow::Owned(_)));
+}
+
+fn weights(rows: usize, cols: usize) -> Vec<f32> {
+    (0..rows * cols).map(|i| ((i * 37 % 101) as f32 - 50.0) / 23.0).collect()
+}
+
+/// Writes one linear beside a plain embedding.
+fn write(out: &Path, matrix: &PackedMatrix<'_>) {
+    let planned = vec![
+        PlannedTensor::raw("model.embed_tokens.weight", Dtype::F32, vec![1, 2]),
+        PlannedTensor::matrix("l.q_proj.weight", matrix.rows, matrix.cols, matrix.scheme),
+    ];
+    let options = WriterOptions { layout: Layout::CompressedTensors, ..WriterOptions::default() };
+    let mut writer = CheckpointWriter::create(out, planned, json!({}), Vec::new(), &options).unwrap();
+    writer.write_raw("model.embed_tokens.weight", Dtype::F32, &[1, 2], &[0; 8]).unwrap();
+    writer.write_matrix("l.q_proj.weight", matrix).unwrap();
+    writer.finish().unwrap();
+}
+
+#[test]
+fn what_is_written_comes_back_bit_for_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let tile = Grouping::Block { rows: 128, cols: 128 };
+    let cases = [
+        (Format::Int4, Grouping::Columns(16), "pack-quantized", "group"),
+        (Format::Int4, Grouping::Row, "pack-quantized", "channel"),
+        (Format::Int4Sym, Grouping::Columns(16), "pack-quantized", "group"),
+        (Format::Int8, Grouping::Row, "pack-quantized", "channel"),
+        (Format::Fp8, Grouping::Tensor, "float-quantized", "tensor"),
+        (Format::Fp8, Grouping::Row, "float-quantized", "channel"),
+        (Format::Fp8, tile, "float-quantized", "block"),
+        (Format::Mxfp4, Grouping::Columns(32), "mxfp4-pack-quantized", "group"),
+        (Format::Nvfp4, Grouping::Columns(16), "nvfp4-pack-quantized", "tensor_group"),
+    ];
+    for (index, (format, grouping, stored_as, strategy)) in cases.into_iter().enumerate() {
+        let scheme = Layout::CompressedTensors.scheme(format.scheme(Some(grouping)).unwrap()).unwrap();
+        let (rows, cols) = (131, 160);
+        let options = EncodeOptions { power_of_two_global: true, ..EncodeOptions::default() };
+        let matrix = marlin_format::encode(&weights(rows, cols), rows, cols, &scheme, &options).unwrap();
+        let out = folder.path().join(index.to_string());
+        write(&out, &matrix);
+
+        let checkpoint = Checkpoint::open(&out).unwrap();
+        assert_eq!(checkpoint.matrix("l.q_proj.weight", rows, cols).unwrap(), matrix, "{scheme}");
+        assert!(checkpoint.tensor("model.embed_tokens.weight").is_ok());
+        let config = &checkpoint.config()["quantization_config"];
+        assert_eq!(config["format"], stored_as);
+        assert_eq!(config["ignore"], json!(["model.embed_tokens", "lm_head"]));
+        let weights = &config["config_groups"]["group_0"]["weights"];
+        assert_eq!(weights["strategy"], strategy);
+        assert_eq!(weights["symmetric"], format != Format::Int4);
+        assert_eq!(weights["num_bits"], scheme.element.bits());
+    }
+}
+
+#[test]
+fn what_the_layout_has_no_place_for_is_refused() {
+    let scheme = |format: Format, group| Layout::CompressedTensors.scheme(format.scheme(group).unwrap());
+    for (format, group) in [
+        (Format::Fp4, None),
+        (Format::Int3, None),
+        (Format::Int2, None),
+        (Format::Int8, Some(Grouping::Tensor)),
+        (Format::Fp8, Some(Grouping::Columns(32))),
+    ] {
+        let error = message(scheme(format, group).unwrap_err());
+        assert_says(&error, &["compressed-tensors has no place for", "int4-sym", "choose one of them"]);
+    }
+
+    let folder = tempfile::tempdir().unwrap();
+    let plan = |name: &str, cols| {
+        let planned = vec![PlannedTensor::matrix(name, 4, cols, scheme(Format::Int4, None).unwrap())];
+        let options = WriterOptions { layout: Layout::CompressedTensors, ..WriterOptions::default() };
+        message(CheckpointWriter::create(&folder.path().join("o"), planned, json!({}), vec![], &options).unwrap_err())
+    };
+    assert_says(&plan("x.weight", 200), &["`x.weight`", "200 columns are no multiple of the group of 128"]);
+    assert_says(&plan("x.kernel", 128), &["`x.kernel`", "….weight"]);
+}
+
+/// config.json with one group of these weights.
+fn config(format: &str, weights: Value) -> Value {
+    let group = json!({"targets": ["Linear"], "weights": weights});
+    json!({"quantization_config": {
+        "quant_method": "compressed-tensors", "format": format, "config_groups": {"group_0": group},
+    }})
+}
+
+fn int4() -> Value {
+    config("pack-quantized", json!({"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8}))
+}
+
+const CODES: Raw = ("x.weight_packed", Dtype::I32, &[1, 1], &[0x89, 0x67, 0x45, 0x23]);
+const SCALE: Raw = ("x.weight_scale", Dtype::BF16, &[1, 1], &[0x00, 0x3f]); // 0.5
+const SHAPE: Raw = ("x.weight_shape", Dtype::I64, &[2], &[1, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0]);
+
+fn open_error(config: &Value, tensors: &[Raw]) -> String {
+    let folder = folder(&config.to_string(), tensors);
+    message(Checkpoint::open(folder.path()).unwrap_err())
+}
+
+#[test]
+fn a_linear_made_by_hand() {
+    let folder = folder(&int4().to_string(), &[CODES, SCALE, SHAPE]);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let found = checkpoint.matrix("x.weight", 1, 8).unwrap().decode();
+    assert_eq!(found, [0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -2.5, -3.0]);
+    assert_eq!(checkpoint.tensor_names().collect::<Vec<_>>(), ["x.weight"]);
+}
+
+#[test]
+fn activations_and_the_kv_cache_are_noted() {
+    let mut config = int4();
+    let quantization = &mut config["quantization_config"];
+    quantization["kv_cache_scheme"] = json!({"num_bits": 8, "type": "float"});
+    quantization["config_groups"]["group_0"]["input_activations"] = json!({"num_bits": 8, "dynamic": true});
+    let input: Raw = ("x.input_scale", Dtype::F32, &[1], &[0; 4]);
+    let keys: Raw = ("a.k_scale", Dtype::F32, &[1], &[0; 4]);
+    let folder = folder(&config.to_string(), &[CODES, SCALE, SHAPE, input, keys]);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!(checkpoint.tensor_names().collect::<Vec<_>>(), ["x.weight"]);
+    let [kv, activations] = checkpoint.notes() else { panic!("{:?}", checkpoint.notes()) };
+    assert_says(kv, &["kv_cache_scheme"]);
+    assert_says(activations, &["input_activations", "weights are read exactly"]);
+}
+
+#[test]
+fn layouts_within_the_layout_that_are_not_read() {
+    for format in ["marlin-24", "sparse-24-bitmask", "sparse-bitmask", "mxfp6-pack-quantized", "made-up"] {
+        let error = open_error(&config(format, json!({"num_bits": 4})), &[CODES, SCALE, SHAPE]);
+        assert_says(&error, &["config.json", format, "not read yet"]);
+    }
+    let mut sparse = int4();
+    sparse["quantization_config"]["sparsity_config"] = json!({"format": "sparse-24-bitmask"});
+    assert_says(&open_error(&sparse, &[CODES, SCALE, SHAPE]), &["sparse-24-bitmask", "not read yet"]);
+    let mut rotated = int4();
+    rotated["quantization_config"]["transform_config"] = json!({"config_groups": {"R1": {}}});
+    assert_says(&open_error(&rotated, &[CODES, SCALE, SHAPE]), &["transform_config", "not read yet"]);
+    let order: Raw = ("x.weight_g_idx", Dtype::I32, &[8], &[0; 32]);
+    assert_says(&open_error(&int4(), &[CODES, SCALE, SHAPE, order]), &["`x.weight_g_idx`", "not read yet"]);
+}
+
+#[test]
+fn broken_folders_say_what_is_wrong() {
+    let weights = |weights: Value, words: &[&str]| {
+        let error = open_error(&config("pack-quantized", weights), &[CODES, SCALE, SHAPE]);
+        assert_says(&error, &[&["config.json", "group_0"], words].concat());
+    };
+    weights(json!({"num_bits": 4, "strategy": "group"}), &["group_size is None"]);
+    weights(json!({"num_bits": 4, "strategy": "group", "group_size": -8}), &["group_size is Some(-8)"]);
+    weights(json!({"num_bits": 4, "strategy": "block"}), &["block_structure"]);
+    weights(json!({"num_bits": 4, "strategy": "token"}), &["`token`"]);
+    weights(json!({"num_bits": 4, "symmetric": false}), &["one scale for the tensor"]);
+    weights(json!({"num_bits": 9}), &["9 bits"]);
+    weights(json!({"num_bits": -4}), &["-4"]);
+    weights(json!({"num_bits": 8, "type": "float"}), &["float and 8 bits"]);
+
+    let tensors = |tensors: &[Raw], words: &[&str]| assert_says(&open_error(&int4(), tensors), words);
+    tensors(&[CODES, SHAPE], &["`x`", "lack `x.weight_scale`"]);
+    tensors(&[SCALE, SHAPE], &["`x.weight`", "lack `x.weight_packed`"]);
+    tensors(&[CODES, SCALE], &["`x`", "lack `x.weight_shape`"]);
+    let negative: Raw = ("x.weight_shape", Dtype::I64, &[2], &[0xff; 16]);
+    tensors(&[CODES, SCALE, negative], &["`x.weight_shape`", "wanted I64 [2] with two sizes"]);
+    let huge: Raw = ("x.weight_shape", Dtype::I64, &[2], &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f].repeat(2));
+    tensors(&[CODES, SCALE, huge], &["`x.weight`", "too large"]);
+    let wide: Raw = ("x.weight_shape", Dtype::I64, &[2], &[1, 0, 0, 0, 0, 0, 0, 0, 16, 0, 0, 0, 0, 0, 0, 0]);
+    tensors(&[CODES, SCALE, wide], &["`x.weight_packed` is I32 [1, 1]", "wanted I32 [1, 2]"]);
+    let odd: Raw = ("x.weight_shape", Dtype::I64, &[2], &[1, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0]);
+    tensors(&[CODES, SCALE, odd], &["7 columns are no multiple of the group of 8"]);
+    let bytes: Raw = ("x.weight_scale", Dtype::U8, &[1, 1], &[1]);
+    tensors(&[CODES, bytes, SHAPE], &["`x.weight_scale` is U8"]);
+    let zero: Raw = ("x.weight_zero_point", Dtype::I8, &[1, 1], &[3]);
+    tensors(&[CODES, SCALE, SHAPE, zero], &["`x.weight` is symmetric"]);
+
+    let mut pattern = int4();
+    pattern["quantization_config"]["config_groups"]["group_0"]["targets"] = json!(["re:("]);
+    assert_says(&open_error(&pattern, &[CODES, SCALE, SHAPE]), &["`re:(` is no regular expression"]);
+    let mut nobody = int4();
+    let group = json!({"targets": ["y"], "weights": {"num_bits": 4}});
+    nobody["quantization_config"]["config_groups"] = json!({"a": group, "b": group});
+    assert_says(&open_error(&nobody, &[CODES, SCALE, SHAPE]), &["`x`", "no group", "[\"a\", \"b\"]"]);
+    let mut empty = int4();
+    empty["quantization_config"]["config_groups"] = json!({});
+    assert_says(&open_error(&empty, &[CODES, SCALE, SHAPE]), &["`x`", "no group"]);
+
+    // Opens, but an infinite inverse must not decode.
+    let fp4 = json!({"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16});
+    let nvfp4: [Raw; 3] = [
+        ("x.weight_packed", Dtype::U8, &[1, 8], &[0x11; 8]),
+        ("x.weight_scale", Dtype::F8_E4M3, &[1, 1], &[0x38]),
+        ("x.weight_global_scale", Dtype::F32, &[1], &[0; 4]),
+    ];
+    let folder = folder(&config("nvfp4-pack-quantized", fp4).to_string(), &nvfp4);
+    let error = message(Checkpoint::open(folder.path()).unwrap().matrix_any("x.weight").unwrap_err());
+    assert_says(&error, &["`x.weight`", "globals", "inf"]);
+}
+
+#[test]
+fn a_folder_may_say_that_nothing_is_quantised() {
+    let folder =
+        folder(&config("dense", json!({"num_bits": 4})).to_string(), &[("x.weight", Dtype::F32, &[1, 1], &[0; 4])]);
+    assert_eq!(Checkpoint::open(folder.path()).unwrap().matrix_any("x.weight").unwrap().scheme, Scheme::F32);
+}
