@@ -9,7 +9,7 @@ use serde_json::json;
 fn packed() -> PackedMatrix<'static> {
     let weights: Vec<f32> = (0..2 * 128).map(|i| (i as f32).sin()).collect();
     let scheme = Format::Fp4.scheme(None).unwrap();
-    encode(&weights, 2, 128, &scheme, &EncodeOptions { search: ScaleSearch::AbsMax }).unwrap()
+    encode(&weights, 2, 128, &scheme, &EncodeOptions { search: ScaleSearch::AbsMax, ..Default::default() }).unwrap()
 }
 
 fn dense() -> PackedMatrix<'static> {
