@@ -87,6 +87,34 @@ fn quantize_reports_every_matrix() {
 }
 
 #[test]
+fn quantize_writes_the_layout_of_other_engines() {
+    let folder = Folder::new();
+    let out = folder.path("out");
+    let layout = ["--layout", "compressed-tensors"];
+    let quantize = |options: &[&str]| [&["quantize", &tiny(), &out], &layout[..], options].concat().join(" ");
+    let run = |options: &[&str]| metal_marlin(&quantize(options).split(' ').collect::<Vec<_>>());
+
+    let report = run(&["--format", "nvfp4", "--json"]);
+    assert_eq!((report.code, report.stderr.as_str()), (Some(0), ""));
+    let report: Value = serde_json::from_str(&report.stdout).unwrap();
+    assert_eq!((&report["layout"], &report["embedding_scheme"]), (&layout[1].into(), &Value::Null));
+    let config: Value = serde_json::from_slice(&fs::read(Path::new(&out).join("config.json")).unwrap()).unwrap();
+    assert_eq!(config["quantization_config"]["format"], "nvfp4-pack-quantized");
+    let again = failure(&["quantize", &out, &folder.path("again"), "--format", "fp4"]);
+    assert!(again.contains("quantised already") && again.contains("nvfp4"), "{again}");
+
+    for (options, words) in [
+        (&["--format", "fp4"][..], "no place for fp4 g128"),
+        (&["--format", "int4", "--group-size", "128"], "no multiple of the group of 128"),
+        (&["--format", "int4", "--embedding-format", "int8"], "keeps embedding and head as they are"),
+        (&["--format", "int4", "--embedding-group-size", "32"], "keeps embedding and head as they are"),
+    ] {
+        let run = run(&[options, &["--force"]].concat());
+        assert!(run.code == Some(1) && run.stderr.contains(words), "{options:?}: {}", run.stderr);
+    }
+}
+
+#[test]
 fn quantize_says_what_is_wrong() {
     let folder = Folder::new();
     let out = folder.path("out");
@@ -95,6 +123,7 @@ fn quantize_says_what_is_wrong() {
         &["quantize", "model", "out", "--format", "fp5"],
         &["quantize", "model", "out", "--format", "bf16"],
         &["quantize", "model", "out", "--bits", "9"],
+        &["quantize", "model", "out", "--bits", "4", "--layout", "gptq"],
         &["quantize", "model", "out", "--format", "fp4", "--group-size", "0"],
         &["quantize", "model", "out", "--format", "fp4", "--threads", "1000000"],
     ] {

@@ -34,19 +34,22 @@ enum Target {
 
 /// Where the codes are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
 pub(super) enum Format {
     /// `weight_packed`, integers in 32-bit words.
-    PackQuantized,
+    #[serde(rename = "pack-quantized")]
+    Packed,
     /// `weight`, a byte each.
-    #[serde(alias = "int-quantized", alias = "float-quantized")]
-    NaiveQuantized,
+    #[serde(rename = "naive-quantized", alias = "int-quantized", alias = "float-quantized")]
+    Bytes,
     /// `weight_packed`, two E2M1 a byte; scales in E4M3 under one f32.
-    Nvfp4PackQuantized,
+    #[serde(rename = "nvfp4-pack-quantized")]
+    Nvfp4,
     /// `weight_packed`, two E2M1 a byte; scales are powers of two.
-    Mxfp4PackQuantized,
+    #[serde(rename = "mxfp4-pack-quantized")]
+    Mxfp4,
     /// `weight`, E4M3; scales are powers of two.
-    Mxfp8Quantized,
+    #[serde(rename = "mxfp8-quantized")]
+    Mxfp8,
 }
 
 /// Codes and groups of a weight.
@@ -230,19 +233,17 @@ impl Target {
 impl RawWeights {
     fn read(&self, format: Format) -> Result<Weights, String> {
         let element = match (format, self.kind, self.num_bits) {
-            (Format::PackQuantized, RawKind::Int, bits @ 2..=8) if self.symmetric => Element::Int(bits as u8),
-            (Format::PackQuantized, RawKind::Int, bits @ 2..=8) => Element::Uint(bits as u8),
+            (Format::Packed, RawKind::Int, bits @ 2..=8) if self.symmetric => Element::Int(bits as u8),
+            (Format::Packed, RawKind::Int, bits @ 2..=8) => Element::Uint(bits as u8),
             // Whatever the range of the codes, they are stored as bytes.
-            (Format::NaiveQuantized, RawKind::Int, 1..=8) if self.symmetric => Element::Int(8),
-            (Format::NaiveQuantized, RawKind::Int, 1..=8) => Element::Uint(8),
-            (Format::NaiveQuantized | Format::Mxfp8Quantized, RawKind::Float, 8) if self.symmetric => Element::E4M3,
-            (Format::Nvfp4PackQuantized | Format::Mxfp4PackQuantized, RawKind::Float, 4) if self.symmetric => {
-                Element::E2M1
-            }
+            (Format::Bytes, RawKind::Int, 1..=8) if self.symmetric => Element::Int(8),
+            (Format::Bytes, RawKind::Int, 1..=8) => Element::Uint(8),
+            (Format::Bytes | Format::Mxfp8, RawKind::Float, 8) if self.symmetric => Element::E4M3,
+            (Format::Nvfp4 | Format::Mxfp4, RawKind::Float, 4) if self.symmetric => Element::E2M1,
             (_, kind, bits) => {
                 let kind = if kind == RawKind::Int { "int" } else { "float" };
                 let symmetric = if self.symmetric { "symmetric" } else { "asymmetric" };
-                return Err(format!("{symmetric} weights of type {kind} and {bits} bits are not read in {format:?}"));
+                return Err(format!("{symmetric} weights of type {kind} and {bits} bits are not read in this format"));
             }
         };
         let grouping = self.grouping()?;

@@ -42,20 +42,20 @@ fn format_of(scheme: &Scheme) -> Option<Format> {
     let Scheme { element, grouping, .. } = *scheme;
     match (element, grouping) {
         (Element::Int(4 | 8), Grouping::Row | Grouping::Columns(_)) if plain(element, grouping, ScaleKind::F32) => {
-            Some(Format::PackQuantized)
+            Some(Format::Packed)
         }
         (Element::Uint(4 | 8), Grouping::Row | Grouping::Columns(_))
             if *scheme == (Scheme { zero: ZeroKind::Integer, ..Scheme::scaled(element, grouping, ScaleKind::F32) }) =>
         {
-            Some(Format::PackQuantized)
+            Some(Format::Packed)
         }
         (Element::E4M3, Grouping::Tensor | Grouping::Row | Grouping::Block { .. })
             if plain(element, grouping, ScaleKind::F32) =>
         {
-            Some(Format::NaiveQuantized)
+            Some(Format::Bytes)
         }
-        _ if *scheme == Scheme::MXFP4 => Some(Format::Mxfp4PackQuantized),
-        _ if *scheme == Scheme::NVFP4 => Some(Format::Nvfp4PackQuantized),
+        _ if *scheme == Scheme::MXFP4 => Some(Format::Mxfp4),
+        _ if *scheme == Scheme::NVFP4 => Some(Format::Nvfp4),
         _ => None,
     }
 }
@@ -86,18 +86,18 @@ fn parts(module: &str, format: Format, scheme: &Scheme, rows: usize, cols: usize
     let row_bytes = scheme.code_row_bytes(cols).map_err(|e| e.to_string())?;
     let codes = |form| Content::Buffer(Buffer::Codes, form);
     match format {
-        Format::PackQuantized => {
+        Format::Packed => {
             part("weight_packed", Dtype::I32, vec![rows, row_bytes.div_ceil(4)], codes(Form::Words { row_bytes }));
             let shape = [rows as i64, cols as i64].map(i64::to_le_bytes).concat();
             part("weight_shape", Dtype::I64, vec![2], Content::Fixed(shape));
         }
-        Format::Nvfp4PackQuantized | Format::Mxfp4PackQuantized => {
+        Format::Nvfp4 | Format::Mxfp4 => {
             part("weight_packed", Dtype::U8, vec![rows, row_bytes], codes(Form::Same));
         }
-        Format::NaiveQuantized | Format::Mxfp8Quantized if scheme.element == Element::E4M3 => {
+        Format::Bytes | Format::Mxfp8 if scheme.element == Element::E4M3 => {
             part("weight", Dtype::F8_E4M3, vec![rows, cols], codes(Form::Same));
         }
-        Format::NaiveQuantized | Format::Mxfp8Quantized => {
+        Format::Bytes | Format::Mxfp8 => {
             part("weight", Dtype::I8, vec![rows, cols], codes(Form::TwosComplement));
         }
     }
@@ -122,7 +122,7 @@ fn parts(module: &str, format: Format, scheme: &Scheme, rows: usize, cols: usize
     }
     if scheme.zero == ZeroKind::Integer {
         let (dtype, shape, form) = match format {
-            Format::PackQuantized => {
+            Format::Packed => {
                 let words = (rows * bits as usize).div_ceil(32);
                 (Dtype::I32, vec![words, groups], Form::DownRows { rows, groups, bits })
             }
@@ -270,26 +270,24 @@ fn linear(config: &Config, module: &str, stored: &mut Stored<'_>) -> Result<supe
 /// The unpacked shape of a linear.
 fn shape(module: &str, format: Format, stored: &Stored<'_>) -> Result<[usize; 2], CheckpointError> {
     let part = match format {
-        Format::PackQuantized => "weight_shape",
-        Format::NaiveQuantized | Format::Mxfp8Quantized => "weight",
-        Format::Nvfp4PackQuantized | Format::Mxfp4PackQuantized => "weight_packed",
+        Format::Packed => "weight_shape",
+        Format::Bytes | Format::Mxfp8 => "weight",
+        Format::Nvfp4 | Format::Mxfp4 => "weight_packed",
     };
     let (name, location) = stored.require(module, part)?;
     let found = match (format, location.shape.as_slice()) {
-        (Format::PackQuantized, [2]) if location.dtype == Dtype::I64 => {
+        (Format::Packed, [2]) if location.dtype == Dtype::I64 => {
             let sizes = stored.bytes(location).as_chunks::<8>().0.iter();
             let sizes: Option<Vec<usize>> = sizes.map(|bytes| i64::from_le_bytes(*bytes).try_into().ok()).collect();
             sizes.and_then(|sizes| <[usize; 2]>::try_from(sizes).ok())
         }
-        (Format::NaiveQuantized | Format::Mxfp8Quantized, &[rows, cols]) => Some([rows, cols]),
-        (Format::Nvfp4PackQuantized | Format::Mxfp4PackQuantized, &[rows, pairs]) => {
-            pairs.checked_mul(2).map(|cols| [rows, cols])
-        }
+        (Format::Bytes | Format::Mxfp8, &[rows, cols]) => Some([rows, cols]),
+        (Format::Nvfp4 | Format::Mxfp4, &[rows, pairs]) => pairs.checked_mul(2).map(|cols| [rows, cols]),
         _ => None,
     };
     found.ok_or_else(|| {
         let wanted = match format {
-            Format::PackQuantized => "I64 [2] with two sizes",
+            Format::Packed => "I64 [2] with two sizes",
             _ => "a matrix",
         };
         let problem = format!("tensor `{name}` is {} {:?}; wanted {wanted}", location.dtype, location.shape);
@@ -300,9 +298,9 @@ fn shape(module: &str, format: Format, stored: &Stored<'_>) -> Result<[usize; 2]
 /// The scheme of a linear; integers and FP8 may have scales of any float type.
 fn scheme(module: &str, format: Format, weights: &Weights, stored: &Stored<'_>) -> Result<Scheme, CheckpointError> {
     let scale = match format {
-        Format::Nvfp4PackQuantized => ScaleKind::E4M3Global,
-        Format::Mxfp4PackQuantized | Format::Mxfp8Quantized => ScaleKind::E8M0,
-        Format::PackQuantized | Format::NaiveQuantized => {
+        Format::Nvfp4 => ScaleKind::E4M3Global,
+        Format::Mxfp4 | Format::Mxfp8 => ScaleKind::E8M0,
+        Format::Packed | Format::Bytes => {
             let (name, location) = stored.require(module, "weight_scale")?;
             match location.dtype {
                 Dtype::F32 => ScaleKind::F32,
