@@ -85,6 +85,7 @@ pub(crate) struct Args {
 /// Runs the command.
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let checkpoint = load::open_checkpoint(args.model.as_deref())?;
+    super::print_notes(&checkpoint);
     let generation = checkpoint.generation_config()?;
     let tokenizer = Arc::new(checkpoint.tokenizer()?);
     let prompter = args.template.prompter(&checkpoint, &tokenizer)?;
