@@ -210,19 +210,36 @@ mod bundled {
         assert_eq!(result["mean_kl"], Value::Null);
     }
 
-    #[test]
-    fn quality_measures_every_format() {
-        let folder = Folder::new();
-        let (model, text, page) = (folder.path("model"), folder.path("text.txt"), folder.path("quality.md"));
+    /// The tiny model with a tokenizer, and a text for it.
+    fn tiny_with_text(folder: &Folder) -> (String, String) {
+        let (model, text) = (folder.path("model"), folder.path("text.txt"));
         fs::create_dir(&model).unwrap();
         for entry in fs::read_dir(tiny()).unwrap() {
             let file = entry.unwrap().path();
             fs::copy(&file, Path::new(&model).join(file.file_name().unwrap())).unwrap();
         }
         // Only the first hundred token ids exist in the tiny model: with no merges these are ASCII.
-        let tokenizer = fs::read_to_string(Path::new(&bytewise(&folder)).join("tokenizer.json")).unwrap();
+        let tokenizer = fs::read_to_string(Path::new(&bytewise(folder)).join("tokenizer.json")).unwrap();
         fs::write(Path::new(&model).join("tokenizer.json"), tokenizer).unwrap();
         fs::write(&text, "!\"#$%&'()*+,-./0123456789:;<=>".repeat(4)).unwrap();
+        (model, text)
+    }
+
+    #[test]
+    fn a_model_is_the_same_in_either_layout() {
+        let folder = Folder::new();
+        let (model, text) = tiny_with_text(&folder);
+        let (ours, theirs) = (folder.path("ours"), folder.path("theirs"));
+        json(&["quantize", &model, &ours, "--format", "mxfp4", "--embedding-format", "bf16", "--json"]);
+        json(&["quantize", &model, &theirs, "--format", "mxfp4", "--layout", "compressed-tensors", "--json"]);
+        let result = json(&["eval", &theirs, "--baseline", &ours, "--text", &text, "--exact", "--json"]);
+        assert_eq!((number(&result, "mean_kl"), number(&result, "top1_agreement")), (0.0, 1.0), "{result}");
+    }
+
+    #[test]
+    fn quality_measures_every_format() {
+        let folder = Folder::new();
+        let ((model, text), page) = (tiny_with_text(&folder), folder.path("quality.md"));
         let run = metal_marlin(&["quality", &model, "--text", &text, "--out", &page]);
         assert_eq!((run.code, run.stderr.as_str()), (Some(0), ""));
         let page = fs::read_to_string(page).unwrap();
