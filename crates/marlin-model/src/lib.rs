@@ -18,7 +18,7 @@ mod spec;
 pub use batch::{LogitRows, StepBatch};
 pub use decoder::load_model;
 pub use error::{ConfigError, ModelError};
-pub use families::SUPPORTED_ARCHITECTURES;
+pub use families::supported_architectures;
 pub use kv::{KvPool, KvSequence};
 pub use language_model::{LanguageModel, LoadOptions, ModelInfo};
 pub use plan::{MemoryPlan, ModelShape, Planner};

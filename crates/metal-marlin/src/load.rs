@@ -60,6 +60,11 @@ pub fn open_checkpoint(model: Option<&Path>) -> Result<Checkpoint, LoadError> {
     Checkpoint::open(path).map_err(|source| LoadError::checkpoint(&path.display().to_string(), source))
 }
 
+/// The longest context that config.json allows; `None` if it does not say, which loading the model then refuses.
+pub fn allowed_context(checkpoint: &Checkpoint) -> Option<usize> {
+    checkpoint.config()["max_position_embeddings"].as_u64().and_then(|n| usize::try_from(n).ok())
+}
+
 /// Loads a checkpoint's model onto the device: its weights are put into the device's own order here, once.
 pub fn load_model(
     checkpoint: &Checkpoint,

@@ -14,31 +14,32 @@ use serde_json::Value;
 use crate::spec::DecoderSpec;
 use crate::{ConfigError, ModelError};
 
-/// What is found under `architectures` in config.json of a model that can be loaded.
-pub const SUPPORTED_ARCHITECTURES: &[&str] = &[
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Phi3ForCausalLM",
-    "Gemma3ForCausalLM",
+/// Reads a family's config.json.
+type ReadSpec = fn(&Value) -> Result<DecoderSpec, ConfigError>;
+
+/// What is found under `architectures` in config.json of a model that can be loaded, and how its config is read.
+const FAMILIES: [(&str, ReadSpec); 6] = [
+    ("LlamaForCausalLM", llama::spec),
+    ("MistralForCausalLM", mistral::spec),
+    ("Qwen2ForCausalLM", qwen::qwen2),
+    ("Qwen3ForCausalLM", qwen::qwen3),
+    ("Phi3ForCausalLM", phi3::spec),
+    ("Gemma3ForCausalLM", gemma3::spec),
 ];
+
+/// Names of the architectures that can be loaded, as config.json gives them.
+pub fn supported_architectures() -> impl Iterator<Item = &'static str> {
+    FAMILIES.into_iter().map(|(architecture, _)| architecture)
+}
 
 /// The architecture a checkpoint names, and its decoder.
 pub(crate) fn spec(checkpoint: &Checkpoint) -> Result<(String, DecoderSpec), ModelError> {
     let config = checkpoint.config();
     architecture(config)
         .and_then(|architecture| {
-            let spec = match architecture {
-                "LlamaForCausalLM" => llama::spec(config),
-                "MistralForCausalLM" => mistral::spec(config),
-                "Qwen2ForCausalLM" => qwen::qwen2(config),
-                "Qwen3ForCausalLM" => qwen::qwen3(config),
-                "Phi3ForCausalLM" => phi3::spec(config),
-                "Gemma3ForCausalLM" => gemma3::spec(config),
-                other => Err(unsupported(other)),
-            };
-            Ok((architecture.to_owned(), spec?))
+            let family = FAMILIES.into_iter().find(|(name, _)| *name == architecture);
+            let (_, read) = family.ok_or_else(|| unsupported(architecture))?;
+            Ok((architecture.to_owned(), read(config)?))
         })
         .map_err(|source| ModelError::Config { model: checkpoint.name().to_owned(), source })
 }
@@ -48,12 +49,16 @@ fn architecture(config: &Value) -> Result<&str, ConfigError> {
     let first = architectures.and_then(|value| value.get(0)).and_then(Value::as_str);
     first.ok_or_else(|| {
         let found = architectures.map_or("nothing".to_owned(), Value::to_string);
-        let supported = SUPPORTED_ARCHITECTURES.join(", ");
+        let supported = supported();
         ConfigError::new("architectures", format!("must be a list of one of {supported}; found {found}"))
     })
 }
 
 fn unsupported(architecture: &str) -> ConfigError {
-    let supported = SUPPORTED_ARCHITECTURES.join(", ");
+    let supported = supported();
     ConfigError::new("architectures", format!("{architecture} is not supported; supported are {supported}"))
+}
+
+fn supported() -> String {
+    supported_architectures().collect::<Vec<_>>().join(", ")
 }

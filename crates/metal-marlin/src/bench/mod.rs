@@ -263,7 +263,7 @@ pub fn run(
 fn context(checkpoint: &Checkpoint, tests: &[Test]) -> Result<usize, BenchError> {
     let needed = |test: &Test| test.depth().saturating_add(test.tokens());
     let longest = tests.iter().max_by_key(|test| needed(test)).ok_or(BenchError::Nothing)?;
-    match allowed_context(checkpoint) {
+    match load::allowed_context(checkpoint) {
         Some(context) if needed(longest) > context => Err(BenchError::Context {
             test: longest.to_string(),
             needed: needed(longest),
@@ -277,12 +277,8 @@ fn context(checkpoint: &Checkpoint, tests: &[Test]) -> Result<usize, BenchError>
 
 /// Depths to measure where none are asked for: 0, 1024 and 4096, as far as the model's context allows.
 pub fn usual_depths(checkpoint: &Checkpoint, decode: usize) -> Vec<usize> {
-    let context = allowed_context(checkpoint).unwrap_or(0);
+    let context = load::allowed_context(checkpoint).unwrap_or(0);
     USUAL_DEPTHS.into_iter().filter(|&depth| depth == 0 || depth.saturating_add(decode) <= context).collect()
-}
-
-fn allowed_context(checkpoint: &Checkpoint) -> Option<usize> {
-    checkpoint.config()["max_position_embeddings"].as_u64().and_then(|n| usize::try_from(n).ok())
 }
 
 /// Formats of the decoder's matrices, and of embedding and head, each once.

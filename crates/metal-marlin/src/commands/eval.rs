@@ -117,9 +117,7 @@ pub(super) fn open(model: &Path) -> Result<Checkpoint, LoadError> {
 
 /// What all the models allow, but not more than is usual.
 pub(super) fn usual_context(checkpoints: &[&Checkpoint]) -> usize {
-    let allowed =
-        |c: &&Checkpoint| c.config()["max_position_embeddings"].as_u64().and_then(|n| usize::try_from(n).ok());
-    checkpoints.iter().filter_map(allowed).fold(USUAL_CONTEXT, usize::min)
+    checkpoints.iter().filter_map(|checkpoint| load::allowed_context(checkpoint)).fold(USUAL_CONTEXT, usize::min)
 }
 
 /// The windows of a text, which must consist of the same tokens for all the models.

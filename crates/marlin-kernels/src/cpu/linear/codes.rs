@@ -52,6 +52,18 @@ fn unpack_nibbles<S: Simd>(simd: S, tile: &[u8]) -> [S::Bytes; 8] {
     ]
 }
 
+/// The entries of `table` that the nibbles of a chunk name.
+#[inline(always)]
+fn lookup_nibbles<S: Simd>(simd: S, tile: &[u8], table: &[u8; 16]) -> [S::Bytes; 8] {
+    let mut quads = unpack_nibbles(simd, tile);
+    let mut q = 0;
+    while q < 8 {
+        quads[q] = simd.lookup(table, quads[q]);
+        q += 1;
+    }
+    quads
+}
+
 /// FP4: bytes are twice the value plus 12, so that all are integers from 0 to 24.
 pub(super) struct E2M1;
 
@@ -73,13 +85,7 @@ impl Codes for E2M1 {
 
     #[inline(always)]
     fn unpack<S: Simd>(simd: S, tile: &[u8]) -> [S::Bytes; 8] {
-        let mut quads = unpack_nibbles(simd, tile);
-        let mut q = 0;
-        while q < 8 {
-            quads[q] = simd.lookup(&Self::TABLE, quads[q]);
-            q += 1;
-        }
-        quads
+        lookup_nibbles(simd, tile, &Self::TABLE)
     }
 }
 
@@ -110,13 +116,7 @@ impl Codes for Iq4Nl {
 
     #[inline(always)]
     fn unpack<S: Simd>(simd: S, tile: &[u8]) -> [S::Bytes; 8] {
-        let mut quads = unpack_nibbles(simd, tile);
-        let mut q = 0;
-        while q < 8 {
-            quads[q] = simd.lookup(&Self::TABLE, quads[q]);
-            q += 1;
-        }
-        quads
+        lookup_nibbles(simd, tile, &Self::TABLE)
     }
 }
 

@@ -90,8 +90,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let tokenizer = Arc::new(checkpoint.tokenizer()?);
     let prompter = args.template.prompter(&checkpoint, &tokenizer)?;
     let sampling = args.sampling.params(&generation);
-    let allowed = checkpoint.config()["max_position_embeddings"].as_u64().and_then(|n| usize::try_from(n).ok());
-    let default_context = allowed.map(|allowed| allowed.min(DEFAULT_CONTEXT));
+    let default_context = load::allowed_context(&checkpoint).map(|allowed| allowed.min(DEFAULT_CONTEXT));
     let stop = StopConditions {
         max_tokens: args.max_tokens.map(NonZeroUsize::get).or(generation.max_new_tokens).unwrap_or(usize::MAX),
         strings: args.stop,
