@@ -149,4 +149,12 @@ pub enum FormatError {
         /// Those it can have.
         allowed: &'static str,
     },
+    /// A format that has no 2:4 variant.
+    #[error("{format} has no variant with 2:4 sparsity; {known} have one")]
+    FormatSparsity {
+        /// Name of the format.
+        format: &'static str,
+        /// Those that have one.
+        known: String,
+    },
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::{Element, FormatError, Grouping, ScaleKind, Scheme, ZeroKind};
+use crate::{Element, FormatError, Grouping, ScaleKind, Scheme, Sparsity, ZeroKind};
 
 /// A format by the name users give it; [`Format::scheme`] says what it stores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -105,6 +105,22 @@ impl Format {
             Self::F16 => self.fixed(Scheme::F16, grouping, "none"),
             Self::F32 => self.fixed(Scheme::F32, grouping, "none"),
         }
+    }
+
+    /// Formats with a variant of 2:4 sparsity.
+    pub const SPARSE: [Format; 3] = [Self::Fp4, Self::Int4, Self::Fp8];
+
+    /// What the variant with 2:4 sparsity stores: the two largest of every four weights, as [`Format::scheme`] says, and
+    /// a bit per weight that says which two they are. A scale still belongs to as many columns.
+    ///
+    /// # Errors
+    /// The format has no such variant (see [`Format::SPARSE`]) or no such groups.
+    pub fn sparse_24(self, grouping: Option<Grouping>) -> Result<Scheme, FormatError> {
+        if !Self::SPARSE.contains(&self) {
+            let known = Self::SPARSE.map(Self::name).join(", ");
+            return Err(FormatError::FormatSparsity { format: self.name(), known });
+        }
+        Ok(Scheme { sparsity: Sparsity::TwoOfFour, ..self.scheme(grouping)? })
     }
 
     fn fixed(self, scheme: Scheme, grouping: Option<Grouping>, allowed: &'static str) -> Result<Scheme, FormatError> {

@@ -1,8 +1,10 @@
 //! Encoding weights: a scale (and zero point) for every group, then for every weight the code of the nearest value.
 //!
 //! Scales are rounded to their storage type first and codes are chosen for the rounded scale, so what is minimised is
-//! the error of the matrix as stored.
+//! the error of the matrix as stored. Under 2:4 sparsity the smaller two of four weights are dropped first, and a scale is
+//! that of the weights that are left.
 
+mod prune;
 mod scale;
 mod search;
 
@@ -11,7 +13,8 @@ use std::borrow::Cow;
 use half::{bf16, f16};
 
 use crate::element::{E2M1, E4M3, IntegerRounding, Rounding};
-use crate::{ColumnOrder, Element, FormatError, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind, bits};
+use crate::{ColumnOrder, Element, FormatError, Grouping, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind, bits};
+use prune::Pruned;
 use scale::ScaleStore;
 use search::Choice;
 
@@ -114,6 +117,37 @@ impl Encoder {
     /// the matrix is needed and not known.
     pub fn encode_rows(&self, first_row: usize, values: &[f32]) -> Result<PackedMatrix<'static>, FormatError> {
         let rows = self.check_slice(first_row, values)?;
+        match self.scheme.sparsity {
+            Sparsity::Dense => self.encode_all(first_row, rows, values),
+            Sparsity::TwoOfFour => self.encode_two_of_four(first_row, rows, values),
+        }
+    }
+
+    /// Encodes the weights that pruning leaves as a matrix of half as many columns.
+    fn encode_two_of_four(
+        &self,
+        first_row: usize,
+        rows: usize,
+        values: &[f32],
+    ) -> Result<PackedMatrix<'static>, FormatError> {
+        // Pruning presumes finite weights.
+        abs_max(values, first_row, self.cols)?;
+        let Pruned { kept, sparse_index } = prune::two_of_four(values, self.cols);
+        let dense = Self { scheme: scheme_of_kept(&self.scheme), cols: self.cols / 2, ..self.clone() };
+        let encoded = dense.encode_all(first_row, rows, &kept).map_err(|error| match error {
+            // The weight that is too large is the largest of its row, so the first that is as large.
+            FormatError::WeightRange { row, value, .. } => {
+                let weights = &values[(row - first_row) * self.cols..][..self.cols];
+                let col = weights.iter().position(|&weight| weight == value).unwrap_or(0);
+                FormatError::WeightRange { row, col, value, scheme: Box::new(self.scheme) }
+            }
+            other => other,
+        })?;
+        Ok(PackedMatrix { cols: self.cols, scheme: self.scheme, sparse_index: sparse_index.into(), ..encoded })
+    }
+
+    /// Encodes every weight of `rows` rows.
+    fn encode_all(&self, first_row: usize, rows: usize, values: &[f32]) -> Result<PackedMatrix<'static>, FormatError> {
         let slice_max = abs_max(values, first_row, self.cols)?;
         let empty = PackedMatrix::empty(self.scheme, rows, self.cols);
         if self.scheme.element.is_dense() {
@@ -272,8 +306,11 @@ struct TileRow {
 /// Why a valid scheme cannot be encoded, if it cannot.
 fn unsupported(scheme: &Scheme) -> Option<&'static str> {
     let float_scales = matches!(scheme.scale, ScaleKind::F32 | ScaleKind::F16 | ScaleKind::Bf16);
-    if scheme.sparsity != Sparsity::Dense {
-        return Some("choosing which weights to prune is not rounding");
+    if let (Sparsity::TwoOfFour, Grouping::Columns(cols) | Grouping::Block { cols, .. }) =
+        (scheme.sparsity, scheme.grouping)
+        && !cols.is_multiple_of(4)
+    {
+        return Some("under 2:4 sparsity groups have a multiple of 4 columns");
     }
     if scheme.order != ColumnOrder::Natural {
         return Some("columns are encoded in natural order only");
@@ -295,6 +332,16 @@ fn unsupported(scheme: &Scheme) -> Option<&'static str> {
         (_, ZeroKind::None) => None,
         _ => Some("only unsigned integers are encoded with zero points"),
     }
+}
+
+/// The dense scheme of the weights that a 2:4 matrix keeps, half of each group.
+fn scheme_of_kept(scheme: &Scheme) -> Scheme {
+    let grouping = match scheme.grouping {
+        Grouping::Columns(cols) => Grouping::Columns(cols / 2),
+        Grouping::Block { rows, cols } => Grouping::Block { rows, cols: cols / 2 },
+        whole @ (Grouping::Row | Grouping::Tensor) => whole,
+    };
+    Scheme { grouping, sparsity: Sparsity::Dense, ..*scheme }
 }
 
 fn round_run<R: Rounding>(weights: &[f32], choice: Choice, rounding: R, codes: &mut [u8]) {

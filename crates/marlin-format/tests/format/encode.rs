@@ -300,7 +300,7 @@ fn what_is_decoded_only_is_refused_with_a_reason() {
     let two_level = ScaleKind::TwoLevel { bits: 8, signed: true, super_group: 256 };
     let groups = Grouping::Columns(16);
     let refused = [
-        Scheme { sparsity: Sparsity::TwoOfFour, ..Scheme::BF16 },
+        Scheme { sparsity: Sparsity::TwoOfFour, ..Scheme::scaled(Element::E2M1, Grouping::Columns(6), ScaleKind::F16) },
         Scheme { order: ColumnOrder::GroupIndex, ..Scheme::scaled(Element::Int(4), groups, ScaleKind::F16) },
         Scheme::scaled(Element::Int(6), groups, two_level),
         Scheme::scaled(Element::Iq4Nl, groups, ScaleKind::F16),

@@ -6,3 +6,4 @@ mod encode;
 mod layouts;
 mod packed;
 mod scheme;
+mod sparse;
