@@ -20,9 +20,11 @@ pub(crate) fn add_rows(table: &mut Table) {
     for simd in SimdLevel::available() {
         for arithmetic in [Arithmetic::Exact, Arithmetic::Int8] {
             let mode = format!("cpu-{simd}-{arithmetic:?}").to_lowercase();
-            for format in Format::ALL {
-                let scheme = format.scheme(None).expect("its usual groups");
-                table.add_plain(format!("independence/linear/{format}/{mode}"), move || {
+            let dense = Format::ALL.map(|format| (format.to_string(), format.scheme(None)));
+            let sparse = Format::SPARSE.map(|format| (format!("{format}-2of4"), format.sparse_24(None)));
+            for (name, scheme) in dense.into_iter().chain(sparse) {
+                let scheme = scheme.expect("its usual groups");
+                table.add_plain(format!("independence/linear/{name}/{mode}"), move || {
                     equal_in_all_batches(simd, arithmetic, |backend, rows| linear(backend, scheme, rows))
                 });
             }

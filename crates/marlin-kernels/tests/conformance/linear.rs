@@ -15,7 +15,7 @@ const K: [usize; 7] = [1, 31, 32, 33, 65, 128, 300];
 /// Around the borders of blocks of 64 rows of M, which pass over the weights one after the other.
 const BLOCKS_M: [usize; 4] = [63, 64, 65, 129];
 /// Those that meet [`BLOCKS_M`]: one scheme for each kind of inner loop, and one that is converted.
-const BLOCKS_SCHEMES: [&str; 6] = ["fp4", "int4", "int8", "fp8", "bf16", "q4-k"];
+const BLOCKS_SCHEMES: [&str; 9] = ["fp4", "int4", "int8", "fp8", "bf16", "fp4-2of4", "int4-2of4", "fp8-2of4", "q4-k"];
 
 /// The magnitude of outlier channels.
 const OUTLIER: f32 = 1e5;
@@ -79,7 +79,8 @@ fn some_shapes<B: Backend>(device: &Device<B>, scheme: Scheme, epilogue: Epilogu
 /// Each value of [`BLOCKS_M`], on two panels of weights.
 fn row_blocks<B: Backend>(device: &Device<B>, scheme: Scheme, epilogue: Epilogue) -> Result<(), String> {
     let mut rng = Rng(5);
-    let parts: Vec<_> = (0..epilogue.parts()).map(|_| with_bias(random(scheme, 9, 65, &mut rng), &mut rng)).collect();
+    let k = if has_columns(&scheme, 65) { 65 } else { 68 };
+    let parts: Vec<_> = (0..epilogue.parts()).map(|_| with_bias(random(scheme, 9, k, &mut rng), &mut rng)).collect();
     BLOCKS_M.into_iter().try_for_each(|m| check_linear(device, &parts, m, epilogue, &mut rng))
 }
 

@@ -25,6 +25,16 @@ pub(crate) fn schemes() -> Vec<(String, Scheme)> {
             schemes.push((format!("{format}-g{name}"), format.scheme(Some(grouping)).expect("these groups")));
         }
     }
+    for format in Format::SPARSE {
+        schemes.push((format!("{format}-2of4"), format.sparse_24(None).expect("its usual groups")));
+        for (_, groupings) in grouped.iter().filter(|(of, _)| *of == format) {
+            for name in groupings {
+                let grouping = name.parse().expect("a grouping");
+                let scheme = format.sparse_24(Some(grouping)).expect("these groups");
+                schemes.push((format!("{format}-2of4-g{name}"), scheme));
+            }
+        }
+    }
 
     let columns = |element, group| Scheme::scaled(element, Grouping::Columns(group), ScaleKind::F16);
     let affine = |element, group, zero| Scheme { zero, ..columns(element, group) };
@@ -43,7 +53,8 @@ pub(crate) fn schemes() -> Vec<(String, Scheme)> {
         ("iq4-nl", columns(Element::Iq4Nl, 32)),
         ("q4-k", k_quant(Element::Uint(4), 32, 6, false, ZeroKind::TwoLevelMin { bits: 6 })),
         ("q6-k", k_quant(Element::Int(6), 16, 8, true, ZeroKind::None)),
-        ("fp4-2of4", Scheme { sparsity: Sparsity::TwoOfFour, ..columns(Element::E2M1, 64) }),
+        ("nvfp4-2of4", Scheme { sparsity: Sparsity::TwoOfFour, ..Scheme::NVFP4 }),
+        ("int8-2of4", Scheme { sparsity: Sparsity::TwoOfFour, ..columns(Element::Int(8), 128) }),
         ("f16-2of4", Scheme { sparsity: Sparsity::TwoOfFour, ..Scheme::F16 }),
     ];
     schemes.extend(others.map(|(name, scheme)| (name.to_owned(), scheme)));

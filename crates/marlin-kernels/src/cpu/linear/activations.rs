@@ -18,6 +18,15 @@ pub(super) struct Block {
     pub(super) codes: [i8; CHUNK],
 }
 
+impl Block {
+    /// The codes of each half.
+    #[inline(always)]
+    pub(super) fn halves(&self) -> [&[i8; CHUNK / 2]; 2] {
+        let (first, second) = self.codes.split_first_chunk().expect("32 codes");
+        [first, second.first_chunk().expect("32 codes")]
+    }
+}
+
 /// Scratch memory for the inputs of linears; reused, so that applying one allocates nothing.
 #[derive(Debug)]
 pub(crate) struct Activations {

@@ -1,7 +1,8 @@
 //! How each kind of code lies in a tile and becomes numbers.
 //!
-//! A *chunk* is 8 rows × 32 columns. Quantised codes of a chunk form eight *quads*: quad `q` holds columns `4q .. 4q + 4`
-//! of all rows, byte `4·row + j` being column `4q + j`. Vector lanes are therefore rows, and no sum ever crosses lanes.
+//! A *chunk* is 8 rows × 32 columns, of which all have codes or two of every four (see [`super::pattern`]). Quantised codes of a
+//! chunk form *quads*: quad `q` holds the codes `4q .. 4q + 4` of all rows, byte `4·row + j` being code `4q + j`. Vector lanes are
+//! therefore rows, and no sum ever crosses lanes. A dense chunk has eight quads, a sparse one four.
 
 use crate::cpu::simd::Simd;
 
@@ -10,25 +11,27 @@ pub(super) const LANES: usize = 8;
 /// Columns of a chunk.
 pub(super) const CHUNK: usize = 32;
 
-/// The quads of a chunk, one code a byte.
-pub(super) type Quads = [[u8; 4 * LANES]; CHUNK / 4];
+/// Four codes of each row, one a byte.
+pub(super) type Quad = [u8; 4 * LANES];
 
 /// Codes that stand for small integers: `value = unpacked byte − offset`, where the offset belongs to the group.
 pub(super) trait Codes: Send + Sync + 'static {
-    /// Bytes of a chunk.
+    /// Bytes of eight quads.
     const CHUNK_BYTES: usize;
+    /// Bytes of four quads.
+    const HALF_BYTES: usize = Self::CHUNK_BYTES / 2;
     /// Unpacked bytes are signed. If not, they are at most 32.
     const SIGNED: bool;
 
-    /// Puts the codes of a chunk into tile order.
-    fn pack(quads: &Quads, tile: &mut [u8]);
+    /// Puts four or eight quads into tile order.
+    fn pack(quads: &[Quad], tile: &mut [u8]);
 
-    /// The integers of a chunk, quad by quad.
-    fn unpack<S: Simd>(simd: S, tile: &[u8]) -> [S::Bytes; 8];
+    /// The integers of so many quads, four or eight.
+    fn unpack<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS];
 }
 
 /// Two quads a vector, the odd one in the high nibbles.
-fn pack_nibbles(quads: &Quads, tile: &mut [u8]) {
+fn pack_nibbles(quads: &[Quad], tile: &mut [u8]) {
     for (pair, bytes) in quads.chunks_exact(2).zip(tile.chunks_exact_mut(32)) {
         for (byte, (low, high)) in bytes.iter_mut().zip(pair[0].iter().zip(&pair[1])) {
             *byte = low | high << 4;
@@ -37,27 +40,24 @@ fn pack_nibbles(quads: &Quads, tile: &mut [u8]) {
 }
 
 #[inline(always)]
-fn unpack_nibbles<S: Simd>(simd: S, tile: &[u8]) -> [S::Bytes; 8] {
-    let load = [array(tile, 0), array(tile, 32), array(tile, 64), array(tile, 96)];
-    let v = [simd.bytes(load[0]), simd.bytes(load[1]), simd.bytes(load[2]), simd.bytes(load[3])];
-    [
-        simd.bits(v[0], 0, 0x0f),
-        simd.bits(v[0], 4, 0x0f),
-        simd.bits(v[1], 0, 0x0f),
-        simd.bits(v[1], 4, 0x0f),
-        simd.bits(v[2], 0, 0x0f),
-        simd.bits(v[2], 4, 0x0f),
-        simd.bits(v[3], 0, 0x0f),
-        simd.bits(v[3], 4, 0x0f),
-    ]
+fn unpack_nibbles<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS] {
+    let mut quads = [simd.bytes(array(tile, 0)); QUADS];
+    let mut q = 0;
+    while q < QUADS {
+        let v = simd.bytes(array(tile, 16 * q));
+        quads[q] = simd.bits(v, 0, 0x0f);
+        quads[q + 1] = simd.bits(v, 4, 0x0f);
+        q += 2;
+    }
+    quads
 }
 
-/// The entries of `table` that the nibbles of a chunk name.
+/// The entries of `table` that nibbles name.
 #[inline(always)]
-fn lookup_nibbles<S: Simd>(simd: S, tile: &[u8], table: &[u8; 16]) -> [S::Bytes; 8] {
+fn lookup_nibbles<S: Simd, const QUADS: usize>(simd: S, tile: &[u8], table: &[u8; 16]) -> [S::Bytes; QUADS] {
     let mut quads = unpack_nibbles(simd, tile);
     let mut q = 0;
-    while q < 8 {
+    while q < QUADS {
         quads[q] = simd.lookup(table, quads[q]);
         q += 1;
     }
@@ -79,12 +79,12 @@ impl Codes for E2M1 {
     const CHUNK_BYTES: usize = 128;
     const SIGNED: bool = false;
 
-    fn pack(quads: &Quads, tile: &mut [u8]) {
+    fn pack(quads: &[Quad], tile: &mut [u8]) {
         pack_nibbles(quads, tile);
     }
 
     #[inline(always)]
-    fn unpack<S: Simd>(simd: S, tile: &[u8]) -> [S::Bytes; 8] {
+    fn unpack<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS] {
         lookup_nibbles(simd, tile, &Self::TABLE)
     }
 }
@@ -110,12 +110,12 @@ impl Codes for Iq4Nl {
     const CHUNK_BYTES: usize = 128;
     const SIGNED: bool = true;
 
-    fn pack(quads: &Quads, tile: &mut [u8]) {
+    fn pack(quads: &[Quad], tile: &mut [u8]) {
         pack_nibbles(quads, tile);
     }
 
     #[inline(always)]
-    fn unpack<S: Simd>(simd: S, tile: &[u8]) -> [S::Bytes; 8] {
+    fn unpack<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS] {
         lookup_nibbles(simd, tile, &Self::TABLE)
     }
 }
@@ -127,18 +127,18 @@ impl Codes for Int4 {
     const CHUNK_BYTES: usize = 128;
     const SIGNED: bool = false;
 
-    fn pack(quads: &Quads, tile: &mut [u8]) {
+    fn pack(quads: &[Quad], tile: &mut [u8]) {
         pack_nibbles(quads, tile);
     }
 
     #[inline(always)]
-    fn unpack<S: Simd>(simd: S, tile: &[u8]) -> [S::Bytes; 8] {
+    fn unpack<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS] {
         unpack_nibbles(simd, tile)
     }
 }
 
 /// The low two bits of the quads, four a vector.
-fn pack_pairs(quads: &Quads, tile: &mut [u8]) {
+fn pack_pairs(quads: &[Quad], tile: &mut [u8]) {
     for (four, bytes) in quads.chunks_exact(4).zip(tile.chunks_exact_mut(32)) {
         for (i, byte) in bytes.iter_mut().enumerate() {
             *byte = (0..4).fold(0, |byte, q| byte | (four[q][i] & 3) << (2 * q));
@@ -147,18 +147,18 @@ fn pack_pairs(quads: &Quads, tile: &mut [u8]) {
 }
 
 #[inline(always)]
-fn unpack_pairs<S: Simd>(simd: S, tile: &[u8]) -> [S::Bytes; 8] {
-    let (low, high) = (simd.bytes(array(tile, 0)), simd.bytes(array(tile, 32)));
-    [
-        simd.bits(low, 0, 3),
-        simd.bits(low, 2, 3),
-        simd.bits(low, 4, 3),
-        simd.bits(low, 6, 3),
-        simd.bits(high, 0, 3),
-        simd.bits(high, 2, 3),
-        simd.bits(high, 4, 3),
-        simd.bits(high, 6, 3),
-    ]
+fn unpack_pairs<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS] {
+    let mut quads = [simd.bytes(array(tile, 0)); QUADS];
+    let mut q = 0;
+    while q < QUADS {
+        let v = simd.bytes(array(tile, 8 * q));
+        quads[q] = simd.bits(v, 0, 3);
+        quads[q + 1] = simd.bits(v, 2, 3);
+        quads[q + 2] = simd.bits(v, 4, 3);
+        quads[q + 3] = simd.bits(v, 6, 3);
+        q += 4;
+    }
+    quads
 }
 
 /// 2-bit integers.
@@ -168,12 +168,12 @@ impl Codes for Int2 {
     const CHUNK_BYTES: usize = 64;
     const SIGNED: bool = false;
 
-    fn pack(quads: &Quads, tile: &mut [u8]) {
+    fn pack(quads: &[Quad], tile: &mut [u8]) {
         pack_pairs(quads, tile);
     }
 
     #[inline(always)]
-    fn unpack<S: Simd>(simd: S, tile: &[u8]) -> [S::Bytes; 8] {
+    fn unpack<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS] {
         unpack_pairs(simd, tile)
     }
 }
@@ -183,21 +183,23 @@ pub(super) struct Int3;
 
 impl Codes for Int3 {
     const CHUNK_BYTES: usize = 96;
+    /// The upper half of the last vector's bits stays unused.
+    const HALF_BYTES: usize = 64;
     const SIGNED: bool = false;
 
-    fn pack(quads: &Quads, tile: &mut [u8]) {
+    fn pack(quads: &[Quad], tile: &mut [u8]) {
         pack_pairs(quads, tile);
-        for (i, byte) in tile[64..].iter_mut().enumerate() {
-            *byte = (0..8).fold(0, |byte, q| byte | (quads[q][i] >> 2 & 1) << q);
+        for (i, byte) in tile[8 * quads.len()..].iter_mut().enumerate() {
+            *byte = quads.iter().rev().fold(0, |byte, quad| byte << 1 | (quad[i] >> 2 & 1));
         }
     }
 
     #[inline(always)]
-    fn unpack<S: Simd>(simd: S, tile: &[u8]) -> [S::Bytes; 8] {
+    fn unpack<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS] {
         let mut quads = unpack_pairs(simd, tile);
-        let high = simd.bytes(array(tile, 64));
+        let high = simd.bytes(array(tile, 8 * QUADS));
         let mut q = 0;
-        while q < 8 {
+        while q < QUADS {
             let bit = simd.shift_left(simd.bits(high, q as u32, 1), 2);
             quads[q] = simd.or(quads[q], bit);
             q += 1;
@@ -218,17 +220,17 @@ impl Codes for Int8 {
     const CHUNK_BYTES: usize = 256;
     const SIGNED: bool = true;
 
-    fn pack(quads: &Quads, tile: &mut [u8]) {
+    fn pack(quads: &[Quad], tile: &mut [u8]) {
         for (byte, code) in tile.iter_mut().zip(quads.as_flattened()) {
             *byte = code ^ 0x80;
         }
     }
 
     #[inline(always)]
-    fn unpack<S: Simd>(simd: S, tile: &[u8]) -> [S::Bytes; 8] {
-        let mut quads = [simd.bytes(array(tile, 0)); 8];
+    fn unpack<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS] {
+        let mut quads = [simd.bytes(array(tile, 0)); QUADS];
         let mut q = 1;
-        while q < 8 {
+        while q < QUADS {
             quads[q] = simd.bytes(array(tile, 32 * q));
             q += 1;
         }
@@ -236,12 +238,12 @@ impl Codes for Int8 {
     }
 }
 
-/// Codes that are floats. A chunk is `[columns, rows]`, so that a column is one vector.
+/// Codes that are floats. A chunk is `[codes of a row, rows]`, so that code `k` of every row is one vector.
 pub(super) trait Floats: Send + Sync + 'static {
     /// Bytes of a code.
     const BYTES: usize;
 
-    /// Column `k` of a chunk.
+    /// Code `k` of each row.
     fn column<S: Simd>(simd: S, tile: &[u8], k: usize) -> S::F32;
 }
 

@@ -7,14 +7,10 @@ use std::marker::PhantomData;
 use std::slice::ChunksExact;
 
 use super::activations::{Block, Forms, Inputs};
-use super::codes::{CHUNK, Codes, Floats, LANES, Quads};
-use super::tiles::{GroupSpan, Tiles};
+use super::codes::{CHUNK, Codes, Floats, LANES, Quad};
+use super::pattern::{FIRST_HALF, Pattern, SECOND_HALF, WHOLE};
+use super::tiles::{GroupSpan, PanelCodes, Tiles};
 use crate::cpu::simd::{Simd, WithSimd};
-
-/// The part of a chunk that [`Dot::add_dot`] sums.
-const FIRST_HALF: usize = 0;
-const SECOND_HALF: usize = 1;
-const WHOLE: usize = 2;
 
 /// Scale and offset of a group, one a lane.
 pub(super) struct Group<S: Simd> {
@@ -26,43 +22,52 @@ pub(super) struct Group<S: Simd> {
 
 /// How a chunk of weights in some format meets a chunk of activations.
 pub(super) trait Dot: Send + Sync + 'static {
+    /// Which of a chunk's columns have codes.
+    type Pattern: Pattern;
     /// A chunk of one row of activations.
     type Input;
-    /// A chunk, as far as it is decoded at once.
+    /// The codes of a chunk, as far as they are decoded at once.
     type Weights<'t, S: Simd>: Copy;
-    /// Bytes of a chunk in tile order.
-    const CHUNK_BYTES: usize;
+    /// Bytes of the codes of a chunk in tile order; those of the pattern follow.
+    const WEIGHT_BYTES: usize;
     /// Bytes of one code while a chunk is packed.
     const CODE_BYTES: usize;
     const FORMS: Forms;
+    /// Bytes of a chunk in tile order.
+    const CHUNK_BYTES: usize = Self::WEIGHT_BYTES + Self::Pattern::INDEX_BYTES;
 
     fn inputs(inputs: Inputs<'_>) -> &[Self::Input];
-    /// Puts column `k` of row `r`, at `(r · stride + k) · CODE_BYTES` of `rows`, into tile order.
+    /// Puts code `t` of row `r`, at `(r · stride + t) · CODE_BYTES` of `rows`, into tile order.
     fn pack(rows: &[u8], stride: usize, tile: &mut [u8]);
     fn decode<S: Simd>(simd: S, tile: &[u8]) -> Self::Weights<'_, S>;
-    /// Column `k` of a chunk, unscaled.
-    fn column<S: Simd>(simd: S, weights: &Self::Weights<'_, S>, group: &Group<S>, k: usize) -> S::F32;
+    /// Code `t` of each row, unscaled.
+    fn column<S: Simd>(simd: S, weights: &Self::Weights<'_, S>, group: &Group<S>, t: usize) -> S::F32;
     /// Adds `Σ x · weight` over a part of the chunk, unscaled, to the sum of each input row.
     fn add_dots<S: Simd, const PART: usize, const ROWS: usize>(
         simd: S,
         weights: &Self::Weights<'_, S>,
+        index: Index<Self, S>,
         group: &Group<S>,
         x: [&Self::Input; ROWS],
         sums: &mut [S::F32; ROWS],
     );
 }
 
-/// Integer weights, activations in int8: exact integer sums within 32 (or 16) columns.
-pub(super) struct IntegerDot<C>(PhantomData<C>);
-/// Integer weights, activations in f32.
-pub(super) struct ExactDot<C>(PhantomData<C>);
-/// Float weights, activations in f32.
-pub(super) struct FloatDot<F>(PhantomData<F>);
+/// Where the codes of a chunk stand.
+type Index<D, S> = <<D as Dot>::Pattern as Pattern>::Index<S>;
 
-impl<C: Codes> Dot for IntegerDot<C> {
+/// Integer weights, activations in int8: exact integer sums within 32 (or 16) columns.
+pub(super) struct IntegerDot<C, P>(PhantomData<(C, P)>);
+/// Integer weights, activations in f32.
+pub(super) struct ExactDot<C, P>(PhantomData<(C, P)>);
+/// Float weights, activations in f32.
+pub(super) struct FloatDot<F, P>(PhantomData<(F, P)>);
+
+impl<C: Codes, P: Pattern> Dot for IntegerDot<C, P> {
+    type Pattern = P;
     type Input = Block;
-    type Weights<'t, S: Simd> = [S::Bytes; 8];
-    const CHUNK_BYTES: usize = C::CHUNK_BYTES;
+    type Weights<'t, S: Simd> = P::Quads<S>;
+    const WEIGHT_BYTES: usize = integer_bytes::<C, P>();
     const CODE_BYTES: usize = 1;
     const FORMS: Forms = Forms { blocks: true, floats: false };
 
@@ -71,62 +76,51 @@ impl<C: Codes> Dot for IntegerDot<C> {
     }
 
     fn pack(rows: &[u8], stride: usize, tile: &mut [u8]) {
-        C::pack(&quads(rows, stride), tile);
+        C::pack(&quads::<P>(rows, stride)[..P::STORED / 4], tile);
     }
 
     #[inline(always)]
-    fn decode<S: Simd>(simd: S, tile: &[u8]) -> [S::Bytes; 8] {
-        C::unpack(simd, tile)
+    fn decode<S: Simd>(simd: S, tile: &[u8]) -> P::Quads<S> {
+        P::unpack::<S, C>(simd, tile)
     }
 
     #[inline(always)]
-    fn column<S: Simd>(simd: S, weights: &[S::Bytes; 8], group: &Group<S>, k: usize) -> S::F32 {
-        integer_column::<S, C>(simd, weights, group, k)
+    fn column<S: Simd>(simd: S, weights: &P::Quads<S>, group: &Group<S>, t: usize) -> S::F32 {
+        integer_column::<S, C>(simd, weights.as_ref(), group, t)
     }
 
     #[inline(always)]
     fn add_dots<S: Simd, const PART: usize, const ROWS: usize>(
         simd: S,
-        w: &[S::Bytes; 8],
+        weights: &P::Quads<S>,
+        index: P::Index<S>,
         group: &Group<S>,
         x: [&Block; ROWS],
         sums: &mut [S::F32; ROWS],
     ) {
-        let (w_first, w_second) = ([w[0], w[1], w[2], w[3]], [w[4], w[5], w[6], w[7]]);
         for (x, sum) in x.into_iter().zip(sums) {
-            let (first, second) = x.codes.split_first_chunk::<16>().expect("32 codes");
-            let second = second.first_chunk::<16>().expect("32 codes");
-            let (dot, x_sum) = match PART {
-                FIRST_HALF => (integer_dot::<S, C>(simd, w_first, first), x.sums[0]),
-                SECOND_HALF => (integer_dot::<S, C>(simd, w_second, second), x.sums[1]),
-                _ => {
-                    let first = integer_dot::<S, C>(simd, w_first, first);
-                    (simd.add_i32(first, integer_dot::<S, C>(simd, w_second, second)), x.sums[0] + x.sums[1])
-                }
-            };
-            // Σ (byte − offset)·x = Σ byte·x − offset·Σx.
-            let dot = simd.sub_i32(dot, simd.mul_i16(group.offset, x_sum));
+            let dot = P::dot::<S, C, PART>(simd, *weights, index, group.offset, x);
             *sum = simd.mul_add(simd.to_f32(dot), simd.splat(x.scale), *sum);
         }
     }
 }
 
-#[inline(always)]
-fn integer_dot<S: Simd, C: Codes>(simd: S, weights: [S::Bytes; 4], x: &[i8; 16]) -> S::I32 {
-    if C::SIGNED { simd.dot_signed(weights, x) } else { simd.dot_unsigned(weights, x) }
+/// Bytes of the codes of a chunk.
+const fn integer_bytes<C: Codes, P: Pattern>() -> usize {
+    if P::STORED == CHUNK { C::CHUNK_BYTES } else { C::HALF_BYTES }
 }
 
 #[inline(always)]
-fn integer_column<S: Simd, C: Codes>(simd: S, weights: &[S::Bytes; 8], group: &Group<S>, k: usize) -> S::F32 {
-    let (quad, j) = (weights[k / 4], k % 4);
+fn integer_column<S: Simd, C: Codes>(simd: S, weights: &[S::Bytes], group: &Group<S>, t: usize) -> S::F32 {
+    let (quad, j) = (weights[t / 4], t % 4);
     let value = if C::SIGNED { simd.signed_byte_to_f32(quad, j) } else { simd.byte_to_f32(quad, j) };
     simd.sub(value, group.offset_f32)
 }
 
-/// The quads of a chunk from rows of one code a byte.
-fn quads(rows: &[u8], stride: usize) -> Quads {
-    let mut quads = Quads::default();
-    for (q, quad) in quads.iter_mut().enumerate() {
+/// Puts the codes of a chunk, rows of one byte a code, into quads; those of a sparse chunk are the first half.
+fn quads<P: Pattern>(rows: &[u8], stride: usize) -> [Quad; CHUNK / 4] {
+    let mut quads = [[0; 4 * LANES]; CHUNK / 4];
+    for (q, quad) in quads[..P::STORED / 4].iter_mut().enumerate() {
         for (row, bytes) in quad.chunks_exact_mut(4).enumerate() {
             bytes.copy_from_slice(&rows[row * stride + 4 * q..][..4]);
         }
@@ -134,10 +128,11 @@ fn quads(rows: &[u8], stride: usize) -> Quads {
     quads
 }
 
-impl<C: Codes> Dot for ExactDot<C> {
+impl<C: Codes, P: Pattern> Dot for ExactDot<C, P> {
+    type Pattern = P;
     type Input = [f32; CHUNK];
-    type Weights<'t, S: Simd> = [S::Bytes; 8];
-    const CHUNK_BYTES: usize = C::CHUNK_BYTES;
+    type Weights<'t, S: Simd> = P::Quads<S>;
+    const WEIGHT_BYTES: usize = integer_bytes::<C, P>();
     const CODE_BYTES: usize = 1;
     const FORMS: Forms = Forms { blocks: false, floats: true };
 
@@ -146,35 +141,37 @@ impl<C: Codes> Dot for ExactDot<C> {
     }
 
     fn pack(rows: &[u8], stride: usize, tile: &mut [u8]) {
-        C::pack(&quads(rows, stride), tile);
+        C::pack(&quads::<P>(rows, stride)[..P::STORED / 4], tile);
     }
 
     #[inline(always)]
-    fn decode<S: Simd>(simd: S, tile: &[u8]) -> [S::Bytes; 8] {
-        C::unpack(simd, tile)
+    fn decode<S: Simd>(simd: S, tile: &[u8]) -> P::Quads<S> {
+        P::unpack::<S, C>(simd, tile)
     }
 
     #[inline(always)]
-    fn column<S: Simd>(simd: S, weights: &[S::Bytes; 8], group: &Group<S>, k: usize) -> S::F32 {
-        integer_column::<S, C>(simd, weights, group, k)
+    fn column<S: Simd>(simd: S, weights: &P::Quads<S>, group: &Group<S>, t: usize) -> S::F32 {
+        integer_column::<S, C>(simd, weights.as_ref(), group, t)
     }
 
     #[inline(always)]
     fn add_dots<S: Simd, const PART: usize, const ROWS: usize>(
         simd: S,
-        weights: &[S::Bytes; 8],
+        weights: &P::Quads<S>,
+        index: P::Index<S>,
         group: &Group<S>,
         x: [&[f32; CHUNK]; ROWS],
         sums: &mut [S::F32; ROWS],
     ) {
-        add_float_dots::<S, Self, PART, ROWS>(simd, weights, group, x, sums);
+        add_float_dots::<S, Self, PART, ROWS>(simd, weights, index, group, x, sums);
     }
 }
 
-impl<F: Floats> Dot for FloatDot<F> {
+impl<F: Floats, P: Pattern> Dot for FloatDot<F, P> {
+    type Pattern = P;
     type Input = [f32; CHUNK];
     type Weights<'t, S: Simd> = &'t [u8];
-    const CHUNK_BYTES: usize = LANES * CHUNK * F::BYTES;
+    const WEIGHT_BYTES: usize = LANES * P::STORED * F::BYTES;
     const CODE_BYTES: usize = F::BYTES;
     const FORMS: Forms = Forms { blocks: false, floats: true };
 
@@ -184,8 +181,8 @@ impl<F: Floats> Dot for FloatDot<F> {
 
     fn pack(rows: &[u8], stride: usize, tile: &mut [u8]) {
         for (i, code) in tile.chunks_exact_mut(F::BYTES).enumerate() {
-            let (k, row) = (i / LANES, i % LANES);
-            code.copy_from_slice(&rows[(row * stride + k) * F::BYTES..][..F::BYTES]);
+            let (t, row) = (i / LANES, i % LANES);
+            code.copy_from_slice(&rows[(row * stride + t) * F::BYTES..][..F::BYTES]);
         }
     }
 
@@ -195,50 +192,61 @@ impl<F: Floats> Dot for FloatDot<F> {
     }
 
     #[inline(always)]
-    fn column<S: Simd>(simd: S, weights: &&[u8], _: &Group<S>, k: usize) -> S::F32 {
-        F::column(simd, weights, k)
+    fn column<S: Simd>(simd: S, weights: &&[u8], _: &Group<S>, t: usize) -> S::F32 {
+        F::column(simd, weights, t)
     }
 
     #[inline(always)]
     fn add_dots<S: Simd, const PART: usize, const ROWS: usize>(
         simd: S,
         weights: &&[u8],
+        index: P::Index<S>,
         group: &Group<S>,
         x: [&[f32; CHUNK]; ROWS],
         sums: &mut [S::F32; ROWS],
     ) {
-        add_float_dots::<S, Self, PART, ROWS>(simd, weights, group, x, sums);
+        add_float_dots::<S, Self, PART, ROWS>(simd, weights, index, group, x, sums);
     }
 }
 
-/// Sums every fourth column, four times: short chains of additions that need not wait for each other.
+/// Sums every fourth code, four times: short chains of additions that need not wait for each other.
 #[inline(always)]
 fn add_float_dots<S: Simd, D: Dot, const PART: usize, const ROWS: usize>(
     simd: S,
     weights: &D::Weights<'_, S>,
+    index: Index<D, S>,
     group: &Group<S>,
     x: [&[f32; CHUNK]; ROWS],
     sums: &mut [S::F32; ROWS],
 ) {
+    let stored = D::Pattern::STORED;
     let (first, end) = match PART {
-        FIRST_HALF => (0, CHUNK / 2),
-        SECOND_HALF => (CHUNK / 2, CHUNK),
-        _ => (0, CHUNK),
+        FIRST_HALF => (0, stored / 2),
+        SECOND_HALF => (stored / 2, stored),
+        _ => (0, stored),
     };
     for j in 0..4 {
         let mut chains = [simd.splat(0.0); ROWS];
-        let mut k = first + j;
-        while k < end {
-            let column = D::column(simd, weights, group, k);
+        let mut t = first + j;
+        while t < end {
+            let column = D::column(simd, weights, group, t);
             for i in 0..ROWS {
-                chains[i] = simd.mul_add(column, simd.splat(x[i][k]), chains[i]);
+                chains[i] = simd.mul_add(column, D::Pattern::input(simd, index, x[i], t), chains[i]);
             }
-            k += 4;
+            t += 4;
         }
         for i in 0..ROWS {
             sums[i] = simd.add(sums[i], chains[i]);
         }
     }
+}
+
+/// A chunk of a panel: its codes, and where they stand.
+#[inline(always)]
+fn decode_chunk<S: Simd, D: Dot>(simd: S, panel: &[u8], chunk: usize) -> (D::Weights<'_, S>, Index<D, S>) {
+    let tile = &panel[chunk * D::CHUNK_BYTES..][..D::CHUNK_BYTES];
+    let (codes, index) = tile.split_at(D::WEIGHT_BYTES);
+    (D::decode(simd, codes), D::Pattern::load_index(simd, index))
 }
 
 /// A kernel for one format, arithmetic and instruction set.
@@ -247,8 +255,8 @@ pub(super) trait PanelKernel: fmt::Debug + Send + Sync {
     fn chunk_bytes(&self) -> usize;
     /// Bytes of one code in what [`PanelKernel::pack`] reads.
     fn code_bytes(&self) -> usize;
-    /// Puts a panel, `[LANES, chunks · CHUNK]` codes, into tile order.
-    fn pack(&self, rows: &[u8], tiles: &mut [u8]);
+    /// Puts a panel into tile order.
+    fn pack(&self, panel: &PanelCodes, tiles: &mut [u8]);
     /// The forms of input that it reads.
     fn forms(&self) -> Forms;
     /// `sums[i] = x[first_row + i] · W(panel)ᵀ`.
@@ -284,10 +292,16 @@ impl<S: Simd, D: Dot> PanelKernel for Kernel<S, D> {
         D::CODE_BYTES
     }
 
-    fn pack(&self, rows: &[u8], tiles: &mut [u8]) {
-        let stride = rows.len() / LANES / D::CODE_BYTES;
+    fn pack(&self, panel: &PanelCodes, tiles: &mut [u8]) {
+        let stored = D::Pattern::STORED;
+        let stride = panel.codes.len() / LANES / D::CODE_BYTES;
         for (chunk, tile) in tiles.chunks_exact_mut(D::CHUNK_BYTES).enumerate() {
-            D::pack(&rows[chunk * CHUNK * D::CODE_BYTES..], stride, tile);
+            let (codes, index) = tile.split_at_mut(D::WEIGHT_BYTES);
+            D::pack(&panel.codes[chunk * stored * D::CODE_BYTES..], stride, codes);
+            if !index.is_empty() {
+                let positions = quads::<D::Pattern>(&panel.positions[chunk * stored..], stride);
+                D::Pattern::pack_index(&positions[..stored / 4], index);
+            }
         }
     }
 
@@ -357,23 +371,23 @@ fn panel_sums<S: Simd, D: Dot, const ROWS: usize>(
                 let group = tiles.group(simd, panel, g);
                 let mut sums = [zero; ROWS];
                 for chunk in g * span..((g + 1) * span).min(chunks) {
-                    let weights = D::decode(simd, &codes[chunk * D::CHUNK_BYTES..][..D::CHUNK_BYTES]);
-                    D::add_dots::<S, WHOLE, ROWS>(simd, &weights, &group, inputs(&rows, chunk), &mut sums);
+                    let (weights, index) = decode_chunk::<S, D>(simd, codes, chunk);
+                    D::add_dots::<S, WHOLE, ROWS>(simd, &weights, index, &group, inputs(&rows, chunk), &mut sums);
                 }
                 add_scaled(simd, &mut totals, sums, group.scale);
             }
         }
         GroupSpan::HalfChunk => {
             for chunk in 0..chunks {
-                let weights = D::decode(simd, &codes[chunk * D::CHUNK_BYTES..][..D::CHUNK_BYTES]);
+                let (weights, index) = decode_chunk::<S, D>(simd, codes, chunk);
                 let x = inputs(&rows, chunk);
                 let group = tiles.group(simd, panel, 2 * chunk);
                 let mut sums = [zero; ROWS];
-                D::add_dots::<S, FIRST_HALF, ROWS>(simd, &weights, &group, x, &mut sums);
+                D::add_dots::<S, FIRST_HALF, ROWS>(simd, &weights, index, &group, x, &mut sums);
                 add_scaled(simd, &mut totals, sums, group.scale);
                 let group = tiles.group(simd, panel, 2 * chunk + 1);
                 let mut sums = [zero; ROWS];
-                D::add_dots::<S, SECOND_HALF, ROWS>(simd, &weights, &group, x, &mut sums);
+                D::add_dots::<S, SECOND_HALF, ROWS>(simd, &weights, index, &group, x, &mut sums);
                 add_scaled(simd, &mut totals, sums, group.scale);
             }
         }
@@ -423,10 +437,17 @@ impl<D: Dot> WithSimd for DecodeRow<'_, D> {
             };
             let group = tiles.group(simd, panel, group);
             let scale = simd.mul(group.scale, factor);
-            let weights = D::decode(simd, &codes[half / 2 * D::CHUNK_BYTES..][..D::CHUNK_BYTES]);
-            for (k, out) in out.iter_mut().enumerate() {
-                let column = D::column(simd, &weights, &group, half % 2 * (CHUNK / 2) + k);
-                *out = simd.store(simd.mul(column, scale))[lane];
+            let tile = &codes[half / 2 * D::CHUNK_BYTES..][..D::CHUNK_BYTES];
+            let (weights, index) = tile.split_at(D::WEIGHT_BYTES);
+            let weights = D::decode(simd, weights);
+            out.fill(0.0);
+            let stored = D::Pattern::STORED / 2;
+            for t in half % 2 * stored..(half % 2 + 1) * stored {
+                // Columns beyond K are padding.
+                if let Some(out) = out.get_mut(D::Pattern::column(index, lane, t) % (CHUNK / 2)) {
+                    let column = D::column(simd, &weights, &group, t);
+                    *out = simd.store(simd.mul(column, scale))[lane];
+                }
             }
         }
     }

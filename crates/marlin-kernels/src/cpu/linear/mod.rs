@@ -7,15 +7,17 @@
 mod activations;
 mod codes;
 mod kernel;
+mod pattern;
 #[cfg(test)]
 mod tests;
 mod tiles;
 
-use marlin_format::{Element, FormatError, Scheme};
+use marlin_format::{Element, FormatError, Scheme, Sparsity};
 
 use self::activations::{Forms, Inputs};
 use self::codes::{Bf16, Codes, E2M1, E4M3, F16, F32, Floats, Int2, Int3, Int4, Int8, Iq4Nl, LANES};
 use self::kernel::{ExactDot, FloatDot, IntegerDot, Kernel, PanelKernel};
+use self::pattern::{Dense, Pattern, TwoOfFour};
 use self::tiles::Tiles;
 use super::disjoint::Disjoint;
 use super::simd::{Simd, SimdLevel, WithSimd};
@@ -204,7 +206,7 @@ impl Part {
         }
         let dense = if tiles::is_native(weight) { None } else { Some(tiles::to_dense(weight, threads)?) };
         let weight = dense.as_ref().unwrap_or(weight);
-        let kernel = simd.dispatch(ChooseKernel { element: weight.scheme.element, arithmetic })?;
+        let kernel = simd.dispatch(ChooseKernel { scheme: &weight.scheme, arithmetic })?;
         let tiles = Tiles::pack(weight, kernel.as_ref(), threads)?;
         Ok(Self { tiles, kernel, bias, first })
     }
@@ -231,7 +233,7 @@ pub(crate) fn bytes(
 ) -> Result<usize, KernelError> {
     scheme.packed_bytes(rows, cols)?;
     let scheme = if tiles::is_native_scheme(scheme, cols) { scheme } else { &Scheme::F32 };
-    let kernel = simd.dispatch(ChooseKernel { element: scheme.element, arithmetic })?;
+    let kernel = simd.dispatch(ChooseKernel { scheme, arithmetic })?;
     Ok(tiles::tile_bytes(scheme, rows, cols, kernel.as_ref()).ok_or(FormatError::TooLarge { rows, cols })?)
 }
 
@@ -272,40 +274,47 @@ fn activate(activation: Activation, x: f32) -> f32 {
     }
 }
 
-/// Finds the kernel for an element.
-struct ChooseKernel {
-    element: Element,
+/// Finds the kernel for a scheme.
+struct ChooseKernel<'a> {
+    scheme: &'a Scheme,
     arithmetic: Arithmetic,
 }
 
-impl WithSimd for ChooseKernel {
+impl WithSimd for ChooseKernel<'_> {
     type Output = Box<dyn PanelKernel>;
 
     fn with_simd<S: Simd>(self, simd: S) -> Box<dyn PanelKernel> {
-        match self.element {
-            Element::E2M1 => self.integer::<S, E2M1>(simd),
-            Element::Iq4Nl => self.integer::<S, Iq4Nl>(simd),
-            Element::Uint(2) | Element::Int(2) => self.integer::<S, Int2>(simd),
-            Element::Uint(3) | Element::Int(3) => self.integer::<S, Int3>(simd),
-            Element::Uint(4) | Element::Int(4) => self.integer::<S, Int4>(simd),
-            Element::Uint(_) | Element::Int(_) => self.integer::<S, Int8>(simd),
-            Element::E4M3 => float::<S, E4M3>(simd),
-            Element::F16 => float::<S, F16>(simd),
-            Element::Bf16 => float::<S, Bf16>(simd),
-            Element::F32 => float::<S, F32>(simd),
+        match self.scheme.sparsity {
+            Sparsity::Dense => self.with_pattern::<S, Dense>(simd),
+            Sparsity::TwoOfFour => self.with_pattern::<S, TwoOfFour>(simd),
         }
     }
 }
 
-impl ChooseKernel {
-    fn integer<S: Simd, C: Codes>(self, simd: S) -> Box<dyn PanelKernel> {
+impl ChooseKernel<'_> {
+    fn with_pattern<S: Simd, P: Pattern>(self, simd: S) -> Box<dyn PanelKernel> {
+        match self.scheme.element {
+            Element::E2M1 => self.integer::<S, E2M1, P>(simd),
+            Element::Iq4Nl => self.integer::<S, Iq4Nl, P>(simd),
+            Element::Uint(2) | Element::Int(2) => self.integer::<S, Int2, P>(simd),
+            Element::Uint(3) | Element::Int(3) => self.integer::<S, Int3, P>(simd),
+            Element::Uint(4) | Element::Int(4) => self.integer::<S, Int4, P>(simd),
+            Element::Uint(_) | Element::Int(_) => self.integer::<S, Int8, P>(simd),
+            Element::E4M3 => float::<S, E4M3, P>(simd),
+            Element::F16 => float::<S, F16, P>(simd),
+            Element::Bf16 => float::<S, Bf16, P>(simd),
+            Element::F32 => float::<S, F32, P>(simd),
+        }
+    }
+
+    fn integer<S: Simd, C: Codes, P: Pattern>(self, simd: S) -> Box<dyn PanelKernel> {
         match self.arithmetic {
-            Arithmetic::Exact => Box::new(Kernel::<S, ExactDot<C>>::new(simd)),
-            Arithmetic::Int8 => Box::new(Kernel::<S, IntegerDot<C>>::new(simd)),
+            Arithmetic::Exact => Box::new(Kernel::<S, ExactDot<C, P>>::new(simd)),
+            Arithmetic::Int8 => Box::new(Kernel::<S, IntegerDot<C, P>>::new(simd)),
         }
     }
 }
 
-fn float<S: Simd, F: Floats>(simd: S) -> Box<dyn PanelKernel> {
-    Box::new(Kernel::<S, FloatDot<F>>::new(simd))
+fn float<S: Simd, F: Floats, P: Pattern>(simd: S) -> Box<dyn PanelKernel> {
+    Box::new(Kernel::<S, FloatDot<F, P>>::new(simd))
 }

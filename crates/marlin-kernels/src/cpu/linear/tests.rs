@@ -156,7 +156,7 @@ fn converted_schemes() -> Vec<Scheme> {
         Scheme { zero: ZeroKind::F16Bias, ..group(Element::Uint(4), 32) },
         Scheme { zero: ZeroKind::F32Bias, ..group(Element::Uint(6), 64) },
         Scheme { order: ColumnOrder::GroupIndex, ..group(Element::Uint(4), 32) },
-        Scheme { sparsity: Sparsity::TwoOfFour, ..group(Element::Int(4), 64) },
+        Scheme { sparsity: Sparsity::TwoOfFour, ..group(Element::Int(4), 24) },
         Scheme::scaled(Element::Uint(6), Grouping::Columns(16), two_level),
         Scheme {
             zero: ZeroKind::TwoLevelMin { bits: 6 },
@@ -243,6 +243,39 @@ fn unusual_schemes() {
     }
 }
 
+/// Any element, scale and group may be sparse.
+#[test]
+fn sparse_schemes() {
+    let (mut random, threads) = (Random(11), Threads::new(1).unwrap());
+    let usual = Format::ALL.map(|format| format.scheme(None).unwrap());
+    for scheme in usual.into_iter().chain(unusual_native_schemes()) {
+        let scheme = Scheme { sparsity: Sparsity::TwoOfFour, ..scheme };
+        for (n, k) in [(1, 100), (17, 36), (9, 4), (9, 300)] {
+            let weight = random.matrix(scheme, n, k);
+            assert!(tiles::is_native(&weight), "{scheme}");
+            check(&weight, &mut random, &threads);
+        }
+    }
+}
+
+/// The tiles of a matrix take what the kernel reads: half of the codes and two bits of position for each.
+#[test]
+fn sparse_tiles_are_smaller() {
+    let (mut random, threads) = (Random(12), Threads::new(1).unwrap());
+    let (n, k) = (64, 1024);
+    for (format, dense_bits, sparse_bits) in [(Format::Fp4, 4, 3), (Format::Int4, 4, 3), (Format::Fp8, 8, 5)] {
+        for arithmetic in [Arithmetic::Exact, Arithmetic::Int8] {
+            let simd = SimdLevel::detect();
+            let tiled = |scheme: Scheme| bytes(&scheme, n, k, arithmetic, simd).unwrap();
+            let (dense, sparse) = (format.scheme(None).unwrap(), format.sparse_24(None).unwrap());
+            let scales = tiled(dense) - n * k * dense_bits / 8;
+            assert_eq!(tiled(sparse), n * k * sparse_bits / 8 + scales, "{format}");
+            let loaded = TiledLinear::load(&[part(&random.matrix(sparse, n, k))], arithmetic, simd, &threads).unwrap();
+            assert_eq!(loaded.bytes(), tiled(sparse), "{format}");
+        }
+    }
+}
+
 #[test]
 fn converted_schemes_are_exact() {
     let (mut random, threads) = (Random(2), Threads::new(2).unwrap());
@@ -269,8 +302,12 @@ fn nan_codes_of_fp8_stay_nan() {
 #[test]
 fn inputs_that_are_no_numbers_show() {
     let threads = Threads::new(1).unwrap();
-    for format in [Format::Fp4, Format::Int8, Format::Bf16] {
-        let weight = Random(4).matrix(format.scheme(None).unwrap(), 9, 64);
+    let dense = [Format::Fp4, Format::Int8, Format::Bf16].map(|format| format.scheme(None).unwrap());
+    let sparse = Format::SPARSE.map(|format| format.sparse_24(None).unwrap());
+    for scheme in dense.into_iter().chain(sparse) {
+        let mut weight = Random(4).matrix(scheme, 9, 64);
+        // Every row keeps the column of the input that is no number.
+        weight.sparse_index.to_mut().fill(0x44);
         for simd in SimdLevel::available() {
             for (bad, arithmetic) in
                 [(f32::NAN, Arithmetic::Exact), (f32::NAN, Arithmetic::Int8), (f32::INFINITY, Arithmetic::Int8)]
@@ -281,7 +318,7 @@ fn inputs_that_are_no_numbers_show() {
                 let out = apply(&linear, &x, &threads);
                 assert!(
                     out[..9].iter().all(|v| !v.is_finite()),
-                    "{format} {simd} {arithmetic:?} {bad}: {:?}",
+                    "{scheme} {simd} {arithmetic:?} {bad}: {:?}",
                     &out[..9]
                 );
                 assert!(out[9..].iter().all(|v| v.is_finite()), "the other row");
@@ -305,10 +342,17 @@ fn tiny_and_zero_inputs_give_zero() {
 /// Three parts of different schemes and uneven heights, many rows: threads and batch change nothing, bit for bit.
 #[test]
 fn outputs_depend_on_neither_threads_nor_batch() {
+    let dense = [Format::Fp4, Format::Bf16, Format::Nvfp4].map(|format| format.scheme(None).unwrap());
+    let sparse = Format::SPARSE.map(|format| format.sparse_24(None).unwrap());
+    for schemes in [dense, sparse] {
+        check_threads_and_batches(schemes);
+    }
+}
+
+fn check_threads_and_batches(schemes: [Scheme; 3]) {
     let mut random = Random(6);
     let (m, k) = (130, 100);
     let one = Threads::new(1).unwrap();
-    let schemes = [Format::Fp4, Format::Bf16, Format::Nvfp4].map(|format| format.scheme(None).unwrap());
     let parts: Vec<_> = schemes
         .iter()
         .zip([17, 3, 24])

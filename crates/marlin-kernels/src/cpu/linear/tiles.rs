@@ -1,6 +1,6 @@
 //! Weights in tile order: made once, at load, and streamed by the kernels.
 
-use marlin_format::{ColumnOrder, Element, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind};
+use marlin_format::{ColumnOrder, Element, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind, bits};
 
 use super::codes::{CHUNK, E2M1, Int8, LANES, array};
 use super::kernel::{Group, PanelKernel};
@@ -9,7 +9,8 @@ use crate::cpu::simd::Simd;
 use crate::cpu::threads::Threads;
 use crate::host::allocate;
 
-/// A matrix `[N, K]` in tile order: panels of 8 rows, each a run of chunks of 32 columns. N and K are padded with zeros.
+/// A matrix `[N, K]` in tile order: panels of 8 rows, each a run of chunks of 32 columns. N and K are padded with zeros. Under 2:4
+/// sparsity chunks hold 16 codes a row, and where they stand.
 #[derive(Debug)]
 pub(super) struct Tiles {
     /// Output features, N.
@@ -87,8 +88,7 @@ pub(super) fn is_native(matrix: &PackedMatrix<'_>) -> bool {
 
 /// [`is_native`], as far as it can be told without the codes.
 pub(super) fn is_native_scheme(scheme: &Scheme, cols: usize) -> bool {
-    scheme.sparsity == Sparsity::Dense
-        && scheme.order == ColumnOrder::Natural
+    scheme.order == ColumnOrder::Natural
         && matches!(scheme.zero, ZeroKind::None | ZeroKind::Integer)
         && scale_type(scheme.scale).is_some()
         && group_span(scheme.group_cols(cols), cols).is_some()
@@ -182,7 +182,7 @@ impl Tiles {
         let panel_bytes = chunks * kernel.chunk_bytes();
         let mut codes = AlignedBytes::zeroed(panels, panel_bytes)?;
         threads.for_each_chunk(codes.bytes_mut(), panel_bytes, |panel, tiles| {
-            kernel.pack(&panel_codes(matrix, panel, chunks * CHUNK, kernel.code_bytes()), tiles);
+            kernel.pack(&PanelCodes::of(matrix, panel, chunks * CHUNK, kernel.code_bytes()), tiles);
         });
 
         let groups_of = Groups { matrix, span, count: groups };
@@ -247,19 +247,36 @@ impl Tiles {
     }
 }
 
-/// The codes of a panel, `[LANES, padded_cols]`, one in `code_bytes` bytes.
-fn panel_codes(matrix: &PackedMatrix<'_>, panel: usize, padded_cols: usize, code_bytes: usize) -> Vec<u8> {
-    let mut codes = vec![0; LANES * padded_cols * code_bytes];
-    let rows = panel * LANES..matrix.rows.min((panel + 1) * LANES);
-    for (row, codes) in rows.zip(codes.chunks_exact_mut(padded_cols * code_bytes)) {
-        let codes = &mut codes[..matrix.cols * code_bytes];
-        if matrix.scheme.element.is_dense() {
-            codes.copy_from_slice(matrix.code_row(row));
-        } else {
-            matrix.unpack_codes_row(row, codes);
+/// The codes of 8 rows, padded with zeros to whole chunks.
+pub(super) struct PanelCodes {
+    /// `[LANES, stored codes]`, one in as many bytes as the kernel wants.
+    pub(super) codes: Vec<u8>,
+    /// Under 2:4 the position of each code among its four columns, one a byte; empty for dense matrices.
+    pub(super) positions: Vec<u8>,
+}
+
+impl PanelCodes {
+    fn of(matrix: &PackedMatrix<'_>, panel: usize, padded_cols: usize, code_bytes: usize) -> Self {
+        let (stored, padded) = (matrix.scheme.stored_cols(matrix.cols), matrix.scheme.stored_cols(padded_cols));
+        let is_sparse = matrix.scheme.sparsity == Sparsity::TwoOfFour;
+        let mut codes = vec![0; LANES * padded * code_bytes];
+        let mut positions = vec![0; if is_sparse { LANES * padded } else { 0 }];
+        let rows = panel * LANES..matrix.rows.min((panel + 1) * LANES);
+        for (lane, row) in rows.enumerate() {
+            let codes = &mut codes[lane * padded * code_bytes..][..stored * code_bytes];
+            if matrix.scheme.element.is_dense() {
+                codes.copy_from_slice(matrix.code_row(row));
+            } else {
+                matrix.unpack_codes_row(row, codes);
+            }
+            if is_sparse {
+                // Two bits each, the lower column of four first: as the metadata is packed.
+                let row_bytes = matrix.sparse_index.len() / matrix.rows;
+                bits::unpack(&matrix.sparse_index[row * row_bytes..], 2, &mut positions[lane * padded..][..stored]);
+            }
         }
+        Self { codes, positions }
     }
-    codes
 }
 
 /// Maps groups of tiles to groups of the matrix.

@@ -27,11 +27,6 @@ macro_rules! intrinsics {
     }};
 }
 
-#[inline(always)]
-fn four_bytes(x: &[i8; 16], q: usize) -> i32 {
-    i32::from_le_bytes([x[4 * q] as u8, x[4 * q + 1] as u8, x[4 * q + 2] as u8, x[4 * q + 3] as u8])
-}
-
 impl Simd for Avx2 {
     type Bytes = __m256i;
     type I32 = __m256i;
@@ -74,27 +69,38 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn dot_unsigned(self, weights: [__m256i; 4], x: &[i8; 16]) -> __m256i {
+    fn quad(self, x: &[i8; 16], q: usize) -> __m256i {
+        let four = [x[4 * q] as u8, x[4 * q + 1] as u8, x[4 * q + 2] as u8, x[4 * q + 3] as u8];
+        intrinsics!(_mm256_set1_epi32(i32::from_le_bytes(four)))
+    }
+    #[inline(always)]
+    fn repeat_byte(self, v: __m256i) -> __m256i {
+        intrinsics!({
+            let first = _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
+            _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(first))
+        })
+    }
+    #[inline(always)]
+    fn dot_unsigned(self, weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
         // An i16 holds two products of each of the four vectors: at most 8·32·127 = 32512.
         intrinsics!({
-            let p0 = _mm256_maddubs_epi16(weights[0], _mm256_set1_epi32(four_bytes(x, 0)));
-            let p1 = _mm256_maddubs_epi16(weights[1], _mm256_set1_epi32(four_bytes(x, 1)));
-            let p2 = _mm256_maddubs_epi16(weights[2], _mm256_set1_epi32(four_bytes(x, 2)));
-            let p3 = _mm256_maddubs_epi16(weights[3], _mm256_set1_epi32(four_bytes(x, 3)));
+            let p0 = _mm256_maddubs_epi16(weights[0], x[0]);
+            let p1 = _mm256_maddubs_epi16(weights[1], x[1]);
+            let p2 = _mm256_maddubs_epi16(weights[2], x[2]);
+            let p3 = _mm256_maddubs_epi16(weights[3], x[3]);
             let sum = _mm256_add_epi16(_mm256_add_epi16(p0, p1), _mm256_add_epi16(p2, p3));
             _mm256_madd_epi16(sum, _mm256_set1_epi16(1))
         })
     }
     #[inline(always)]
-    fn dot_signed(self, weights: [__m256i; 4], x: &[i8; 16]) -> __m256i {
+    fn dot_signed(self, weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
         // The first factor of maddubs is unsigned: w·x = |w|·(x with the sign of w). |−128| = 128 is right as an unsigned byte,
         // and x is never −128, so that negating it does not overflow. Pairs sum to at most 2·128·127 = 32512.
         intrinsics!({
             let mut sum = _mm256_setzero_si256();
             let mut q = 0;
             while q < 4 {
-                let x = _mm256_set1_epi32(four_bytes(x, q));
-                let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights[q]), _mm256_sign_epi8(x, weights[q]));
+                let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights[q]), _mm256_sign_epi8(x[q], weights[q]));
                 sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
                 q += 1;
             }
@@ -145,6 +151,15 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn splat(self, value: f32) -> __m256 {
         intrinsics!(_mm256_set1_ps(value))
+    }
+    #[inline(always)]
+    fn select(self, x: &[f32; 4], lanes: __m256i, shift: u32) -> __m256 {
+        intrinsics!({
+            let x = _mm_loadu_ps(x.as_ptr());
+            // Higher bits are ignored.
+            let lanes = _mm256_srl_epi32(lanes, _mm_cvtsi32_si128(shift as i32));
+            _mm256_permutevar_ps(_mm256_set_m128(x, x), lanes)
+        })
     }
     #[inline(always)]
     fn load_le_f32(self, from: &[u8; 32]) -> __m256 {

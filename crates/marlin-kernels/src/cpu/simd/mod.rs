@@ -109,11 +109,15 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `table[v]`, byte by byte; `v` is below 16.
     fn lookup(self, table: &[u8; 16], v: Self::Bytes) -> Self::Bytes;
 
-    /// The dot product of each lane's 16 weights with `x`. Weights are unsigned and at most 32, so that eight products of
-    /// at most 32·127 sum to at most 32512 and fit i16 (a lane's 16 products are summed as two such sums).
-    fn dot_unsigned(self, weights: [Self::Bytes; 4], x: &[i8; 16]) -> Self::I32;
-    /// The dot product of each lane's 16 signed weights (−128 to 127) with `x`, which holds no −128.
-    fn dot_signed(self, weights: [Self::Bytes; 4], x: &[i8; 16]) -> Self::I32;
+    /// `x[4q .. 4q + 4]` in every lane.
+    fn quad(self, x: &[i8; 16], q: usize) -> Self::Bytes;
+    /// The low byte of each lane in all four of its bytes.
+    fn repeat_byte(self, v: Self::I32) -> Self::Bytes;
+    /// The dot product of each lane's 16 weights with its 16 bytes of `x`. Weights are unsigned and at most 32, so that eight
+    /// products of at most 32·127 sum to at most 32512 and fit i16 (a lane's 16 products are summed as two such sums).
+    fn dot_unsigned(self, weights: [Self::Bytes; 4], x: [Self::Bytes; 4]) -> Self::I32;
+    /// The dot product of each lane's 16 signed weights (−128 to 127) with its 16 bytes of `x`, none of them −128.
+    fn dot_signed(self, weights: [Self::Bytes; 4], x: [Self::Bytes; 4]) -> Self::I32;
 
     fn splat_i32(self, value: i32) -> Self::I32;
     fn widen_i8(self, from: &[i8; 8]) -> Self::I32;
@@ -138,6 +142,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn load_f16(self, from: &[f16; 8]) -> Self::F32 {
         self.load_le_f16(bytemuck::cast_ref(from))
     }
+    /// `x[(lane >> shift) & 3]` for each lane.
+    fn select(self, x: &[f32; 4], lanes: Self::Bytes, shift: u32) -> Self::F32;
     /// Eight little-endian f32.
     fn load_le_f32(self, from: &[u8; 32]) -> Self::F32;
     /// Eight little-endian f16.

@@ -9,6 +9,20 @@ use super::{Simd, WithSimd};
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Neon(());
 
+/// `x[(lane >> shift) & 3]` for each of four lanes.
+#[inline(always)]
+unsafe fn select_four(x: &[f32; 4], lanes: uint8x16_t, shift: u32) -> float32x4_t {
+    // SAFETY: the caller holds a `Neon`.
+    unsafe {
+        let shifted = vshlq_u32(vreinterpretq_u32_u8(lanes), vdupq_n_s32(-(shift as i32)));
+        let index = vandq_u32(shifted, vdupq_n_u32(3));
+        // Entry i is bytes 4i to 4i + 3.
+        let bytes = vaddq_u32(vmulq_n_u32(index, 0x0404_0404), vdupq_n_u32(0x0302_0100));
+        let x = vreinterpretq_u8_f32(vld1q_f32(x.as_ptr()));
+        vreinterpretq_f32_u8(vqtbl1q_u8(x, vreinterpretq_u8_u32(bytes)))
+    }
+}
+
 impl Neon {
     pub(crate) fn detect() -> Option<Self> {
         std::arch::is_aarch64_feature_detected!("neon").then_some(Self(()))
@@ -33,22 +47,16 @@ type I32 = (int32x4_t, int32x4_t);
 /// Lanes 0–3 and 4–7.
 type F32 = (float32x4_t, float32x4_t);
 
-/// Inputs `4q` to `4q + 3`, twice.
-#[inline(always)]
-fn four_bytes(x: &[i8; 16], q: usize) -> u64 {
-    u64::from(u32::from_le_bytes([x[4 * q] as u8, x[4 * q + 1] as u8, x[4 * q + 2] as u8, x[4 * q + 3] as u8]))
-        * 0x1_0000_0001
-}
-
 /// Sums of the products of weights with inputs over two quads, four lanes at a time. An i16 holds one product of each quad: at
 /// most 2·128·127 = 32512.
 #[inline(always)]
-unsafe fn dot_pair(w: [uint8x16_t; 2], x: [int8x8_t; 2]) -> int32x4_t {
+unsafe fn dot_pair(w: [uint8x16_t; 2], x: [uint8x16_t; 2]) -> int32x4_t {
     // SAFETY: the caller holds a `Neon`.
     unsafe {
         let (w0, w1) = (vreinterpretq_s8_u8(w[0]), vreinterpretq_s8_u8(w[1]));
-        let low = vmlal_s8(vmull_s8(vget_low_s8(w0), x[0]), vget_low_s8(w1), x[1]);
-        let high = vmlal_s8(vmull_s8(vget_high_s8(w0), x[0]), vget_high_s8(w1), x[1]);
+        let (x0, x1) = (vreinterpretq_s8_u8(x[0]), vreinterpretq_s8_u8(x[1]));
+        let low = vmlal_s8(vmull_s8(vget_low_s8(w0), vget_low_s8(x0)), vget_low_s8(w1), vget_low_s8(x1));
+        let high = vmlal_s8(vmull_s8(vget_high_s8(w0), vget_high_s8(x0)), vget_high_s8(w1), vget_high_s8(x1));
         // Four products of each lane lie side by side: two steps of pairwise sums.
         vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high))
     }
@@ -125,18 +133,32 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn dot_unsigned(self, weights: [Bytes; 4], x: &[i8; 16]) -> I32 {
+    fn quad(self, x: &[i8; 16], q: usize) -> Bytes {
+        let four = [x[4 * q] as u8, x[4 * q + 1] as u8, x[4 * q + 2] as u8, x[4 * q + 3] as u8];
+        intrinsics!({
+            let v = vreinterpretq_u8_u32(vdupq_n_u32(u32::from_le_bytes(four)));
+            (v, v)
+        })
+    }
+    #[inline(always)]
+    fn repeat_byte(self, v: I32) -> Bytes {
+        const FIRST: [u8; 16] = [0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12];
+        intrinsics!({
+            let first = vld1q_u8(FIRST.as_ptr());
+            (vqtbl1q_u8(vreinterpretq_u8_s32(v.0), first), vqtbl1q_u8(vreinterpretq_u8_s32(v.1), first))
+        })
+    }
+    #[inline(always)]
+    fn dot_unsigned(self, weights: [Bytes; 4], x: [Bytes; 4]) -> I32 {
         // Weights of at most 32 are the same signed.
         self.dot_signed(weights, x)
     }
     #[inline(always)]
-    fn dot_signed(self, weights: [Bytes; 4], x: &[i8; 16]) -> I32 {
-        let [a, b, c, d] = weights;
+    fn dot_signed(self, weights: [Bytes; 4], x: [Bytes; 4]) -> I32 {
+        let ([a, b, c, d], [x0, x1, x2, x3]) = (weights, x);
         intrinsics!({
-            let ab = [vcreate_s8(four_bytes(x, 0)), vcreate_s8(four_bytes(x, 1))];
-            let cd = [vcreate_s8(four_bytes(x, 2)), vcreate_s8(four_bytes(x, 3))];
-            let low = vaddq_s32(dot_pair([a.0, b.0], ab), dot_pair([c.0, d.0], cd));
-            let high = vaddq_s32(dot_pair([a.1, b.1], ab), dot_pair([c.1, d.1], cd));
+            let low = vaddq_s32(dot_pair([a.0, b.0], [x0.0, x1.0]), dot_pair([c.0, d.0], [x2.0, x3.0]));
+            let high = vaddq_s32(dot_pair([a.1, b.1], [x0.1, x1.1]), dot_pair([c.1, d.1], [x2.1, x3.1]));
             (low, high)
         })
     }
@@ -185,6 +207,10 @@ impl Simd for Neon {
     #[inline(always)]
     fn splat(self, value: f32) -> F32 {
         intrinsics!((vdupq_n_f32(value), vdupq_n_f32(value)))
+    }
+    #[inline(always)]
+    fn select(self, x: &[f32; 4], lanes: Bytes, shift: u32) -> F32 {
+        intrinsics!((select_four(x, lanes.0, shift), select_four(x, lanes.1, shift)))
     }
     #[inline(always)]
     fn load_le_f32(self, from: &[u8; 32]) -> F32 {

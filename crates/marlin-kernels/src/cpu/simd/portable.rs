@@ -40,24 +40,32 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn dot_unsigned(self, weights: [[u8; 32]; 4], x: &[i8; 16]) -> [i32; 8] {
+    fn quad(self, x: &[i8; 16], q: usize) -> [u8; 32] {
+        from_fn(|i| x[4 * q + i % 4] as u8)
+    }
+    #[inline(always)]
+    fn repeat_byte(self, v: [i32; 8]) -> [u8; 32] {
+        from_fn(|i| v[i / 4] as u8)
+    }
+    #[inline(always)]
+    fn dot_unsigned(self, weights: [[u8; 32]; 4], x: [[u8; 32]; 4]) -> [i32; 8] {
         let mut sums = [0; 8];
         for (q, w) in weights.iter().enumerate() {
             for (lane, sum) in sums.iter_mut().enumerate() {
                 for j in 0..4 {
-                    *sum += i32::from(w[4 * lane + j]) * i32::from(x[4 * q + j]);
+                    *sum += i32::from(w[4 * lane + j]) * i32::from(x[q][4 * lane + j] as i8);
                 }
             }
         }
         sums
     }
     #[inline(always)]
-    fn dot_signed(self, weights: [[u8; 32]; 4], x: &[i8; 16]) -> [i32; 8] {
+    fn dot_signed(self, weights: [[u8; 32]; 4], x: [[u8; 32]; 4]) -> [i32; 8] {
         let mut sums = [0; 8];
         for (q, w) in weights.iter().enumerate() {
             for (lane, sum) in sums.iter_mut().enumerate() {
                 for j in 0..4 {
-                    *sum += i32::from(w[4 * lane + j] as i8) * i32::from(x[4 * q + j]);
+                    *sum += i32::from(w[4 * lane + j] as i8) * i32::from(x[q][4 * lane + j] as i8);
                 }
             }
         }
@@ -100,6 +108,13 @@ impl Simd for Portable {
     #[inline(always)]
     fn splat(self, value: f32) -> [f32; 8] {
         [value; 8]
+    }
+    #[inline(always)]
+    fn select(self, x: &[f32; 4], lanes: [u8; 32], shift: u32) -> [f32; 8] {
+        from_fn(|i| {
+            let lane = u32::from_le_bytes([lanes[4 * i], lanes[4 * i + 1], lanes[4 * i + 2], lanes[4 * i + 3]]);
+            x[(lane >> shift & 3) as usize]
+        })
     }
     #[inline(always)]
     fn load_le_f32(self, from: &[u8; 32]) -> [f32; 8] {

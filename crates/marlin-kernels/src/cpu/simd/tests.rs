@@ -78,13 +78,24 @@ fn dot_products_hold_at_their_extremes() {
             let inputs: [[i8; 16]; 4] =
                 [[127; 16], [-127; 16], [0; 16], std::array::from_fn(|i| (16 * i as i32 - 120) as i8)];
             for x in inputs {
-                for w in [weights(&|_| 32), weights(&|_| 0), weights(&|i| (i % 33) as u8)] {
-                    let dot = simd.dot_unsigned(w.each_ref().map(|w| simd.bytes(w)), &x);
-                    assert_eq!(lanes(simd, dot), plain_dot(&w, &x, i32::from));
-                }
-                for w in [weights(&|_| 0x80), weights(&|_| 127), weights(&|i| i as u8)] {
-                    let dot = simd.dot_signed(w.each_ref().map(|w| simd.bytes(w)), &x);
-                    assert_eq!(lanes(simd, dot), plain_dot(&w, &x, |w| i32::from(w as i8)));
+                // The same inputs in every lane, and others in each.
+                let quads: [_; 4] = std::array::from_fn(|q| simd.quad(&x, q));
+                assert_eq!(
+                    quads.map(|v| bytes(simd, v)),
+                    std::array::from_fn(|q| { std::array::from_fn(|i| x[4 * q + i % 4] as u8) })
+                );
+                let rotated: [[u8; 32]; 4] =
+                    std::array::from_fn(|q| std::array::from_fn(|i| x[(4 * q + 3 * i) % 16] as u8));
+                for x in [quads, rotated.each_ref().map(|x| simd.bytes(x))] {
+                    let plain_x = x.map(|x| bytes(simd, x));
+                    for w in [weights(&|_| 32), weights(&|_| 0), weights(&|i| (i % 33) as u8)] {
+                        let dot = simd.dot_unsigned(w.each_ref().map(|w| simd.bytes(w)), x);
+                        assert_eq!(lanes(simd, dot), plain_dot(&w, &plain_x, i32::from));
+                    }
+                    for w in [weights(&|_| 0x80), weights(&|_| 127), weights(&|i| i as u8)] {
+                        let dot = simd.dot_signed(w.each_ref().map(|w| simd.bytes(w)), x);
+                        assert_eq!(lanes(simd, dot), plain_dot(&w, &plain_x, |w| i32::from(w as i8)));
+                    }
                 }
             }
         }
@@ -92,8 +103,9 @@ fn dot_products_hold_at_their_extremes() {
     on_every_level(Check);
 }
 
-fn plain_dot(w: &[[u8; 32]; 4], x: &[i8; 16], value: fn(u8) -> i32) -> [i32; 8] {
-    std::array::from_fn(|lane| (0..16).map(|k| value(w[k / 4][4 * lane + k % 4]) * i32::from(x[k])).sum())
+fn plain_dot(w: &[[u8; 32]; 4], x: &[[u8; 32]; 4], value: fn(u8) -> i32) -> [i32; 8] {
+    let product = |k: usize, i: usize| value(w[k][i]) * i32::from(x[k][i] as i8);
+    std::array::from_fn(|lane| (0..16).map(|k| product(k / 4, 4 * lane + k % 4)).sum())
 }
 
 #[test]
@@ -106,6 +118,7 @@ fn integers() {
             let from = [-128, -127, -1, 0, 1, 2, 100, 127];
             let v = simd.widen_i8(&from);
             assert_eq!(lanes(simd, v), from.map(i32::from));
+            assert_eq!(bytes(simd, simd.repeat_byte(v)), std::array::from_fn(|i| from[i / 4] as u8));
             assert_eq!(lanes(simd, simd.add_i32(v, simd.splat_i32(70_000))), from.map(|v| i32::from(v) + 70_000));
             assert_eq!(lanes(simd, simd.sub_i32(v, simd.splat_i32(-9))), from.map(|v| i32::from(v) + 9));
             for b in [-4064, -1, 0, 1, 4064] {
@@ -165,6 +178,15 @@ fn floats() {
             assert_eq!(simd.store(simd.add(va, vb)), std::array::from_fn(|i| a[i] + b[i]));
             assert_eq!(simd.store(simd.sub(va, vb)), std::array::from_fn(|i| a[i] - b[i]));
             assert_eq!(simd.store(simd.mul(va, vb)), std::array::from_fn(|i| a[i] * b[i]));
+            let from: [u8; 32] = std::array::from_fn(|i| (37 * i + 11) as u8);
+            let entries = [1.5, -2.0, f32::INFINITY, 3e-40];
+            for shift in (0..32).step_by(2) {
+                let entry = |i: usize| entries[usize::from(from[4 * i + shift / 8] >> (shift % 8) & 3)];
+                assert_eq!(
+                    simd.store(simd.select(&entries, simd.bytes(&from), shift as u32)),
+                    std::array::from_fn(entry)
+                );
+            }
             let fused: [f32; 8] = std::array::from_fn(|i| a[i].mul_add(b[i], 2.0));
             for (found, fused) in simd.store(simd.mul_add(va, vb, two)).into_iter().zip(fused) {
                 assert!((found - fused).abs() <= f32::EPSILON * fused.abs(), "{found} {fused}");

@@ -1,0 +1,188 @@
+//! Which columns of a chunk have codes: all of them, or two of every four. Orthogonal to what codes mean.
+//!
+//! The weights of a pruned column are 0, so a sparse chunk has half as many codes as columns. Which columns a row keeps differs from row to
+//! row, so code `t` of each row, one vector, is multiplied with an input of its own in every lane. Inputs are what is gathered: there
+//! are half as many products as in a dense chunk.
+
+use super::activations::Block;
+use super::codes::{CHUNK, Codes, LANES, Quad};
+use crate::cpu::simd::Simd;
+
+/// The part of a chunk that a dot product is over.
+pub(super) const FIRST_HALF: usize = 0;
+pub(super) const SECOND_HALF: usize = 1;
+pub(super) const WHOLE: usize = 2;
+
+/// Which columns have codes.
+pub(super) trait Pattern: Send + Sync + 'static {
+    /// Codes of a row in a chunk.
+    const STORED: usize;
+    /// Bytes of what says where codes stand, after the codes of a chunk.
+    const INDEX_BYTES: usize;
+    /// The integers of a chunk, `STORED / 4` quads.
+    type Quads<S: Simd>: Copy + AsRef<[S::Bytes]>;
+    /// Where codes stand.
+    type Index<S: Simd>: Copy;
+
+    fn unpack<S: Simd, C: Codes>(simd: S, tile: &[u8]) -> Self::Quads<S>;
+    /// Puts the positions of the stored codes (0 to 3, four bytes of a row a quad) into tile order.
+    fn pack_index(positions: &[Quad], index: &mut [u8]);
+    fn load_index<S: Simd>(simd: S, index: &[u8]) -> Self::Index<S>;
+    /// The column of code `t` of a row.
+    fn column(index: &[u8], row: usize, t: usize) -> usize;
+    /// The input that code `t` of each row is multiplied with.
+    fn input<S: Simd>(simd: S, index: Self::Index<S>, x: &[f32; CHUNK], t: usize) -> S::F32;
+    /// `Σ (byte − offset) · x` over a part of the chunk.
+    fn dot<S: Simd, C: Codes, const PART: usize>(
+        simd: S,
+        quads: Self::Quads<S>,
+        index: Self::Index<S>,
+        offset: S::I32,
+        x: &Block,
+    ) -> S::I32;
+}
+
+/// All columns.
+pub(super) struct Dense;
+
+impl Pattern for Dense {
+    const STORED: usize = CHUNK;
+    const INDEX_BYTES: usize = 0;
+    type Quads<S: Simd> = [S::Bytes; 8];
+    type Index<S: Simd> = ();
+
+    #[inline(always)]
+    fn unpack<S: Simd, C: Codes>(simd: S, tile: &[u8]) -> [S::Bytes; 8] {
+        C::unpack(simd, tile)
+    }
+
+    fn pack_index(_: &[Quad], _: &mut [u8]) {}
+
+    #[inline(always)]
+    fn load_index<S: Simd>(_: S, _: &[u8]) {}
+
+    fn column(_: &[u8], _: usize, t: usize) -> usize {
+        t
+    }
+
+    #[inline(always)]
+    fn input<S: Simd>(simd: S, _: (), x: &[f32; CHUNK], t: usize) -> S::F32 {
+        simd.splat(x[t])
+    }
+
+    #[inline(always)]
+    fn dot<S: Simd, C: Codes, const PART: usize>(
+        simd: S,
+        w: [S::Bytes; 8],
+        _: (),
+        offset: S::I32,
+        x: &Block,
+    ) -> S::I32 {
+        let (w_first, w_second) = ([w[0], w[1], w[2], w[3]], [w[4], w[5], w[6], w[7]]);
+        let [x_first, x_second] = x.halves();
+        let (dot, x_sum) = match PART {
+            FIRST_HALF => (integer_dot::<S, C>(simd, w_first, quads(simd, x_first)), x.sums[0]),
+            SECOND_HALF => (integer_dot::<S, C>(simd, w_second, quads(simd, x_second)), x.sums[1]),
+            _ => {
+                let first = integer_dot::<S, C>(simd, w_first, quads(simd, x_first));
+                let second = integer_dot::<S, C>(simd, w_second, quads(simd, x_second));
+                (simd.add_i32(first, second), x.sums[0] + x.sums[1])
+            }
+        };
+        // Σ (byte − offset)·x = Σ byte·x − offset·Σx.
+        simd.sub_i32(dot, simd.mul_i16(offset, x_sum))
+    }
+}
+
+/// Two of every four columns. Codes `2q` and `2q + 1` of a row stand in columns `4q .. 4q + 4`. Their positions there take two bits each
+/// in one vector: bits `2s` and `2s + 1` of byte `4·row + j` are that of code `4s + j`.
+pub(super) struct TwoOfFour;
+
+impl TwoOfFour {
+    /// What the positions of an even and of an odd quad's codes are added to: their place among the 16 inputs of a half.
+    const PLACES: [Quad; 2] = {
+        let mut places = [[0; 4 * LANES]; 2];
+        let mut i = 0;
+        while i < 4 * LANES {
+            places[0][i] = if i % 4 < 2 { 0 } else { 4 };
+            places[1][i] = places[0][i] + 8;
+            i += 1;
+        }
+        places
+    };
+
+    /// The inputs that the codes of quad `s` are multiplied with.
+    #[inline(always)]
+    fn gather<S: Simd>(simd: S, index: S::Bytes, x: &[i8; 16], s: usize) -> S::Bytes {
+        let place = simd.or(simd.bits(index, 2 * s as u32, 3), simd.bytes(&Self::PLACES[s % 2]));
+        simd.lookup(bytemuck::cast_ref(x), place)
+    }
+}
+
+impl Pattern for TwoOfFour {
+    const STORED: usize = CHUNK / 2;
+    const INDEX_BYTES: usize = 4 * LANES;
+    type Quads<S: Simd> = [S::Bytes; 4];
+    type Index<S: Simd> = S::Bytes;
+
+    #[inline(always)]
+    fn unpack<S: Simd, C: Codes>(simd: S, tile: &[u8]) -> [S::Bytes; 4] {
+        C::unpack(simd, tile)
+    }
+
+    fn pack_index(positions: &[Quad], index: &mut [u8]) {
+        for (i, byte) in index.iter_mut().enumerate() {
+            *byte = positions.iter().rev().fold(0, |byte, quad| byte << 2 | quad[i]);
+        }
+    }
+
+    #[inline(always)]
+    fn load_index<S: Simd>(simd: S, index: &[u8]) -> S::Bytes {
+        simd.bytes(index.first_chunk().expect("tiles have whole chunks"))
+    }
+
+    fn column(index: &[u8], row: usize, t: usize) -> usize {
+        let position = index[4 * row + t % 4] >> (2 * (t / 4)) & 3;
+        t / 2 * 4 + usize::from(position)
+    }
+
+    #[inline(always)]
+    fn input<S: Simd>(simd: S, index: S::Bytes, x: &[f32; CHUNK], t: usize) -> S::F32 {
+        let four = x[t / 2 * 4..].first_chunk().expect("32 inputs");
+        simd.select(four, index, (8 * (t % 4) + 2 * (t / 4)) as u32)
+    }
+
+    #[inline(always)]
+    fn dot<S: Simd, C: Codes, const PART: usize>(
+        simd: S,
+        w: [S::Bytes; 4],
+        index: S::Bytes,
+        offset: S::I32,
+        x: &Block,
+    ) -> S::I32 {
+        let [first, second] = x.halves();
+        let mut inputs = [simd.bytes(&[0; 4 * LANES]); 4];
+        if PART != SECOND_HALF {
+            inputs[0] = Self::gather(simd, index, first, 0);
+            inputs[1] = Self::gather(simd, index, first, 1);
+        }
+        if PART != FIRST_HALF {
+            inputs[2] = Self::gather(simd, index, second, 2);
+            inputs[3] = Self::gather(simd, index, second, 3);
+        }
+        // Rows differ in which inputs they keep, and so in their sum.
+        let offset = [simd.repeat_byte(offset); 4];
+        simd.sub_i32(integer_dot::<S, C>(simd, w, inputs), integer_dot::<S, C>(simd, offset, inputs))
+    }
+}
+
+/// 16 inputs, the same in every lane.
+#[inline(always)]
+fn quads<S: Simd>(simd: S, x: &[i8; 16]) -> [S::Bytes; 4] {
+    [simd.quad(x, 0), simd.quad(x, 1), simd.quad(x, 2), simd.quad(x, 3)]
+}
+
+#[inline(always)]
+fn integer_dot<S: Simd, C: Codes>(simd: S, weights: [S::Bytes; 4], x: [S::Bytes; 4]) -> S::I32 {
+    if C::SIGNED { simd.dot_signed(weights, x) } else { simd.dot_unsigned(weights, x) }
+}
