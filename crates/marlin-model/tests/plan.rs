@@ -4,7 +4,7 @@ mod common;
 
 use std::alloc::System;
 
-use common::{golden, goldens, packed};
+use common::{golden, goldens, packed, schemes, sparse_schemes};
 use marlin_checkpoint::Checkpoint;
 use marlin_format::Format;
 use marlin_kernels::KvType;
@@ -29,9 +29,10 @@ fn plans_are_what_loading_allocates() {
     let backend = backend();
     let wide = LoadOptions { step_tokens: 2048, logit_rows: 512, ..LoadOptions::default() };
     let many = LoadOptions { context: Some(40), kv_blocks: Some(9000), kv_type: KvType::F32, ..LoadOptions::default() };
-    let formats = [Format::Int4, Format::Int8, Format::Fp4, Format::Int3, Format::Bf16];
+    let mut mixed = schemes([Format::Int4, Format::Int8, Format::Fp4, Format::Int3, Format::Bf16]);
+    mixed.extend(sparse_schemes());
     let stored = goldens();
-    let packed: Vec<_> = stored.iter().map(|folder| packed(folder, &formats)).collect();
+    let packed: Vec<_> = stored.iter().map(|folder| packed(folder, &mixed)).collect();
     let folders = stored.into_iter().chain(packed.iter().map(|folder| folder.path().join("packed")));
     for folder in folders {
         let checkpoint = Checkpoint::open(&folder).unwrap();

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Device, Golden, Model, golden, options, packed, packed_in, same_bits};
+use common::{Device, Golden, Model, golden, options, packed, packed_in, same_bits, schemes};
 use marlin_format::Format;
 use marlin_kernels::cpu::Arithmetic;
 use marlin_kernels::{KvType, StepError};
@@ -21,7 +21,7 @@ fn on_threads(threads: usize, mut check: impl FnMut(Model, &[u32])) {
     for name in MODELS {
         let folder = golden(name);
         let tokens = Golden::read(&folder).input_ids;
-        let target = packed(&folder, &[Format::Fp4, Format::Int4, Format::Int8]);
+        let target = packed(&folder, &schemes([Format::Fp4, Format::Int4, Format::Int8]));
         for (folder, arithmetic) in [
             (folder, Arithmetic::Exact),
             (packed_in(&target), Arithmetic::Exact),

@@ -51,6 +51,7 @@ fn every_format_stores_what_encoding_the_source_gives() {
     schemes.push(Format::Fp4.scheme(Some(Grouping::Row)).unwrap());
     schemes.push(Format::Fp8.scheme(Some(Grouping::Block { rows: 128, cols: 128 })).unwrap());
     schemes.push(Format::Int8.scheme(Some(Grouping::Tensor)).unwrap());
+    schemes.extend(Format::SPARSE.map(|format| format.sparse_24(None).unwrap()));
     let folder = tempfile::tempdir().unwrap();
     for (name, search) in [("qwen3-gqa2-tied", ScaleSearch::Mse), ("llama-gqa4-bias-sharded", ScaleSearch::AbsMax)] {
         let source = Checkpoint::open(&golden(name)).unwrap();
@@ -87,11 +88,16 @@ fn check_output(source: &Checkpoint, output: &Checkpoint, recipe: &Recipe) {
 
 #[test]
 fn an_interrupted_run_goes_on_and_gives_the_same_bytes() {
+    for recipe in [fp4(), recipe(Format::Int4.sparse_24(None).unwrap(), ScaleSearch::Mse)] {
+        interrupt_and_resume(&recipe);
+    }
+}
+
+fn interrupt_and_resume(recipe: &Recipe) {
     let folder = tempfile::tempdir().unwrap();
     let (whole, resumed) = (folder.path().join("whole"), folder.path().join("resumed"));
     let source = Checkpoint::open(&golden("qwen3-gqa2-tied")).unwrap();
-    let recipe = fp4();
-    let expected = quantize(&source, &whole, &recipe, QuantizeOptions::default()).unwrap();
+    let expected = quantize(&source, &whole, recipe, QuantizeOptions::default()).unwrap();
 
     // The process dies before the ninth tensor.
     let mut seen = 0;
@@ -100,10 +106,10 @@ fn an_interrupted_run_goes_on_and_gives_the_same_bytes() {
         assert!(seen < 9, "killed");
     };
     let options = QuantizeOptions { sync_bytes: 1, progress: Some(&mut dies), ..Default::default() };
-    catch_unwind(AssertUnwindSafe(|| quantize(&source, &resumed, &recipe, options))).unwrap_err();
+    catch_unwind(AssertUnwindSafe(|| quantize(&source, &resumed, recipe, options))).unwrap_err();
     assert!(!resumed.exists());
 
-    let report = quantize(&source, &resumed, &recipe, QuantizeOptions::default()).unwrap();
+    let report = quantize(&source, &resumed, recipe, QuantizeOptions::default()).unwrap();
     assert_eq!(report.resumed, 8);
     assert_eq!(report.matrices, expected.matrices);
     assert_eq!(contents(&resumed), contents(&whole));

@@ -91,6 +91,8 @@ fn every_output_has_a_line_for_each_test() {
     let text = tiny(&options);
     assert!(text.starts_with("tiny (random weights): Qwen3ForCausalLM, int8 row, embedding bf16"), "{text}");
     assert!(text.contains("\npp7 ") && text.contains("\ntg3 @ d4 "), "{text}");
+    let sparse = tiny(&["--depths", "0", "--format", "int4", "--sparse-24"]);
+    assert!(sparse.starts_with("tiny (random weights): Qwen3ForCausalLM, int4 g128, 2:4, embedding"), "{sparse}");
 }
 
 #[test]
@@ -101,6 +103,8 @@ fn what_cannot_be_measured_is_explained() {
     assert!(deep.contains("tg64 @ d4096") && deep.contains("4160 tokens, tiny has 1024"), "{deep}");
     let nothing = failure(&["bench", "--shape", "tiny", "--prefill", "0", "--decode", "0"], 1);
     assert!(nothing.contains("nothing to measure"), "{nothing}");
+    let sparse = failure(&["bench", "--shape", "tiny", "--format", "int8", "--sparse-24"], 1);
+    assert!(sparse.contains("int8 has no variant with 2:4 sparsity"), "{sparse}");
     let groups = failure(&["bench", "--shape", "tiny", "--format", "mxfp4", "--group-size", "64"], 1);
     assert!(groups.contains("mxfp4") && groups.contains("64"), "{groups}");
     for usage in [

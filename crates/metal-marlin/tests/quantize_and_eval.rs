@@ -86,6 +86,28 @@ fn quantize_reports_every_matrix() {
     assert!(verbose.contains("model.layers.1.mlp.up_proj.weight"), "{verbose}");
 }
 
+/// Half of the codes and their positions are what is left; the errors tell that half of the weights is gone.
+#[test]
+fn quantize_prunes_two_of_four() {
+    let folder = Folder::new();
+    let out = folder.path("out");
+    for (format, scheme, bits) in [("fp4", "fp4 g128, 2:4", 3.125), ("fp8", "fp8 row, 2:4", 5.0)] {
+        let report = json(&["quantize", &tiny(), &out, "--format", format, "--sparse-24", "--force", "--json"]);
+        assert_eq!((&report["scheme"], &report["embedding_scheme"]), (&scheme.into(), &"int8 g32".into()));
+        let matrices = report["matrices"].as_array().unwrap();
+        let linears: Vec<_> = matrices.iter().filter(|matrix| matrix["scheme"] == scheme).collect();
+        assert_eq!(linears.len(), matrices.len() - 1, "all but the tied embedding");
+        for matrix in linears {
+            let number = |key: &str| matrix[key].as_f64().unwrap();
+            // Scales of groups cut short, or one a row, add to that.
+            assert!((bits..bits + 1.5).contains(&number("bits_per_weight")), "{matrix}");
+            assert!((0.2..0.5).contains(&number("relative_rms_error")), "{matrix}");
+        }
+    }
+    let config: Value = serde_json::from_slice(&fs::read(Path::new(&out).join("config.json")).unwrap()).unwrap();
+    assert_eq!(config["quantization_config"]["schemes"]["fp8 row, 2:4"]["sparsity"], "two_of_four", "{config}");
+}
+
 #[test]
 fn quantize_writes_the_layout_of_other_engines() {
     let folder = Folder::new();
@@ -105,6 +127,7 @@ fn quantize_writes_the_layout_of_other_engines() {
 
     for (options, words) in [
         (&["--format", "fp4"][..], "no place for fp4 g128"),
+        (&["--format", "int4", "--sparse-24"], "no place for int4 g128, 2:4"),
         (&["--format", "int4", "--group-size", "128"], "no multiple of the group of 128"),
         (&["--format", "int4", "--embedding-format", "int8"], "keeps embedding and head as they are"),
         (&["--format", "int4", "--embedding-group-size", "32"], "keeps embedding and head as they are"),
@@ -134,6 +157,8 @@ fn quantize_says_what_is_wrong() {
     assert!(error.contains("int8") && error.contains("--bits"), "{error}");
     let error = failure(&["quantize", &tiny(), &out, "--format", "mxfp4", "--group-size", "64"]);
     assert!(error.contains("mxfp4") && error.contains("32"), "{error}");
+    let error = failure(&["quantize", &tiny(), &out, "--format", "int8", "--sparse-24"]);
+    assert!(error.contains("int8 has no variant with 2:4 sparsity; fp4, int4, fp8 have one"), "{error}");
     let error = failure(&["quantize", "no/such/model", &out, "--format", "fp4"]);
     assert!(error.contains("no/such/model"), "{error}");
     assert!(!Path::new(&out).exists());
@@ -237,19 +262,33 @@ mod bundled {
     }
 
     #[test]
+    fn a_sparse_model_is_evaluated() {
+        let folder = Folder::new();
+        let ((model, text), out) = (tiny_with_text(&folder), folder.path("out"));
+        json(&["quantize", &model, &out, "--format", "fp8", "--sparse-24", "--json"]);
+        let result = json(&["eval", &out, "--baseline", &model, "--text", &text, "--json"]);
+        assert!(number(&result, "mean_kl") > 1e-6 && number(&result, "perplexity").is_finite(), "{result}");
+        assert!(number(&result, "decoder_bits_per_weight") < 6.5, "{result}");
+    }
+
+    #[test]
     fn quality_measures_every_format() {
         let folder = Folder::new();
         let ((model, text), page) = (tiny_with_text(&folder), folder.path("quality.md"));
         let run = metal_marlin(&["quality", &model, "--text", &text, "--out", &page]);
         assert_eq!((run.code, run.stderr.as_str()), (Some(0), ""));
         let page = fs::read_to_string(page).unwrap();
-        for row in
-            ["| unquantised |", "| fp4 g128 | RTN |", "| fp4 g128 | MSE |", "| nvfp4 | MSE |", "| int2 g32 | RTN |"]
-        {
+        for row in [
+            "| unquantised |",
+            "| fp4 g128 | RTN |",
+            "| nvfp4 | MSE |",
+            "| int2 g32 | RTN |",
+            "| fp4 g128, 2:4 | MSE |",
+        ] {
             assert!(page.contains(row), "{row}: {page}");
         }
-        // A heading, a rule, the original, and two rows for each of 17 variants.
-        assert_eq!(page.lines().filter(|line| line.starts_with('|')).count(), 3 + 2 * 17);
+        // A heading, a rule, the original, and two rows for each of 17 dense and 3 sparse variants.
+        assert_eq!(page.lines().filter(|line| line.starts_with('|')).count(), 3 + 2 * 20);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use marlin_checkpoint::{Checkpoint, CheckpointWriter, PlannedTensor, WriterOptions};
-use marlin_format::{EncodeOptions, Format, encode};
+use marlin_format::{EncodeOptions, Format, Scheme, encode};
 use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
 use marlin_kernels::reference::ReferenceBackend;
 use marlin_kernels::{KvType, SampleRow};
@@ -51,11 +51,21 @@ pub(crate) fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
 }
 
-/// A copy of a model whose matrices are packed, `formats` in turn: in a fused group they differ if there are several.
-pub(crate) fn packed(folder: &Path, formats: &[Format]) -> TempDir {
+/// The usual schemes of formats.
+pub(crate) fn schemes(formats: impl IntoIterator<Item = Format>) -> Vec<Scheme> {
+    formats.into_iter().map(|format| format.scheme(None).unwrap()).collect()
+}
+
+/// The usual schemes of all variants with 2:4 sparsity.
+pub(crate) fn sparse_schemes() -> Vec<Scheme> {
+    Format::SPARSE.iter().map(|format| format.sparse_24(None).unwrap()).collect()
+}
+
+/// A copy of a model whose matrices are packed, `schemes` in turn: in a fused group they differ if there are several.
+pub(crate) fn packed(folder: &Path, schemes: &[Scheme]) -> TempDir {
     let source = Checkpoint::open(folder).unwrap();
     let names: Vec<&str> = source.tensor_names().collect();
-    let scheme = |index: usize| formats[index % formats.len()].scheme(None).unwrap();
+    let scheme = |index: usize| schemes[index % schemes.len()];
     let plan = names.iter().enumerate().map(|(index, name)| match *source.shape(name).unwrap() {
         [rows, cols] => PlannedTensor::matrix(*name, rows, cols, scheme(index)),
         _ => PlannedTensor::raw(*name, source.tensor(name).unwrap().dtype, source.shape(name).unwrap()),

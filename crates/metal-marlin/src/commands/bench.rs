@@ -16,6 +16,7 @@ Examples:
   metal-marlin bench path/to/model
   metal-marlin bench --shape qwen3-4b --format fp4
   metal-marlin bench --shape llama-3.1-8b --format int4 --group-size 32 --threads 8
+  metal-marlin bench --shape qwen3-4b --format fp4 --sparse-24
   metal-marlin bench --shape qwen3-0.6b --prefill 512 --decode 32 --depths 0 --repetitions 3
   metal-marlin bench bundled --output json
 
@@ -57,6 +58,10 @@ pub(crate) struct Args {
     #[arg(long, short, value_name = "SIZE", help_heading = "Shape", conflicts_with = "model")]
     group_size: Option<Grouping>,
 
+    /// Keep two of every four of the shape's weights, as in `quantize`: fp4, int4 and fp8
+    #[arg(long = "sparse-24", help_heading = "Shape", conflicts_with = "model")]
+    sparse_24: bool,
+
     /// Number format of the shape's embedding and output head
     #[arg(long, value_name = "FORMAT", default_value_t = Format::Int8, help_heading = "Shape", conflicts_with = "model")]
     embedding_format: Format,
@@ -94,7 +99,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let checkpoint = match (&args.shape, &args.model) {
         (Some(name), _) => {
             let shape: Shape = name.parse()?;
-            let linears = args.format.scheme(args.group_size)?;
+            let linears = quantize::linear_scheme(args.format, args.group_size, args.sparse_24)?;
             let embedding = quantize::embedding_scheme(args.embedding_format, args.embedding_group_size)?;
             progress::spinner(&format!("Making {name}"), || bench::random_model(&shape, &linears, &embedding))?
         }

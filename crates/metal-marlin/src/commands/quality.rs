@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use marlin_checkpoint::Checkpoint;
-use marlin_format::{Format, Grouping, ScaleSearch};
+use marlin_format::{Format, FormatError, Grouping, ScaleSearch, Scheme};
 use marlin_quantize::{
     Divergence, Footprint, LogitSource, ModelLogits, Quality, QuantizeOptions, Recipe, RecordedLogits, Windows,
     evaluate, quantize,
@@ -54,8 +54,8 @@ const fn columns(columns: u32) -> Option<Grouping> {
     Some(Grouping::Columns(columns))
 }
 
-/// What is measured, each with both ways to choose scales; `None` stands for the format's usual groups.
-const VARIANTS: [(Format, Option<Grouping>); 17] = [
+/// The dense formats, each measured with both ways to choose scales; `None` stands for the format's usual groups.
+const DENSE: [(Format, Option<Grouping>); 17] = [
     (Format::Int8, columns(32)),
     (Format::Int8, columns(128)),
     (Format::Fp8, columns(128)),
@@ -74,6 +74,12 @@ const VARIANTS: [(Format, Option<Grouping>); 17] = [
     (Format::Int3, None),
     (Format::Int2, None),
 ];
+/// What is measured: the dense formats, then the 2:4 variants in their usual groups.
+fn variants() -> Result<Vec<Scheme>, FormatError> {
+    let dense = DENSE.into_iter().map(|(format, grouping)| format.scheme(grouping));
+    dense.chain(Format::SPARSE.into_iter().map(|format| format.sparse_24(None))).collect()
+}
+
 const METHODS: [(ScaleSearch, &str); 2] = [(ScaleSearch::AbsMax, "RTN"), (ScaleSearch::Mse, "MSE")];
 
 /// A line of the table.
@@ -112,7 +118,8 @@ struct Measure<'a> {
 impl Measure<'_> {
     /// The unquantised model and every variant.
     fn all(&self) -> anyhow::Result<(Quality, Vec<Row>)> {
-        let variants = VARIANTS.len() * METHODS.len();
+        let schemes = variants()?;
+        let variants = schemes.len() * METHODS.len();
         let mut model = eval::load_model(self.source, &self.device(true), self.context)?;
         let mut recorded = {
             let mut bar = Bar::counting("Measuring the original", "tokens");
@@ -127,13 +134,9 @@ impl Measure<'_> {
         let mut rows = Vec::with_capacity(variants);
         let mut bar = Bar::counting("Measuring", "variants");
         bar.set(0, variants as u64);
-        for (format, grouping) in VARIANTS {
+        for linears in schemes {
             for (search, method) in METHODS {
-                let recipe = Recipe {
-                    linears: format.scheme(grouping)?,
-                    embedding: Some(embedding_scheme(Format::Int8, None)?),
-                    search,
-                };
+                let recipe = Recipe { linears, embedding: Some(embedding_scheme(Format::Int8, None)?), search };
                 let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
                 let out = folder.path().join("model");
                 let report = quantize(self.source, &out, &recipe, QuantizeOptions::default())?;
@@ -183,6 +186,8 @@ fn page(args: &Args, measure: &Measure<'_>, baseline: &Quality, rows: &[Row]) ->
          - **bits**: per weight, scales and zero points counted; of everything (embedding, norms) and of the decoder's\n  \
            linears alone. Embedding and tied head are int8 in groups of 32 in every row but the first.\n\
          - **g32**, **row**, **128x128**, **tensor**: the weights that share a scale.\n\
+         - **2:4** keeps the two largest of every four weights and nothing of the others. The model was not trained for that:\n  \
+           these rows show what pruning by magnitude alone costs, which training after it would win back in part.\n\
          - **RTN** rounds to nearest with the largest weight of a group just fitting, **MSE** searches the scale of least\n  \
            squared error.\n\
          - **KL**: divergence of the next-token distribution from the unquantised model's, KL(P ‖ Q) in nats a token; its\n  \
