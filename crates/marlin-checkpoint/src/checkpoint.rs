@@ -339,8 +339,11 @@ impl Checkpoint {
     }
 
     /// The tokenizer.
+    ///
+    /// # Errors
+    /// There is none, it cannot be built, or it has a larger vocabulary than config.json says.
     pub fn tokenizer(&self) -> Result<Tokenizer, CheckpointError> {
-        Tokenizer::read(&self.source)
+        Tokenizer::read(&self.source, self.config["vocab_size"].as_u64())
     }
 
     /// The chat template (Jinja): chat_template.jinja, or else that of tokenizer_config.json; `None` if there is none.

@@ -32,6 +32,17 @@ pub enum CheckpointError {
         /// The reason.
         source: io::Error,
     },
+    /// A file of the output is larger than files may be; what is finished stays for a later run.
+    #[error(
+        "{path} would be larger than a file may be here; raise the limit (`ulimit -f`) or choose a file system with \
+         larger files, and run the same command to resume"
+    )]
+    FileLimit {
+        /// The file being written.
+        path: PathBuf,
+        /// The reason.
+        source: io::Error,
+    },
     /// The path given is not a folder.
     #[error("{path} is not a folder; a model is a folder that holds config.json and *.safetensors files")]
     NotAFolder {
@@ -111,7 +122,9 @@ pub enum CheckpointError {
         supported: u32,
     },
     /// No such tensor.
-    #[error("{model} has no tensor `{tensor}`")]
+    #[error(
+        "{model} has no tensor `{tensor}`; its config.json and its weights do not belong together, or weights are missing"
+    )]
     NoTensor {
         /// The model.
         model: String,
@@ -171,6 +184,19 @@ pub enum CheckpointError {
         file: String,
         /// The reason.
         problem: String,
+    },
+    /// A tokenizer that belongs to another model.
+    #[error(
+        "{file} has {found} tokens, but config.json says vocab_size = {wanted}: the tokenizer belongs to another model; \
+         copy tokenizer.json and config.json from the model the weights are of"
+    )]
+    OtherVocabulary {
+        /// tokenizer.json.
+        file: String,
+        /// Tokens of its vocabulary, those added to it not counted.
+        found: usize,
+        /// `vocab_size` of config.json.
+        wanted: u64,
     },
     /// The output folder exists.
     #[error("{path} exists; choose another folder or pass --force to replace it")]

@@ -63,7 +63,10 @@ impl Shard {
             return Err(CheckpointError::Truncated { file: label, found: data.len(), wanted: described });
         }
         if described < data.len() {
-            return Err(malformed(format!("{} bytes follow the last tensor", data.len() - described)));
+            let extra = data.len() - described;
+            return Err(malformed(format!(
+                "{extra} bytes follow the last tensor that its header describes; download or copy it again"
+            )));
         }
 
         let start = bytes.len() - data.len();

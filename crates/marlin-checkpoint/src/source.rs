@@ -91,6 +91,9 @@ impl Source {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(CheckpointError::io("open", &path)(e)),
         };
+        if !opened.metadata().map_err(CheckpointError::io("look at", &path))?.is_file() {
+            return Err(CheckpointError::malformed(&self.label(file), "this is no file; put the weights in its place"));
+        }
         // SAFETY: the map is read-only and only ever seen as bytes, for which every bit pattern is valid. What is left
         // is that nobody changes or truncates the file while it is mapped. This project never does: the writer replaces
         // whole folders by renaming, which leaves a mapped file intact. Of others it is asked in `Checkpoint::open`.

@@ -25,7 +25,7 @@ pub struct Tokenizer {
 enum BosRule {
     AsTokenizer,
     Prepend(u32),
-    Strip,
+    Strip(u32),
 }
 
 #[derive(Default, Deserialize)]
@@ -51,7 +51,8 @@ impl SpecialToken {
 }
 
 impl Tokenizer {
-    pub(crate) fn read(source: &Source) -> Result<Self, CheckpointError> {
+    /// `vocab_size` is that of config.json, if it has one.
+    pub(crate) fn read(source: &Source, vocab_size: Option<u64>) -> Result<Self, CheckpointError> {
         let bytes = source.read(TOKENIZER_FILE)?.ok_or_else(|| CheckpointError::MissingFile {
             file: source.label(TOKENIZER_FILE),
             hint: "download it with the model; older tokenizer files (tokenizer.model, vocab.json) are not read, but \
@@ -59,10 +60,15 @@ impl Tokenizer {
                 .to_owned(),
         })?;
         let config: TokenizerConfig = source.json("tokenizer_config.json")?.unwrap_or_default();
-        Self::new(&bytes, &config, source.label(TOKENIZER_FILE))
+        Self::new(&bytes, &config, source.label(TOKENIZER_FILE), vocab_size)
     }
 
-    fn new(json: &[u8], config: &TokenizerConfig, file: String) -> Result<Self, CheckpointError> {
+    fn new(
+        json: &[u8],
+        config: &TokenizerConfig,
+        file: String,
+        vocab_size: Option<u64>,
+    ) -> Result<Self, CheckpointError> {
         let failed =
             |e: tokenizers::Error| CheckpointError::Tokenizer { file: file.clone(), problem: format!("invalid: {e}") };
         let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(failed)?;
@@ -70,9 +76,18 @@ impl Tokenizer {
         inner.with_truncation(None).map_err(failed)?;
         inner.with_padding(None);
 
-        let special =
-            inner.get_added_tokens_decoder().iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
-        let vocabulary_size = inner.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1);
+        let vocabulary = inner.get_vocab(true);
+        let size = |counts: &dyn Fn(&u32) -> bool| {
+            vocabulary.values().filter(|id| counts(id)).max().map_or(0, |id| *id as usize + 1)
+        };
+        let added = inner.get_added_tokens_decoder();
+        // Tokens added to a vocabulary may lie beyond the model's: Gemma 3 has one for images, which its text models lack.
+        let found = size(&|id| !added.contains_key(id));
+        if let Some(wanted) = vocab_size.filter(|wanted| found as u64 > *wanted) {
+            return Err(CheckpointError::OtherVocabulary { file: file.clone(), found, wanted });
+        }
+        let vocabulary_size = size(&|_| true);
+        let special = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
 
         let bos_text = config.bos_token.as_ref().map(|token| match token {
             SpecialToken::Text(text) | SpecialToken::Added { content: text } => text,
@@ -82,7 +97,7 @@ impl Tokenizer {
                 let added = inner.encode_fast("", true).map_err(failed)?.get_ids().first() == Some(&id);
                 match (wanted, added) {
                     (true, false) => BosRule::Prepend(id),
-                    (false, true) => BosRule::Strip,
+                    (false, true) => BosRule::Strip(id),
                     _ => BosRule::AsTokenizer,
                 }
             }
@@ -99,7 +114,7 @@ impl Tokenizer {
         let ids = encoding.get_ids();
         Ok(match self.bos {
             BosRule::Prepend(bos) if add_special => [&[bos], ids].concat(),
-            BosRule::Strip if add_special => ids[1..].to_vec(),
+            BosRule::Strip(bos) if add_special => ids.strip_prefix(&[bos]).unwrap_or(ids).to_vec(),
             _ => ids.to_vec(),
         })
     }

@@ -22,6 +22,30 @@ pub struct Request {
     pub stop: StopConditions,
 }
 
+impl Request {
+    /// Checks the request against a model of so many tokens of vocabulary and of context, which need not be loaded yet.
+    ///
+    /// # Errors
+    /// A parameter is out of range, the prompt is empty or too long, or a token id is unknown to the model.
+    pub fn check(&self, vocabulary: usize, context: usize) -> Result<(), EngineError> {
+        self.sampling.validate()?;
+        self.stop.validate()?;
+        let prompt = self.prompt.len();
+        if prompt == 0 {
+            return Err(EngineError::EmptyPrompt);
+        }
+        let biased = self.sampling.logit_bias.iter().map(|&(token, _)| ("logit_bias", token));
+        let mut tokens = self.prompt.iter().map(|&token| ("prompt", token)).chain(biased);
+        if let Some((place, token)) = tokens.find(|&(_, token)| token as usize >= vocabulary) {
+            return Err(EngineError::Token { place, token, vocabulary });
+        }
+        if prompt >= context {
+            return Err(EngineError::PromptTooLong { prompt, context });
+        }
+        Ok(())
+    }
+}
+
 /// Names a request of one engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RequestId(u64);
@@ -188,20 +212,8 @@ impl Engine {
     /// Checks a request and says how much room it may need.
     fn check(&self, request: &Request) -> Result<Room, EngineError> {
         let info = self.model.info();
+        request.check(info.vocabulary, info.context)?;
         let (prompt, max_tokens) = (request.prompt.len(), request.stop.max_tokens);
-        request.sampling.validate()?;
-        request.stop.validate()?;
-        if prompt == 0 {
-            return Err(EngineError::EmptyPrompt);
-        }
-        let biased = request.sampling.logit_bias.iter().map(|&(token, _)| ("logit_bias", token));
-        let mut tokens = request.prompt.iter().map(|&token| ("prompt", token)).chain(biased);
-        if let Some((place, token)) = tokens.find(|&(_, token)| token as usize >= info.vocabulary) {
-            return Err(EngineError::Token { place, token, vocabulary: info.vocabulary });
-        }
-        if prompt >= info.context {
-            return Err(EngineError::PromptTooLong { prompt, context: info.context });
-        }
         let block_tokens = info.kv_layout.block_tokens;
         let room = Room::new(prompt, max_tokens, info.context, block_tokens);
         if room.kv_blocks > self.kv_blocks {

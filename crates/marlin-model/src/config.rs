@@ -9,7 +9,7 @@ use crate::ConfigError;
 
 /// A size from 1 to `MAX`. The limit is far above any model, and low enough that products of two sizes never overflow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "i64")]
+#[serde(try_from = "Value")]
 pub(crate) struct Size<const MAX: i64 = { 1 << 24 }>(usize);
 
 impl<const MAX: i64> Size<MAX> {
@@ -26,6 +26,16 @@ impl<const MAX: i64> TryFrom<i64> for Size<MAX> {
             Ok(size) if (1..=MAX).contains(&value) => Ok(Self(size)),
             _ => Err(format!("must be a whole number from 1 to {MAX}, found {value}")),
         }
+    }
+}
+
+/// As it stands in config.json.
+impl<const MAX: i64> TryFrom<Value> for Size<MAX> {
+    type Error = String;
+
+    fn try_from(value: Value) -> Result<Self, String> {
+        let size = value.as_i64().and_then(|size| Self::try_from(size).ok());
+        size.ok_or_else(|| format!("must be a whole number from 1 to {MAX}, found {value}"))
     }
 }
 
@@ -104,8 +114,9 @@ mod tests {
         assert_eq!(problem(json!({"layers": -1, "eps": 1})), "layers: must be a whole number from 1 to 4096, found -1");
         assert!(problem(json!({"layers": 0, "eps": 1})).contains("found 0"));
         assert!(problem(json!({"layers": 4097, "eps": 1})).contains("found 4097"));
-        assert!(problem(json!({"layers": 1e30, "eps": 1})).starts_with("layers: invalid type: floating point"));
-        assert!(problem(json!({"layers": "4", "eps": 1})).starts_with("layers: invalid type: string"));
+        assert!(problem(json!({"layers": u64::MAX, "eps": 1})).ends_with("from 1 to 4096, found 18446744073709551615"));
+        assert!(problem(json!({"layers": 1.5, "eps": 1})).ends_with("whole number from 1 to 4096, found 1.5"));
+        assert!(problem(json!({"layers": "4", "eps": 1})).ends_with("whole number from 1 to 4096, found \"4\""));
         assert_eq!(problem(json!({"eps": 1})), "missing field `layers`");
     }
 

@@ -2,8 +2,11 @@
 
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
 
+use anyhow::Context;
 use clap::Parser;
+use signal_hook::{consts::SIGXFSZ, flag};
 
 mod commands;
 mod progress;
@@ -29,7 +32,7 @@ Examples:
 fn main() -> ExitCode {
     // clap prints its own messages: usage errors exit with 2, --help and --version with 0.
     let cli = Cli::parse();
-    match cli.command.execute() {
+    match outlive_file_limit().and_then(|()| cli.command.execute()) {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever read our output has seen enough (`metal-marlin run … | head`).
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
@@ -38,6 +41,13 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// A file that grows beyond what the shell allows (`ulimit -f`) ends in an error instead of the program's death by a signal.
+fn outlive_file_limit() -> anyhow::Result<()> {
+    // That a write failed is told by its result; nobody looks at the flag.
+    flag::register(SIGXFSZ, Arc::default()).context("cannot handle the signal SIGXFSZ")?;
+    Ok(())
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {

@@ -31,7 +31,7 @@ pub struct WriterOptions {
     pub force: bool,
     /// Largest weight file; a tensor that alone is larger gets a file of its own.
     pub max_shard_bytes: u64,
-    /// Tensor bytes between two syncs to disk: about what a kill can cost.
+    /// Tensor bytes between two syncs to disk: what a kill can cost, about a second of quantising.
     pub sync_bytes: u64,
     /// How packed matrices are laid out.
     pub layout: Layout,
@@ -43,7 +43,7 @@ impl Default for WriterOptions {
             fingerprint: String::new(),
             force: false,
             max_shard_bytes: 4 * GIB,
-            sync_bytes: 64 * MIB,
+            sync_bytes: 4 * MIB,
             layout: Layout::default(),
         }
     }
@@ -336,6 +336,7 @@ fn write_error(path: &Path, needed: u64, source: io::Error) -> CheckpointError {
     let path = path.to_path_buf();
     match source.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => CheckpointError::DiskFull { path, needed, source },
+        io::ErrorKind::FileTooLarge => CheckpointError::FileLimit { path, source },
         _ => CheckpointError::Io { action: "write", path, source },
     }
 }
@@ -354,6 +355,8 @@ mod tests {
     fn a_full_disk_is_told_apart() {
         let error = write_error(Path::new("out/x"), 123, io::ErrorKind::StorageFull.into()).to_string();
         assert!(error.contains("out/x") && error.contains("123 bytes") && error.contains("resume"), "{error}");
+        let error = write_error(Path::new("out/x"), 123, io::ErrorKind::FileTooLarge.into()).to_string();
+        assert!(error.contains("out/x") && error.contains("ulimit -f") && error.contains("resume"), "{error}");
         let error = write_error(Path::new("out/x"), 123, io::ErrorKind::PermissionDenied.into());
         assert!(matches!(error, CheckpointError::Io { .. }));
     }

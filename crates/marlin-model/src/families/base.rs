@@ -8,6 +8,9 @@ use crate::config::{self, HiddenAct, Positive, Size};
 use crate::rope::Rope;
 use crate::spec::{AttentionSpec, DecoderSpec, LayerSpec, MlpSpec};
 
+/// Width of a head. Rotary frequencies are computed before any weight shows that a size is real, so it is kept small.
+type HeadDim = Size<{ 1 << 16 }>;
+
 /// The fields that all families share.
 #[derive(Debug, Deserialize)]
 pub(super) struct BaseConfig {
@@ -17,7 +20,7 @@ pub(super) struct BaseConfig {
     num_hidden_layers: Size<4096>,
     num_attention_heads: Size,
     num_key_value_heads: Option<Size>,
-    head_dim: Option<Size>,
+    head_dim: Option<HeadDim>,
     #[serde(default)]
     hidden_act: HiddenAct,
     max_position_embeddings: Size,
@@ -49,19 +52,23 @@ impl BaseConfig {
     pub(super) fn head_dim_or_share(&self) -> Result<usize, ConfigError> {
         let (hidden, heads) = (self.hidden_size.get(), self.num_attention_heads.get());
         match self.head_dim {
-            Some(head_dim) => Ok(head_dim.get()),
-            None if hidden.is_multiple_of(heads) => Ok(hidden / heads),
-            None => {
+            Some(head_dim) => return Ok(head_dim.get()),
+            None if !hidden.is_multiple_of(heads) => {
                 let problem =
                     format!("without head_dim must be a multiple of num_attention_heads = {heads}, found {hidden}");
-                Err(ConfigError::new("hidden_size", problem))
+                return Err(ConfigError::new("hidden_size", problem));
             }
+            None => {}
         }
+        let share = HeadDim::try_from((hidden / heads) as i64);
+        share.map(HeadDim::get).map_err(|problem| {
+            ConfigError::new("hidden_size", format!("divided by num_attention_heads = {heads} {problem}"))
+        })
     }
 
     /// `head_dim`, or what the family says where config.json names none.
     pub(super) fn head_dim_or(&self, default: usize) -> usize {
-        self.head_dim.map_or(default, Size::get)
+        self.head_dim.map_or(default, HeadDim::get)
     }
 
     /// Refuses a config without `num_key_value_heads`: some families have defaults for it that suit one size of model only.

@@ -204,11 +204,13 @@ fn tokens_of(prompt: &str, tokenizer: &Tokenizer, generation: &GenerationConfig)
 impl Args {
     /// How to load the model, if there is memory for it: with the context asked for, or with no more than this one request can use
     /// and than fits; the prompt must.
-    fn load_options(&self, request: &Request, checkpoint: &Checkpoint) -> Result<LoadOptions, LoadError> {
+    fn load_options(&self, request: &Request, checkpoint: &Checkpoint) -> anyhow::Result<LoadOptions> {
         let backend = CpuBackend::new(self.device.cpu()).map_err(LoadError::Device)?;
         let planner = Planner::new(&backend, checkpoint).map_err(LoadError::Model)?;
+        let shape = planner.shape();
+        request.check(shape.vocabulary, self.context.map_or(shape.context, NonZeroUsize::get))?;
         let needed = request.prompt.len().saturating_add(request.stop.max_tokens);
-        let usable = needed.clamp(1, planner.shape().context);
+        let usable = needed.clamp(1, shape.context);
         let context = self.context.map_or(usable, NonZeroUsize::get);
         let options =
             LoadOptions { context: Some(context), kv_type: self.kv.into(), logit_rows: 1, ..LoadOptions::default() };

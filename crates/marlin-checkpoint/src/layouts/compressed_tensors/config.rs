@@ -1,11 +1,15 @@
 //! The `quantization_config` of `compressed-tensors`.
 
-use fancy_regex::Regex;
+use fancy_regex::{Regex, RegexBuilder};
 use marlin_format::{Element, Grouping};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::CheckpointError;
+
+/// Memory and time that a pattern over names of modules may take; those in use take a hundredth.
+const PATTERN_BYTES: usize = 1 << 20;
+const PATTERN_STEPS: usize = 100_000;
 
 /// How a folder says its linears are stored.
 pub(crate) struct Config {
@@ -220,7 +224,10 @@ impl Target {
     fn read(text: &str) -> Result<Self, String> {
         match text.strip_prefix("re:") {
             // Python's `re.match` looks at the beginning only.
-            Some(pattern) => Regex::new(&format!("^(?:{pattern})"))
+            Some(pattern) => RegexBuilder::new(&format!("^(?:{pattern})"))
+                .delegate_size_limit(PATTERN_BYTES)
+                .backtrack_limit(PATTERN_STEPS)
+                .build()
                 .map(Self::Pattern)
                 .map_err(|e| format!("target `{text}` is no regular expression: {e}")),
             // Names of modules have dots, or are `lm_head`; names of classes are in camel case.
