@@ -19,10 +19,11 @@ use crate::source::Source;
 use crate::weights::{self, Weights};
 use crate::{CheckpointError, GenerationConfig, QuantizationConfig, Tokenizer, chat_template};
 
-const CONFIG_FILE: &str = "config.json";
+/// What a model is.
+pub const CONFIG_FILE: &str = "config.json";
 
 /// Small files that belong to a model and are copied along when it is quantised.
-const SIDE_FILES: [&str; 9] = [
+pub const SIDE_FILES: [&str; 9] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -181,9 +182,23 @@ impl Checkpoint {
         Ok(Self { name: source.name(), source, config, quantization, notes, shards, tensors, index })
     }
 
-    /// The folder, or the name given to an embedded model.
+    /// The folder, or the name given to the model.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The same model under another name in messages, for a folder whose path tells a reader little. Messages about single
+    /// files still name their path.
+    pub fn with_name(self, name: impl Into<String>) -> Self {
+        Self { name: name.into(), ..self }
+    }
+
+    /// The folder it was opened from; `None` if its files are embedded or it was made in memory.
+    pub fn folder(&self) -> Option<&Path> {
+        match &self.source {
+            Source::Folder(folder) => Some(folder),
+            Source::Static { .. } | Source::Memory { .. } => None,
+        }
     }
 
     /// config.json.

@@ -18,7 +18,7 @@ mod tokenizer;
 mod weights;
 mod writer;
 
-pub use checkpoint::{Checkpoint, Storage, Tensor, TensorInfo};
+pub use checkpoint::{CONFIG_FILE, Checkpoint, SIDE_FILES, Storage, Tensor, TensorInfo};
 pub use error::CheckpointError;
 pub use generation_config::GenerationConfig;
 pub use layouts::Layout;
@@ -26,4 +26,5 @@ pub use memory::MemoryTensor;
 pub use quantization::{QuantizationConfig, QuantizedTensor};
 pub use safetensors::Dtype;
 pub use tokenizer::Tokenizer;
+pub use weights::{INDEX_FILE, WEIGHTS_FILE, shards_of_index};
 pub use writer::{CheckpointWriter, PlannedTensor, WriterOptions};

@@ -8,8 +8,10 @@ use crate::CheckpointError;
 use crate::shard::{Location, Shard};
 use crate::source::{Bytes, Source};
 
-pub(crate) const SINGLE_FILE: &str = "model.safetensors";
-pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
+/// All tensors of a model that has one weight file.
+pub const WEIGHTS_FILE: &str = "model.safetensors";
+/// Names the weight files of a model that has several.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
 
 /// All weight files.
 pub(crate) struct Weights {
@@ -21,6 +23,31 @@ pub(crate) struct Weights {
 #[derive(Deserialize)]
 struct Index {
     weight_map: BTreeMap<String, String>,
+}
+
+impl Index {
+    /// The files it names; `label` is its own name in messages.
+    fn shards(&self, label: &str) -> Result<BTreeSet<&str>, CheckpointError> {
+        let files: BTreeSet<&str> = self.weight_map.values().map(String::as_str).collect();
+        // An index must not reach outside its folder.
+        match files.iter().find(|file| file.contains(['/', '\\']) || !file.ends_with(".safetensors")) {
+            None => Ok(files),
+            Some(file) => {
+                let problem = format!("`{file}` is not the name of a safetensors file in the same folder");
+                Err(CheckpointError::malformed(label, problem))
+            }
+        }
+    }
+}
+
+/// The weight files that an index ([`INDEX_FILE`]) names, given its content. `label` is its name in messages.
+///
+/// # Errors
+/// It is no index, or names files outside its folder.
+pub fn shards_of_index(index: &[u8], label: &str) -> Result<BTreeSet<String>, CheckpointError> {
+    let index: Index =
+        serde_json::from_slice(index).map_err(|source| CheckpointError::Json { file: label.to_owned(), source })?;
+    Ok(index.shards(label)?.into_iter().map(str::to_owned).collect())
 }
 
 /// Maps all shards.
@@ -37,13 +64,12 @@ pub(crate) fn load(source: &Source) -> Result<Weights, CheckpointError> {
     };
 
     // The order of `transformers`: the single file wins over an index beside it.
-    let index: Option<Index> = if let Some(bytes) = source.map(SINGLE_FILE)? {
-        add(SINGLE_FILE, bytes)?;
+    let index: Option<Index> = if let Some(bytes) = source.map(WEIGHTS_FILE)? {
+        add(WEIGHTS_FILE, bytes)?;
         None
     } else {
         let index: Index = source.json(INDEX_FILE)?.ok_or_else(|| no_weights(source))?;
-        let files: BTreeSet<&String> = index.weight_map.values().collect();
-        for file in files {
+        for file in index.shards(&source.label(INDEX_FILE))? {
             add(file, map_shard(source, file)?)?;
         }
         Some(index)
@@ -63,11 +89,6 @@ pub(crate) fn load(source: &Source) -> Result<Weights, CheckpointError> {
 }
 
 fn map_shard(source: &Source, file: &str) -> Result<Bytes, CheckpointError> {
-    // An index must not reach outside its folder.
-    if file.contains(['/', '\\']) || !file.ends_with(".safetensors") {
-        let problem = format!("`{file}` is not the name of a safetensors file in the same folder");
-        return Err(CheckpointError::malformed(&source.label(INDEX_FILE), problem));
-    }
     source.map(file)?.ok_or_else(|| CheckpointError::MissingFile {
         file: source.label(file),
         hint: format!("{INDEX_FILE} names it; the download is incomplete, fetch the missing file"),
@@ -109,7 +130,7 @@ fn no_weights(source: &Source) -> CheckpointError {
         Source::Static { .. } | Source::Memory { .. } => None,
     };
     CheckpointError::MissingFile {
-        file: source.label(SINGLE_FILE),
+        file: source.label(WEIGHTS_FILE),
         hint: format!(
             "neither it nor {INDEX_FILE} is there{}; the weights must be in safetensors format",
             other.unwrap_or_default()

@@ -16,6 +16,6 @@ pub use error::QuantizeError;
 pub use error_stats::ErrorStats;
 pub use evaluate::{Divergence, LogitSource, ModelLogits, Quality, RecordedLogits, Windows, evaluate};
 pub use footprint::Footprint;
-pub use quantize::{MatrixReport, Progress, QuantizeOptions, Report, quantize};
+pub use quantize::{MatrixReport, Progress, QuantizeOptions, Report, quantize, source_fingerprint};
 pub use recipe::Recipe;
 pub use role::TensorRole;

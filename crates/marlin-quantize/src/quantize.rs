@@ -161,10 +161,7 @@ fn plan<'a>(source: &'a Checkpoint, recipe: &Recipe) -> Result<Vec<Task<'a>>, Qu
         let Some(info) = source.info(name) else { continue };
         let dtype = match info.storage {
             Storage::Plain(dtype) => dtype,
-            Storage::Packed(scheme) => {
-                let (model, tensor) = (source.name().to_owned(), name.to_owned());
-                return Err(QuantizeError::AlreadyQuantized { model, tensor, scheme: scheme.to_string() });
-            }
+            Storage::Packed(scheme) => return Err(already_quantized(source, name, scheme)),
         };
         let role = TensorRole::of(name, info.shape.len());
         let (scheme, planned) = match (recipe.scheme(role), info.shape.as_slice()) {
@@ -179,26 +176,40 @@ fn plan<'a>(source: &'a Checkpoint, recipe: &Recipe) -> Result<Vec<Task<'a>>, Qu
     Ok(tasks)
 }
 
+fn already_quantized(source: &Checkpoint, tensor: &str, scheme: Scheme) -> QuantizeError {
+    let (model, tensor) = (source.name().to_owned(), tensor.to_owned());
+    QuantizeError::AlreadyQuantized { model, tensor, scheme: scheme.to_string() }
+}
+
 /// With `force`, the source would be replaced by its own rounding.
 fn refuse_source_as_output(source: &Checkpoint, out: &Path) -> Result<(), QuantizeError> {
-    match (fs::canonicalize(source.name()), fs::canonicalize(out)) {
-        (Ok(source), Ok(out)) if source == out => Err(QuantizeError::OutputIsSource { path: out }),
+    match (source.folder().map(fs::canonicalize), fs::canonicalize(out)) {
+        (Some(Ok(source)), Ok(out)) if source == out => Err(QuantizeError::OutputIsSource { path: out }),
         _ => Ok(()),
     }
 }
 
-/// Everything the output depends on. Of the weights only the first bytes of each tensor are looked at: enough to tell two trainings of one
-/// model apart.
+/// Everything the output depends on.
 fn fingerprint(source: &Checkpoint, recipe: &Recipe, layout: Layout) -> Result<String, QuantizeError> {
+    Ok(format!("source {}, {}", source_fingerprint(source)?, recipe.fingerprint(layout)))
+}
+
+/// Tells models apart by config.json and the first bytes of each tensor, which is enough for two trainings of one model.
+///
+/// # Errors
+/// The model is quantised already.
+pub fn source_fingerprint(source: &Checkpoint) -> Result<String, QuantizeError> {
     const SAMPLE: usize = 256;
     let mut hasher = DefaultHasher::new();
     source.config().to_string().hash(&mut hasher);
     for name in source.tensor_names() {
+        if let Some(Storage::Packed(scheme)) = source.info(name).map(|info| info.storage) {
+            return Err(already_quantized(source, name, scheme));
+        }
         let bytes = source.tensor(name)?.bytes;
         (name, &bytes[..bytes.len().min(SAMPLE)]).hash(&mut hasher);
     }
-    let version = env!("CARGO_PKG_VERSION");
-    Ok(format!("metal-marlin {version}, source {:016x}, {layout}, {recipe:?}", hasher.finish()))
+    Ok(format!("{:016x}", hasher.finish()))
 }
 
 /// Writes one tensor; the error of a matrix that was encoded.

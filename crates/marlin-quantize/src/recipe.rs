@@ -1,5 +1,6 @@
 //! Which tensor becomes what.
 
+use marlin_checkpoint::Layout;
 use marlin_format::{ScaleSearch, Scheme};
 
 use crate::TensorRole;
@@ -23,5 +24,11 @@ impl Recipe {
             TensorRole::Embedding | TensorRole::Head => self.embedding,
             TensorRole::Vector | TensorRole::Unknown => None,
         }
+    }
+
+    /// All that decides what becomes of a given model: this recipe, the layout it is written in, and the version of the
+    /// quantisers.
+    pub fn fingerprint(&self, layout: Layout) -> String {
+        format!("metal-marlin {}, {layout}, {self:?}", env!("CARGO_PKG_VERSION"))
     }
 }

@@ -12,7 +12,10 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde_json::{Value, json};
 
 use crate::bench::random_matrix;
+use crate::hub::HubCache;
 use crate::machine::{self, BandwidthProbe, Cache, Memory};
+use crate::memory::format_size;
+use crate::model_cache::ModelCache;
 use crate::stats::Spread;
 use crate::{DeviceOptions, LoadError, load};
 
@@ -28,9 +31,20 @@ pub struct Report {
     memory: Option<Memory>,
     /// Threads, and bytes a second that they read.
     read_bandwidth: Vec<(usize, Spread)>,
-    /// A folder of downloaded models, and how many are there.
-    model_folders: Vec<(PathBuf, usize)>,
+    model_folders: Vec<ModelFolder>,
     checks: Vec<Check>,
+}
+
+/// A cache of models.
+#[derive(Debug)]
+struct ModelFolder {
+    /// Which models.
+    holds: &'static str,
+    /// How many.
+    models: usize,
+    /// What they take on disk.
+    bytes: u64,
+    path: PathBuf,
 }
 
 /// Something that was tried.
@@ -154,19 +168,21 @@ fn linear<B: Backend>(backend: &B, parts: &[LinearPart<'_>], input: &[f32]) -> R
     Ok(values)
 }
 
-/// Where Hugging Face's tools keep models, if there are any, by the variables those tools go by.
-fn model_folders() -> Vec<(PathBuf, usize)> {
-    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let folder = variable("HF_HUB_CACHE")
-        .or_else(|| Some(variable("HF_HOME")?.join("hub")))
-        .or_else(|| Some(variable("XDG_CACHE_HOME")?.join("huggingface/hub")))
-        .or_else(|| Some(variable("HOME")?.join(".cache/huggingface/hub")));
-    let count = |folder: PathBuf| {
-        let entries = folder.read_dir().ok()?.flatten();
-        let models = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("models--")).count();
-        Some((folder, models))
-    };
-    folder.and_then(count).into_iter().collect()
+/// The caches of models that exist.
+fn model_folders() -> Vec<ModelFolder> {
+    let hub = HubCache::from_env().ok().map(|cache| ModelFolder {
+        holds: "fetched from the Hub",
+        models: cache.models().map_or(0, |models| models.len()),
+        bytes: cache.bytes(),
+        path: cache.folder().to_owned(),
+    });
+    let quantized = ModelCache::from_env().ok().map(|cache| ModelFolder {
+        holds: "quantised on the fly",
+        models: cache.models().map_or(0, |models| models.len()),
+        bytes: cache.bytes(),
+        path: cache.folder().to_owned(),
+    });
+    [hub, quantized].into_iter().flatten().filter(|folder| folder.path.is_dir()).collect()
 }
 
 /// An error and its causes in one line.
@@ -222,8 +238,8 @@ impl Report {
             ));
         }
         lines.push(("devices", "cpu".to_owned()));
-        for (folder, models) in &self.model_folders {
-            lines.push(("models", format!("{models} in {}", folder.display())));
+        for ModelFolder { holds, models, bytes, path } in &self.model_folders {
+            lines.push(("models", format!("{models} {holds}, {} in {}", format_size(*bytes), path.display())));
         }
         let mut text: String = lines.iter().map(|(name, value)| format!("{name:<10} {value}\n")).collect();
         text.push('\n');
@@ -244,6 +260,7 @@ impl Report {
             let detail = check.result.as_ref().unwrap_or_else(|error| error);
             json!({ "name": check.name, "ok": check.result.is_ok(), "detail": detail })
         };
+        let model_folder = |ModelFolder { holds, models, bytes, path }: &ModelFolder| json!({"holds": holds, "models": models, "bytes": bytes, "path": path});
         let bandwidth =
             |(threads, rate): &(usize, Spread)| json!({ "threads": threads, "bytes_per_second": rate.to_json() });
         json!({
@@ -261,7 +278,7 @@ impl Report {
             "memory_available_bytes": self.memory.map(|memory| memory.available),
             "read_bandwidth": self.read_bandwidth.iter().map(bandwidth).collect::<Vec<_>>(),
             "devices": ["cpu"],
-            "model_folders": self.model_folders.iter().map(|(folder, models)| json!({"path": folder, "models": models})).collect::<Vec<_>>(),
+            "model_folders": self.model_folders.iter().map(model_folder).collect::<Vec<_>>(),
             "checks": self.checks.iter().map(check).collect::<Vec<_>>(),
             "ok": self.failures().is_empty(),
         })

@@ -16,9 +16,11 @@ pub mod bench;
 mod bundled;
 pub mod device;
 pub mod doctor;
+pub mod hub;
 pub mod load;
 pub mod machine;
 pub mod memory;
+pub mod model_cache;
 pub mod stats;
 
 pub use device::DeviceOptions;

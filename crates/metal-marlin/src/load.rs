@@ -1,12 +1,15 @@
-//! From a path to a model that runs.
+//! From what a person calls a model to a model that runs.
 
 use std::path::{Path, PathBuf};
 
 use marlin_checkpoint::{Checkpoint, CheckpointError};
 use marlin_kernels::{KernelError, cpu::CpuBackend};
 use marlin_model::{LanguageModel, LoadOptions, ModelError};
+use marlin_quantize::{QuantizeError, Recipe, source_fingerprint};
 
 use crate::DeviceOptions;
+use crate::hub::{self, Hub, HubError, HubId};
+use crate::model_cache::{self, CacheError, ModelCache, Origin};
 
 /// Why a model cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -14,18 +17,36 @@ pub enum LoadError {
     /// No model was named and none is built in.
     #[error(
         "no MODEL given, and this program was built without a bundled model (feature `bundled-model`); \
-         name a model folder"
+         name a model folder or a model of the Hugging Face Hub"
     )]
     NoModel,
-    /// There is no such folder.
+    /// There is no such folder, and it is no name on the Hub.
     #[error(
-        "there is no model folder at {path}; looked for a folder with config.json, tokenizer.json and *.safetensors",
+        "there is no model folder at {path} (one with config.json, tokenizer.json and *.safetensors), and that is no name \
+         on the Hugging Face Hub, such as Qwen/Qwen3-4B, either",
         path = path.display()
     )]
     NotFound {
         /// Where it was looked for.
         path: PathBuf,
     },
+    /// A revision of something that has none.
+    #[error("--revision {revision} chooses a version of a model on the Hub; {model} is on this machine")]
+    NoRevisions {
+        /// The folder, or the bundled model.
+        model: String,
+        /// What was asked for.
+        revision: String,
+    },
+    /// It cannot be had from the Hub.
+    #[error(transparent)]
+    Hub(#[from] HubError),
+    /// The cache of quantised models cannot be used, or the model cannot be quantised into it.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// The model cannot be quantised.
+    #[error(transparent)]
+    Quantize(Box<QuantizeError>),
     /// The folder cannot be used.
     #[error("cannot open the model {name}")]
     Checkpoint {
@@ -51,6 +72,39 @@ impl LoadError {
     }
 }
 
+/// How to open a model.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct OpenOptions<'a> {
+    /// Branch, tag or commit of a model on the Hub; its branch `main` if there is none.
+    pub revision: Option<&'a str>,
+    /// Quantise it by this recipe, if it is not done yet.
+    pub recipe: Option<&'a Recipe>,
+    /// Quantise into this folder, which does not exist yet, instead of into the [`ModelCache`].
+    pub out: Option<&'a Path>,
+}
+
+/// What takes its time while a model is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Its files come from the Hub.
+    Fetching,
+    /// It is quantised.
+    Quantizing,
+}
+
+/// Told how many bytes of how many are done.
+pub type Progress<'a> = dyn FnMut(Stage, u64, u64) + 'a;
+
+/// Whether a command means the model inside the binary; a folder of that name is `./bundled`.
+pub fn is_bundled(model: &Path) -> bool {
+    model == Path::new("bundled")
+}
+
+/// Whether this would be fetched from the Hub: it has the form `owner/name` and is no folder.
+pub fn hub_id(model: &Path) -> Option<HubId> {
+    if model.exists() { None } else { HubId::parse(model.to_str()?) }
+}
+
 /// Opens the checkpoint in the folder `model`, or the bundled one if there is no `model`.
 pub fn open_checkpoint(model: Option<&Path>) -> Result<Checkpoint, LoadError> {
     let Some(path) = model else { return open_bundled() };
@@ -58,6 +112,83 @@ pub fn open_checkpoint(model: Option<&Path>) -> Result<Checkpoint, LoadError> {
         return Err(LoadError::NotFound { path: path.to_owned() });
     }
     Checkpoint::open(path).map_err(|source| LoadError::checkpoint(&path.display().to_string(), source))
+}
+
+/// Opens what a person calls a model: the bundled one (`bundled`, or nothing), a folder, or a model on the Hub, which is fetched
+/// unless the Hub's cache has it. With a recipe it is quantised, once: the result is kept in the [`ModelCache`].
+///
+/// # Errors
+/// There is no such model, or it cannot be fetched, opened, quantised or kept.
+pub fn open(
+    model: Option<&Path>,
+    options: &OpenOptions<'_>,
+    progress: &mut Progress<'_>,
+) -> Result<Checkpoint, LoadError> {
+    let model = model.filter(|model| !is_bundled(model));
+    if let Some(id) = model.and_then(hub_id) {
+        return open_from_hub(&id, options, progress);
+    }
+    let checkpoint = open_checkpoint(model)?;
+    if let Some(revision) = options.revision {
+        return Err(LoadError::NoRevisions { model: checkpoint.name().to_owned(), revision: revision.to_owned() });
+    }
+    let Some(recipe) = options.recipe else { return Ok(checkpoint) };
+    let name = checkpoint.name().to_owned();
+    // A folder has the same entry however it is named.
+    let path = checkpoint.folder().and_then(|folder| folder.canonicalize().ok());
+    let origin = Origin {
+        model: path.map_or_else(|| name.clone(), |path| path.display().to_string()),
+        version: source_fingerprint(&checkpoint).map_err(|error| LoadError::Quantize(Box::new(error)))?,
+        revision: None,
+    };
+    quantized(&name, &origin, recipe, options.out, || Ok(checkpoint), progress)
+}
+
+fn open_from_hub(id: &HubId, options: &OpenOptions<'_>, progress: &mut Progress<'_>) -> Result<Checkpoint, LoadError> {
+    let hub = Hub::from_env()?;
+    let revision = options.revision.unwrap_or(hub::DEFAULT_REVISION);
+    let name = options.revision.map_or_else(|| id.to_string(), |revision| format!("{id}@{revision}"));
+    if let (Some(recipe), None, Err(_)) = (options.recipe, options.out, hub.cached(id, revision)) {
+        // Whoever has the quantised model may have removed the original.
+        if let Some(folder) = ModelCache::from_env()?.find(id, revision, recipe) {
+            return open_quantized(&folder, &name, recipe);
+        }
+    }
+    let snapshot = hub.snapshot(id, options.revision, &mut |done, total| progress(Stage::Fetching, done, total))?;
+    if let Ok(cache) = ModelCache::from_env() {
+        cache.note_use(&snapshot);
+    }
+    let open = || Ok(open_checkpoint(Some(&snapshot.folder))?.with_name(&name));
+    let Some(recipe) = options.recipe else { return open() };
+    let origin =
+        Origin { model: id.to_string(), version: snapshot.commit.clone(), revision: Some(revision.to_owned()) };
+    quantized(&name, &origin, recipe, options.out, open, progress)
+}
+
+/// The model quantised by a recipe, in `out` or in the cache.
+fn quantized(
+    name: &str,
+    origin: &Origin,
+    recipe: &Recipe,
+    out: Option<&Path>,
+    open: impl FnOnce() -> Result<Checkpoint, LoadError>,
+    progress: &mut Progress<'_>,
+) -> Result<Checkpoint, LoadError> {
+    let mut progress = |done, total| progress(Stage::Quantizing, done, total);
+    match out {
+        Some(out) => {
+            model_cache::quantize_to(&open()?, out, recipe, &mut progress)?;
+            open_quantized(out, name, recipe)
+        }
+        None => {
+            let folder = ModelCache::from_env()?.quantized(origin, recipe, open, &mut progress)?;
+            open_quantized(&folder, name, recipe)
+        }
+    }
+}
+
+fn open_quantized(folder: &Path, name: &str, recipe: &Recipe) -> Result<Checkpoint, LoadError> {
+    Ok(open_checkpoint(Some(folder))?.with_name(format!("{name} in {}", recipe.linears)))
 }
 
 /// The longest context that config.json allows; `None` if it does not say, which loading the model then refuses.

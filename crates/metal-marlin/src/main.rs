@@ -9,6 +9,7 @@ use clap::Parser;
 use signal_hook::{consts::SIGXFSZ, flag};
 
 mod commands;
+mod interrupt;
 mod progress;
 
 /// Quantised large-language-model inference on the machine you own
@@ -24,8 +25,13 @@ Examples:
   metal-marlin run \"Once upon a time\"                     continue a text with the bundled model
   metal-marlin run path/to/model \"Once upon a time\"       the same with a model folder
   metal-marlin chat path/to/model                         talk with it
+  metal-marlin chat Qwen/Qwen3-4B --format fp4            fetch, quantise and talk with a model of the Hub
   metal-marlin quantize path/to/model out --format fp4    write it in 4 bits
   metal-marlin eval out --text validation.txt             measure its perplexity
+
+MODEL is a folder, or the id of a model on the Hugging Face Hub, such as Qwen/Qwen3-4B. It is fetched once;
+HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE work as in the Hub's own tools. It runs as it is stored;
+with --format it is quantised first, and the result is kept (`metal-marlin cache`).
 
 `metal-marlin COMMAND --help` explains a command and shows more examples.";
 

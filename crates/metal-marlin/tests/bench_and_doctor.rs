@@ -110,8 +110,8 @@ fn what_cannot_be_measured_is_explained() {
     for usage in [
         &["bench"][..],
         &["bench", "model", "--shape", "tiny"],
-        &["bench", "model", "--group-size", "32"],
-        &["bench", "model", "--format", "fp4"],
+        &["bench", "--shape", "tiny", "--format", "fp4", "--no-cache"],
+        &["bench", "--shape", "tiny", "--revision", "main"],
         &["bench", "--shape", "tiny", "--depths", "1,x"],
         &["bench", "--shape", "tiny", "--repetitions", "0"],
     ] {

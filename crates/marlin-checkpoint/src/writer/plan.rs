@@ -156,7 +156,7 @@ impl Plan {
             .enumerate()
             .map(|(i, slots)| {
                 let name = match count {
-                    1 => weights::SINGLE_FILE.to_owned(),
+                    1 => weights::WEIGHTS_FILE.to_owned(),
                     _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
                 };
                 ShardFile::lay_out(name, slots)

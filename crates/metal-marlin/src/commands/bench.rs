@@ -8,12 +8,14 @@ use marlin_format::{Format, Grouping};
 use metal_marlin::DeviceOptions;
 use metal_marlin::bench::{self, OutputFormat, Plan, Shape};
 
-use super::{eval, quantize};
+use super::model::{self, HubOptions, QuantizeOptions};
+use super::recipe::{self, HEADING, RecipeOptions};
 use crate::progress::{self, Bar};
 
 const EXAMPLES: &str = "\
 Examples:
   metal-marlin bench path/to/model
+  metal-marlin bench Qwen/Qwen3-0.6B --format int4
   metal-marlin bench --shape qwen3-4b --format fp4
   metal-marlin bench --shape llama-3.1-8b --format int4 --group-size 32 --threads 8
   metal-marlin bench --shape qwen3-4b --format fp4 --sparse-24
@@ -30,6 +32,9 @@ that it sees. The share of memory compares tokens/s x MB/token with the rate at 
 read a buffer larger than the caches, measured before and after the tests; a model that fits the
 caches can be faster.
 
+MODEL runs as it is stored; with --format it is quantised first, once: the result is kept
+(`metal-marlin cache`).
+
 Peak memory counts from the beginning of the load, which holds a shape's random matrices (one of each
 size) beside the loaded model.";
 
@@ -38,9 +43,9 @@ const MOST_REPETITIONS: usize = 1000;
 
 /// Measure prefill and decode speed of a model, or of a known shape with random weights
 #[derive(Debug, clap::Args)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, mut_arg("revision", |revision| revision.conflicts_with("shape")))]
 pub(crate) struct Args {
-    /// Folder of the model, or `bundled`
+    /// Folder of the model, its id on the Hub, or `bundled`
     #[arg(required_unless_present = "shape", conflicts_with = "shape")]
     model: Option<PathBuf>,
 
@@ -49,26 +54,33 @@ pub(crate) struct Args {
     #[arg(long, value_name = "NAME")]
     shape: Option<String>,
 
-    /// Number format of the shape's matrices: fp4, int4, int4-sym, int8, fp8, int3, int2, mxfp4, nvfp4, bf16, f16 or
-    /// f32
-    #[arg(long, short, value_name = "FORMAT", default_value_t = Format::Fp4, help_heading = "Shape", conflicts_with = "model")]
-    format: Format,
+    #[command(flatten)]
+    hub: HubOptions,
+
+    /// Number format that MODEL is quantised into [default: as it is stored], or that the shape's matrices have: fp4,
+    /// int4, int4-sym, int8, fp8, int3, int2, mxfp4, nvfp4, for shapes also bf16, f16 or f32 [default: fp4]
+    #[arg(long, short, help_heading = HEADING)]
+    format: Option<Format>,
 
     /// Weights that share a scale, as in `quantize`
-    #[arg(long, short, value_name = "SIZE", help_heading = "Shape", conflicts_with = "model")]
+    #[arg(long, short, value_name = "SIZE", help_heading = HEADING)]
     group_size: Option<Grouping>,
 
-    /// Keep two of every four of the shape's weights, as in `quantize`: fp4, int4 and fp8
-    #[arg(long = "sparse-24", help_heading = "Shape", conflicts_with = "model")]
+    /// Keep two of every four weights, as in `quantize`: fp4, int4 and fp8
+    #[arg(long = "sparse-24", help_heading = HEADING)]
     sparse_24: bool,
 
-    /// Number format of the shape's embedding and output head
-    #[arg(long, value_name = "FORMAT", default_value_t = Format::Int8, help_heading = "Shape", conflicts_with = "model")]
-    embedding_format: Format,
+    /// Number format of embedding and output head [default: int8]
+    #[arg(long, value_name = "FORMAT", help_heading = HEADING)]
+    embedding_format: Option<Format>,
 
     /// Weights of the embedding that share a scale, as in `quantize`
-    #[arg(long, value_name = "SIZE", help_heading = "Shape", conflicts_with = "model")]
+    #[arg(long, value_name = "SIZE", help_heading = HEADING)]
     embedding_group_size: Option<Grouping>,
+
+    /// Quantise MODEL into a temporary folder, instead of into the cache for the next time
+    #[arg(long, requires = "format", conflicts_with = "shape", help_heading = HEADING)]
+    no_cache: bool,
 
     /// Prompt lengths to measure; 0 for none
     #[arg(long, short, value_name = "N,…", value_delimiter = ',', default_value = "128,512", help_heading = "Tests")]
@@ -96,14 +108,18 @@ pub(crate) struct Args {
 
 /// Runs the command.
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let checkpoint = match (&args.shape, &args.model) {
+    let (checkpoint, _temporary) = match (&args.shape, &args.model) {
         (Some(name), _) => {
             let shape: Shape = name.parse()?;
-            let linears = quantize::linear_scheme(args.format, args.group_size, args.sparse_24)?;
-            let embedding = quantize::embedding_scheme(args.embedding_format, args.embedding_group_size)?;
-            progress::spinner(&format!("Making {name}"), || bench::random_model(&shape, &linears, &embedding))?
+            let linears = recipe::linear_scheme(args.format.unwrap_or(Format::Fp4), args.group_size, args.sparse_24)?;
+            let embedding_format = args.embedding_format.unwrap_or(Format::Int8);
+            let embedding = recipe::embedding_scheme(embedding_format, args.embedding_group_size)?;
+            let model = || bench::random_model(&shape, &linears, &embedding);
+            (progress::spinner(&format!("Making {name}"), model)?, None)
         }
-        (None, Some(model)) => eval::open(model)?,
+        (None, Some(model)) => {
+            model::open_quantized(Some(model), &args.hub, &args.quantize_options()?, args.device.threads)?
+        }
         // clap has seen to it that there is one of them.
         (None, None) => anyhow::bail!("name a MODEL or a --shape"),
     };
@@ -117,6 +133,31 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     };
     stdout().write_all(report.render(args.output).as_bytes())?;
     Ok(())
+}
+
+impl Args {
+    /// How a MODEL is quantised.
+    fn quantize_options(&self) -> anyhow::Result<QuantizeOptions> {
+        let refined = self.group_size.is_some()
+            || self.sparse_24
+            || self.embedding_format.is_some()
+            || self.embedding_group_size.is_some();
+        if self.format.is_none() && refined {
+            anyhow::bail!(
+                "groups, sparsity and the format of the embedding are for quantising; name a --format to do that to MODEL"
+            );
+        }
+        let recipe = RecipeOptions {
+            format: self.format,
+            bits: None,
+            group_size: self.group_size,
+            sparse_24: self.sparse_24,
+            method: None,
+            embedding_format: self.embedding_format,
+            embedding_group_size: self.embedding_group_size,
+        };
+        Ok(QuantizeOptions { recipe, no_cache: self.no_cache })
+    }
 }
 
 fn repetitions(text: &str) -> Result<NonZeroUsize, String> {

@@ -16,13 +16,15 @@ use metal_marlin::memory::{self, MemoryOptions};
 use metal_marlin::{DeviceOptions, LoadError, load};
 use serde_json::{Value, json};
 
-use super::in_pool;
+use super::model::{HubOptions, QuantizeOptions};
+use super::{in_pool, model};
 use crate::progress::{self, Bar};
 
 const EXAMPLES: &str = "\
 Examples:
   metal-marlin eval path/to/model --text data/text/validation.txt
   metal-marlin eval out --text data/text/validation.txt --baseline path/to/model
+  metal-marlin eval Qwen/Qwen3-0.6B --format fp4 --baseline Qwen/Qwen3-0.6B --text data/text/validation.txt
   metal-marlin eval bundled --text data/text/validation.txt --windows 4 --json
 
 The whole text is encoded at once without special tokens and cut into windows of --context tokens,
@@ -30,7 +32,10 @@ stride = window; every token but the first of each window is predicted. Perplexi
 mean negative log-likelihood. KL is KL(baseline || model) a token, in nats.
 
 The baseline always runs with f32 activations and an f32 KV cache, so what is measured is all that
-the model differs by. With --exact the model runs like that too.";
+the model differs by. With --exact the model runs like that too.
+
+MODEL is measured as it is stored; with --format it is quantised first, once: the result is kept
+(`metal-marlin cache`). --revision holds for the baseline too if that is the same model.";
 
 /// Windows are not made longer than this unless --context says so: the length that published figures of small models use.
 const USUAL_CONTEXT: usize = 1024;
@@ -42,7 +47,7 @@ const CHUNK: usize = 128;
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Folder of the model, or `bundled`
+    /// Folder of the model, its id on the Hub, or `bundled`
     model: PathBuf,
 
     /// Text to measure on, a UTF-8 file
@@ -62,6 +67,12 @@ pub(crate) struct Args {
     windows: Option<NonZeroUsize>,
 
     #[command(flatten)]
+    hub: HubOptions,
+
+    #[command(flatten)]
+    quantize: QuantizeOptions,
+
+    #[command(flatten)]
     device: DeviceOptions,
 
     #[command(flatten)]
@@ -75,8 +86,12 @@ pub(crate) struct Args {
 /// Runs the command.
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let started = Instant::now();
-    let checkpoint = open(&args.model)?;
-    let baseline = args.baseline.as_deref().map(open).transpose()?;
+    let (checkpoint, _temporary) =
+        model::open_quantized(Some(&args.model), &args.hub, &args.quantize, args.device.threads)?;
+    // The same model is compared in the same revision.
+    let same = args.baseline.as_ref() == Some(&args.model);
+    let hub = if same { args.hub.clone() } else { HubOptions::default() };
+    let baseline = args.baseline.as_deref().map(|baseline| model::open(Some(baseline), &hub)).transpose()?;
     let checkpoints: Vec<&Checkpoint> = [Some(&checkpoint), baseline.as_ref()].into_iter().flatten().collect();
     let context = args.context.map_or_else(|| usual_context(&checkpoints), NonZeroUsize::get);
     let windows = windows(&checkpoints, &args.text, context, args.windows)?;
@@ -106,13 +121,6 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     };
     stdout().write_all(text.as_bytes())?;
     Ok(())
-}
-
-/// Opens a model folder, or the bundled model under its name; `./bundled` is a folder.
-pub(super) fn open(model: &Path) -> Result<Checkpoint, LoadError> {
-    let checkpoint = load::open_checkpoint((model != Path::new("bundled")).then_some(model))?;
-    super::print_notes(&checkpoint);
-    Ok(checkpoint)
 }
 
 /// What all the models allow, but not more than is usual.

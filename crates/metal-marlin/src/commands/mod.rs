@@ -5,14 +5,17 @@ use std::num::NonZeroUsize;
 use marlin_checkpoint::Checkpoint;
 
 pub(crate) mod bench;
+pub(crate) mod cache;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod man;
+mod model;
 pub(crate) mod plan;
 pub(crate) mod quality;
 pub(crate) mod quantize;
+mod recipe;
 pub(crate) mod run;
 mod sampling;
 mod template;
@@ -27,6 +30,7 @@ pub(crate) enum Command {
     Eval(eval::Args),
     Quality(quality::Args),
     Bench(bench::Args),
+    Cache(cache::Args),
     Doctor(doctor::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -43,6 +47,7 @@ impl Command {
             Self::Eval(args) => eval::run(args),
             Self::Quality(args) => quality::run(args),
             Self::Bench(args) => bench::run(args),
+            Self::Cache(args) => cache::run(args),
             Self::Doctor(args) => doctor::run(args),
             Self::Completions(args) => completions::run(args),
             Self::Man(args) => man::run(args),

@@ -12,7 +12,8 @@ use metal_marlin::memory::{MemoryOptions, format_size, plan_in};
 use metal_marlin::{DeviceOptions, LoadError};
 use serde_json::{Value, json};
 
-use super::eval;
+use super::model::{self, HubOptions};
+use super::recipe;
 use super::run::KvFormat;
 
 const EXAMPLES: &str = "\
@@ -20,6 +21,7 @@ Examples:
   metal-marlin plan path/to/model --memory 16GiB
   metal-marlin plan path/to/model --memory 16GiB --context 32768 --concurrency 4 --kv f32
   metal-marlin plan path/to/model --memory 8GiB --format int4
+  metal-marlin plan Qwen/Qwen3-4B --memory 8GiB
   metal-marlin plan bundled --json
 
 Only headers are read. Weights are counted as the device holds them, formats it has no kernel for as
@@ -32,8 +34,11 @@ const USUAL_CONTEXT: usize = 4096;
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Folder of the model, or `bundled`
+    /// Folder of the model, its id on the Hub, or `bundled`
     model: PathBuf,
+
+    #[command(flatten)]
+    hub: HubOptions,
 
     #[command(flatten)]
     memory: MemoryOptions,
@@ -51,7 +56,7 @@ pub(crate) struct Args {
     kv: KvFormat,
 
     /// Plan for the model as `quantize --format` would write it
-    #[arg(long, short, value_parser = super::quantize::quantized_format)]
+    #[arg(long, short, value_parser = recipe::quantized_format)]
     format: Option<Format>,
 
     #[command(flatten)]
@@ -64,7 +69,7 @@ pub(crate) struct Args {
 
 /// Runs the command.
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let checkpoint = eval::open(&args.model)?;
+    let checkpoint = model::open(Some(&args.model), &args.hub)?;
     let backend = CpuBackend::new(args.device.cpu()).map_err(LoadError::Device)?;
     let planner = Planner::new(&backend, &checkpoint)?;
     let memory = args.memory.budget().context("the system does not tell how much memory is available; say --memory")?;

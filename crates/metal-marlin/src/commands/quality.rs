@@ -14,7 +14,8 @@ use marlin_quantize::{
 use metal_marlin::DeviceOptions;
 use metal_marlin::device::parse_threads;
 
-use super::quantize::embedding_scheme;
+use super::model::{self, HubOptions};
+use super::recipe::embedding_scheme;
 use super::{eval, in_pool};
 use crate::progress::Bar;
 
@@ -30,8 +31,11 @@ the unquantised model are kept in a temporary file of 4 bytes x vocabulary x tok
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Folder of the unquantised model
+    /// Folder of the unquantised model, or its id on the Hub
     model: PathBuf,
+
+    #[command(flatten)]
+    hub: HubOptions,
 
     /// Text to measure on, a UTF-8 file
     #[arg(long, value_name = "FILE")]
@@ -96,7 +100,7 @@ struct Row {
 
 /// Runs the command.
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let source = eval::open(&args.model)?;
+    let source = model::open(Some(&args.model), &args.hub)?;
     let context = eval::usual_context(&[&source]);
     let windows = eval::windows(&[&source], &args.text, context, args.windows)?;
     let measure = Measure { source: &source, windows: &windows, context, threads: args.threads };

@@ -5,14 +5,16 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use anyhow::Context;
 use marlin_checkpoint::Layout;
-use marlin_format::{Format, Grouping, ScaleSearch, Scheme};
+use marlin_format::Scheme;
 use marlin_quantize::{ErrorStats, MatrixReport, QuantizeOptions, Recipe, Report, quantize};
 use metal_marlin::device::parse_threads;
-use metal_marlin::load;
 use serde_json::{Value, json};
 
-use super::in_pool;
+use super::model::HubOptions;
+use super::recipe::{NUMBER_FORMAT, RecipeOptions};
+use super::{in_pool, model};
 use crate::progress::Bar;
 
 const EXAMPLES: &str = "\
@@ -23,6 +25,7 @@ Examples:
   metal-marlin quantize path/to/model out --format fp4 --sparse-24
   metal-marlin quantize path/to/model out --bits 3 --embedding-format bf16 --json
   metal-marlin quantize path/to/model out --format int4 --layout compressed-tensors
+  metal-marlin quantize Qwen/Qwen3-4B out --format fp4
 
 Group sizes, where they are not given: fp4, int4, int4-sym and int8 128, int3 64, int2 32, fp8 row;
 mxfp4 always has 32 and nvfp4 16. Norms and biases are kept as they are. An interrupted run leaves
@@ -34,51 +37,24 @@ int4's bytes and three eighths of fp8's, and costs much quality unless the model
 The layout compressed-tensors is for other engines (vLLM, transformers). It takes int4, int4-sym and int8 in
 groups of columns or rows, fp8 a row, a tensor or a tile, mxfp4 and nvfp4; embedding and head are kept.";
 
-/// Groups of an int8 embedding: fine, since every token's logit depends on it.
-const EMBEDDING_GROUP: Grouping = Grouping::Columns(32);
-
 /// Quantise the weights of a model
 ///
 /// Writes a copy of a Hugging Face checkpoint whose matrices are stored in few bits, and reports how much that changes each of
 /// them.
 #[derive(Debug, clap::Args)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, mut_group(NUMBER_FORMAT, |formats| formats.required(true)))]
 pub(crate) struct Args {
-    /// Folder of the model: config.json, tokenizer.json and *.safetensors in bf16, f16 or f32
+    /// Model in bf16, f16 or f32: a folder with config.json, tokenizer.json and *.safetensors, or its id on the Hub
     model: PathBuf,
 
     /// Folder to write
     out: PathBuf,
 
-    /// Number format of the decoder's matrices: fp4, int4, int4-sym, int8, fp8, int3, int2, mxfp4 or nvfp4
-    #[arg(long, short, value_parser = quantized_format, required_unless_present = "bits")]
-    format: Option<Format>,
+    #[command(flatten)]
+    hub: HubOptions,
 
-    /// Short for a format: 4 is fp4, 8 int8, 3 int3, 2 int2
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(2..=8))]
-    bits: Option<u8>,
-
-    /// Weights that share a scale: a number of columns, `row`, `tensor`, or a tile such as 128x128 [default: the
-    /// format's own, see below]
-    #[arg(long, short, value_name = "SIZE")]
-    group_size: Option<Grouping>,
-
-    /// Keep only the two largest of every four weights (2:4 sparsity): fp4, int4 and fp8. Embedding and head stay dense
-    #[arg(long = "sparse-24")]
-    sparse_24: bool,
-
-    /// How scales are chosen
-    #[arg(long, value_enum, default_value_t = Method::Mse)]
-    method: Method,
-
-    /// Number format of embedding and output head: one of the above, bf16, f16 or f32 [default: int8; with the layout
-    /// compressed-tensors they are kept]
-    #[arg(long, value_name = "FORMAT")]
-    embedding_format: Option<Format>,
-
-    /// Weights of the embedding that share a scale [default: 32 for int8, otherwise the format's own]
-    #[arg(long, value_name = "SIZE")]
-    embedding_group_size: Option<Grouping>,
+    #[command(flatten)]
+    recipe: RecipeOptions,
 
     /// How packed matrices are laid out: metal-marlin, or compressed-tensors for other engines
     #[arg(long, value_parser = layout, default_value_t = Layout::MetalMarlin)]
@@ -101,44 +77,11 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// `--method`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub(super) enum Method {
-    /// Round to nearest: the largest weight of a group just fits
-    Rtn,
-    /// Search the scale with the least squared error
-    Mse,
-}
-
-impl From<Method> for ScaleSearch {
-    fn from(method: Method) -> Self {
-        match method {
-            Method::Rtn => Self::AbsMax,
-            Method::Mse => Self::Mse,
-        }
-    }
-}
-
-/// Storage of the decoder's matrices.
-pub(super) fn linear_scheme(format: Format, grouping: Option<Grouping>, sparse_24: bool) -> anyhow::Result<Scheme> {
-    Ok(if sparse_24 { format.sparse_24(grouping)? } else { format.scheme(grouping)? })
-}
-
-/// Storage of embedding and head.
-pub(super) fn embedding_scheme(format: Format, grouping: Option<Grouping>) -> anyhow::Result<Scheme> {
-    let usual = (format == Format::Int8).then_some(EMBEDDING_GROUP);
-    Ok(format.scheme(grouping.or(usual))?)
-}
-
 /// Runs the command.
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let recipe = Recipe {
-        linears: linear_scheme(format(args.format, args.bits)?, args.group_size, args.sparse_24)?,
-        embedding: embedding(&args)?,
-        search: args.method.into(),
-    };
+    let recipe = args.recipe.recipe(args.layout)?.context("name a --format")?;
     let started = Instant::now();
-    let checkpoint = load::open_checkpoint(Some(&args.model))?;
+    let checkpoint = model::open(Some(&args.model), &args.hub)?;
     let report = in_pool(args.threads, || {
         let mut bar = Bar::bytes("Quantising");
         let mut progress = |progress: marlin_quantize::Progress<'_>| bar.set(progress.done, progress.total);
@@ -160,53 +103,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What `--embedding-format` asks for, or else what suits the layout; `None` keeps embedding and head.
-fn embedding(args: &Args) -> anyhow::Result<Option<Scheme>> {
-    let usual = args.layout.packs_embeddings().then_some(Format::Int8);
-    match (args.embedding_format.or(usual), args.embedding_group_size) {
-        (Some(format), grouping) => embedding_scheme(format, grouping).map(Some),
-        (None, None) => Ok(None),
-        (None, Some(_)) => anyhow::bail!(
-            "--embedding-group-size has nothing to group: the layout {} keeps embedding and head as they are",
-            args.layout
-        ),
-    }
-}
-
 fn layout(name: &str) -> Result<Layout, String> {
     Layout::ALL.into_iter().find(|layout| layout.name() == name).ok_or_else(|| {
         let names = Layout::ALL.map(Layout::name);
         format!("layouts are {}", names.join(", "))
     })
-}
-
-pub(super) fn quantized_format(name: &str) -> Result<Format, String> {
-    let quantized = || Format::ALL.into_iter().filter(|format| !format.is_dense());
-    quantized().find(|format| format.name() == name).ok_or_else(|| {
-        let names: Vec<&str> = quantized().map(Format::name).collect();
-        format!("formats are {}", names.join(", "))
-    })
-}
-
-/// The format that `--format` and `--bits` agree on; clap has seen to it that there is one of them.
-fn format(format: Option<Format>, bits: Option<u8>) -> anyhow::Result<Format> {
-    let Some(bits) = bits else { return format.ok_or_else(|| anyhow::anyhow!("name a --format")) };
-    let short = match bits {
-        2 => Some(Format::Int2),
-        3 => Some(Format::Int3),
-        4 => Some(Format::Fp4),
-        8 => Some(Format::Int8),
-        _ => None,
-    };
-    let Some(format) = format else {
-        return short
-            .ok_or_else(|| anyhow::anyhow!("there is no format of {bits} bits; there are some of 2, 3, 4 and 8"));
-    };
-    let found = format.scheme(None)?.element.bits();
-    if found != u32::from(bits) {
-        anyhow::bail!("--format {format} has codes of {found} bits, --bits asks for {bits}; give one of the two");
-    }
-    Ok(format)
 }
 
 fn to_json(args: &Args, recipe: &Recipe, report: &Report, seconds: f64) -> Value {
@@ -349,17 +250,6 @@ fn megabytes(bytes: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn bits_stand_for_formats_and_must_agree() {
-        assert_eq!(format(None, Some(4)).unwrap(), Format::Fp4);
-        assert_eq!(format(None, Some(2)).unwrap(), Format::Int2);
-        assert_eq!(format(Some(Format::Int4), Some(4)).unwrap(), Format::Int4);
-        assert_eq!(format(Some(Format::Nvfp4), None).unwrap(), Format::Nvfp4);
-        let error = format(Some(Format::Int8), Some(4)).unwrap_err().to_string();
-        assert_eq!(error, "--format int8 has codes of 8 bits, --bits asks for 4; give one of the two");
-        assert!(format(None, Some(5)).unwrap_err().to_string().contains("5 bits"));
-    }
 
     #[test]
     fn kinds_are_names_without_their_layer() {

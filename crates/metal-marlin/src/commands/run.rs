@@ -16,6 +16,7 @@ use metal_marlin::memory::{self, MemoryOptions};
 use metal_marlin::{DeviceOptions, LoadError, load};
 use serde_json::json;
 
+use super::model::{self, HubOptions, QuantizeOptions};
 use super::sampling::SamplingOptions;
 use super::template::TemplateOptions;
 use crate::progress;
@@ -25,6 +26,7 @@ Examples:
   metal-marlin run \"Once upon a time\"
   metal-marlin run \"Once upon a time\" --seed 1 --max-tokens 50 --stop \"The End\"
   metal-marlin run path/to/model \"Once upon a time\" --temperature 0
+  metal-marlin run Qwen/Qwen3-4B \"Once upon a time\" --format fp4
   metal-marlin run path/to/model - < prompt.txt > continuation.txt
   metal-marlin run \"Once upon a time\" --json
   metal-marlin run path/to/model --chat \"Why is the sky blue?\" --system \"Be brief.\"
@@ -32,7 +34,10 @@ Examples:
 What to generate, and how, is decided by these options, where they are silent by the model's
 generation_config.json, and where that is silent too by: temperature 0.7, top-k 40, top-p 0.95,
 repetition penalty 1.1 (1 at temperature 0), at most 256 tokens. A generation_config.json with
-\"do_sample\": false means temperature 0.";
+\"do_sample\": false means temperature 0.
+
+A model runs as it is stored; with --format it is quantised first, once: the result is kept
+(`metal-marlin cache`).";
 
 /// Said of a standard output that is full or gone.
 const CANNOT_WRITE: &str = "cannot write to standard output";
@@ -47,7 +52,7 @@ const DEFAULT_MAX_TOKENS: usize = 256;
 #[derive(Debug, clap::Args)]
 #[command(allow_missing_positional = true, after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Folder with a Hugging Face checkpoint, or one made by `quantize` [default: the bundled model]
+    /// Folder with a Hugging Face checkpoint, or one made by `quantize`, or an id on the Hub [default: the bundled model]
     model: Option<PathBuf>,
 
     /// Text to continue; `-` reads it from standard input (without its last line end)
@@ -65,6 +70,12 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     stop: StopOptions,
+
+    #[command(flatten)]
+    hub: HubOptions,
+
+    #[command(flatten)]
+    quantize: QuantizeOptions,
 
     #[command(flatten)]
     device: DeviceOptions,
@@ -133,8 +144,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     }
     let prompt = read_prompt(&args.prompt)?;
     let started = Instant::now();
-    let checkpoint = load::open_checkpoint(args.model.as_deref())?;
-    super::print_notes(&checkpoint);
+    let (checkpoint, _temporary) =
+        model::open_quantized(args.model.as_deref(), &args.hub, &args.quantize, args.device.threads)?;
     let generation = checkpoint.generation_config()?;
     let tokenizer = checkpoint.tokenizer()?;
     let mut stop = args.stop.conditions(&generation);
@@ -175,8 +186,14 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 
 /// `run path/to/model` lacks a prompt; without this check the path would be continued by the bundled model.
 fn refuse_model_as_prompt(args: &Args) -> anyhow::Result<()> {
-    if args.model.is_none() && Path::new(&args.prompt).join("config.json").is_file() {
-        bail!("{0} is a model folder, and a prompt is missing: metal-marlin run {0} \"Once upon a time\"", args.prompt);
+    let (prompt, path) = (&args.prompt, Path::new(&args.prompt));
+    let is_folder = path.join("config.json").is_file();
+    if args.model.is_none() && (is_folder || load::hub_id(path).is_some()) {
+        let what = if is_folder { "a model folder" } else { "the id of a model" };
+        bail!(
+            "{prompt} is {what}, and a prompt is missing: metal-marlin run {prompt} \"Once upon a time\" (to continue this \
+             very text: echo {prompt} | metal-marlin run -)"
+        );
     }
     Ok(())
 }

@@ -9,27 +9,32 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use marlin_engine::{Engine, FinishReason, StopConditions};
 use marlin_model::LoadOptions;
 use metal_marlin::{DeviceOptions, load};
 
 use self::conversation::{Answer, Conversation};
 use self::input::{Input, Lines, Pipe, Terminal};
+use super::model::{self, HubOptions, QuantizeOptions};
 use super::run::KvFormat;
 use super::sampling::SamplingOptions;
 use super::template::TemplateOptions;
-use crate::progress;
+use crate::{interrupt, progress};
 
 const EXAMPLES: &str = "\
 Examples:
   metal-marlin chat
   metal-marlin chat path/to/model --system \"Answer in one sentence.\"
+  metal-marlin chat Qwen/Qwen3-4B --format fp4
   metal-marlin chat path/to/model --temperature 0 --history ~/.metal-marlin-history
   printf 'Hello\\n/save talk.json\\n' | metal-marlin chat path/to/model > answers.txt
 
 Ctrl-C stops an answer, Ctrl-D or /exit ends the chat, /help lists the commands. From a pipe each line is a message
-or a command, and the first error ends the chat.";
+or a command, and the first error ends the chat.
+
+A model runs as it is stored; with --format it is quantised first, once: the result is kept
+(`metal-marlin cache`).";
 
 const HELP: &str = "\
 /reset         forget the conversation, but not the system message
@@ -49,7 +54,7 @@ const DEFAULT_CONTEXT: usize = 8192;
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Folder with a Hugging Face checkpoint, or one made by `quantize` [default: the bundled model]
+    /// Folder with a Hugging Face checkpoint, or one made by `quantize`, or an id on the Hub [default: the bundled model]
     model: Option<PathBuf>,
 
     #[command(flatten)]
@@ -71,6 +76,12 @@ pub(crate) struct Args {
     stop: Vec<String>,
 
     #[command(flatten)]
+    hub: HubOptions,
+
+    #[command(flatten)]
+    quantize: QuantizeOptions,
+
+    #[command(flatten)]
     device: DeviceOptions,
 
     /// Most tokens of the conversation [default: what the model allows, up to 8192]
@@ -84,8 +95,8 @@ pub(crate) struct Args {
 
 /// Runs the command.
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let checkpoint = load::open_checkpoint(args.model.as_deref())?;
-    super::print_notes(&checkpoint);
+    let (checkpoint, _temporary) =
+        model::open_quantized(args.model.as_deref(), &args.hub, &args.quantize, args.device.threads)?;
     let generation = checkpoint.generation_config()?;
     let tokenizer = Arc::new(checkpoint.tokenizer()?);
     let prompter = args.template.prompter(&checkpoint, &tokenizer)?;
@@ -120,7 +131,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let mut terminal = Terminal::new(args.history.as_deref())?;
     let interrupted = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&interrupted);
-    ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).context("cannot handle Ctrl-C")?;
+    interrupt::on_ctrl_c(move || flag.store(true, Ordering::Relaxed))?;
     writeln!(stdout(), "{}, context of {context} tokens. /help lists the commands.\n", checkpoint.name())?;
     Chat { conversation: &mut conversation, interrupted: &interrupted }.talk(&mut terminal)?;
     terminal.save_history()

@@ -1,0 +1,92 @@
+//! Opening the model that a command is given.
+
+use std::num::NonZeroUsize;
+use std::path::Path;
+
+use anyhow::Context;
+use marlin_checkpoint::{Checkpoint, Layout};
+use metal_marlin::LoadError;
+use metal_marlin::load::{self, OpenOptions, Stage};
+use tempfile::TempDir;
+
+use super::recipe::{HEADING, NUMBER_FORMAT, RecipeOptions};
+use crate::interrupt;
+use crate::progress::Bar;
+
+/// The exit status of a program ended by Ctrl-C.
+const INTERRUPTED: i32 = 130;
+
+/// Options for models of the Hub.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub(super) struct HubOptions {
+    /// Branch, tag or commit of a model on the Hub [default: main]
+    #[arg(long, value_name = "REV", help_heading = "Hub")]
+    pub(super) revision: Option<String>,
+}
+
+/// Options to quantise a model while it is opened.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct QuantizeOptions {
+    #[command(flatten)]
+    pub(super) recipe: RecipeOptions,
+
+    /// Quantise into a temporary folder, instead of into the cache for the next time
+    #[arg(long, requires = NUMBER_FORMAT, help_heading = HEADING)]
+    pub(super) no_cache: bool,
+}
+
+/// A folder that is removed when this is dropped, and at Ctrl-C.
+pub(super) struct TemporaryFolder(TempDir);
+
+impl TemporaryFolder {
+    fn new() -> anyhow::Result<Self> {
+        let folder = tempfile::tempdir().context("cannot make a temporary folder (TMPDIR says where)")?;
+        let path = folder.path().to_owned();
+        interrupt::on_ctrl_c(move || {
+            // If it cannot be removed, the system's cleaning of temporary files is left.
+            let _ = std::fs::remove_dir_all(&path);
+            std::process::exit(INTERRUPTED);
+        })?;
+        Ok(Self(folder))
+    }
+}
+
+/// Opens a model as it is stored, fetching it if need be; `None` is the bundled one.
+pub(super) fn open(model: Option<&Path>, hub: &HubOptions) -> anyhow::Result<Checkpoint> {
+    let options = OpenOptions { revision: hub.revision.as_deref(), ..OpenOptions::default() };
+    Ok(open_with_progress(model, &options)?)
+}
+
+/// Opens a model, fetching and quantising it if need be. The temporary folder is where it lies, if it is in one.
+pub(super) fn open_quantized(
+    model: Option<&Path>,
+    hub: &HubOptions,
+    QuantizeOptions { recipe, no_cache }: &QuantizeOptions,
+    threads: Option<NonZeroUsize>,
+) -> anyhow::Result<(Checkpoint, Option<TemporaryFolder>)> {
+    let recipe = recipe.recipe(Layout::MetalMarlin)?;
+    let temporary = if *no_cache { Some(TemporaryFolder::new()?) } else { None };
+    let out = temporary.as_ref().map(|folder| folder.0.path().join("model"));
+    let options = OpenOptions { revision: hub.revision.as_deref(), recipe: recipe.as_ref(), out: out.as_deref() };
+    let checkpoint = super::in_pool(threads, || open_with_progress(model, &options))??;
+    Ok((checkpoint, temporary))
+}
+
+fn open_with_progress(model: Option<&Path>, options: &OpenOptions<'_>) -> Result<Checkpoint, LoadError> {
+    let mut bar: Option<(Stage, Bar)> = None;
+    let checkpoint = load::open(model, options, &mut |stage, done, total| {
+        if bar.as_ref().is_none_or(|(current, _)| *current != stage) {
+            let message = match stage {
+                Stage::Fetching => "Fetching",
+                Stage::Quantizing => "Quantising",
+            };
+            bar = Some((stage, Bar::bytes(message)));
+        }
+        if let Some((_, bar)) = &mut bar {
+            bar.set(done, total);
+        }
+    })?;
+    drop(bar);
+    super::print_notes(&checkpoint);
+    Ok(checkpoint)
+}
