@@ -226,7 +226,7 @@ fn read_back(out: &Path, matrix: &PackedMatrix<'_>, layout: Layout) {
     }
 }
 
-/// An error says something, in one line.
+/// Every error of a chain says something.
 fn check_message(error: &dyn Error) {
     let chain = iter::successors(Some(error), |&error| error.source());
     for message in chain.map(ToString::to_string) {
