@@ -1,9 +1,14 @@
 //! A conversation as the text that a model was trained to read.
 //!
 //! Templates are written in Jinja for Hugging Face's `apply_chat_template`, and mean here what they mean there. They
-//! come with models from anywhere, so what they do is limited in time, memory and stack. One gap is left: a collection
-//! that holds itself many times over is not paid for by the template engine where `~`, `==` or a filter other than
-//! `tojson` walks through it.
+//! come with models from anywhere, so what they do is limited: every instruction, item and byte is paid for from a budget,
+//! which bounds time and memory; the length of the source and the depth of the stack have limits of their own.
+//!
+//! One gap is left, which the template engine (minijinja 3.1) offers no way to close: a value may be larger than what it
+//! cost to make. A list that holds another one twice, over and over, or `[0] * 999999999`, or a namespace that holds itself
+//! is walked through unpaid by `~`, comparisons, `in` and filters that take it for text, and while constants are folded.
+//! Such a template can take all memory or stack and end the process. A service that renders templates of people it does
+//! not trust should do so in a process with limits.
 //!
 //! Python's `%` on strings is not known here; `|format` and `.format` are.
 
