@@ -7,6 +7,8 @@ use marlin_kernels::{KernelError, cpu::CpuBackend};
 use marlin_model::{LanguageModel, LoadOptions, ModelError};
 use marlin_quantize::{QuantizeError, Recipe, source_fingerprint};
 
+use tempfile::TempDir;
+
 use crate::DeviceOptions;
 use crate::hub::{self, Hub, HubError, HubId};
 use crate::model_cache::{self, CacheError, ModelCache, Origin};
@@ -144,10 +146,38 @@ pub fn open(
     quantized(&name, &origin, recipe, options.out, || Ok(checkpoint), progress)
 }
 
+/// Opens a model of which only config and headers are wanted. Of one on the Hub that the cache lacks no more than that is
+/// fetched, into the temporary folder that comes with it; its weights read as zeros.
+///
+/// # Errors
+/// As for [`open`].
+pub fn open_headers(
+    model: Option<&Path>,
+    revision: Option<&str>,
+    progress: &mut Progress<'_>,
+) -> Result<(Checkpoint, Option<TempDir>), LoadError> {
+    if let Some(id) = model.filter(|model| !is_bundled(model)).and_then(hub_id) {
+        let hub = Hub::from_env()?;
+        if hub.cached(&id, revision.unwrap_or(hub::DEFAULT_REVISION)).is_err()
+            && let Some(folder) =
+                hub.headers(&id, revision, &mut |done, total| progress(Stage::Fetching, done, total))?
+        {
+            let checkpoint = open_checkpoint(Some(folder.path()))?.with_name(hub_name(&id, revision));
+            return Ok((checkpoint, Some(folder)));
+        }
+    }
+    Ok((open(model, &OpenOptions { revision, ..OpenOptions::default() }, progress)?, None))
+}
+
+/// What a model of the Hub is called in messages.
+fn hub_name(id: &HubId, revision: Option<&str>) -> String {
+    revision.map_or_else(|| id.to_string(), |revision| format!("{id}@{revision}"))
+}
+
 fn open_from_hub(id: &HubId, options: &OpenOptions<'_>, progress: &mut Progress<'_>) -> Result<Checkpoint, LoadError> {
     let hub = Hub::from_env()?;
     let revision = options.revision.unwrap_or(hub::DEFAULT_REVISION);
-    let name = options.revision.map_or_else(|| id.to_string(), |revision| format!("{id}@{revision}"));
+    let name = hub_name(id, options.revision);
     if let (Some(recipe), None, Err(_)) = (options.recipe, options.out, hub.cached(id, revision)) {
         // Whoever has the quantised model may have removed the original.
         if let Some(folder) = ModelCache::from_env()?.find(id, revision, recipe) {

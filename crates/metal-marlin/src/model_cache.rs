@@ -183,8 +183,13 @@ impl ModelCache {
             // Another process may have made it meanwhile.
             if !model.is_dir() {
                 let source = open()?;
-                write_whole(&description, &serde_json::to_vec_pretty(&entry).unwrap_or_default())?;
-                quantize_to(&source, &model, recipe, progress)?;
+                write_entry(&description, &entry)?;
+                quantize_to(&source, &model, recipe, progress).inspect_err(|_| {
+                    // What was not even begun is no entry.
+                    if !folder.join("model.partial").exists() {
+                        let _ = fs::remove_dir_all(&folder);
+                    }
+                })?;
             }
         }
         touch(&description);
@@ -331,12 +336,13 @@ fn read_entry(folder: &Path) -> Option<Entry> {
     serde_json::from_slice(&fs::read(folder.join(ENTRY_FILE)).ok()?).ok()
 }
 
-/// Writes a file beside its place and renames it.
-fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), CacheError> {
+/// Writes the description of an entry beside its place and renames it.
+fn write_entry(path: &Path, entry: &Entry) -> Result<(), CacheError> {
     let folder = path.parent().unwrap_or(path);
     fs::create_dir_all(folder).map_err(CacheError::io("create", folder))?;
+    let bytes = serde_json::to_vec_pretty(entry).map_err(|e| CacheError::io("write", path)(e.into()))?;
     let beside = path.with_extension("new");
-    let written = File::create(&beside).and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()));
+    let written = File::create(&beside).and_then(|mut file| file.write_all(&bytes).and_then(|()| file.sync_all()));
     written.and_then(|()| fs::rename(&beside, path)).map_err(CacheError::io("write", path))
 }
 

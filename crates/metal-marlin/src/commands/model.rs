@@ -57,6 +57,13 @@ pub(super) fn open(model: Option<&Path>, hub: &HubOptions) -> anyhow::Result<Che
     Ok(open_with_progress(model, &options)?)
 }
 
+/// Opens a model of which only config and headers are wanted; the temporary folder is where they lie, if they were fetched.
+pub(super) fn open_headers(model: Option<&Path>, hub: &HubOptions) -> anyhow::Result<(Checkpoint, Option<TempDir>)> {
+    let opened = with_progress(|progress| load::open_headers(model, hub.revision.as_deref(), progress))?;
+    super::print_notes(&opened.0);
+    Ok(opened)
+}
+
 /// Opens a model, fetching and quantising it if need be. The temporary folder is where it lies, if it is in one.
 pub(super) fn open_quantized(
     model: Option<&Path>,
@@ -73,8 +80,15 @@ pub(super) fn open_quantized(
 }
 
 fn open_with_progress(model: Option<&Path>, options: &OpenOptions<'_>) -> Result<Checkpoint, LoadError> {
+    let checkpoint = with_progress(|progress| load::open(model, options, progress))?;
+    super::print_notes(&checkpoint);
+    Ok(checkpoint)
+}
+
+/// Does `work` with a bar for each of its stages.
+fn with_progress<T>(work: impl FnOnce(&mut load::Progress<'_>) -> Result<T, LoadError>) -> Result<T, LoadError> {
     let mut bar: Option<(Stage, Bar)> = None;
-    let checkpoint = load::open(model, options, &mut |stage, done, total| {
+    work(&mut |stage, done, total| {
         if bar.as_ref().is_none_or(|(current, _)| *current != stage) {
             let message = match stage {
                 Stage::Fetching => "Fetching",
@@ -85,8 +99,5 @@ fn open_with_progress(model: Option<&Path>, options: &OpenOptions<'_>) -> Result
         if let Some((_, bar)) = &mut bar {
             bar.set(done, total);
         }
-    })?;
-    drop(bar);
-    super::print_notes(&checkpoint);
-    Ok(checkpoint)
+    })
 }

@@ -24,8 +24,8 @@ Examples:
   metal-marlin plan Qwen/Qwen3-4B --memory 8GiB
   metal-marlin plan bundled --json
 
-Only headers are read. Weights are counted as the device holds them, formats it has no kernel for as
-converted. The checkpoint itself is mapped: its pages are file cache and are not counted.";
+Only headers are read, and of a model on the Hub no more is fetched unless it is packed. Weights are
+counted as the device holds them, formats it has no kernel for as converted. The checkpoint itself is mapped: its pages are file cache and are not counted.";
 
 /// A context that most uses do with.
 const USUAL_CONTEXT: usize = 4096;
@@ -69,7 +69,7 @@ pub(crate) struct Args {
 
 /// Runs the command.
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let checkpoint = model::open(Some(&args.model), &args.hub)?;
+    let (checkpoint, _temporary) = model::open_headers(Some(&args.model), &args.hub)?;
     let backend = CpuBackend::new(args.device.cpu()).map_err(LoadError::Device)?;
     let planner = Planner::new(&backend, &checkpoint)?;
     let memory = args.memory.budget().context("the system does not tell how much memory is available; say --memory")?;

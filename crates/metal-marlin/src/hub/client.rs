@@ -27,6 +27,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// A server silent for so long is not coming back.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Longest header that the safetensors format allows.
+const LONGEST_HEADER: u64 = 100_000_000;
+
 /// A file in a commit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct RemoteFile {
@@ -129,7 +132,7 @@ impl<'a> Client<'a> {
         blob: &Path,
         progress: &mut dyn FnMut(u64),
     ) -> Result<(), HubError> {
-        let url = format!("{}/{}/resolve/{commit}/{}", self.endpoint, self.id, utf8_percent_encode(&file.name, PLAIN));
+        let url = self.url(commit, file);
         let path = blob.with_extension("incomplete");
         let mut part = Part::open(&path, file).map_err(HubError::io("write", &path))?;
         let mut idle = 0;
@@ -153,6 +156,37 @@ impl<'a> Client<'a> {
             return Err(HubError::Damaged { file: url, found, wanted: file.etag.clone() });
         }
         std::fs::rename(&path, blob).map_err(HubError::io("rename into place", blob))
+    }
+
+    /// The beginning of a safetensors file: the length of its header, and the header.
+    pub(super) fn header(&self, commit: &str, file: &RemoteFile) -> Result<Vec<u8>, HubError> {
+        let url = self.url(commit, file);
+        let broken = |done: usize, source: Box<dyn std::error::Error + Send + Sync>| {
+            let (file, done) = (url.clone(), done as u64);
+            HubError::Broken { file, done, size: done, source }
+        };
+        let response = self.get(&url, 0).map_err(|e| broken(0, Box::new(e)))?;
+        if !response.status().is_success() {
+            return Err(self.refusal(&url, commit, &response));
+        }
+        // The connection is closed after what is wanted.
+        let mut body = response.into_body().into_reader();
+        let mut bytes = vec![0; 8];
+        body.read_exact(&mut bytes).map_err(|e| broken(0, Box::new(e)))?;
+        let len = u64::from_le_bytes(std::array::from_fn(|i| bytes[i]));
+        if len > LONGEST_HEADER.min(file.size.saturating_sub(8)) {
+            return Err(HubError::Answer { url, problem: format!("a safetensors header of {len} bytes") });
+        }
+        // Not allocated at once: whoever says how long it is has not sent it yet.
+        let read = body.take(len).read_to_end(&mut bytes).map_err(|e| broken(8, Box::new(e)))?;
+        if read as u64 != len {
+            return Err(broken(bytes.len(), io::Error::from(io::ErrorKind::UnexpectedEof).into()));
+        }
+        Ok(bytes)
+    }
+
+    fn url(&self, commit: &str, file: &RemoteFile) -> String {
+        format!("{}/{}/resolve/{commit}/{}", self.endpoint, self.id, utf8_percent_encode(&file.name, PLAIN))
     }
 
     /// Receives what follows `part`.

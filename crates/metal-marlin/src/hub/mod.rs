@@ -6,6 +6,7 @@
 mod cache;
 mod client;
 mod error;
+mod headers;
 mod id;
 
 use std::env;
@@ -17,7 +18,7 @@ use self::cache::Repo;
 pub use self::cache::{CachedSnapshot, HubCache};
 pub(crate) use self::cache::{bytes_of, entries};
 pub(crate) use self::client::hex;
-use self::client::{Client, RemoteFile};
+use self::client::{Client, Listing, RemoteFile};
 pub use self::error::HubError;
 pub use self::id::HubId;
 
@@ -80,32 +81,39 @@ impl Hub {
         progress: &mut Progress<'_>,
     ) -> Result<Snapshot, HubError> {
         let revision = revision.unwrap_or(DEFAULT_REVISION);
+        if let Ok(snapshot) = self.cached(id, revision) {
+            return Ok(snapshot);
+        }
+        let client = Client::new(&self.endpoint, self.token.as_deref(), id);
+        let Listing { commit, files } = self.list(&client, id, revision)?;
+        let repo = self.cache.repo(id);
+        Fetch { client, repo: &repo, commit: &commit, files: &files, done: 0, total: 0, progress }.all()?;
+        if !id::is_commit(revision) {
+            repo.set_ref(revision, &commit)?;
+        }
+        Ok(Snapshot { id: id.clone(), folder: repo.snapshot(&commit), commit })
+    }
+
+    /// Asks for the files of a revision, unless that is forbidden.
+    fn list(&self, client: &Client<'_>, id: &HubId, revision: &str) -> Result<Listing, HubError> {
         if !id::is_revision(revision) {
             return Err(HubError::Revision { revision: revision.to_owned() });
         }
-        let missing = match self.cached(id, revision) {
-            Ok(snapshot) => return Ok(snapshot),
-            Err(missing) => missing,
-        };
+        let missing = self.cached(id, revision).err().unwrap_or_default();
         if self.offline {
             let (id, revision, endpoint) = (id.to_string(), revision.to_owned(), self.endpoint.clone());
             return Err(HubError::Offline { id, revision, missing, endpoint });
         }
-        let repo = self.cache.repo(id);
-        let client = Client::new(&self.endpoint, self.token.as_deref(), id);
-        let listing = client.list(revision, &missing)?;
-        Fetch { client, repo: &repo, commit: &listing.commit, files: &listing.files, done: 0, total: 0, progress }
-            .all()?;
-        if !id::is_commit(revision) {
-            repo.set_ref(revision, &listing.commit)?;
-        }
-        Ok(Snapshot { id: id.clone(), folder: repo.snapshot(&listing.commit), commit: listing.commit })
+        client.list(revision, &missing)
     }
 
     /// The snapshot in the cache, or what the cache lacks of it. Nobody is asked.
     pub fn cached(&self, id: &HubId, revision: &str) -> Result<Snapshot, String> {
+        if !id::is_revision(revision) {
+            return Err(format!("`{revision}` is no revision"));
+        }
         let repo = self.cache.repo(id);
-        let unknown = || format!("nothing of it is in {}", repo.folder().display());
+        let unknown = || format!("{} does not know this revision", repo.folder().display());
         let commit = repo.commit(revision).ok_or_else(unknown)?;
         let folder = repo.snapshot(&commit);
         match cache::first_missing(&folder) {
@@ -130,28 +138,36 @@ struct Fetch<'a, 'p> {
 impl<'a> Fetch<'a, '_> {
     /// Fetches what belongs to the model. Weights come last: a snapshot that has them has everything.
     fn all(mut self) -> Result<(), HubError> {
+        let small = self.small_files()?;
+        let weights = self.weights()?;
+        self.files(&[small, weights].concat())
+    }
+
+    /// The files beside the weights.
+    fn small_files(&self) -> Result<Vec<&'a RemoteFile>, HubError> {
         let config = self.find(CONFIG_FILE)?;
         let side_files = self.files.iter().filter(|file| SIDE_FILES.contains(&file.name.as_str()));
-        // As everywhere, the single file wins over an index beside it.
-        let single = self.files.iter().find(|file| file.name == WEIGHTS_FILE);
-        let index = self.files.iter().find(|file| file.name == INDEX_FILE);
-        let Some(list) = single.or(index) else { return Err(self.no_safetensors()) };
+        Ok(side_files.chain([config]).collect())
+    }
 
-        let small: Vec<&RemoteFile> = side_files.chain([config]).chain(index.filter(|_| single.is_none())).collect();
-        let weights_size = if single.is_some() { list.size } else { 0 };
-        self.total = small.iter().map(|file| file.size).fold(weights_size, u64::saturating_add);
-        for file in small {
-            self.file(file)?;
+    /// Which files hold the weights. Fetches their index, if there is one.
+    fn weights(&mut self) -> Result<Vec<&'a RemoteFile>, HubError> {
+        // As everywhere, the single file wins over an index beside it.
+        if let Ok(single) = self.find(WEIGHTS_FILE) {
+            return Ok(vec![single]);
         }
-        if let Some(single) = single {
-            return self.file(single);
-        }
+        let index = self.find(INDEX_FILE).map_err(|_| self.no_safetensors())?;
+        self.total = index.size;
+        self.file(index)?;
         let path = self.repo.snapshot(self.commit).join(INDEX_FILE);
         let index = std::fs::read(&path).map_err(HubError::io("read", &path))?;
         let shards = shards_of_index(&index, &path.display().to_string()).map_err(|e| HubError::Index(Box::new(e)))?;
-        let shards = shards.iter().map(|shard| self.find(shard)).collect::<Result<Vec<_>, _>>()?;
-        self.total = shards.iter().map(|shard| shard.size).fold(self.total, u64::saturating_add);
-        shards.into_iter().try_for_each(|shard| self.file(shard))
+        shards.iter().map(|shard| self.find(shard)).collect()
+    }
+
+    fn files(&mut self, files: &[&RemoteFile]) -> Result<(), HubError> {
+        self.total = files.iter().map(|file| file.size).fold(self.total, u64::saturating_add);
+        files.iter().try_for_each(|file| self.file(file))
     }
 
     /// One file, unless the cache has it: in this commit, or the same content from another.

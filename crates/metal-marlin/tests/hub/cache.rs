@@ -25,6 +25,21 @@ impl Home {
     }
 }
 
+/// A model that is quantised already.
+pub(crate) fn packed() -> super::Files {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    fs::create_dir(path("model")).unwrap();
+    for (name, content) in model() {
+        fs::write(path("model").join(name), content).unwrap();
+    }
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_metal-marlin"));
+    let command = command.arg("quantize").arg(path("model")).arg(path("out")).args(["--format", "fp4"]);
+    assert!(command.output().unwrap().status.success());
+    let files = fs::read_dir(path("out")).unwrap().map(|entry| entry.unwrap());
+    files.map(|file| (file.file_name().into_string().unwrap(), fs::read(file.path()).unwrap())).collect()
+}
+
 /// The IDs in a list.
 fn ids(list: &Value) -> Vec<String> {
     list.as_array().unwrap().iter().map(|item| item["id"].as_str().unwrap().to_owned()).collect()
@@ -82,8 +97,13 @@ fn a_model_is_quantised_once() {
 
 #[test]
 fn a_folder_is_quantised_again_when_its_weights_change() {
-    let server = Server::start(&[]);
+    let server = Server::start(&[(ID, "main", packed())]);
     let home = Home::new(&server);
+    // What is packed already makes no entry.
+    let again = home.failure(&["run", ID, "x", "--format", "int8"]);
+    assert!(again.contains("tiny/model is quantised already"), "{again}");
+    assert!(ids(&home.list()["quantized"]).is_empty());
+
     let folder = home.path("mine");
     fs::create_dir(&folder).unwrap();
     let write = |files: super::Files| {

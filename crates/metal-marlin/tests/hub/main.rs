@@ -197,9 +197,7 @@ fn all_shards_are_fetched_and_other_commands_know_ids() {
     let files = golden("llama-gqa4-bias-sharded");
     let server = Server::start(&[(ID, "main", files.clone())]);
     let home = Home::new(&server);
-    let run = home.run(&["plan", ID, "--memory", "1GiB", "--json"]);
-    assert_eq!((run.code, run.stderr.as_str()), (Some(0), ""));
-    assert_eq!(serde_json::from_str::<Value>(&run.stdout).unwrap()["model"], ID);
+    home.tokens(&[ID]);
     for (name, content) in files.iter().filter(|(name, _)| name.starts_with("model-")) {
         assert_eq!(&fs::read(home.blob(content)).unwrap(), content, "{name}");
     }
@@ -215,6 +213,38 @@ fn all_shards_are_fetched_and_other_commands_know_ids() {
     assert!(home.path("out/config.json").is_file());
     let run = home.run(&["chat", ID]);
     assert!(run.stderr.contains("chat template"), "{}", run.stderr);
+}
+
+#[test]
+fn planning_needs_no_weights() {
+    for name in ["qwen3-gqa2-tied", "llama-gqa4-bias-sharded"] {
+        let files = golden(name);
+        let server = Server::start(&[(ID, "main", files.clone())]);
+        let home = Home::new(&server);
+        let plan = || {
+            let run = home.run(&["plan", ID, "--memory", "1GiB", "--json"]);
+            assert_eq!((run.code, run.stderr.as_str()), (Some(0), ""));
+            serde_json::from_str::<Value>(&run.stdout).unwrap()
+        };
+        let planned = plan();
+        assert_eq!(planned["model"], ID);
+        assert!(files.values().all(|content| content.len() < 16_384 || !home.blob(content).exists()));
+        assert_eq!(fs::read_dir(home.path("tmp")).unwrap().count(), 0);
+        // The plan of the whole model.
+        home.tokens(&[ID]);
+        drop(server);
+        assert_eq!(plan(), planned);
+    }
+}
+
+#[test]
+fn a_packed_model_is_planned_too() {
+    let server = Server::start(&[(ID, "main", cache::packed())]);
+    let home = Home::new(&server);
+    let run = home.run(&["plan", ID, "--memory", "1GiB", "--json"]);
+    assert_eq!((run.code, run.stderr.as_str()), (Some(0), ""));
+    drop(server);
+    home.tokens(&[ID]);
 }
 
 #[test]
