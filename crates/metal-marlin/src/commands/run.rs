@@ -29,7 +29,7 @@ Examples:
   metal-marlin run Qwen/Qwen3-4B \"Once upon a time\" --format fp4
   metal-marlin run path/to/model - < prompt.txt > continuation.txt
   metal-marlin run \"Once upon a time\" --json
-  metal-marlin run path/to/model --chat \"Why is the sky blue?\" --system \"Be brief.\"
+  metal-marlin run path/to/model \"Why is the sky blue?\" --chat --system \"Be brief.\"
 
 What to generate, and how, is decided by these options, where they are silent by the model's
 generation_config.json, and where that is silent too by: temperature 0.7, top-k 40, top-p 0.95,
