@@ -77,9 +77,11 @@ fn columns_come_in_fours() {
 proptest! {
     #[test]
     fn the_two_largest_of_four_are_kept_and_rounded_as_a_matrix_of_their_own(
-        rows in 1usize..5, quads in 1usize..50, seed in any::<u64>(), which in 0usize..22, options in prop_oneof![Just(RTN), Just(MSE)]
+        (rows, quads) in (1usize..5, 1usize..50),
+        seed in any::<u64>(),
+        scheme in prop::sample::select(schemes()),
+        options in prop::sample::select(vec![RTN, MSE]),
     ) {
-        let scheme = schemes()[which];
         let cols = 4 * quads;
         let values = heavy_tailed(rows * cols, seed);
         let matrix = encoded(&values, rows, &scheme, &options);

@@ -78,13 +78,13 @@ const DENSE: [(Format, Option<Grouping>); 17] = [
     (Format::Int3, None),
     (Format::Int2, None),
 ];
+const METHODS: [(ScaleSearch, &str); 2] = [(ScaleSearch::AbsMax, "RTN"), (ScaleSearch::Mse, "MSE")];
+
 /// What is measured: the dense formats, then the 2:4 variants in their usual groups.
 fn variants() -> Result<Vec<Scheme>, FormatError> {
     let dense = DENSE.into_iter().map(|(format, grouping)| format.scheme(grouping));
     dense.chain(Format::SPARSE.into_iter().map(|format| format.sparse_24(None))).collect()
 }
-
-const METHODS: [(ScaleSearch, &str); 2] = [(ScaleSearch::AbsMax, "RTN"), (ScaleSearch::Mse, "MSE")];
 
 /// A line of the table.
 struct Row {

@@ -1,8 +1,8 @@
 //! Which columns of a chunk have codes: all of them, or two of every four. Orthogonal to what codes mean.
 //!
-//! The weights of a pruned column are 0, so a sparse chunk has half as many codes as columns. Which columns a row keeps differs from row to
-//! row, so code `t` of each row, one vector, is multiplied with an input of its own in every lane. Inputs are what is gathered: there
-//! are half as many products as in a dense chunk.
+//! The weights of a pruned column are 0, so a sparse chunk has half as many codes as columns. Which columns are kept differs from
+//! row to row, so code `t` of each row, one vector, is multiplied with an input of its own in every lane. Inputs are what is
+//! gathered: there are half as many products as in a dense chunk.
 
 use super::activations::Block;
 use super::codes::{CHUNK, Codes, LANES, Quad};
@@ -94,8 +94,8 @@ impl Pattern for Dense {
     }
 }
 
-/// Two of every four columns. Codes `2q` and `2q + 1` of a row stand in columns `4q .. 4q + 4`. Their positions there take two bits each
-/// in one vector: bits `2s` and `2s + 1` of byte `4·row + j` are that of code `4s + j`.
+/// Two of every four columns. Codes `2q` and `2q + 1` of a row stand in columns `4q .. 4q + 4`. Their positions there take two
+/// bits each in one vector: bits `2s` and `2s + 1` of byte `4·row + j` are that of code `4s + j`.
 pub(super) struct TwoOfFour;
 
 impl TwoOfFour {
