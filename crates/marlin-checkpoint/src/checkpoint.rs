@@ -11,7 +11,7 @@ use marlin_format::{PackedMatrix, Scheme};
 use safetensors::Dtype;
 use serde_json::Value;
 
-use crate::layouts::{self, Entry, Gathered, compressed_tensors, metal_marlin};
+use crate::layouts::{self, Entry, Gathered, Layout, compressed_tensors, metal_marlin};
 use crate::memory::MemoryTensor;
 use crate::quantization::Quantization;
 use crate::shard::{Location, Shard};
@@ -43,6 +43,7 @@ pub struct Checkpoint {
     source: Source,
     name: String,
     config: Value,
+    layout: Option<Layout>,
     quantization: Option<QuantizationConfig>,
     notes: Vec<String>,
     shards: Vec<Shard>,
@@ -145,6 +146,7 @@ impl Checkpoint {
             name: source.name(),
             source,
             config,
+            layout: quantization.as_ref().map(|_| Layout::MetalMarlin),
             quantization,
             notes: Vec::new(),
             shards: Vec::new(),
@@ -174,12 +176,13 @@ impl Checkpoint {
                 Gathered { tensors: stored.into_iter().map(plain).collect(), notes: Vec::new() }
             }
         };
-        let quantization = match quantization {
-            Some(Quantization::Ours(config)) => Some(config),
-            _ => None,
+        let (layout, quantization) = match quantization {
+            Some(Quantization::Ours(config)) => (Some(Layout::MetalMarlin), Some(config)),
+            Some(Quantization::CompressedTensors(_)) => (Some(Layout::CompressedTensors), None),
+            None => (None, None),
         };
         let index = tensors.iter().enumerate().map(|(i, (name, _))| (name.clone(), i)).collect();
-        Ok(Self { name: source.name(), source, config, quantization, notes, shards, tensors, index })
+        Ok(Self { name: source.name(), source, config, layout, quantization, notes, shards, tensors, index })
     }
 
     /// The folder, or the name given to the model.
@@ -264,6 +267,11 @@ impl Checkpoint {
     /// read exactly, how activations or the KV cache are to be rounded is not imitated.
     pub fn notes(&self) -> &[String] {
         &self.notes
+    }
+
+    /// How the folder lays packed matrices out; `None` for an unquantised model.
+    pub fn layout(&self) -> Option<Layout> {
+        self.layout
     }
 
     /// What a folder in our own layout says about its packed matrices; `None` for an unquantised model and for the

@@ -32,6 +32,7 @@ fn a_folder_of_the_package_decodes_as_there() {
     let expected = expected();
     assert_eq!(names, expected.keys().map(String::as_str).collect::<Vec<_>>());
     assert!(checkpoint.notes().is_empty() && checkpoint.quantization().is_none());
+    assert_eq!(checkpoint.layout(), Some(Layout::CompressedTensors));
 
     for (name, wanted) in &expected {
         let found = checkpoint.matrix_any(name).unwrap().decode();

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use marlin_checkpoint::{Checkpoint, CheckpointError, Dtype, MemoryTensor, Storage};
+use marlin_checkpoint::{Checkpoint, CheckpointError, Dtype, Layout, MemoryTensor, Storage};
 use marlin_format::{EncodeOptions, Format, PackedMatrix, ScaleSearch, Scheme, encode};
 use serde_json::json;
 
@@ -38,6 +38,7 @@ fn tensors_come_back_as_they_were_given() {
     assert_eq!(checkpoint.tensor("c.weight").unwrap().bytes, [0, 0, 0x80, 0x3f]);
     assert_eq!(checkpoint.weight_bytes(), 2 * shared.bytes() as u64 + 4 + 8);
     assert_eq!(checkpoint.quantization().unwrap().tensors.len(), 2);
+    assert_eq!(checkpoint.layout(), Some(Layout::MetalMarlin));
     assert!(checkpoint.side_files().unwrap().is_empty());
 }
 

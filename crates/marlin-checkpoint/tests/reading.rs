@@ -39,7 +39,7 @@ fn unquantised_tensors_are_borrowed_as_they_are() {
 
     assert_eq!(checkpoint.name(), folder.path().to_str().unwrap());
     assert_eq!(checkpoint.config()["model_type"], "test");
-    assert!(checkpoint.quantization().is_none());
+    assert!(checkpoint.quantization().is_none() && checkpoint.layout().is_none());
     let mut names: Vec<&str> = checkpoint.tensor_names().collect();
     names.sort_unstable();
     assert_eq!(names, ["b.bias", "norm.weight", "w.weight"]);

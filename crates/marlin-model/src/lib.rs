@@ -21,4 +21,4 @@ pub use error::{ConfigError, ModelError};
 pub use families::supported_architectures;
 pub use kv::{KvPool, KvSequence};
 pub use language_model::{LanguageModel, LoadOptions, ModelInfo};
-pub use plan::{MemoryPlan, ModelShape, Planner};
+pub use plan::{MemoryPlan, ModelShape, Planner, format_size};

@@ -4,6 +4,8 @@
 //! converted), KV blocks, activations with scratch memory, logits. On top comes an allowance for the rest of the program. The mapped
 //! checkpoint is not counted: its pages are the system's cache of the file, which it takes back when memory runs short.
 
+use std::fmt;
+
 use marlin_checkpoint::{Checkpoint, TensorInfo};
 use marlin_format::Scheme;
 use marlin_kernels::{Backend, KvLayout, KvType};
@@ -104,6 +106,33 @@ impl MemoryPlan {
     }
 }
 
+/// `9.10 GiB: weights 8.00 GiB, KV cache of 4096 tokens …`.
+impl fmt::Display for MemoryPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}: weights {}, KV cache of {} tokens {}, activations {}, logits {}, program {}",
+            format_size(self.total()),
+            format_size(self.weights),
+            self.context,
+            format_size(self.kv_cache),
+            format_size(self.activations),
+            format_size(self.logits),
+            format_size(self.program)
+        )
+    }
+}
+
+/// Bytes for people: `9.10 GiB`, `812.0 MiB`.
+pub fn format_size(bytes: u64) -> String {
+    let bytes = bytes as f64;
+    match bytes {
+        _ if bytes >= (1u64 << 30) as f64 => format!("{:.2} GiB", bytes / (1u64 << 30) as f64),
+        _ if bytes >= (1u64 << 20) as f64 => format!("{:.1} MiB", bytes / (1u64 << 20) as f64),
+        _ => format!("{:.1} KiB", bytes / 1024.0),
+    }
+}
+
 impl<'a, B: Backend> Planner<'a, B> {
     /// Reads config.json.
     ///
@@ -151,6 +180,12 @@ impl<'a, B: Backend> Planner<'a, B> {
     /// KV blocks ([`LoadOptions::kv_blocks`]) for so many sequences of `context` tokens at once.
     pub fn kv_blocks(&self, context: usize, sequences: usize) -> usize {
         kv_blocks(&self.kv_layout, context, sequences)
+    }
+
+    /// How to load the model for so many sequences of `context` tokens at once, in all else as usual.
+    pub fn load_options(&self, context: usize, sequences: usize) -> LoadOptions {
+        let kv_blocks = Some(self.kv_blocks(context, sequences));
+        LoadOptions { context: Some(context), kv_blocks, ..LoadOptions::default() }
     }
 
     /// The plan of loading the checkpoint as it is stored.
@@ -225,5 +260,17 @@ impl<'a, B: Backend> Planner<'a, B> {
             });
         }
         Ok(sum)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_for_people() {
+        assert_eq!(format_size(9 << 29), "4.50 GiB");
+        assert_eq!(format_size(1 << 20), "1.0 MiB");
+        assert_eq!(format_size(512), "0.5 KiB");
     }
 }

@@ -3,9 +3,9 @@
 use std::io;
 use std::path::PathBuf;
 
-use marlin_checkpoint::{CheckpointError, Layout};
-use marlin_format::FormatError;
-use marlin_model::ModelError;
+use marlin_checkpoint::{Checkpoint, CheckpointError, Layout};
+use marlin_format::{FormatError, Scheme};
+use marlin_model::{MemoryPlan, ModelError, format_size};
 
 /// An error of this crate.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +56,26 @@ pub enum QuantizeError {
         /// Number of its tensors.
         tensors: usize,
     },
+    /// There is less memory than any mix of formats takes.
+    #[error(
+        "{model} does not fit into {}: all in {scheme}, the smallest format, and loaded for {sequences} x {} tokens, it takes \
+         {plan}; {}",
+        format_size(*memory),
+        plan.context,
+        what_fits(plan, *memory, *sequences)
+    )]
+    DoesNotFit {
+        /// The source.
+        model: String,
+        /// Memory there is, in bytes.
+        memory: u64,
+        /// Sequences at once.
+        sequences: usize,
+        /// The smallest format.
+        scheme: Scheme,
+        /// What the model takes in it.
+        plan: Box<MemoryPlan>,
+    },
     /// A matrix that cannot be encoded.
     #[error("{model}: tensor `{tensor}`: {source}")]
     Encode {
@@ -103,8 +123,28 @@ pub enum QuantizeError {
 }
 
 impl QuantizeError {
+    pub(crate) fn already_quantized(source: &Checkpoint, tensor: &str, scheme: Scheme) -> Self {
+        let (model, tensor) = (source.name().to_owned(), tensor.to_owned());
+        Self::AlreadyQuantized { model, tensor, scheme: scheme.to_string() }
+    }
+
+    pub(crate) fn nothing_to_quantize(source: &Checkpoint) -> Self {
+        Self::NothingToQuantize { model: source.name().to_owned(), tensors: source.tensor_names().count() }
+    }
+
     /// Whether the weights themselves are at fault, so that trying again cannot help.
     pub(crate) fn is_in_the_weights(&self) -> bool {
         matches!(self, Self::Encode { .. } | Self::Checkpoint(CheckpointError::NotFinite { .. }))
+    }
+}
+
+/// What to do about a model that does not fit.
+fn what_fits(plan: &MemoryPlan, memory: u64, sequences: usize) -> String {
+    let context = plan.longest_context(memory, sequences).map(|context| format!("{sequences} x {context} tokens fit"));
+    let fewer = plan.most_sequences(memory).map(|fewer| format!("{fewer} x {} tokens fit", plan.context));
+    let fits: Vec<String> = [context, fewer].into_iter().flatten().collect();
+    match fits.is_empty() {
+        true => "without a KV cache it is too large already; give it more memory or choose a smaller model".to_owned(),
+        false => fits.join(", "),
     }
 }

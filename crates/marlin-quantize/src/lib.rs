@@ -1,12 +1,13 @@
 //! Quantisers of checkpoints, and the measures they are judged by.
 //!
-//! [`quantize`] writes a checkpoint in the formats of a [`Recipe`] and reports the error of every matrix; [`evaluate`] measures
-//! what that does to the model: perplexity, and divergence from a baseline.
+//! [`quantize`] writes a checkpoint in the formats of a [`Recipe`] and reports the error of every matrix; [`fit`] finds the recipe
+//! that makes the most of a budget of memory; [`evaluate`] measures what quantising does to the model: perplexity, and divergence from a baseline.
 
 mod encode_matrix;
 mod error;
 mod error_stats;
 mod evaluate;
+mod fit;
 mod footprint;
 mod quantize;
 mod recipe;
@@ -15,7 +16,8 @@ mod role;
 pub use error::QuantizeError;
 pub use error_stats::ErrorStats;
 pub use evaluate::{Divergence, LogitSource, ModelLogits, Quality, RecordedLogits, Windows, evaluate};
+pub use fit::{Budget, Fit, fit};
 pub use footprint::Footprint;
 pub use quantize::{MatrixReport, Progress, QuantizeOptions, Report, quantize, source_fingerprint};
-pub use recipe::Recipe;
-pub use role::TensorRole;
+pub use recipe::{Recipe, embedding_scheme};
+pub use role::{TensorRole, layer_and_kind};

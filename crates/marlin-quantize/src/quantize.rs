@@ -151,7 +151,13 @@ fn in_layout(recipe: &Recipe, layout: Layout) -> Result<Recipe, QuantizeError> {
         }
         other => other,
     };
-    Ok(Recipe { linears: layout.scheme(recipe.linears)?, embedding, search: recipe.search })
+    let exceptions = recipe.exceptions.iter().map(|(name, scheme)| Ok((name.clone(), layout.scheme(*scheme)?)));
+    Ok(Recipe {
+        linears: layout.scheme(recipe.linears)?,
+        exceptions: exceptions.collect::<Result<_, QuantizeError>>()?,
+        embedding,
+        search: recipe.search,
+    })
 }
 
 /// Decides about every tensor.
@@ -161,24 +167,19 @@ fn plan<'a>(source: &'a Checkpoint, recipe: &Recipe) -> Result<Vec<Task<'a>>, Qu
         let Some(info) = source.info(name) else { continue };
         let dtype = match info.storage {
             Storage::Plain(dtype) => dtype,
-            Storage::Packed(scheme) => return Err(already_quantized(source, name, scheme)),
+            Storage::Packed(scheme) => return Err(QuantizeError::already_quantized(source, name, scheme)),
         };
         let role = TensorRole::of(name, info.shape.len());
-        let (scheme, planned) = match (recipe.scheme(role), info.shape.as_slice()) {
+        let (scheme, planned) = match (recipe.scheme(name, info.shape.len()), info.shape.as_slice()) {
             (Some(scheme), &[rows, cols]) => (Some(scheme), PlannedTensor::matrix(name, rows, cols, scheme)),
             _ => (None, PlannedTensor::raw(name, dtype, info.shape.clone())),
         };
         tasks.push(Task { name, role, shape: info.shape, bytes: info.bytes, scheme, planned });
     }
     if !tasks.iter().any(|task| task.role == TensorRole::DecoderLinear) {
-        return Err(QuantizeError::NothingToQuantize { model: source.name().to_owned(), tensors: tasks.len() });
+        return Err(QuantizeError::nothing_to_quantize(source));
     }
     Ok(tasks)
-}
-
-fn already_quantized(source: &Checkpoint, tensor: &str, scheme: Scheme) -> QuantizeError {
-    let (model, tensor) = (source.name().to_owned(), tensor.to_owned());
-    QuantizeError::AlreadyQuantized { model, tensor, scheme: scheme.to_string() }
 }
 
 /// With `force`, the source would be replaced by its own rounding.
@@ -204,7 +205,7 @@ pub fn source_fingerprint(source: &Checkpoint) -> Result<String, QuantizeError> 
     source.config().to_string().hash(&mut hasher);
     for name in source.tensor_names() {
         if let Some(Storage::Packed(scheme)) = source.info(name).map(|info| info.storage) {
-            return Err(already_quantized(source, name, scheme));
+            return Err(QuantizeError::already_quantized(source, name, scheme));
         }
         let bytes = source.tensor(name)?.bytes;
         (name, &bytes[..bytes.len().min(SAMPLE)]).hash(&mut hasher);

@@ -1,15 +1,35 @@
 //! Which tensor becomes what.
 
+use std::collections::BTreeMap;
+
 use marlin_checkpoint::Layout;
-use marlin_format::{ScaleSearch, Scheme};
+use marlin_format::{Format, FormatError, Grouping, ScaleSearch, Scheme};
+use marlin_kernels::Backend;
+use marlin_model::{LoadOptions, MemoryPlan, ModelError, Planner};
 
 use crate::TensorRole;
 
-/// How to quantise a model: a scheme per role. Norms, biases and matrices of unknown kind are kept as they are.
+/// Groups of an int8 embedding: fine, since every token's logit depends on it.
+const EMBEDDING_GROUP: Grouping = Grouping::Columns(32);
+
+/// Storage of embedding and head in a format: in groups of 32 for int8, otherwise in the format's own, unless `grouping` says
+/// otherwise.
+///
+/// # Errors
+/// The format does not have such groups.
+pub fn embedding_scheme(format: Format, grouping: Option<Grouping>) -> Result<Scheme, FormatError> {
+    let usual = (format == Format::Int8).then_some(EMBEDDING_GROUP);
+    format.scheme(grouping.or(usual))
+}
+
+/// How to quantise a model: a scheme per role, and per matrix where one differs. Norms, biases and matrices of unknown kind are
+/// kept as they are.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Recipe {
     /// Storage of the decoder's linears.
     pub linears: Scheme,
+    /// Decoder linears that are stored otherwise, by the names of their tensors.
+    pub exceptions: BTreeMap<String, Scheme>,
     /// Storage of embedding and head; `None` keeps them as they are.
     pub embedding: Option<Scheme>,
     /// How scales are chosen.
@@ -17,10 +37,15 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    /// The storage of a tensor; `None` keeps it.
-    pub fn scheme(&self, role: TensorRole) -> Option<Scheme> {
-        match role {
-            TensorRole::DecoderLinear => Some(self.linears),
+    /// One scheme for all of the decoder's linears.
+    pub fn uniform(linears: Scheme, embedding: Option<Scheme>, search: ScaleSearch) -> Self {
+        Self { linears, exceptions: BTreeMap::new(), embedding, search }
+    }
+
+    /// The storage of a tensor of `rank` dimensions; `None` keeps it.
+    pub fn scheme(&self, name: &str, rank: usize) -> Option<Scheme> {
+        match TensorRole::of(name, rank) {
+            TensorRole::DecoderLinear => Some(self.exceptions.get(name).copied().unwrap_or(self.linears)),
             TensorRole::Embedding | TensorRole::Head => self.embedding,
             TensorRole::Vector | TensorRole::Unknown => None,
         }
@@ -30,5 +55,30 @@ impl Recipe {
     /// quantisers.
     pub fn fingerprint(&self, layout: Layout) -> String {
         format!("metal-marlin {}, {layout}, {self:?}", env!("CARGO_PKG_VERSION"))
+    }
+
+    /// What the model will take of a device's memory when it is quantised like this.
+    ///
+    /// # Errors
+    /// As for [`Planner::plan`].
+    pub fn plan<B: Backend>(&self, planner: &Planner<'_, B>, options: &LoadOptions) -> Result<MemoryPlan, ModelError> {
+        planner.plan_as(options, |name, info| self.scheme(name, info.shape.len()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exceptions_are_of_decoder_linears() {
+        let [down, embedding] = ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"];
+        let int8 = Format::Int8.scheme(None).unwrap();
+        let mut recipe = Recipe::uniform(Format::Fp4.scheme(None).unwrap(), None, ScaleSearch::Mse);
+        recipe.exceptions = [down, embedding].map(|name| (name.to_owned(), int8)).into();
+        assert_eq!(recipe.scheme(down, 2), Some(int8));
+        assert_eq!(recipe.scheme("model.layers.0.mlp.down_proj.weight", 2), Some(recipe.linears));
+        assert_eq!(recipe.scheme(embedding, 2), None);
+        assert_eq!(recipe.scheme("model.norm.weight", 1), None);
     }
 }

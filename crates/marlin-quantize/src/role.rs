@@ -16,7 +16,7 @@ pub enum TensorRole {
 }
 
 /// Linears of a decoder block, by the last module of their names.
-const DECODER_LINEARS: [&str; 9] =
+pub(crate) const DECODER_LINEARS: [&str; 9] =
     ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"];
 
 impl TensorRole {
@@ -27,7 +27,7 @@ impl TensorRole {
             2 => {}
             _ => return Self::Unknown,
         }
-        match (name.strip_prefix("model.layers.").and_then(|n| n.split_once('.')), name) {
+        match (in_layer(name), name) {
             (_, "model.embed_tokens.weight") => Self::Embedding,
             (_, "lm_head.weight") => Self::Head,
             (Some((_layer, path)), _) => match path.strip_suffix(".weight").and_then(|p| p.rsplit_once('.')) {
@@ -39,9 +39,32 @@ impl TensorRole {
     }
 }
 
+/// Layer and name within it of a tensor of a decoder layer.
+fn in_layer(name: &str) -> Option<(&str, &str)> {
+    name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'))
+}
+
+/// The layer of a tensor, and what the same tensors of all layers have in common: `model.layers.3.mlp.up_proj.weight` is
+/// `mlp.up_proj` of layer 3.
+pub fn layer_and_kind(name: &str) -> (Option<usize>, &str) {
+    let name = name.strip_suffix(".weight").unwrap_or(name);
+    match in_layer(name).and_then(|(layer, kind)| Some((layer.parse().ok()?, kind))) {
+        Some((layer, kind)) => (Some(layer), kind),
+        None => (None, name),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn kinds_are_names_without_their_layer() {
+        assert_eq!(layer_and_kind("model.layers.12.mlp.up_proj.weight"), (Some(12), "mlp.up_proj"));
+        assert_eq!(layer_and_kind("model.layers.0.self_attn.q_proj.bias"), (Some(0), "self_attn.q_proj.bias"));
+        assert_eq!(layer_and_kind("model.embed_tokens.weight"), (None, "model.embed_tokens"));
+        assert_eq!(layer_and_kind("model.layers.x.weight"), (None, "model.layers.x"));
+    }
 
     #[test]
     fn roles_of_a_llama_block() {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use marlin_checkpoint::{Checkpoint, CheckpointWriter, Dtype, PlannedTensor, Storage, WriterOptions};
 use marlin_format::{EncodeOptions, Format, Grouping, ScaleSearch, Scheme};
-use marlin_quantize::{QuantizeError, QuantizeOptions, Recipe, TensorRole, quantize};
+use marlin_quantize::{QuantizeError, QuantizeOptions, Recipe, TensorRole, embedding_scheme, quantize};
 use serde_json::json;
 
 fn golden(name: &str) -> PathBuf {
@@ -15,7 +15,7 @@ fn golden(name: &str) -> PathBuf {
 }
 
 fn recipe(linears: Scheme, search: ScaleSearch) -> Recipe {
-    Recipe { linears, embedding: Some(Format::Int8.scheme(Some(Grouping::Columns(32))).unwrap()), search }
+    Recipe::uniform(linears, Some(embedding_scheme(Format::Int8, None).unwrap()), search)
 }
 
 fn fp4() -> Recipe {
@@ -75,7 +75,7 @@ fn check_output(source: &Checkpoint, output: &Checkpoint, recipe: &Recipe) {
     assert!(output.tensor_names().count() == source.tensor_names().count());
     for name in source.tensor_names() {
         let shape = source.shape(name).unwrap();
-        let Some(scheme) = recipe.scheme(TensorRole::of(name, shape.len())) else {
+        let Some(scheme) = recipe.scheme(name, shape.len()) else {
             assert_eq!(source.tensor(name).unwrap(), output.tensor(name).unwrap(), "{name}");
             continue;
         };
@@ -124,9 +124,15 @@ fn unfinished_work_of_other_settings_is_not_mixed_in() {
     let options = QuantizeOptions { sync_bytes: 1, progress: Some(&mut dies), ..Default::default() };
     catch_unwind(AssertUnwindSafe(|| quantize(&source, &out, &fp4(), options))).unwrap_err();
 
+    // Of one matrix only, and of the same size.
+    let mut mixed = fp4();
+    let int4 = Format::Int4Sym.scheme(None).unwrap();
+    mixed.exceptions.insert("model.layers.1.mlp.down_proj.weight".to_owned(), int4);
     let other = Recipe { search: ScaleSearch::Mse, ..fp4() };
-    let refused = quantize(&source, &out, &other, QuantizeOptions::default()).unwrap_err().to_string();
-    assert!(refused.contains("--force"), "{refused}");
+    for other in [&mixed, &other] {
+        let refused = quantize(&source, &out, other, QuantizeOptions::default()).unwrap_err().to_string();
+        assert!(refused.contains("--force"), "{refused}");
+    }
     let report = quantize(&source, &out, &other, QuantizeOptions { force: true, ..Default::default() }).unwrap();
     assert_eq!(report.resumed, 0);
     check_output(&source, &Checkpoint::open(&out).unwrap(), &other);

@@ -2,6 +2,7 @@
 
 use std::num::NonZeroUsize;
 
+use marlin_kernels::KvType;
 use marlin_kernels::cpu::{Arithmetic, CpuOptions};
 
 /// Each thread has memory of its own, so that a slip of the finger could take all there is.
@@ -28,6 +29,24 @@ impl DeviceOptions {
             threads: self.threads.map(NonZeroUsize::get),
             arithmetic: if self.exact { Arithmetic::Exact } else { Arithmetic::Int8 },
             ..CpuOptions::default()
+        }
+    }
+}
+
+/// Number format of cached keys and values, as `--kv` names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum KvFormat {
+    /// Half precision
+    F16,
+    /// Single precision
+    F32,
+}
+
+impl From<KvFormat> for KvType {
+    fn from(format: KvFormat) -> Self {
+        match format {
+            KvFormat::F16 => Self::F16,
+            KvFormat::F32 => Self::F32,
         }
     }
 }

@@ -14,10 +14,10 @@ use serde_json::{Value, json};
 use crate::bench::random_matrix;
 use crate::hub::HubCache;
 use crate::machine::{self, BandwidthProbe, Cache, Memory};
-use crate::memory::format_size;
 use crate::model_cache::ModelCache;
 use crate::stats::Spread;
 use crate::{DeviceOptions, LoadError, load};
+use marlin_model::format_size;
 
 /// What the machine is, and what worked on it.
 #[derive(Debug)]

@@ -3,11 +3,11 @@
 use std::fs;
 use std::process::Command;
 
-use marlin_checkpoint::TensorInfo;
-use marlin_format::{Format, Grouping, ScaleSearch, Scheme};
+use marlin_format::{Format, ScaleSearch};
 use marlin_kernels::Backend;
-use marlin_model::{LoadOptions, MemoryPlan, ModelError, Planner};
-use marlin_quantize::{Recipe, TensorRole};
+use marlin_model::{LoadOptions, MemoryPlan, ModelError, Planner, format_size};
+use marlin_quantize::{Recipe, embedding_scheme};
+use serde_json::{Value, json};
 
 /// Formats from the one that keeps most of a model's quality to the one that keeps least, each smaller than the one before.
 const ADVISED: [Format; 5] = [Format::Int8, Format::Int4, Format::Fp4, Format::Int3, Format::Int2];
@@ -30,15 +30,7 @@ impl MemoryOptions {
 /// A model that takes more memory than there is.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{model} needs {}: weights {}, KV cache of {} tokens {}, activations {}, logits {}, program {}; \
-     {} are available (--memory says otherwise); {advice}",
-    format_size(plan.total()),
-    format_size(plan.weights),
-    plan.context,
-    format_size(plan.kv_cache),
-    format_size(plan.activations),
-    format_size(plan.logits),
-    format_size(plan.program),
+    "{model} needs {plan}; {} are available (--memory says otherwise); {advice}",
     format_size(*memory)
 )]
 pub struct DoesNotFit {
@@ -79,7 +71,7 @@ fn format_advice<B: Backend>(
     options: &LoadOptions,
     memory: u64,
 ) -> Result<String, ModelError> {
-    let original = match planner.checkpoint().quantization() {
+    let original = match planner.checkpoint().layout() {
         Some(_) => "the model it was quantised from",
         None => planner.checkpoint().name(),
     };
@@ -102,15 +94,72 @@ pub fn plan_in<B: Backend>(
     options: &LoadOptions,
     format: Format,
 ) -> Result<MemoryPlan, ModelError> {
-    let usual = |format: Format, grouping| format.scheme(grouping).expect("every format has its usual groups");
-    let recipe = Recipe {
-        linears: usual(format, None),
-        embedding: Some(usual(Format::Int8, Some(Grouping::Columns(32)))),
-        search: ScaleSearch::Mse,
-    };
-    let scheme =
-        |name: &str, info: &TensorInfo| -> Option<Scheme> { recipe.scheme(TensorRole::of(name, info.shape.len())) };
-    planner.plan_as(options, scheme)
+    let linears = format.scheme(None).expect("every format has its usual groups");
+    let embedding = embedding_scheme(Format::Int8, None).expect("int8 has the embedding's groups");
+    // How scales are chosen does not change their size.
+    Recipe::uniform(linears, Some(embedding), ScaleSearch::Mse).plan(planner, options)
+}
+
+/// A plan beside the memory that it is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Account {
+    /// What the model takes.
+    pub plan: MemoryPlan,
+    /// Memory there is, in bytes.
+    pub memory: u64,
+    /// Sequences at once.
+    pub sequences: usize,
+    /// Bytes of a token in the KV cache.
+    pub kv_bytes_per_token: usize,
+}
+
+impl Account {
+    /// Line by line, for people. `stored_as` says in which formats the weights are.
+    pub fn to_text(&self, stored_as: &str) -> String {
+        let (plan, total) = (&self.plan, self.plan.total());
+        let line = |name: &str, bytes, note: &str| {
+            format!("{name:<12} {:>12}  {note}", format_size(bytes)).trim_end().to_owned() + "\n"
+        };
+        let token = format_size(self.kv_bytes_per_token as u64);
+        let verdict = match self.memory.checked_sub(total) {
+            Some(left) => format!("fits, {} are left", format_size(left)),
+            None => format!("does not fit, {} are missing", format_size(total - self.memory)),
+        };
+        [
+            line("weights", plan.weights, stored_as),
+            line("KV cache", plan.kv_cache, &format!("{} x {} tokens of {token} each", self.sequences, plan.context)),
+            line("activations", plan.activations, ""),
+            line("logits", plan.logits, ""),
+            line("program", plan.program, "code, tokenizer (estimated)"),
+            line("total", total, ""),
+            line("memory", self.memory, &verdict),
+        ]
+        .concat()
+    }
+
+    /// For programs: a JSON object.
+    pub fn to_json(&self) -> Value {
+        let plan = &self.plan;
+        json!({
+            "memory_bytes": self.memory,
+            "context": plan.context,
+            "concurrency": self.sequences,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "weight_bytes": plan.weights,
+            "kv_cache_bytes": plan.kv_cache,
+            "activation_bytes": plan.activations,
+            "logit_bytes": plan.logits,
+            "program_bytes": plan.program,
+            "total_bytes": plan.total(),
+            "fits": plan.total() <= self.memory,
+        })
+    }
+}
+
+/// The context to plan for where none is asked for: one that most uses do with, or what the model allows.
+pub fn usual_context<B: Backend>(planner: &Planner<'_, B>) -> usize {
+    const USUAL: usize = 4096;
+    planner.shape().context.min(USUAL)
 }
 
 /// A size such as `16GiB`, `16GB`, `800MiB`, `1.5G` or a number of bytes; without `i` the units are powers of 1000.
@@ -135,16 +184,6 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     };
     let bytes = number.parse::<f64>().map_err(|_| wanted())? * unit as f64;
     if (1.0..u64::MAX as f64).contains(&bytes) { Ok(bytes as u64) } else { Err(wanted()) }
-}
-
-/// Bytes for people: `9.10 GiB`, `812.0 MiB`.
-pub fn format_size(bytes: u64) -> String {
-    let bytes = bytes as f64;
-    match bytes {
-        _ if bytes >= (1u64 << 30) as f64 => format!("{:.2} GiB", bytes / (1u64 << 30) as f64),
-        _ if bytes >= (1u64 << 20) as f64 => format!("{:.1} MiB", bytes / (1u64 << 20) as f64),
-        _ => format!("{:.1} KiB", bytes / 1024.0),
-    }
 }
 
 /// Memory that a new program can have: what Linux calls available, within the limit of the control group; on a Mac what is built
@@ -186,8 +225,6 @@ mod tests {
             let error = parse_size(text).unwrap_err();
             assert!(error.contains("16GiB"), "{text}: {error}");
         }
-        assert_eq!(format_size(9 << 29), "4.50 GiB");
-        assert_eq!(format_size(1 << 20), "1.0 MiB");
     }
 
     #[test]

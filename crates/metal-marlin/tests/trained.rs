@@ -18,10 +18,11 @@ type Test = fn(&Path);
 
 fn main() {
     let model = std::env::var_os("METAL_MARLIN_MODELS").map(|models| PathBuf::from(models).join("tiny-qwen3"));
-    let tests: [(&str, Test); 3] = [
+    let tests: [(&str, Test); 4] = [
         ("perplexity", perplexity),
         ("the_bundled_model_is_close_to_it", the_bundled_model_is_close_to_it),
         ("the_bundled_model_is_what_quantize_makes_of_it", the_bundled_model_is_what_quantize_makes_of_it),
+        ("a_mix_is_better_than_its_bytes", a_mix_is_better_than_its_bytes),
     ];
     let trial = |(name, test): (&str, Test)| {
         let model = model.clone();
@@ -72,6 +73,33 @@ fn the_bundled_model_is_close_to_it(model: &Path) {
     // error feedback, which this recipe has not.
     assert!((0.05..0.11).contains(&number(&result, "mean_kl")), "{result}");
     assert!(number(&result, "top1_agreement") > 0.77, "{result}");
+}
+
+/// The JSON that a command prints.
+fn json(args: &[&str]) -> Value {
+    let output = Command::new(env!("CARGO_BIN_EXE_metal-marlin")).args(args).arg("--json").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// Half way in memory between two formats, `--fit` comes more than half way in KL.
+fn a_mix_is_better_than_its_bytes(model: &Path) {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model.to_str().unwrap();
+    let measure = |name: &str, options: &[&str]| {
+        let out = folder.path().join(name);
+        let out = out.to_str().unwrap();
+        json(&[&["quantize", model, out], options].concat());
+        let total = number(&json(&["plan", out, "--memory", "1GiB", "--context", "1024"]), "total_bytes");
+        let kl = eval(Path::new(out), &["--baseline", model, "--context", "256", "--windows", "4"]);
+        (total, number(&kl, "mean_kl"))
+    };
+    let (small, worse) = measure("int3", &["--format", "int3"]);
+    let (large, better) = measure("int4-sym", &["--format", "int4-sym"]);
+    let memory = (small + large) / 2.0;
+    let (total, kl) = measure("mix", &["--fit", &format!("{memory:.0}"), "--context", "1024"]);
+    assert!(total <= memory + 0.5, "{total} of {memory}");
+    assert!(better < kl && kl < (better + worse) / 2.0, "{kl} between {better} and {worse}");
 }
 
 fn the_bundled_model_is_what_quantize_makes_of_it(model: &Path) {

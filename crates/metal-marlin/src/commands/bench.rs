@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use marlin_format::{Format, Grouping};
+use marlin_quantize::embedding_scheme;
 use metal_marlin::DeviceOptions;
 use metal_marlin::bench::{self, OutputFormat, Plan, Shape};
 
@@ -113,7 +114,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             let shape: Shape = name.parse()?;
             let linears = recipe::linear_scheme(args.format.unwrap_or(Format::Fp4), args.group_size, args.sparse_24)?;
             let embedding_format = args.embedding_format.unwrap_or(Format::Int8);
-            let embedding = recipe::embedding_scheme(embedding_format, args.embedding_group_size)?;
+            let embedding = embedding_scheme(embedding_format, args.embedding_group_size)?;
             let model = || bench::random_model(&shape, &linears, &embedding);
             (progress::spinner(&format!("Making {name}"), model)?, None)
         }

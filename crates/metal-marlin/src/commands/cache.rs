@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, bail};
+use marlin_model::format_size;
 use metal_marlin::hub::HubCache;
-use metal_marlin::memory::format_size;
 use metal_marlin::model_cache::{ModelCache, QuantizedModel, UsedSnapshot};
 use serde_json::{Value, json};
 

@@ -1,24 +1,22 @@
 //! `metal-marlin eval`: perplexity, and the distance to a baseline.
 
-use std::fs;
 use std::io::{Write, stdout};
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, bail};
 use marlin_checkpoint::Checkpoint;
-use marlin_kernels::KvType;
 use marlin_kernels::cpu::CpuBackend;
-use marlin_model::{LanguageModel, LoadOptions, Planner};
-use marlin_quantize::{Footprint, LogitSource, ModelLogits, Quality, Windows, evaluate};
+use marlin_model::Planner;
+use marlin_quantize::{Footprint, LogitSource, ModelLogits, Quality, evaluate};
 use metal_marlin::memory::{self, MemoryOptions};
-use metal_marlin::{DeviceOptions, LoadError, load};
+use metal_marlin::{DeviceOptions, LoadError};
 use serde_json::{Value, json};
 
+use super::measure::{load_model, load_options, usual_context, windows};
 use super::model::{HubOptions, QuantizeOptions};
 use super::{in_pool, model};
-use crate::progress::{self, Bar};
+use crate::progress::Bar;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -36,12 +34,6 @@ the model differs by. With --exact the model runs like that too.
 
 MODEL is measured as it is stored; with --format it is quantised first, once: the result is kept
 (`metal-marlin cache`). --revision holds for the baseline too if that is the same model.";
-
-/// Windows are not made longer than this unless --context says so: the length that published figures of small models use.
-const USUAL_CONTEXT: usize = 1024;
-
-/// Tokens of a step, all of whose logits are computed.
-const CHUNK: usize = 128;
 
 /// Measure a model's perplexity on a text, and how far it is from another model
 #[derive(Debug, clap::Args)]
@@ -121,59 +113,6 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     };
     stdout().write_all(text.as_bytes())?;
     Ok(())
-}
-
-/// What all the models allow, but not more than is usual.
-pub(super) fn usual_context(checkpoints: &[&Checkpoint]) -> usize {
-    checkpoints.iter().filter_map(|checkpoint| load::allowed_context(checkpoint)).fold(USUAL_CONTEXT, usize::min)
-}
-
-/// The windows of a text, which must consist of the same tokens for all the models.
-pub(super) fn windows(
-    checkpoints: &[&Checkpoint],
-    text: &Path,
-    context: usize,
-    limit: Option<NonZeroUsize>,
-) -> anyhow::Result<Windows> {
-    let content = fs::read_to_string(text).with_context(|| format!("cannot read the text {}", text.display()))?;
-    let mut encoded: Option<(&Checkpoint, Vec<u32>)> = None;
-    for checkpoint in checkpoints {
-        let tokens = checkpoint.tokenizer()?.encode(&content, false)?;
-        match &encoded {
-            Some((first, expected)) if *expected != tokens => bail!(
-                "the tokenizers of {} and {} disagree about the text ({} and {} tokens); only models of one tokenizer \
-                 can be compared",
-                first.name(),
-                checkpoint.name(),
-                expected.len(),
-                tokens.len()
-            ),
-            _ => encoded = Some((checkpoint, tokens)),
-        }
-    }
-    let tokens = encoded.map(|(_, tokens)| tokens).unwrap_or_default();
-    let windows = Windows::new(tokens, context, limit.map(NonZeroUsize::get));
-    windows.with_context(|| format!("cannot measure on {}", text.display()))
-}
-
-/// Loads a model whose steps bring all their logits. The KV cache is as exact as the arithmetic.
-pub(super) fn load_model(
-    checkpoint: &Checkpoint,
-    device: &DeviceOptions,
-    context: usize,
-) -> Result<Box<dyn LanguageModel>, LoadError> {
-    let options = load_options(device, context);
-    progress::spinner(&format!("Loading {}", checkpoint.name()), || load::load_model(checkpoint, device, &options))
-}
-
-fn load_options(device: &DeviceOptions, context: usize) -> LoadOptions {
-    LoadOptions {
-        context: Some(context),
-        step_tokens: CHUNK,
-        logit_rows: CHUNK,
-        kv_type: if device.exact { KvType::F32 } else { KvType::F16 },
-        ..LoadOptions::default()
-    }
 }
 
 /// The bytes that [`load_model`] will take, if there are so many.

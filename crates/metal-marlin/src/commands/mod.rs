@@ -10,7 +10,9 @@ pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod doctor;
 pub(crate) mod eval;
+pub(crate) mod inspect;
 pub(crate) mod man;
+mod measure;
 mod model;
 pub(crate) mod plan;
 pub(crate) mod quality;
@@ -27,6 +29,7 @@ pub(crate) enum Command {
     Chat(chat::Args),
     Quantize(quantize::Args),
     Plan(plan::Args),
+    Inspect(inspect::Args),
     Eval(eval::Args),
     Quality(quality::Args),
     Bench(bench::Args),
@@ -44,6 +47,7 @@ impl Command {
             Self::Chat(args) => chat::run(args),
             Self::Quantize(args) => quantize::run(args),
             Self::Plan(args) => plan::run(args),
+            Self::Inspect(args) => inspect::run(args),
             Self::Eval(args) => eval::run(args),
             Self::Quality(args) => quality::run(args),
             Self::Bench(args) => bench::run(args),

@@ -7,14 +7,14 @@ use std::path::PathBuf;
 use anyhow::Context;
 use marlin_format::Format;
 use marlin_kernels::cpu::CpuBackend;
-use marlin_model::{LoadOptions, MemoryPlan, Planner};
-use metal_marlin::memory::{MemoryOptions, format_size, plan_in};
+use marlin_model::{LoadOptions, Planner, format_size};
+use metal_marlin::device::KvFormat;
+use metal_marlin::memory::{Account, MemoryOptions, plan_in, usual_context};
 use metal_marlin::{DeviceOptions, LoadError};
 use serde_json::{Value, json};
 
 use super::model::{self, HubOptions};
 use super::recipe;
-use super::run::KvFormat;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -26,9 +26,6 @@ Examples:
 
 Only headers are read, and of a model on the Hub no more is fetched unless it is packed. Weights are
 counted as the device holds them, formats it has no kernel for as converted. The checkpoint itself is mapped: its pages are file cache and are not counted.";
-
-/// A context that most uses do with.
-const USUAL_CONTEXT: usize = 4096;
 
 /// Tell what a model takes of memory, and what fits
 #[derive(Debug, clap::Args)]
@@ -73,27 +70,24 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let backend = CpuBackend::new(args.device.cpu()).map_err(LoadError::Device)?;
     let planner = Planner::new(&backend, &checkpoint)?;
     let memory = args.memory.budget().context("the system does not tell how much memory is available; say --memory")?;
-    let context = args.context.map_or(planner.shape().context.min(USUAL_CONTEXT), NonZeroUsize::get);
-    let options = LoadOptions {
-        context: Some(context),
-        kv_blocks: Some(planner.kv_blocks(context, args.concurrency.get())),
-        kv_type: args.kv.into(),
-        ..LoadOptions::default()
-    };
+    let context = args.context.map_or_else(|| usual_context(&planner), NonZeroUsize::get);
+    let options = LoadOptions { kv_type: args.kv.into(), ..planner.load_options(context, args.concurrency.get()) };
     let plan = match args.format {
         Some(format) => plan_in(&planner, &options, format)?,
         None => planner.plan(&options)?,
     };
     // A quantised model is not quantised again.
-    let formats = Format::ALL.into_iter().filter(|format| !format.is_dense() && checkpoint.quantization().is_none());
+    let formats = Format::ALL.into_iter().filter(|format| !format.is_dense() && checkpoint.layout().is_none());
     let formats = formats.map(|format| Ok((format, plan_in(&planner, &options, format)?.total())));
     let report = Report {
         model: checkpoint.name(),
         stored_as: args.format.map_or("as stored".to_owned(), |format| format.to_string()),
-        memory,
-        sequences: args.concurrency.get(),
-        kv_bytes_per_token: planner.kv_bytes_per_token(args.kv.into()),
-        plan,
+        account: Account {
+            plan,
+            memory,
+            sequences: args.concurrency.get(),
+            kv_bytes_per_token: planner.kv_bytes_per_token(args.kv.into()),
+        },
         formats: formats.collect::<anyhow::Result<_>>()?,
     };
     let text = if args.json { format!("{}\n", report.to_json()) } else { report.to_text() };
@@ -104,80 +98,41 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 struct Report<'a> {
     model: &'a str,
     stored_as: String,
-    memory: u64,
-    sequences: usize,
-    kv_bytes_per_token: usize,
-    plan: MemoryPlan,
+    account: Account,
     /// Totals in other formats.
     formats: Vec<(Format, u64)>,
 }
 
 impl Report<'_> {
     fn to_json(&self) -> Value {
-        let plan = &self.plan;
-        let format = |(format, total): &(Format, u64)| json!({"format": format.name(), "total_bytes": total, "fits": *total <= self.memory});
-        json!({
-            "model": self.model,
-            "format": self.stored_as,
-            "memory_bytes": self.memory,
-            "context": plan.context,
-            "concurrency": self.sequences,
-            "kv_bytes_per_token": self.kv_bytes_per_token,
-            "weight_bytes": plan.weights,
-            "kv_cache_bytes": plan.kv_cache,
-            "activation_bytes": plan.activations,
-            "logit_bytes": plan.logits,
-            "program_bytes": plan.program,
-            "total_bytes": plan.total(),
-            "fits": plan.total() <= self.memory,
-            "longest_context": plan.longest_context(self.memory, self.sequences),
-            "most_sequences": plan.most_sequences(self.memory),
-            "formats": self.formats.iter().map(format).collect::<Vec<_>>(),
-        })
+        let Account { plan, memory, sequences, .. } = self.account;
+        let format = |(format, total): &(Format, u64)| json!({"format": format.name(), "total_bytes": total, "fits": *total <= memory});
+        let mut json = self.account.to_json();
+        json["model"] = self.model.into();
+        json["format"] = self.stored_as.as_str().into();
+        json["longest_context"] = plan.longest_context(memory, sequences).into();
+        json["most_sequences"] = plan.most_sequences(memory).into();
+        json["formats"] = self.formats.iter().map(format).collect();
+        json
     }
 
     fn to_text(&self) -> String {
-        let (plan, total) = (&self.plan, self.plan.total());
-        let line = |name: &str, bytes, note: &str| {
-            format!("{name:<12} {:>12}  {note}", format_size(bytes)).trim_end().to_owned() + "\n"
-        };
-        let kv = format!(
-            "{} x {} tokens of {} each",
-            self.sequences,
-            plan.context,
-            format_size(self.kv_bytes_per_token as u64)
-        );
-        let mut text = format!("{}\n\n", self.model);
-        text += &line("weights", plan.weights, &self.stored_as);
-        text += &line("KV cache", plan.kv_cache, &kv);
-        text += &line("activations", plan.activations, "");
-        text += &line("logits", plan.logits, "");
-        text += &line("program", plan.program, "code, tokenizer (estimated)");
-        text += &line("total", total, "");
-        text += &line("memory", self.memory, &self.verdict());
-        text += "\n";
-        text += &match plan.longest_context(self.memory, self.sequences) {
+        let Account { plan, memory, sequences, .. } = self.account;
+        let mut text = format!("{}\n\n{}\n", self.model, self.account.to_text(&self.stored_as));
+        text += &match plan.longest_context(memory, sequences) {
             Some(context) => format!("longest context that fits          {context} of {} tokens\n", plan.model_context),
             None => "no context fits\n".to_owned(),
         };
-        if let Some(sequences) = plan.most_sequences(self.memory) {
+        if let Some(sequences) = plan.most_sequences(memory) {
             text += &format!("most sequences of {:>6} tokens      {sequences}\n", plan.context);
         }
         if !self.formats.is_empty() {
             text += "\nformat        total\n";
         }
         for (format, total) in &self.formats {
-            let fits = if *total <= self.memory { "fits" } else { "too large" };
+            let fits = if *total <= memory { "fits" } else { "too large" };
             text += &format!("{format:<9} {:>12}  {fits}\n", format_size(*total));
         }
         text
-    }
-
-    fn verdict(&self) -> String {
-        let total = self.plan.total();
-        match self.memory.checked_sub(total) {
-            Some(left) => format!("fits, {} are left", format_size(left)),
-            None => format!("does not fit, {} are missing", format_size(total - self.memory)),
-        }
     }
 }

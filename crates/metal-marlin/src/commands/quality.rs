@@ -9,14 +9,14 @@ use marlin_checkpoint::Checkpoint;
 use marlin_format::{Format, FormatError, Grouping, ScaleSearch, Scheme};
 use marlin_quantize::{
     Divergence, Footprint, LogitSource, ModelLogits, Quality, QuantizeOptions, Recipe, RecordedLogits, Windows,
-    evaluate, quantize,
+    embedding_scheme, evaluate, quantize,
 };
 use metal_marlin::DeviceOptions;
 use metal_marlin::device::parse_threads;
 
+use super::in_pool;
+use super::measure::{load_model, usual_context, windows};
 use super::model::{self, HubOptions};
-use super::recipe::embedding_scheme;
-use super::{eval, in_pool};
 use crate::progress::Bar;
 
 const EXAMPLES: &str = "\
@@ -101,8 +101,8 @@ struct Row {
 /// Runs the command.
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let source = model::open(Some(&args.model), &args.hub)?;
-    let context = eval::usual_context(&[&source]);
-    let windows = eval::windows(&[&source], &args.text, context, args.windows)?;
+    let context = usual_context(&[&source]);
+    let windows = windows(&[&source], &args.text, context, args.windows)?;
     let measure = Measure { source: &source, windows: &windows, context, threads: args.threads };
     let page = in_pool(args.threads, || -> anyhow::Result<String> {
         let (baseline, rows) = measure.all()?;
@@ -124,7 +124,7 @@ impl Measure<'_> {
     fn all(&self) -> anyhow::Result<(Quality, Vec<Row>)> {
         let schemes = variants()?;
         let variants = schemes.len() * METHODS.len();
-        let mut model = eval::load_model(self.source, &self.device(true), self.context)?;
+        let mut model = load_model(self.source, &self.device(true), self.context)?;
         let mut recorded = {
             let mut bar = Bar::counting("Measuring the original", "tokens");
             let mut logits = ModelLogits::new(model.as_mut());
@@ -140,7 +140,8 @@ impl Measure<'_> {
         bar.set(0, variants as u64);
         for linears in schemes {
             for (search, method) in METHODS {
-                let recipe = Recipe { linears, embedding: Some(embedding_scheme(Format::Int8, None)?), search };
+                let embedding = Some(embedding_scheme(Format::Int8, None)?);
+                let recipe = Recipe::uniform(linears, embedding, search);
                 let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
                 let out = folder.path().join("model");
                 let report = quantize(self.source, &out, &recipe, QuantizeOptions::default())?;
@@ -165,7 +166,7 @@ impl Measure<'_> {
         exact: bool,
         baseline: &mut dyn LogitSource,
     ) -> anyhow::Result<(f64, Divergence)> {
-        let mut model = eval::load_model(variant, &self.device(exact), self.context)?;
+        let mut model = load_model(variant, &self.device(exact), self.context)?;
         let mut logits = ModelLogits::new(model.as_mut());
         let quality = evaluate(&mut logits, Some(baseline), self.windows, |_| {})?;
         let divergence = quality.divergence.context("an evaluation against a baseline has a divergence")?;

@@ -3,10 +3,7 @@
 use clap::ArgGroup;
 use marlin_checkpoint::Layout;
 use marlin_format::{Format, Grouping, ScaleSearch, Scheme};
-use marlin_quantize::Recipe;
-
-/// Groups of an int8 embedding: fine, since every token's logit depends on it.
-const EMBEDDING_GROUP: Grouping = Grouping::Columns(32);
+use marlin_quantize::{Recipe, embedding_scheme};
 
 /// Where `--help` has them.
 pub(super) const HEADING: &str = "Quantisation";
@@ -75,18 +72,20 @@ impl RecipeOptions {
         }
         let format = format(self.format, self.bits)?;
         anyhow::ensure!(!format.is_dense(), "{format} quantises nothing; {}", quantized_formats());
-        Ok(Some(Recipe {
-            linears: linear_scheme(format, self.group_size, self.sparse_24)?,
-            embedding: self.embedding(layout)?,
-            search: self.method.unwrap_or(Method::Mse).into(),
-        }))
+        let linears = linear_scheme(format, self.group_size, self.sparse_24)?;
+        Ok(Some(Recipe::uniform(linears, self.embedding(layout)?, self.search())))
+    }
+
+    /// How scales are chosen.
+    pub(super) fn search(&self) -> ScaleSearch {
+        self.method.unwrap_or(Method::Mse).into()
     }
 
     /// What `--embedding-format` asks for, or else what suits the layout; `None` keeps embedding and head.
-    fn embedding(&self, layout: Layout) -> anyhow::Result<Option<Scheme>> {
+    pub(super) fn embedding(&self, layout: Layout) -> anyhow::Result<Option<Scheme>> {
         let usual = layout.packs_embeddings().then_some(Format::Int8);
         match (self.embedding_format.or(usual), self.embedding_group_size) {
-            (Some(format), grouping) => embedding_scheme(format, grouping).map(Some),
+            (Some(format), grouping) => Ok(Some(embedding_scheme(format, grouping)?)),
             (None, None) => Ok(None),
             (None, Some(_)) => anyhow::bail!(
                 "--embedding-group-size has nothing to group: the layout {layout} keeps embedding and head as they are"
@@ -98,12 +97,6 @@ impl RecipeOptions {
 /// Storage of the decoder's matrices.
 pub(super) fn linear_scheme(format: Format, grouping: Option<Grouping>, sparse_24: bool) -> anyhow::Result<Scheme> {
     Ok(if sparse_24 { format.sparse_24(grouping)? } else { format.scheme(grouping)? })
-}
-
-/// Storage of embedding and head.
-pub(super) fn embedding_scheme(format: Format, grouping: Option<Grouping>) -> anyhow::Result<Scheme> {
-    let usual = (format == Format::Int8).then_some(EMBEDDING_GROUP);
-    Ok(format.scheme(grouping.or(usual))?)
 }
 
 /// Parses the name of a format that quantises.

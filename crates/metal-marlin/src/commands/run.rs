@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use marlin_checkpoint::{Checkpoint, GenerationConfig, Tokenizer};
 use marlin_engine::{Engine, Finish, FinishReason, Message, Request, StopConditions};
-use marlin_kernels::KvType;
 use marlin_kernels::cpu::CpuBackend;
 use marlin_model::{LoadOptions, ModelInfo, Planner};
+use metal_marlin::device::KvFormat;
 use metal_marlin::memory::{self, MemoryOptions};
 use metal_marlin::{DeviceOptions, LoadError, load};
 use serde_json::json;
@@ -116,24 +116,6 @@ struct StopOptions {
     /// Go on past the model's end-of-sequence tokens
     #[arg(long)]
     ignore_eos: bool,
-}
-
-/// `--kv`.
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
-pub(super) enum KvFormat {
-    /// Half precision
-    F16,
-    /// Single precision
-    F32,
-}
-
-impl From<KvFormat> for KvType {
-    fn from(format: KvFormat) -> Self {
-        match format {
-            KvFormat::F16 => Self::F16,
-            KvFormat::F32 => Self::F32,
-        }
-    }
 }
 
 /// Runs the command.

@@ -12,12 +12,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::bail;
 use marlin_engine::{Engine, FinishReason, StopConditions};
 use marlin_model::LoadOptions;
+use metal_marlin::device::KvFormat;
 use metal_marlin::{DeviceOptions, load};
 
 use self::conversation::{Answer, Conversation};
 use self::input::{Input, Lines, Pipe, Terminal};
 use super::model::{self, HubOptions, QuantizeOptions};
-use super::run::KvFormat;
 use super::sampling::SamplingOptions;
 use super::template::TemplateOptions;
 use crate::{interrupt, progress};

@@ -1,0 +1,178 @@
+//! `metal-marlin quantize`: a checkpoint in fewer bits.
+
+mod exception;
+mod report;
+
+use std::io::{Write, stdout};
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use marlin_checkpoint::{Checkpoint, Layout};
+use marlin_kernels::KvType;
+use marlin_kernels::cpu::CpuBackend;
+use marlin_model::Planner;
+use marlin_quantize::{Budget, Fit, QuantizeOptions, fit, quantize};
+use metal_marlin::device::parse_threads;
+use metal_marlin::memory::{Account, parse_size, usual_context};
+use metal_marlin::{DeviceOptions, LoadError};
+
+use self::exception::Exception;
+use self::report::Summary;
+use super::model::HubOptions;
+use super::recipe::{HEADING, NUMBER_FORMAT, RecipeOptions};
+use super::{in_pool, model};
+use crate::progress::Bar;
+
+const EXAMPLES: &str = "\
+Examples:
+  metal-marlin quantize path/to/model out --format fp4
+  metal-marlin quantize path/to/model out --format int4 --group-size 32
+  metal-marlin quantize path/to/model out --format fp8 --group-size 128x128
+  metal-marlin quantize path/to/model out --format fp4 --sparse-24
+  metal-marlin quantize path/to/model out --bits 3 --embedding-format bf16 --json
+  metal-marlin quantize path/to/model out --format int4 --layout compressed-tensors
+  metal-marlin quantize Qwen/Qwen3-4B out --format fp4
+  metal-marlin quantize path/to/model out --format int3 --matrix v_proj=int8 --matrix layers.0.mlp.down_proj=int4:32
+  metal-marlin quantize path/to/model out --fit 16GiB --context 32768
+
+Group sizes, where they are not given: fp4, int4, int4-sym and int8 128, int3 64, int2 32, fp8 row;
+mxfp4 always has 32 and nvfp4 16. Norms and biases are kept as they are. An interrupted run leaves
+OUT.partial; the same command goes on from there.
+
+--sparse-24 keeps two of every four weights, those of largest magnitude. That saves a quarter of fp4's and
+int4's bytes and three eighths of fp8's, and costs much quality unless the model was trained for it.
+
+The layout compressed-tensors is for other engines (vLLM, transformers). It takes int4, int4-sym and int8 in
+groups of columns or rows, fp8 a row, a tensor or a tile, mxfp4 and nvfp4; embedding and head are kept.
+
+--fit mixes formats so that `run --memory SIZE` has room for everything: weights, a KV cache in f16 for --concurrency
+sequences of --context tokens, activations, the program. It takes the first of int8 g32, int8 g128, int4 g32,
+int4-sym g32, int4 g128, int4-sym g128, int3 g64 and int2 g32 that fits for all matrices. Then it raises one matrix after
+the other to the format before, each time the one that gains most for its bytes and still fits: v_proj, o_proj and the
+first layer early, down_proj and q_proj late. docs/mixes.md measures why.";
+
+/// Options that choose formats by hand, which `--fit` does by itself.
+const CHOSEN: [&str; 5] = ["format", "bits", "group_size", "sparse_24", "matrix"];
+
+/// Quantise the weights of a model
+///
+/// Writes a copy of a Hugging Face checkpoint whose matrices are stored in few bits, and reports how much that changes each of
+/// them.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES, mut_group(NUMBER_FORMAT, |formats| formats.arg("fit").required(true)))]
+pub(crate) struct Args {
+    /// Model in bf16, f16 or f32: a folder with config.json, tokenizer.json and *.safetensors, or its id on the Hub
+    model: PathBuf,
+
+    /// Folder to write
+    out: PathBuf,
+
+    #[command(flatten)]
+    hub: HubOptions,
+
+    #[command(flatten)]
+    recipe: RecipeOptions,
+
+    /// Another format for the decoder's matrices whose names end like this, as in v_proj=int8 or
+    /// layers.0.mlp.down_proj=int4:32 (with a group size); may be given several times, the last that matches counts
+    #[arg(long, value_name = "NAME=FORMAT[:SIZE]", help_heading = HEADING)]
+    matrix: Vec<Exception>,
+
+    /// Choose the best mix of formats with which the model takes no more than this memory, such as 16GiB
+    #[arg(
+        long,
+        value_name = "SIZE",
+        value_parser = parse_size,
+        conflicts_with_all = CHOSEN,
+        help_heading = "Fit"
+    )]
+    fit: Option<u64>,
+
+    /// Tokens of a sequence that are to fit [default: 4096, or what the model allows]
+    #[arg(long, value_name = "N", conflicts_with_all = CHOSEN, help_heading = "Fit")]
+    context: Option<NonZeroUsize>,
+
+    /// Sequences at once that are to fit [default: 1]
+    #[arg(long, value_name = "N", conflicts_with_all = CHOSEN, help_heading = "Fit")]
+    concurrency: Option<NonZeroUsize>,
+
+    /// How packed matrices are laid out: metal-marlin, or compressed-tensors for other engines
+    #[arg(long, value_parser = layout, default_value_t = Layout::MetalMarlin)]
+    layout: Layout,
+
+    /// Replace OUT if it is a model folder
+    #[arg(long)]
+    force: bool,
+
+    /// CPU threads [default: all cores]
+    #[arg(long, value_name = "N", value_parser = parse_threads)]
+    threads: Option<NonZeroUsize>,
+
+    /// List every matrix instead of summing up those of a kind
+    #[arg(long, short)]
+    verbose: bool,
+
+    /// Print the report as one JSON object
+    #[arg(long, conflicts_with = "verbose")]
+    json: bool,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+    let started = Instant::now();
+    let uniform = args.recipe.recipe(args.layout)?;
+    let checkpoint = model::open(Some(&args.model), &args.hub)?;
+    let (recipe, account) = match (uniform, args.fit) {
+        (Some(mut recipe), _) => {
+            recipe.exceptions = exception::resolve(&args.matrix, &checkpoint)?;
+            (recipe, None)
+        }
+        (None, Some(memory)) => {
+            let (fit, account) = best_mix(&args, &checkpoint, memory)?;
+            (fit.recipe, Some(account))
+        }
+        // clap has seen to it that there is one of them.
+        (None, None) => bail!("name a --format, or what to --fit"),
+    };
+    let report = in_pool(args.threads, || {
+        let mut bar = Bar::bytes("Quantising");
+        let mut progress = |progress: marlin_quantize::Progress<'_>| bar.set(progress.done, progress.total);
+        let options = QuantizeOptions {
+            force: args.force,
+            layout: args.layout,
+            progress: Some(&mut progress),
+            ..Default::default()
+        };
+        quantize(&checkpoint, &args.out, &recipe, options)
+    })??;
+    let summary = Summary { args: &args, recipe: &recipe, account, report: &report, time: started.elapsed() };
+    let text = if args.json { format!("{}\n", summary.to_json()) } else { summary.to_text() };
+    stdout().write_all(text.as_bytes())?;
+    Ok(())
+}
+
+/// The mix of `--fit`, and what it takes.
+fn best_mix(args: &Args, checkpoint: &Checkpoint, memory: u64) -> anyhow::Result<(Fit, Account)> {
+    if args.layout != Layout::MetalMarlin {
+        bail!("--fit plans for this program; with the layout {} choose a --format", args.layout);
+    }
+    let device = DeviceOptions { threads: args.threads, ..DeviceOptions::default() };
+    let backend = CpuBackend::new(device.cpu()).map_err(LoadError::Device)?;
+    let planner = Planner::new(&backend, checkpoint).context("--fit cannot tell what the model takes")?;
+    let context = args.context.map_or_else(|| usual_context(&planner), NonZeroUsize::get);
+    let sequences = args.concurrency.map_or(1, NonZeroUsize::get);
+    let budget = Budget { memory, context, sequences };
+    let fit = fit(&planner, &budget, args.recipe.embedding(args.layout)?, args.recipe.search())?;
+    let kv_bytes_per_token = planner.kv_bytes_per_token(KvType::default());
+    let account = Account { plan: fit.plan, memory, sequences, kv_bytes_per_token };
+    Ok((fit, account))
+}
+
+fn layout(name: &str) -> Result<Layout, String> {
+    Layout::ALL.into_iter().find(|layout| layout.name() == name).ok_or_else(|| {
+        let names = Layout::ALL.map(Layout::name);
+        format!("layouts are {}", names.join(", "))
+    })
+}
