@@ -21,8 +21,8 @@ Examples:
   metal-marlin inspect path/to/model --tensors
   metal-marlin inspect bundled --json
 
-Only headers are read, however large the model is. Memory is that of `run` and `plan` for one sequence with a KV cache in
-f16; `plan` answers what fits. Bits count scales and zero points.";
+Only headers are read, however large the model is. Memory is what `plan` counts for one sequence,
+with a KV cache in f16; `plan` answers what fits. Bits count scales and zero points.";
 
 /// Say what a model is made of: sizes, tensors and their formats, memory by context
 #[derive(Debug, clap::Args)]

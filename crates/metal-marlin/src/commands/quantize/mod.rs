@@ -34,7 +34,7 @@ Examples:
   metal-marlin quantize path/to/model out --bits 3 --embedding-format bf16 --json
   metal-marlin quantize path/to/model out --format int4 --layout compressed-tensors
   metal-marlin quantize Qwen/Qwen3-4B out --format fp4
-  metal-marlin quantize path/to/model out --format int3 --matrix v_proj=int8 --matrix layers.0.mlp.down_proj=int4:32
+  metal-marlin quantize path/to/model out --format int3 --matrix v_proj=int8 --matrix o_proj=int4:32
   metal-marlin quantize path/to/model out --fit 16GiB --context 32768
 
 Group sizes, where they are not given: fp4, int4, int4-sym and int8 128, int3 64, int2 32, fp8 row;
@@ -47,11 +47,12 @@ int4's bytes and three eighths of fp8's, and costs much quality unless the model
 The layout compressed-tensors is for other engines (vLLM, transformers). It takes int4, int4-sym and int8 in
 groups of columns or rows, fp8 a row, a tensor or a tile, mxfp4 and nvfp4; embedding and head are kept.
 
---fit mixes formats so that `run --memory SIZE` has room for everything: weights, a KV cache in f16 for --concurrency
-sequences of --context tokens, activations, the program. It takes the first of int8 g32, int8 g128, int4 g32,
-int4-sym g32, int4 g128, int4-sym g128, int3 g64 and int2 g32 that fits for all matrices. Then it raises one matrix after
-the other to the format before, each time the one that gains most for its bytes and still fits: v_proj, o_proj and the
-first layer early, down_proj and q_proj late. docs/mixes.md measures why.";
+--fit mixes formats so that `run --memory SIZE` has room for everything: weights, a KV cache in f16
+for --concurrency sequences of --context tokens, activations, the program. It takes the first of
+int8 g32, int8 g128, int4 g32, int4-sym g32, int4 g128, int4-sym g128, int3 g64 and int2 g32 that
+fits for all matrices. Then it raises one matrix after the other to the format before, each time
+the one that gains most for its bytes and still fits: v_proj, o_proj and the first layer early,
+down_proj and q_proj late. docs/mixes.md measures why.";
 
 /// Options that choose formats by hand, which `--fit` does by itself.
 const CHOSEN: [&str; 5] = ["format", "bits", "group_size", "sparse_24", "matrix"];
