@@ -1,6 +1,7 @@
 //! Text to token ids and back.
 
 use std::collections::HashSet;
+use std::panic::{self, AssertUnwindSafe};
 
 use serde::Deserialize;
 
@@ -71,7 +72,7 @@ impl Tokenizer {
     ) -> Result<Self, CheckpointError> {
         let failed =
             |e: tokenizers::Error| CheckpointError::Tokenizer { file: file.clone(), problem: format!("invalid: {e}") };
-        let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(failed)?;
+        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(json)).map_err(failed)?;
         // Settings of whoever saved the file, meant for training batches; `transformers` drops them as well.
         inner.with_truncation(None).map_err(failed)?;
         inner.with_padding(None);
@@ -94,7 +95,7 @@ impl Tokenizer {
         });
         let bos = match (config.add_bos_token, bos_text.and_then(|text| inner.token_to_id(text))) {
             (Some(wanted), Some(id)) => {
-                let added = inner.encode_fast("", true).map_err(failed)?.get_ids().first() == Some(&id);
+                let added = guarded(|| inner.encode_fast("", true)).map_err(failed)?.get_ids().first() == Some(&id);
                 match (wanted, added) {
                     (true, false) => BosRule::Prepend(id),
                     (false, true) => BosRule::Strip(id),
@@ -109,8 +110,8 @@ impl Tokenizer {
     /// Token ids of a text. `add_special` adds what the model expects around a text, for instance a
     /// beginning-of-sequence token; special tokens that are spelled out in the text become their ids either way.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, CheckpointError> {
-        let encoding =
-            self.inner.encode_fast(text, add_special).map_err(|e| self.error("cannot encode the text", &e))?;
+        let encoding = guarded(|| self.inner.encode_fast(text, add_special))
+            .map_err(|e| self.error("cannot encode the text", &e))?;
         let ids = encoding.get_ids();
         Ok(match self.bos {
             BosRule::Prepend(bos) if add_special => [&[bos], ids].concat(),
@@ -122,7 +123,7 @@ impl Tokenizer {
     /// Text of token ids, without special tokens if `skip_special`. Ids outside the vocabulary stand for nothing; bytes
     /// that are not UTF-8 become U+FFFD.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, CheckpointError> {
-        self.inner.decode(ids, skip_special).map_err(|e| self.error("cannot decode the tokens", &e))
+        guarded(|| self.inner.decode(ids, skip_special)).map_err(|e| self.error("cannot decode the tokens", &e))
     }
 
     /// The id of a token as it is spelled in tokenizer.json.
@@ -148,4 +149,10 @@ impl Tokenizer {
     fn error(&self, what: &str, reason: &tokenizers::Error) -> CheckpointError {
         CheckpointError::Tokenizer { file: self.file.clone(), problem: format!("{what}: {reason}") }
     }
+}
+
+/// The crate `tokenizers` panics at some files that contradict themselves; that is an error like others. A tokenizer is not
+/// changed by what it does here, so one that has panicked can be used on.
+fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    panic::catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| Err("the tokenizer contradicts itself".into()))
 }

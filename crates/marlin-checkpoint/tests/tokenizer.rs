@@ -94,3 +94,26 @@ fn validation_text_of_tiny_qwen3() {
     assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
     assert_eq!(tokenizer.vocabulary_size(), 8192);
 }
+
+/// Each makes the crate `tokenizers` panic, in reading or in encoding.
+#[test]
+fn tokenizers_that_contradict_themselves_are_errors() {
+    let normalizer = r#""normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}"#;
+    let special = r#"{"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}],
+        "pair": [], "special_tokens": {}}"#;
+    let pieces = r#""pre_tokenizer": {"type": "FixedLength", "length": 0}"#;
+    for (json, words) in [
+        (WORDS.replace("\"normalizer\": null", normalizer).replace("POST", "null"), "invalid: "),
+        (WORDS.replace("POST", special), "cannot encode the text: "),
+        (
+            WORDS.replace(r#""pre_tokenizer": {"type": "Whitespace"}"#, pieces).replace("POST", "null"),
+            "cannot encode the text: ",
+        ),
+    ] {
+        let folder = folder("{}", &[]);
+        fs::write(folder.path().join("tokenizer.json"), &json).unwrap();
+        let tokenizer = Checkpoint::open(folder.path()).unwrap().tokenizer();
+        let error = tokenizer.and_then(|tokenizer| tokenizer.encode("a red fox", true)).unwrap_err();
+        assert_says(&message(error), &["tokenizer.json", words, "contradicts itself"]);
+    }
+}
