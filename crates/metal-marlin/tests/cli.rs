@@ -183,6 +183,21 @@ mod bundled {
     }
 
     #[test]
+    fn options_may_stand_between_model_and_prompt() {
+        let run = |args: &[&str]| {
+            let run = metal_marlin(args);
+            assert_eq!(run.code, Some(0), "{}", run.stderr);
+            run.stdout
+        };
+        let settings = ["--temperature", "0", "--max-tokens", "4"];
+        let before = run(&[&["run"][..], &settings, &["bundled", "Once upon a time"]].concat());
+        let between = run(&[&["run", "bundled"][..], &settings, &["Once upon a time"]].concat());
+        assert_eq!(before, between);
+        assert_eq!(metal_marlin(&["run", "--seed", "1"]).code, Some(2));
+        assert_eq!(metal_marlin(&["run", "a", "b", "c"]).code, Some(2));
+    }
+
+    #[test]
     fn the_prompt_can_come_from_standard_input() {
         let mut child = program(&["run", "-", "--max-tokens", "5", "--temperature", "0"])
             .stdin(Stdio::piped())

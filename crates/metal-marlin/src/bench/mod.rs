@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use marlin_checkpoint::{Checkpoint, CheckpointError, Storage};
 use marlin_format::FormatError;
+use marlin_kernels::KvType;
 use marlin_kernels::cpu::SimdLevel;
 use marlin_model::{LoadOptions, ModelError, ModelInfo};
 use marlin_quantize::{Footprint, TensorRole};
@@ -38,6 +39,8 @@ pub struct Plan {
     pub depths: Vec<usize>,
     /// How often each test is repeated, at least once.
     pub repetitions: usize,
+    /// Number format of the KV cache.
+    pub kv_type: KvType,
 }
 
 /// Why nothing could be measured.
@@ -232,7 +235,8 @@ pub fn run(
 
     let (model, footprint, formats) = (checkpoint.name().to_owned(), Footprint::of(&checkpoint), formats(&checkpoint));
     let weights_per_token = weights_per_token(&checkpoint) as f64;
-    let options = LoadOptions { context: Some(context), logit_rows: 1, ..LoadOptions::default() };
+    let options =
+        LoadOptions { context: Some(context), kv_type: plan.kv_type, logit_rows: 1, ..LoadOptions::default() };
     let started = Instant::now();
     let mut loaded = load::load_model(&checkpoint, device, &options)?;
     let load = started.elapsed();
@@ -329,7 +333,13 @@ mod tests {
 
     #[test]
     fn tests_are_named_as_in_llama_bench_and_ordered_by_depth() {
-        let plan = Plan { prefill: vec![128, 0, 64], decode: 8, depths: vec![1024, 0, 1024], repetitions: 1 };
+        let plan = Plan {
+            prefill: vec![128, 0, 64],
+            decode: 8,
+            depths: vec![1024, 0, 1024],
+            repetitions: 1,
+            kv_type: KvType::F16,
+        };
         let names: Vec<String> = plan.tests().iter().map(ToString::to_string).collect();
         assert_eq!(names, ["pp128", "pp64", "tg8", "tg8 @ d1024"]);
         assert_eq!(Plan { decode: 0, prefill: vec![0], ..plan }.tests(), []);

@@ -8,6 +8,7 @@ use marlin_format::{Format, Grouping};
 use marlin_quantize::embedding_scheme;
 use metal_marlin::DeviceOptions;
 use metal_marlin::bench::{self, OutputFormat, Plan, Shape};
+use metal_marlin::device::KvFormat;
 
 use super::model::{self, HubOptions, QuantizeOptions};
 use super::recipe::{self, HEADING, RecipeOptions};
@@ -102,6 +103,10 @@ pub(crate) struct Args {
     #[command(flatten)]
     device: DeviceOptions,
 
+    /// Number format of cached keys and values
+    #[arg(long, value_enum, default_value_t = KvFormat::F16, help_heading = "Device")]
+    kv: KvFormat,
+
     /// How to print the result
     #[arg(long, short, value_enum, default_value_t = OutputFormat::Text)]
     output: OutputFormat,
@@ -126,7 +131,13 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     };
     let depths =
         if args.depths.is_empty() { bench::usual_depths(&checkpoint, args.decode) } else { args.depths.clone() };
-    let plan = Plan { prefill: args.prefill.clone(), decode: args.decode, depths, repetitions: args.repetitions.get() };
+    let plan = Plan {
+        prefill: args.prefill.clone(),
+        decode: args.decode,
+        depths,
+        repetitions: args.repetitions.get(),
+        kv_type: args.kv.into(),
+    };
     let report = {
         let mut bar = Bar::counting("Measuring", "runs");
         let mut progress = |done: usize, total: usize| bar.set(done as u64, total as u64);

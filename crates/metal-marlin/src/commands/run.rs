@@ -1,12 +1,14 @@
 //! `metal-marlin run`: continue a text.
 
+use std::ffi::OsString;
 use std::io::{IsTerminal, Read, Write, stderr, stdin, stdout};
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use clap::ArgGroup;
 use marlin_checkpoint::{Checkpoint, GenerationConfig, Tokenizer};
 use marlin_engine::{Engine, Finish, FinishReason, Message, Request, StopConditions};
 use marlin_kernels::cpu::CpuBackend;
@@ -50,13 +52,20 @@ const DEFAULT_MAX_TOKENS: usize = 256;
 /// Writes what a model makes of PROMPT to standard output as it is generated. The prompt itself is not repeated.
 /// Without --chat it is continued as it stands; with it, it is a message that is answered.
 #[derive(Debug, clap::Args)]
-#[command(allow_missing_positional = true, after_help = EXAMPLES)]
+#[command(
+    after_help = EXAMPLES,
+    override_usage = "metal-marlin run [OPTIONS] [MODEL] <PROMPT>",
+    group(ArgGroup::new("what").args(["model_or_prompt", "prompt"]).required(true).multiple(true))
+)]
 pub(crate) struct Args {
     /// Folder with a Hugging Face checkpoint, or one made by `quantize`, or an id on the Hub [default: the bundled model]
-    model: Option<PathBuf>,
+    // With one argument this is the prompt. clap could tell the two apart, but not with options between them.
+    #[arg(value_name = "MODEL")]
+    model_or_prompt: Option<OsString>,
 
     /// Text to continue; `-` reads it from standard input (without its last line end)
-    prompt: String,
+    #[arg(value_name = "PROMPT")]
+    prompt: Option<String>,
 
     #[command(flatten)]
     sampling: SamplingOptions,
@@ -120,14 +129,14 @@ struct StopOptions {
 
 /// Runs the command.
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    refuse_model_as_prompt(&args)?;
+    let (model, prompt) = args.model_and_prompt()?;
+    refuse_model_as_prompt(model, prompt)?;
     if args.template.is_given() && !args.chat {
         bail!("--system, --chat-template and --no-thinking shape a message; add --chat to send PROMPT as one");
     }
-    let prompt = read_prompt(&args.prompt)?;
+    let prompt = read_prompt(prompt)?;
     let started = Instant::now();
-    let (checkpoint, _temporary) =
-        model::open_quantized(args.model.as_deref(), &args.hub, &args.quantize, args.device.threads)?;
+    let (checkpoint, _temporary) = model::open_quantized(model, &args.hub, &args.quantize, args.device.threads)?;
     let generation = checkpoint.generation_config()?;
     let tokenizer = checkpoint.tokenizer()?;
     let mut stop = args.stop.conditions(&generation);
@@ -167,10 +176,10 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 }
 
 /// `run path/to/model` lacks a prompt; without this check the path would be continued by the bundled model.
-fn refuse_model_as_prompt(args: &Args) -> anyhow::Result<()> {
-    let (prompt, path) = (&args.prompt, Path::new(&args.prompt));
+fn refuse_model_as_prompt(model: Option<&Path>, prompt: &str) -> anyhow::Result<()> {
+    let path = Path::new(prompt);
     let is_folder = path.join("config.json").is_file();
-    if args.model.is_none() && (is_folder || load::hub_id(path).is_some()) {
+    if model.is_none() && (is_folder || load::hub_id(path).is_some()) {
         let what = if is_folder { "a model folder" } else { "the id of a model" };
         bail!(
             "{prompt} is {what}, and a prompt is missing: metal-marlin run {prompt} \"Once upon a time\" (to continue this \
@@ -201,6 +210,14 @@ fn tokens_of(prompt: &str, tokenizer: &Tokenizer, generation: &GenerationConfig)
 }
 
 impl Args {
+    fn model_and_prompt(&self) -> anyhow::Result<(Option<&Path>, &str)> {
+        let first = self.model_or_prompt.as_deref().context("name a PROMPT")?;
+        match &self.prompt {
+            Some(prompt) => Ok((Some(Path::new(first)), prompt)),
+            None => Ok((None, first.to_str().context("PROMPT is not UTF-8")?)),
+        }
+    }
+
     /// How to load the model, if there is memory for it: with the context asked for, or with no more than this one request can use
     /// and than fits; the prompt must.
     fn load_options(&self, request: &Request, checkpoint: &Checkpoint) -> anyhow::Result<LoadOptions> {
