@@ -25,6 +25,6 @@ pub use layouts::Layout;
 pub use memory::MemoryTensor;
 pub use quantization::{QuantizationConfig, QuantizedTensor};
 pub use safetensors::Dtype;
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{TOKENIZER_FILE, Tokenizer, is_panic_caught};
 pub use weights::{INDEX_FILE, WEIGHTS_FILE, shards_of_index};
 pub use writer::{CheckpointWriter, PlannedTensor, WriterOptions};

@@ -1,5 +1,6 @@
 //! Text to token ids and back.
 
+use std::cell::Cell;
 use std::collections::HashSet;
 use std::panic::{self, AssertUnwindSafe};
 
@@ -8,7 +9,8 @@ use serde::Deserialize;
 use crate::CheckpointError;
 use crate::source::Source;
 
-const TOKENIZER_FILE: &str = "tokenizer.json";
+/// The tokenizer of a model folder.
+pub const TOKENIZER_FILE: &str = "tokenizer.json";
 
 /// A Hugging Face tokenizer (tokenizer.json with the settings of tokenizer_config.json that change its output).
 #[derive(Debug, Clone)]
@@ -154,5 +156,17 @@ impl Tokenizer {
 /// The crate `tokenizers` panics at some files that contradict themselves; that is an error like others. A tokenizer is not
 /// changed by what it does here, so one that has panicked can be used on.
 fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
-    panic::catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| Err("the tokenizer contradicts itself".into()))
+    let outer = GUARDED.replace(true);
+    let result = panic::catch_unwind(AssertUnwindSafe(work));
+    GUARDED.set(outer);
+    result.unwrap_or_else(|_| Err("the tokenizer contradicts itself".into()))
+}
+
+thread_local! {
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether a panic on this thread is about to become an error: for the panic hook of a program, which need not report it.
+pub fn is_panic_caught() -> bool {
+    GUARDED.get()
 }

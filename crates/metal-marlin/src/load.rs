@@ -7,6 +7,7 @@ use marlin_kernels::{KernelError, cpu::CpuBackend};
 use marlin_model::{LanguageModel, LoadOptions, ModelError};
 use marlin_quantize::{QuantizeError, Recipe, source_fingerprint};
 
+use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use crate::DeviceOptions;
@@ -138,12 +139,29 @@ pub fn open(
     let name = checkpoint.name().to_owned();
     // A folder has the same entry however it is named.
     let path = checkpoint.folder().and_then(|folder| folder.canonicalize().ok());
+    let fingerprint = source_fingerprint(&checkpoint).map_err(|error| LoadError::Quantize(Box::new(error)))?;
     let origin = Origin {
+        version: path
+            .as_deref()
+            .map_or_else(|| fingerprint.clone(), |path| format!("{fingerprint}-{}", state_of(path))),
         model: path.map_or_else(|| name.clone(), |path| path.display().to_string()),
-        version: source_fingerprint(&checkpoint).map_err(|error| LoadError::Quantize(Box::new(error)))?,
         revision: None,
     };
     quantized(&name, &origin, recipe, options.out, || Ok(checkpoint), progress)
+}
+
+/// Tells states of a folder apart by its files' names, sizes and times of change: what was made from one state does not stand for
+/// another, be it that only the chat template was edited.
+fn state_of(folder: &Path) -> String {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut files: Vec<String> = entries
+        .filter_map(|entry| {
+            let metadata = std::fs::metadata(entry.path()).ok()?;
+            Some(format!("{:?} {} {:?}\n", entry.file_name(), metadata.len(), metadata.modified().ok()))
+        })
+        .collect();
+    files.sort();
+    hub::hex(&Sha256::digest(files.concat())[..8])
 }
 
 /// Opens a model of which only config and headers are wanted. Of one on the Hub that the cache lacks no more than that is

@@ -1,11 +1,13 @@
 //! The command line of Metal Marlin.
 
 use std::io::{self, Write};
+use std::panic;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Parser;
+use marlin_checkpoint::is_panic_caught;
 use signal_hook::{consts::SIGXFSZ, flag};
 
 mod commands;
@@ -36,6 +38,12 @@ with --format it is quantised first, and the result is kept (`metal-marlin cache
 `metal-marlin COMMAND --help` explains a command and shows more examples.";
 
 fn main() -> ExitCode {
+    let usual = panic::take_hook();
+    panic::set_hook(Box::new(move |panic| {
+        if !is_panic_caught() {
+            usual(panic);
+        }
+    }));
     // clap prints its own messages: usage errors exit with 2, --help and --version with 0.
     let cli = Cli::parse();
     match outlive_file_limit().and_then(|()| cli.command.execute()) {

@@ -3,6 +3,7 @@
 use std::fs;
 use std::process::Command;
 
+use crate::hub::HubId;
 use marlin_format::{Format, ScaleSearch};
 use marlin_kernels::Backend;
 use marlin_model::{LoadOptions, MemoryPlan, ModelError, Planner, format_size};
@@ -71,9 +72,11 @@ fn format_advice<B: Backend>(
     options: &LoadOptions,
     memory: u64,
 ) -> Result<String, ModelError> {
-    let original = match planner.checkpoint().layout() {
-        Some(_) => "the model it was quantised from",
-        None => planner.checkpoint().name(),
+    let name = planner.checkpoint().name();
+    let original = match (planner.checkpoint().layout(), name.split_once('@')) {
+        (Some(_), _) => "the model it was quantised from".to_owned(),
+        (None, Some((id, revision))) if HubId::parse(id).is_some() => format!("{id} --revision {revision}"),
+        (None, _) => name.to_owned(),
     };
     for format in ADVISED {
         let total = plan_in(planner, options, format)?.total();

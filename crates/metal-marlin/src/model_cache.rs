@@ -210,7 +210,7 @@ impl ModelCache {
                     && folder.join("model").is_dir()
             })
         };
-        // Of several commits that a branch was at, the last.
+        // Of several commits that a branch was at, the one used last.
         let folder = folders.filter(is_it).max_by_key(|folder| modified(&folder.join(ENTRY_FILE)))?;
         touch(&folder.join(ENTRY_FILE));
         Some(folder.join("model"))

@@ -349,6 +349,14 @@ const SIDE_FILES: &[Row] = &[
         &["tokenizer.json has 102 tokens", "vocab_size = 101", "another model"],
     ),
     (
+        "a tokenizer at which the crate that reads it panics",
+        |m| {
+            let normalizer = r#""normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}"#;
+            m.write("tokenizer.json", TOKENIZER.replace("\"normalizer\": null", normalizer));
+        },
+        &["tokenizer.json", "contradicts itself"],
+    ),
+    (
         "merges of tokens that are not there",
         |m| m.write("tokenizer.json", TOKENIZER.replace("\"merges\": []", "\"merges\": [\"q z\"]")),
         &["tokenizer.json", "invalid", "`q`"],

@@ -49,7 +49,7 @@ pub(crate) struct Args {
 
 /// Runs the command.
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let checkpoint = model::open(Some(&args.model), &args.hub)?;
+    let (checkpoint, _temporary) = model::open_headers(Some(&args.model), &args.hub)?;
     let backend = CpuBackend::new(CpuOptions::default()).map_err(LoadError::Device)?;
     let decoder = match Planner::new(&backend, &checkpoint) {
         Ok(planner) => Ok(Decoder::of(&planner, &args.context)?),

@@ -14,11 +14,9 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use marlin_checkpoint::{CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, shards_of_index};
+use marlin_checkpoint::{CONFIG_FILE, INDEX_FILE, TOKENIZER_FILE, WEIGHTS_FILE, shards_of_index};
 
 use super::{HubError, HubId, id, text};
-
-const TOKENIZER_FILE: &str = "tokenizer.json";
 
 /// The folder in which the Hub's tools keep what they download.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,9 +70,10 @@ impl HubCache {
         Ok(names.iter().filter_map(|name| HubId::of_folder(name)).collect())
     }
 
-    /// Bytes of everything in it.
+    /// Bytes of all models in it.
     pub fn bytes(&self) -> u64 {
-        bytes_of(&self.folder)
+        let models = self.models().unwrap_or_default();
+        models.iter().map(|id| bytes_of(&self.folder.join(id.folder_name()))).sum()
     }
 
     /// One snapshot; `None` if it is not there.
@@ -98,8 +97,8 @@ impl HubCache {
         }))
     }
 
-    /// Removes a snapshot: its links, the revisions that are at it, and the contents that no other snapshot has. The model's
-    /// whole folder goes with its last snapshot.
+    /// Removes a snapshot: the contents that no other snapshot has, its links, and the revisions that are at it. The model's
+    /// whole folder goes with its last snapshot, unless a download is under way in it.
     ///
     /// # Errors
     /// Something cannot be removed; calling again goes on.
@@ -109,22 +108,23 @@ impl HubCache {
         if repo.snapshot(&snapshot.commit) != snapshot.folder || !id::is_commit(&snapshot.commit) {
             return Err(HubError::Revision { revision: snapshot.commit.clone() });
         }
-        for revision in repo.revisions_at(&snapshot.commit)? {
-            let path = repo.reference(&revision);
-            fs::remove_file(&path).map_err(HubError::io("remove", &path))?;
-        }
-        let removed = repo.blobs_of(&snapshot.commit)?;
-        fs::remove_dir_all(&snapshot.folder).map_err(HubError::io("remove", &snapshot.folder))?;
-        let others = entries(&repo.folder.join("snapshots"))?;
-        if others.is_empty() {
-            return fs::remove_dir_all(&repo.folder).map_err(HubError::io("remove", &repo.folder));
-        }
+        let mut others = entries(&repo.folder.join("snapshots"))?;
+        others.retain(|commit| *commit != snapshot.commit);
         let mut kept = BTreeSet::new();
         for other in &others {
             kept.extend(repo.blobs_of(other)?);
         }
-        for blob in removed.difference(&kept) {
+        // Links last: as long as they are there, the snapshot is listed and can be removed again.
+        for blob in repo.blobs_of(&snapshot.commit)?.difference(&kept) {
             fs::remove_file(blob).map_err(HubError::io("remove", blob))?;
+        }
+        fs::remove_dir_all(&snapshot.folder).map_err(HubError::io("remove", &snapshot.folder))?;
+        for revision in repo.revisions_at(&snapshot.commit)? {
+            let path = repo.reference(&revision);
+            fs::remove_file(&path).map_err(HubError::io("remove", &path))?;
+        }
+        if others.is_empty() && entries(&repo.folder.join("blobs"))?.is_empty() {
+            fs::remove_dir_all(&repo.folder).map_err(HubError::io("remove", &repo.folder))?;
         }
         Ok(())
     }

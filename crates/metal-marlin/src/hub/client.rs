@@ -135,14 +135,15 @@ impl<'a> Client<'a> {
         let url = self.url(commit, file);
         let path = blob.with_extension("incomplete");
         let mut part = Part::open(&path, file).map_err(HubError::io("write", &path))?;
-        let mut idle = 0;
+        let (mut idle, mut furthest) = (0, part.len);
         while part.len < file.size {
-            let before = part.len;
             match self.receive(&url, commit, file, &mut part, &path, progress) {
                 Ok(()) => {}
                 Err(Interrupted::Failed(error)) => return Err(error),
                 Err(Interrupted::Broken(source)) => {
-                    idle = if part.len > before { 0 } else { idle + 1 };
+                    // A server that breaks and then refuses to go on gets no further, however much it sends.
+                    idle = if part.len > furthest { 0 } else { idle + 1 };
+                    furthest = furthest.max(part.len);
                     if idle == ATTEMPTS {
                         return Err(HubError::Broken { file: url, done: part.len, size: file.size, source });
                     }
@@ -162,8 +163,8 @@ impl<'a> Client<'a> {
     pub(super) fn header(&self, commit: &str, file: &RemoteFile) -> Result<Vec<u8>, HubError> {
         let url = self.url(commit, file);
         let broken = |done: usize, source: Box<dyn std::error::Error + Send + Sync>| {
-            let (file, done) = (url.clone(), done as u64);
-            HubError::Broken { file, done, size: done, source }
+            let (file, done, size) = (url.clone(), done as u64, file.size);
+            HubError::Broken { file, done, size, source }
         };
         let response = self.get(&url, 0).map_err(|e| broken(0, Box::new(e)))?;
         if !response.status().is_success() {
@@ -272,6 +273,9 @@ impl RemoteFile {
         };
         let digits = if is_sha256 { 64 } else { 40 };
         let is_hash = |etag: &String| etag.len() == digits && etag.chars().all(|c| c.is_ascii_hexdigit());
+        if name.chars().any(char::is_control) {
+            return Err(format!("the file name {name:?} has control characters"));
+        }
         match (size, etag.filter(is_hash)) {
             (Some(size), Some(etag)) => Ok(Self { name, size, etag, is_sha256 }),
             _ => Err(format!("`{name}` has no size or no hash")),

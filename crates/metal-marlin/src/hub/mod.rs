@@ -12,7 +12,7 @@ mod id;
 use std::env;
 use std::path::PathBuf;
 
-use marlin_checkpoint::{CONFIG_FILE, INDEX_FILE, SIDE_FILES, WEIGHTS_FILE, shards_of_index};
+use marlin_checkpoint::{CONFIG_FILE, INDEX_FILE, SIDE_FILES, TOKENIZER_FILE, WEIGHTS_FILE, shards_of_index};
 
 use self::cache::Repo;
 pub use self::cache::{CachedSnapshot, HubCache};
@@ -146,6 +146,8 @@ impl<'a> Fetch<'a, '_> {
     /// The files beside the weights.
     fn small_files(&self) -> Result<Vec<&'a RemoteFile>, HubError> {
         let config = self.find(CONFIG_FILE)?;
+        // Before weights are fetched in vain.
+        self.find(TOKENIZER_FILE)?;
         let side_files = self.files.iter().filter(|file| SIDE_FILES.contains(&file.name.as_str()));
         Ok(side_files.chain([config]).collect())
     }

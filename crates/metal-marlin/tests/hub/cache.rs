@@ -96,7 +96,7 @@ fn a_model_is_quantised_once() {
 }
 
 #[test]
-fn a_folder_is_quantised_again_when_its_weights_change() {
+fn a_folder_is_quantised_again_when_it_changes() {
     let server = Server::start(&[(ID, "main", packed())]);
     let home = Home::new(&server);
     // What is packed already makes no entry.
@@ -121,6 +121,10 @@ fn a_folder_is_quantised_again_when_its_weights_change() {
     let list = home.list();
     let entries = list["quantized"].as_array().unwrap();
     assert_eq!(entries.len(), 2);
+    // What goes along with the weights counts as well.
+    fs::write(folder.join("chat_template.jinja"), "{{ messages[0].content }}").unwrap();
+    home.tokens(&["mine", "--format", "fp4"]);
+    assert_eq!(ids(&home.list()["quantized"]).len(), 3);
     assert!(entries.iter().all(|entry| entry["model"] == folder.canonicalize().unwrap().to_str().unwrap()), "{list}");
 
     let packed = entries[0]["path"].as_str().unwrap();

@@ -228,6 +228,8 @@ fn planning_needs_no_weights() {
         };
         let planned = plan();
         assert_eq!(planned["model"], ID);
+        let inspected = home.run(&["inspect", ID]);
+        assert_eq!((inspected.code, inspected.stderr.as_str()), (Some(0), ""));
         assert!(files.values().all(|content| content.len() < 16_384 || !home.blob(content).exists()));
         assert_eq!(fs::read_dir(home.path("tmp")).unwrap().count(), 0);
         // The plan of the whole model.
@@ -380,10 +382,13 @@ fn what_cannot_be_fetched_is_explained() {
     pickled.remove(WEIGHTS);
     let mut without_config = model();
     without_config.remove("config.json");
+    let mut without_tokenizer = model();
+    without_tokenizer.remove("tokenizer.json");
     let server = Server::start(&[
         (ID, "main", model()),
         ("tiny/pickled", "main", pickled),
         ("tiny/empty", "main", without_config),
+        ("tiny/mute", "main", without_tokenizer),
     ]);
     let mut home = Home::new(&server);
     for (args, words) in [
@@ -393,6 +398,7 @@ fn what_cannot_be_fetched_is_explained() {
         (&[ID, "--revision", "../../x"], "`../../x` is no revision"),
         (&["tiny/pickled"], "neither model.safetensors nor its index, only golden.safetensors, pytorch_model.bin"),
         (&["tiny/empty"], "tiny/empty has no config.json"),
+        (&["tiny/mute"], "tiny/mute has no tokenizer.json"),
         (&["a/b/c"], "there is no model folder at a/b/c"),
         (&["a/b/c"], "such as Qwen/Qwen3-4B"),
         (&["gpt2"], "there is no model folder at gpt2"),
