@@ -9,7 +9,7 @@ use crate::{KernelError, KvLayout, KvType, SampleRow, Step};
 /// Weights are put into the device's own tile order once, by [`Backend::load_linear`]; nobody else knows tile orders.
 /// Activations are f32, row-major; a buffer carries its current number of rows (never more than it was made for), and an
 /// operation sets the rows of what it writes.
-pub trait Backend: Send + Sync + Sized + 'static {
+pub trait Backend: MemoryUse + Send + Sync + Sized + 'static {
     /// Activations `[rows, width]`, f32.
     type Buffer: Send;
     /// One or several packed matrices that share their input, in tile order.
@@ -28,10 +28,6 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// What the device has no kernel for is converted, exactly where that is possible.
     fn load_linear(&self, parts: &[LinearPart<'_>]) -> Result<Self::Linear, KernelError>;
 
-    /// Bytes that [`Backend::load_linear`] will keep of a matrix `[rows, cols]` without a bias: what a plan is made of before anything
-    /// is loaded. Fails if the scheme has no such shape.
-    fn linear_bytes(&self, scheme: &Scheme, rows: usize, cols: usize) -> Result<usize, KernelError>;
-
     /// Uploads a vector.
     fn load_vector(&self, values: &[f32]) -> Result<Self::Vector, KernelError>;
 
@@ -44,13 +40,19 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Makes a pool of `blocks` KV blocks for every layer of `layout`.
     fn kv_cache(&self, layout: &KvLayout, kv_type: KvType, blocks: usize) -> Result<Self::KvCache, KernelError>;
 
-    /// Bytes of scratch memory that [`Backend::encoder`] makes for these limits. What a thread needs for one tile of attention, some
-    /// kilobytes, is not counted.
-    fn encoder_bytes(&self, limits: &StepLimits) -> usize;
-
     /// Makes an encoder whose steps stay within `limits`; it owns whatever scratch memory its operations need, so that a step
     /// allocates nothing.
     fn encoder(&self, limits: &StepLimits) -> Result<Self::Encoder, KernelError>;
+}
+
+/// What a device will take of its memory: what a plan is made of before anything is loaded.
+pub trait MemoryUse {
+    /// Bytes that [`Backend::load_linear`] will keep of a matrix `[rows, cols]` without a bias. Fails if the scheme has no such shape.
+    fn linear_bytes(&self, scheme: &Scheme, rows: usize, cols: usize) -> Result<usize, KernelError>;
+
+    /// Bytes of scratch memory that [`Backend::encoder`] makes for these limits. What a thread needs for one tile of attention, some
+    /// kilobytes, is not counted.
+    fn encoder_bytes(&self, limits: &StepLimits) -> usize;
 }
 
 /// A device in words.
@@ -136,7 +138,8 @@ pub struct QkNorm<'a, B: Backend> {
     pub eps: f32,
 }
 
-/// The operations of a decoder step. A CPU runs them at once; a GPU records them until [`Encoder::submit`].
+/// The operations of a decoder step. A CPU runs them at once; a GPU records them until [`Encoder::submit`], so that an upload
+/// between two operations needs one before it.
 ///
 /// Shapes are fixed by the model at load, so operations do not return errors: a shape that does not fit is a bug in the caller and
 /// panics. `T` is the number of tokens of the step, `L` of its logit rows.
@@ -198,7 +201,11 @@ pub trait Encoder<B: Backend> {
 
     /// Chooses one token per row of `logits` (see [`SampleRow`]), or gives [`SampleRow::NOT_FINITE`]; the logits are consumed.
     /// `rows`, `tokens` and the rows of `logits` are as many.
-    fn sample(&mut self, logits: &mut B::Buffer, rows: &[SampleRow<'_>], tokens: &mut [u32]);
+    ///
+    /// # Errors
+    /// The device failed, now or in what was recorded.
+    fn sample(&mut self, logits: &mut B::Buffer, rows: &[SampleRow<'_>], tokens: &mut [u32])
+    -> Result<(), KernelError>;
 
     /// Copies KV blocks `(from, to)` in every layer (copy on write), one pair after the other.
     fn copy_kv_blocks(&mut self, kv: &mut B::KvCache, pairs: &[(u32, u32)]);

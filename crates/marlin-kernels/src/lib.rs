@@ -1,7 +1,8 @@
 //! Devices and kernels.
 //!
 //! [`Backend`] is one trait of fused decoder operations over device buffers, written to an [`Encoder`]; a decoder is written
-//! once against it and runs on every device. [`mod@reference`] is the plain oracle; [`cpu`] the fast path for processors.
+//! once against it and runs on every device. [`mod@reference`] is the plain oracle; [`cpu`] the fast path for processors; [`gpu`]
+//! runs on Metal and Vulkan.
 //!
 //! A new operation is a method of [`Encoder`], written first in [`mod@reference`] and then in every other backend. A new backend
 //! is a module beside those that implements the two traits; one whose memory is the host's can use [`HostBuffer`] and
@@ -16,9 +17,12 @@ mod sampling;
 mod step;
 
 pub mod cpu;
+pub mod gpu;
 pub mod reference;
 
-pub use backend::{Activation, AttentionShape, Backend, DeviceInfo, Encoder, LinearPart, QkNorm, StepLimits};
+pub use backend::{
+    Activation, AttentionShape, Backend, DeviceInfo, Encoder, LinearPart, MemoryUse, QkNorm, StepLimits,
+};
 pub use error::KernelError;
 pub use host::{HostBuffer, HostKvCache};
 pub use kv::{KvLayer, KvLayout, KvType};

@@ -1,5 +1,7 @@
 //! What sampling a row needs to know.
 
+pub(crate) mod host;
+
 use std::cmp::Ordering;
 
 /// How to choose the next token of one sequence.

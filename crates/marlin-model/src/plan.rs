@@ -8,7 +8,7 @@ use std::fmt;
 
 use marlin_checkpoint::{Checkpoint, TensorInfo};
 use marlin_format::Scheme;
-use marlin_kernels::{Backend, KvLayout, KvType};
+use marlin_kernels::{KvLayout, KvType, MemoryUse};
 
 use crate::decoder::{Sizes, angle_shapes, kv_blocks, workspace_shapes};
 use crate::spec::DecoderSpec;
@@ -21,8 +21,8 @@ const PROGRAM_BYTES: u64 = 8 << 20;
 const TOKENIZER_FACTOR: u64 = 12;
 
 /// Tells what a checkpoint's model will take on a device.
-pub struct Planner<'a, B> {
-    backend: &'a B,
+pub struct Planner<'a> {
+    device: &'a dyn MemoryUse,
     checkpoint: &'a Checkpoint,
     architecture: String,
     spec: DecoderSpec,
@@ -133,17 +133,17 @@ pub fn format_size(bytes: u64) -> String {
     }
 }
 
-impl<'a, B: Backend> Planner<'a, B> {
+impl<'a> Planner<'a> {
     /// Reads config.json.
     ///
     /// # Errors
     /// The architecture or a setting of it is not supported.
-    pub fn new(backend: &'a B, checkpoint: &'a Checkpoint) -> Result<Self, ModelError> {
+    pub fn new(device: &'a dyn MemoryUse, checkpoint: &'a Checkpoint) -> Result<Self, ModelError> {
         let (architecture, spec) = families::spec(checkpoint)?;
         let tokenizer = checkpoint.file("tokenizer.json")?.map_or(0, |file| file.len() as u64);
         let program = PROGRAM_BYTES + TOKENIZER_FACTOR * tokenizer;
         let kv_layout = spec.kv_layout();
-        Ok(Self { backend, checkpoint, architecture, spec, kv_layout, program })
+        Ok(Self { device, checkpoint, architecture, spec, kv_layout, program })
     }
 
     /// `architectures[0]` of config.json.
@@ -208,7 +208,7 @@ impl<'a, B: Backend> Planner<'a, B> {
         let sizes = Sizes::new(&self.spec, options, self.checkpoint.name())?;
         let buffer = |(rows, width): (usize, usize)| (rows as u64).saturating_mul(width as u64).saturating_mul(4);
         let [buffers @ .., logits] = workspace_shapes(&self.spec, options.step_tokens, sizes.logit_rows);
-        let scratch = self.backend.encoder_bytes(&sizes.step_limits(&self.spec, options.step_tokens)) as u64;
+        let scratch = self.device.encoder_bytes(&sizes.step_limits(&self.spec, options.step_tokens)) as u64;
         Ok(MemoryPlan {
             context: sizes.context,
             model_context: self.spec.max_position_embeddings,
@@ -231,7 +231,7 @@ impl<'a, B: Backend> Planner<'a, B> {
     /// # Errors
     /// The scheme has no such shape.
     pub fn matrix_bytes(&self, name: &str, rows: usize, cols: usize, scheme: &Scheme) -> Result<u64, ModelError> {
-        let bytes = self.backend.linear_bytes(scheme, rows, cols).map_err(|source| ModelError::Weight {
+        let bytes = self.device.linear_bytes(scheme, rows, cols).map_err(|source| ModelError::Weight {
             model: self.checkpoint.name().to_owned(),
             tensor: name.to_owned(),
             source,

@@ -7,7 +7,6 @@
 
 use marlin_checkpoint::Storage;
 use marlin_format::{Format, Grouping, ScaleSearch, Scheme};
-use marlin_kernels::Backend;
 use marlin_model::{MemoryPlan, ModelError, Planner};
 
 use crate::{QuantizeError, Recipe, TensorRole, layer_and_kind};
@@ -95,8 +94,8 @@ impl Matrix {
 /// # Errors
 /// [`QuantizeError::DoesNotFit`] if even the smallest format takes more; the source is quantised already or has no decoder
 /// linears known here; the context is longer than the model's.
-pub fn fit<B: Backend>(
-    planner: &Planner<'_, B>,
+pub fn fit(
+    planner: &Planner<'_>,
     budget: &Budget,
     embedding: Option<Scheme>,
     search: ScaleSearch,
@@ -118,8 +117,8 @@ pub fn fit<B: Backend>(
 }
 
 /// The best rung that fits for all matrices, and its plan.
-fn best_rung<B: Backend>(
-    planner: &Planner<'_, B>,
+fn best_rung(
+    planner: &Planner<'_>,
     budget: &Budget,
     plan: impl Fn(Scheme) -> Result<MemoryPlan, ModelError>,
 ) -> Result<(usize, MemoryPlan), QuantizeError> {
@@ -161,7 +160,7 @@ fn raise(matrices: &[Matrix], base: usize, mut left: u64) -> Vec<usize> {
 }
 
 /// The decoder linears of the model.
-fn matrices<B: Backend>(planner: &Planner<'_, B>) -> Result<Vec<Matrix>, QuantizeError> {
+fn matrices(planner: &Planner<'_>) -> Result<Vec<Matrix>, QuantizeError> {
     let (checkpoint, layers, ladder) = (planner.checkpoint(), planner.shape().layers, ladder());
     let mut matrices = Vec::new();
     for name in checkpoint.tensor_names().filter(|name| planner.is_loaded(name)) {

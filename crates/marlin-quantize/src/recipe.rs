@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 
 use marlin_checkpoint::Layout;
 use marlin_format::{Format, FormatError, Grouping, ScaleSearch, Scheme};
-use marlin_kernels::Backend;
 use marlin_model::{LoadOptions, MemoryPlan, ModelError, Planner};
 
 use crate::TensorRole;
@@ -61,7 +60,7 @@ impl Recipe {
     ///
     /// # Errors
     /// As for [`Planner::plan`].
-    pub fn plan<B: Backend>(&self, planner: &Planner<'_, B>, options: &LoadOptions) -> Result<MemoryPlan, ModelError> {
+    pub fn plan(&self, planner: &Planner<'_>, options: &LoadOptions) -> Result<MemoryPlan, ModelError> {
         planner.plan_as(options, |name, info| self.scheme(name, info.shape.len()))
     }
 }

@@ -23,7 +23,7 @@ fn embedding() -> Option<Scheme> {
 }
 
 /// What a model takes with all its linears in the best and in the smallest format.
-fn range(planner: &Planner<'_, CpuBackend>, budget: &Budget) -> [u64; 2] {
+fn range(planner: &Planner<'_>, budget: &Budget) -> [u64; 2] {
     let options = planner.load_options(budget.context, budget.sequences);
     ["int2 g32", "int8 g32"].map(|wanted| {
         let (name, columns) = wanted.split_once(" g").unwrap();

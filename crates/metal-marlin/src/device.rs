@@ -1,9 +1,13 @@
 //! Which device a model runs on, and how.
 
 use std::num::NonZeroUsize;
+use std::str::FromStr;
 
-use marlin_kernels::KvType;
-use marlin_kernels::cpu::{Arithmetic, CpuOptions};
+use marlin_checkpoint::Checkpoint;
+use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions};
+use marlin_kernels::gpu::{GpuBackend, GpuOptions, adapters};
+use marlin_kernels::{KernelError, KvType, MemoryUse};
+use marlin_model::{LanguageModel, LoadOptions, ModelError};
 
 /// Each thread has memory of its own, so that a slip of the finger could take all there is.
 const MOST_THREADS: usize = 1024;
@@ -12,6 +16,11 @@ const MOST_THREADS: usize = 1024;
 #[derive(Debug, Clone, Default, clap::Args)]
 #[command(next_help_heading = "Device")]
 pub struct DeviceOptions {
+    /// Where the model runs: cpu, gpu (Metal or Vulkan; gpu:1 for the second one, as `doctor` counts them), or auto for a
+    /// GPU if there is one
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: DeviceChoice,
+
     /// CPU threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = parse_threads)]
     pub threads: Option<NonZeroUsize>,
@@ -22,7 +31,87 @@ pub struct DeviceOptions {
     pub exact: bool,
 }
 
+/// Which device, as `--device` names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DeviceChoice {
+    /// A GPU if there is one, or else the processor.
+    Auto,
+    /// The processor.
+    #[default]
+    Cpu,
+    /// A GPU by its index, or the first.
+    Gpu(Option<usize>),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.strip_prefix("gpu:").map(str::parse)) {
+            ("auto", _) => Ok(Self::Auto),
+            ("cpu", _) => Ok(Self::Cpu),
+            ("gpu", _) => Ok(Self::Gpu(None)),
+            (_, Some(Ok(index))) => Ok(Self::Gpu(Some(index))),
+            _ => Err("devices are auto, cpu, gpu and gpu:N".into()),
+        }
+    }
+}
+
+/// An open device.
+#[derive(Debug)]
+pub enum Device {
+    /// The processor.
+    Cpu(CpuBackend),
+    /// A GPU.
+    Gpu(GpuBackend),
+}
+
+impl Device {
+    /// What it will take of its memory.
+    pub fn memory_use(&self) -> &dyn MemoryUse {
+        match self {
+            Self::Cpu(backend) => backend,
+            Self::Gpu(backend) => backend,
+        }
+    }
+
+    /// Whether it uses the machine's memory, and not its own.
+    pub fn shares_memory(&self) -> bool {
+        match self {
+            Self::Cpu(_) => true,
+            Self::Gpu(backend) => backend.caps().shares_memory,
+        }
+    }
+
+    /// Loads a checkpoint's model.
+    ///
+    /// # Errors
+    /// What [`marlin_model::load_model`] fails with.
+    pub fn load(&self, checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Box<dyn LanguageModel>, ModelError> {
+        match self {
+            Self::Cpu(backend) => marlin_model::load_model(backend, checkpoint, options),
+            Self::Gpu(backend) => marlin_model::load_model(backend, checkpoint, options),
+        }
+    }
+}
+
 impl DeviceOptions {
+    /// Opens the device.
+    ///
+    /// # Errors
+    /// There is no such device, or it lacks what is needed of it.
+    pub fn open(&self) -> Result<Device, KernelError> {
+        let adapter = match self.device {
+            DeviceChoice::Gpu(adapter) => adapter,
+            DeviceChoice::Auto => adapters().iter().position(|gpu| !gpu.is_software && gpu.missing.is_none()),
+            DeviceChoice::Cpu => None,
+        };
+        if adapter.is_none() && !matches!(self.device, DeviceChoice::Gpu(_)) {
+            return CpuBackend::new(self.cpu()).map(Device::Cpu);
+        }
+        GpuBackend::new(GpuOptions { adapter, ..GpuOptions::default() }).map(Device::Gpu)
+    }
+
     /// How the CPU is used.
     pub fn cpu(&self) -> CpuOptions {
         CpuOptions {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use marlin_format::Format;
 use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
+use marlin_kernels::gpu::{GpuAdapter, GpuBackend, GpuOptions, adapters};
 use marlin_kernels::reference::ReferenceBackend;
 use marlin_kernels::{Backend, Encoder, KernelError, LinearPart, Step, StepLimits};
 use marlin_model::{LoadOptions, LogitRows, StepBatch};
@@ -25,6 +26,8 @@ pub struct Report {
     operating_system: String,
     processor: Option<String>,
     cores: Option<usize>,
+    /// As `--device` names them.
+    devices: Vec<String>,
     threads: usize,
     simd: Vec<SimdLevel>,
     caches: Vec<Cache>,
@@ -74,6 +77,7 @@ pub fn examine() -> Report {
         operating_system: machine::operating_system(),
         processor: machine::processor(),
         cores: machine::cores(),
+        devices: devices(),
         threads,
         simd: SimdLevel::available(),
         caches: machine::caches(),
@@ -91,8 +95,8 @@ fn bundled_model() -> Result<String, String> {
         opened => opened.map_err(|error| chain(&error))?,
     };
     let options = LoadOptions { context: Some(16), logit_rows: 1, ..LoadOptions::default() };
-    let mut model =
-        load::load_model(&checkpoint, &DeviceOptions::default(), &options).map_err(|error| chain(&error))?;
+    let device = DeviceOptions::default().open().map_err(|error| chain(&error))?;
+    let mut model = load::load_model(&checkpoint, &device, &options).map_err(|error| chain(&error))?;
     let mut sequence = model.kv().sequence();
     let tokens = [0, 1, 2, 3];
     let mut batch = StepBatch::new();
@@ -109,20 +113,29 @@ fn bundled_model() -> Result<String, String> {
     Ok(format!("loads on {}, {} finite logits", model.info().device.detail, logits.len()))
 }
 
-/// One linear at every SIMD level in both arithmetics, against the reference.
+/// One linear on every device, on processors at every SIMD level in both arithmetics, against the reference.
 fn conformance() -> Vec<Check> {
+    let check = |name: String, bound: f64, error: Result<f64, KernelError>| {
+        let result = error.map_err(|error| chain(&error)).and_then(|error| {
+            let text = format!("differs from the reference by {error:.1e} (at most {bound:.0e})");
+            // NaN is no less than anything.
+            if error <= bound { Ok(text) } else { Err(text) }
+        });
+        Check { name, result }
+    };
     let mut checks = Vec::new();
     for simd in SimdLevel::available() {
         // The bounds of the conformance table, as mean squared error over mean square.
         for (arithmetic, activations, bound) in [(Arithmetic::Exact, "f32", 1e-12), (Arithmetic::Int8, "int8", 1e-4)] {
             let options = CpuOptions { threads: None, arithmetic, simd: Some(simd) };
-            let result = linear_error(options).map_err(|error| chain(&error)).and_then(|error| {
-                let text = format!("differs from the reference by {error:.1e} (at most {bound:.0e})");
-                // NaN is no less than anything.
-                if error <= bound { Ok(text) } else { Err(text) }
-            });
-            checks.push(Check { name: format!("{simd} kernels, {activations} activations"), result });
+            let error = CpuBackend::new(options).and_then(|backend| linear_error(&backend));
+            checks.push(check(format!("{simd} kernels, {activations} activations"), bound, error));
         }
+    }
+    for (index, _) in adapters().iter().enumerate().filter(|(_, adapter)| adapter.missing.is_none()) {
+        let options = GpuOptions { adapter: Some(index), ..GpuOptions::default() };
+        let error = GpuBackend::new(options).and_then(|backend| linear_error(&backend));
+        checks.push(check(format!("gpu:{index} kernels"), 1e-12, error));
     }
     checks
 }
@@ -132,13 +145,13 @@ const COLS: usize = 256;
 const TOKENS: usize = 5;
 
 /// Normalised mean squared error of an FP4 linear.
-fn linear_error(options: CpuOptions) -> Result<f64, KernelError> {
+fn linear_error<B: Backend>(backend: &B) -> Result<f64, KernelError> {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let matrix = random_matrix(&Format::Fp4.scheme(None)?, ROWS, COLS, &mut rng)?;
     let input: Vec<f32> = (0..TOKENS * COLS).map(|_| rng.next_u32() as i32 as f32 / i32::MAX as f32).collect();
     let part = [LinearPart { weight: matrix, bias: None }];
     let wanted = linear(&ReferenceBackend, &part, &input)?;
-    let found = linear(&CpuBackend::new(options)?, &part, &input)?;
+    let found = linear(backend, &part, &input)?;
     let sum = |squares: &mut dyn Iterator<Item = f32>| squares.map(|x| f64::from(x).powi(2)).sum::<f64>();
     let error = sum(&mut found.iter().zip(&wanted).map(|(found, wanted)| found - wanted));
     Ok(error / sum(&mut wanted.iter().copied()))
@@ -237,7 +250,9 @@ impl Report {
                 format!("{median:.1} GB/s read by {threads} thread{plural} ({min:.1} to {max:.1})"),
             ));
         }
-        lines.push(("devices", "cpu".to_owned()));
+        for device in &self.devices {
+            lines.push(("device", device.clone()));
+        }
         for ModelFolder { holds, models, bytes, path } in &self.model_folders {
             lines.push(("models", format!("{models} {holds}, {} in {}", format_size(*bytes), path.display())));
         }
@@ -277,12 +292,22 @@ impl Report {
             "memory_bytes": self.memory.map(|memory| memory.total),
             "memory_available_bytes": self.memory.map(|memory| memory.available),
             "read_bandwidth": self.read_bandwidth.iter().map(bandwidth).collect::<Vec<_>>(),
-            "devices": ["cpu"],
+            "devices": self.devices,
             "model_folders": self.model_folders.iter().map(model_folder).collect::<Vec<_>>(),
             "checks": self.checks.iter().map(check).collect::<Vec<_>>(),
             "ok": self.failures().is_empty(),
         })
     }
+}
+
+fn devices() -> Vec<String> {
+    let gpu = |(index, adapter): (usize, GpuAdapter)| {
+        let software = if adapter.is_software { " (software)" } else { "" };
+        let missing =
+            adapter.missing.map_or_else(String::new, |missing| format!(", cannot be used: it lacks {missing}"));
+        format!("gpu:{index}, {}{software}{missing}", adapter.name)
+    };
+    std::iter::once("cpu".to_owned()).chain(adapters().into_iter().enumerate().map(gpu)).collect()
 }
 
 fn target() -> String {
@@ -300,6 +325,7 @@ mod tests {
             operating_system: "system".to_owned(),
             processor: None,
             cores: None,
+            devices: vec!["cpu".into()],
             threads: 1,
             simd: SimdLevel::available(),
             caches: Vec::new(),

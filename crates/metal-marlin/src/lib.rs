@@ -4,7 +4,7 @@
 //! use metal_marlin::{DeviceOptions, load};
 //!
 //! let checkpoint = load::open_checkpoint(Some("path/to/model".as_ref()))?;
-//! let model = load::load_model(&checkpoint, &DeviceOptions::default(), &Default::default())?;
+//! let model = load::load_model(&checkpoint, &DeviceOptions::default().open()?, &Default::default())?;
 //! println!("{} on {}", model.info().architecture, model.info().device.name);
 //! # Ok::<(), metal_marlin::LoadError>(())
 //! ```

@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use marlin_checkpoint::{Checkpoint, CheckpointError};
-use marlin_kernels::{KernelError, cpu::CpuBackend};
+use marlin_kernels::KernelError;
 use marlin_model::{LanguageModel, LoadOptions, ModelError};
 use marlin_quantize::{QuantizeError, Recipe, source_fingerprint};
 
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
-use crate::DeviceOptions;
+use crate::device::Device;
 use crate::hub::{self, Hub, HubError, HubId};
 use crate::model_cache::{self, CacheError, ModelCache, Origin};
 
@@ -247,11 +247,10 @@ pub fn allowed_context(checkpoint: &Checkpoint) -> Option<usize> {
 /// Loads a checkpoint's model onto the device: its weights are put into the device's own order here, once.
 pub fn load_model(
     checkpoint: &Checkpoint,
-    device: &DeviceOptions,
+    device: &Device,
     options: &LoadOptions,
 ) -> Result<Box<dyn LanguageModel>, LoadError> {
-    let backend = CpuBackend::new(device.cpu()).map_err(LoadError::Device)?;
-    marlin_model::load_model(&backend, checkpoint, options).map_err(LoadError::Model)
+    device.load(checkpoint, options).map_err(LoadError::Model)
 }
 
 #[cfg(feature = "bundled-model")]

@@ -3,12 +3,13 @@
 use std::fs;
 use std::process::Command;
 
-use crate::hub::HubId;
 use marlin_format::{Format, ScaleSearch};
-use marlin_kernels::Backend;
 use marlin_model::{LoadOptions, MemoryPlan, ModelError, Planner, format_size};
 use marlin_quantize::{Recipe, embedding_scheme};
 use serde_json::{Value, json};
+
+use crate::device::Device;
+use crate::hub::HubId;
 
 /// Formats from the one that keeps most of a model's quality to the one that keeps least, each smaller than the one before.
 const ADVISED: [Format; 5] = [Format::Int8, Format::Int4, Format::Fp4, Format::Int3, Format::Int2];
@@ -22,9 +23,10 @@ pub struct MemoryOptions {
 }
 
 impl MemoryOptions {
-    /// The memory given, or else what is available; `None` if the system does not tell.
-    pub fn budget(&self) -> Option<u64> {
-        self.memory.or_else(available)
+    /// The memory given, or else what is available; `None` if the system does not tell, as of memory that a GPU has of its
+    /// own.
+    pub fn budget(&self, device: &Device) -> Option<u64> {
+        self.memory.or_else(|| if device.shares_memory() { available() } else { None })
     }
 }
 
@@ -49,11 +51,7 @@ pub struct DoesNotFit {
 ///
 /// # Errors
 /// [`DoesNotFit`], or what [`Planner::plan`] fails with.
-pub fn require_fit<B: Backend>(
-    planner: &Planner<'_, B>,
-    options: &LoadOptions,
-    memory: u64,
-) -> Result<MemoryPlan, crate::LoadError> {
+pub fn require_fit(planner: &Planner<'_>, options: &LoadOptions, memory: u64) -> Result<MemoryPlan, crate::LoadError> {
     let plan = planner.plan(options).map_err(crate::LoadError::Model)?;
     if plan.total() <= memory {
         return Ok(plan);
@@ -67,11 +65,7 @@ pub fn require_fit<B: Backend>(
 }
 
 /// The best format in which the model would fit.
-fn format_advice<B: Backend>(
-    planner: &Planner<'_, B>,
-    options: &LoadOptions,
-    memory: u64,
-) -> Result<String, ModelError> {
+fn format_advice(planner: &Planner<'_>, options: &LoadOptions, memory: u64) -> Result<String, ModelError> {
     let name = planner.checkpoint().name();
     let original = match (planner.checkpoint().layout(), name.split_once('@')) {
         (Some(_), _) => "the model it was quantised from".to_owned(),
@@ -92,11 +86,7 @@ fn format_advice<B: Backend>(
 ///
 /// # Errors
 /// As for [`Planner::plan`].
-pub fn plan_in<B: Backend>(
-    planner: &Planner<'_, B>,
-    options: &LoadOptions,
-    format: Format,
-) -> Result<MemoryPlan, ModelError> {
+pub fn plan_in(planner: &Planner<'_>, options: &LoadOptions, format: Format) -> Result<MemoryPlan, ModelError> {
     let linears = format.scheme(None).expect("every format has its usual groups");
     let embedding = embedding_scheme(Format::Int8, None).expect("int8 has the embedding's groups");
     // How scales are chosen does not change their size.
@@ -160,7 +150,7 @@ impl Account {
 }
 
 /// The context to plan for where none is asked for: one that most uses do with, or what the model allows.
-pub fn usual_context<B: Backend>(planner: &Planner<'_, B>) -> usize {
+pub fn usual_context(planner: &Planner<'_>) -> usize {
     const USUAL: usize = 4096;
     planner.shape().context.min(USUAL)
 }

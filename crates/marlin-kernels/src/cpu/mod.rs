@@ -10,7 +10,6 @@ mod attention;
 mod disjoint;
 mod linear;
 mod rows;
-mod sample;
 mod simd;
 mod threads;
 mod vector;
@@ -29,7 +28,7 @@ use self::threads::Threads;
 use crate::host::HostStep;
 use crate::{
     Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, KernelError, KvLayout, KvType,
-    LinearPart, QkNorm, SampleRow, Step, StepLimits,
+    LinearPart, MemoryUse, QkNorm, SampleRow, Step, StepLimits,
 };
 
 const NAME: &str = "cpu";
@@ -96,6 +95,17 @@ impl CpuLinear {
     }
 }
 
+impl MemoryUse for CpuBackend {
+    fn linear_bytes(&self, scheme: &Scheme, rows: usize, cols: usize) -> Result<usize, KernelError> {
+        linear::bytes(scheme, rows, cols, self.arithmetic, self.simd)
+    }
+
+    fn encoder_bytes(&self, limits: &StepLimits) -> usize {
+        let sampling = self.threads.count().saturating_mul(limits.vocabulary).saturating_mul(size_of::<u32>());
+        Activations::bytes(limits.tokens, limits.width).saturating_add(sampling)
+    }
+}
+
 impl Backend for CpuBackend {
     type Buffer = HostBuffer;
     type Linear = CpuLinear;
@@ -117,10 +127,6 @@ impl Backend for CpuBackend {
         TiledLinear::load(parts, self.arithmetic, self.simd, &self.threads).map(CpuLinear)
     }
 
-    fn linear_bytes(&self, scheme: &Scheme, rows: usize, cols: usize) -> Result<usize, KernelError> {
-        linear::bytes(scheme, rows, cols, self.arithmetic, self.simd)
-    }
-
     fn load_vector(&self, values: &[f32]) -> Result<Vec<f32>, KernelError> {
         Ok(values.to_vec())
     }
@@ -135,11 +141,6 @@ impl Backend for CpuBackend {
 
     fn kv_cache(&self, layout: &KvLayout, kv_type: KvType, blocks: usize) -> Result<HostKvCache, KernelError> {
         HostKvCache::new(layout, kv_type, blocks, NAME)
-    }
-
-    fn encoder_bytes(&self, limits: &StepLimits) -> usize {
-        let sampling = self.threads.count().saturating_mul(limits.vocabulary).saturating_mul(size_of::<u32>());
-        Activations::bytes(limits.tokens, limits.width).saturating_add(sampling)
     }
 
     fn encoder(&self, limits: &StepLimits) -> Result<CpuEncoder, KernelError> {
@@ -251,7 +252,12 @@ impl Encoder<CpuBackend> for CpuEncoder {
         }
     }
 
-    fn sample(&mut self, logits: &mut HostBuffer, rows: &[SampleRow<'_>], tokens: &mut [u32]) {
+    fn sample(
+        &mut self,
+        logits: &mut HostBuffer,
+        rows: &[SampleRow<'_>],
+        tokens: &mut [u32],
+    ) -> Result<(), KernelError> {
         assert!(rows.len() == logits.rows() && tokens.len() == logits.rows(), "one choice per row of logits");
         let width = logits.width();
         let lanes = self.sampling.len().min(rows.len());
@@ -262,9 +268,10 @@ impl Encoder<CpuBackend> for CpuEncoder {
             for row in (lane..rows.len()).step_by(lanes) {
                 // SAFETY: each row belongs to one lane.
                 let (logits, token) = unsafe { (logits.slice(row * width, width), tokens.slice(row, 1)) };
-                token[0] = sample::sample(&rows[row], logits, &mut ids);
+                token[0] = crate::sampling::host::sample(&rows[row], logits, &mut ids);
             }
         });
+        Ok(())
     }
 
     fn copy_kv_blocks(&mut self, kv: &mut HostKvCache, pairs: &[(u32, u32)]) {

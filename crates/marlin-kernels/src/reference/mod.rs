@@ -15,7 +15,7 @@ use marlin_format::{FormatError, Scheme};
 use crate::host::{HostStep, KvData, KvPlane, visible};
 use crate::{
     Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, KernelError, KvLayout, KvType,
-    LinearPart, QkNorm, SampleRow, Step, StepLimits,
+    LinearPart, MemoryUse, QkNorm, SampleRow, Step, StepLimits,
 };
 
 const NAME: &str = "reference";
@@ -36,6 +36,19 @@ pub struct ReferenceLinear {
 #[derive(Debug, Default)]
 pub struct ReferenceEncoder {
     step: HostStep,
+}
+
+impl MemoryUse for ReferenceBackend {
+    fn linear_bytes(&self, scheme: &Scheme, rows: usize, cols: usize) -> Result<usize, KernelError> {
+        scheme.packed_bytes(rows, cols)?;
+        let values = rows.checked_mul(cols).and_then(|weights| weights.checked_add(rows));
+        let bytes = values.and_then(|values| values.checked_mul(size_of::<f32>()));
+        Ok(bytes.ok_or(FormatError::TooLarge { rows, cols })?)
+    }
+
+    fn encoder_bytes(&self, _limits: &StepLimits) -> usize {
+        0
+    }
 }
 
 impl Backend for ReferenceBackend {
@@ -66,13 +79,6 @@ impl Backend for ReferenceBackend {
         Ok(linear)
     }
 
-    fn linear_bytes(&self, scheme: &Scheme, rows: usize, cols: usize) -> Result<usize, KernelError> {
-        scheme.packed_bytes(rows, cols)?;
-        let values = rows.checked_mul(cols).and_then(|weights| weights.checked_add(rows));
-        let bytes = values.and_then(|values| values.checked_mul(size_of::<f32>()));
-        Ok(bytes.ok_or(FormatError::TooLarge { rows, cols })?)
-    }
-
     fn load_vector(&self, values: &[f32]) -> Result<Vec<f32>, KernelError> {
         Ok(values.to_vec())
     }
@@ -87,10 +93,6 @@ impl Backend for ReferenceBackend {
 
     fn kv_cache(&self, layout: &KvLayout, kv_type: KvType, blocks: usize) -> Result<HostKvCache, KernelError> {
         HostKvCache::new(layout, kv_type, blocks, NAME)
-    }
-
-    fn encoder_bytes(&self, _limits: &StepLimits) -> usize {
-        0
     }
 
     fn encoder(&self, _limits: &StepLimits) -> Result<ReferenceEncoder, KernelError> {
@@ -272,11 +274,17 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
         }
     }
 
-    fn sample(&mut self, logits: &mut HostBuffer, rows: &[SampleRow<'_>], tokens: &mut [u32]) {
+    fn sample(
+        &mut self,
+        logits: &mut HostBuffer,
+        rows: &[SampleRow<'_>],
+        tokens: &mut [u32],
+    ) -> Result<(), KernelError> {
         assert!(rows.len() == logits.rows() && tokens.len() == logits.rows(), "one choice per row of logits");
         for (l, (row, token)) in rows.iter().zip(tokens).enumerate() {
             *token = sample::sample(row, logits.row_mut(l));
         }
+        Ok(())
     }
 
     fn copy_kv_blocks(&mut self, kv: &mut HostKvCache, pairs: &[(u32, u32)]) {

@@ -174,6 +174,8 @@ impl Case for Linear<'_> {
                 Epilogue::Store => encoder.linear(&x, &linear, &mut out),
                 Epilogue::Gated(activation) => encoder.linear_gated(&x, &linear, activation, &mut out),
                 Epilogue::Add => {
+                    // What is recorded runs after uploads otherwise.
+                    encoder.submit().expect("a submission");
                     backend.upload(&mut out, self.m, &self.residual).expect("as many values");
                     encoder.linear_add(&x, &linear, &mut out);
                 }

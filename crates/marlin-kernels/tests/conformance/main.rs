@@ -20,6 +20,7 @@ use std::sync::Arc;
 use libtest_mimic::{Arguments, Trial};
 use marlin_kernels::Backend;
 use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
+use marlin_kernels::gpu::{GpuBackend, GpuOptions};
 
 fn main() -> ExitCode {
     let mut table = Table { rows: Vec::new() };
@@ -40,8 +41,27 @@ fn main() -> ExitCode {
             }
         }
     }
+    add_gpu_rows(&mut table);
     independence::add_rows(&mut table);
     libtest_mimic::run(&Arguments::from_args(), table.rows).exit_code()
+}
+
+/// Rows of the first GPU, its kernels compiled with and without bounds checks. Without one they are reported as ignored, or as
+/// failed if the environment variable `METAL_MARLIN_REQUIRE_GPU` is set.
+fn add_gpu_rows(table: &mut Table) {
+    for (label, checked) in [("gpu", false), ("gpu-checked", true)] {
+        match GpuBackend::new(GpuOptions { checked, ..GpuOptions::default() }) {
+            Ok(backend) => {
+                let device = Arc::new(Inner { label: label.into(), backend, linear_bound: 1e-12 });
+                linear::add_rows(table, &device);
+                add_rows_without_linears(table, &device);
+            }
+            Err(error) => {
+                let row = Trial::test(format!("all/{label}: {error}"), move || Err(error.into()));
+                table.rows.push(row.with_ignored_flag(std::env::var_os("METAL_MARLIN_REQUIRE_GPU").is_none()));
+            }
+        }
+    }
 }
 
 /// Rows that the arithmetic of linears makes no difference to.

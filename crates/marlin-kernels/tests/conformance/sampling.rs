@@ -115,7 +115,7 @@ impl Case for Sample {
         let mut encoder = backend.encoder(&limits(rows, self.vocabulary)).expect("an encoder");
         let mut logits = upload(backend, self.vocabulary, &values);
         let mut tokens = vec![SampleRow::NOT_FINITE - 1; rows];
-        encoder.sample(&mut logits, &settings, &mut tokens);
+        encoder.sample(&mut logits, &settings, &mut tokens).expect("a choice");
         // Nothing to read, but the device must have come to an end.
         read::<B>(&mut encoder, &logits, rows * self.vocabulary);
         for (&token, logits) in tokens.iter().zip(values.chunks_exact(self.vocabulary)) {

@@ -133,7 +133,7 @@ impl<B: Backend> LanguageModel for Decoder<B> {
         }
         if logits > 0 {
             self.logit_rows = 0;
-            self.encoder.sample(&mut self.workspace.logits, rows, tokens);
+            self.encoder.sample(&mut self.workspace.logits, rows, tokens)?;
         }
         Ok(())
     }

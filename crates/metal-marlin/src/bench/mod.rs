@@ -157,6 +157,8 @@ pub struct Report {
     pub load: Duration,
     /// The most memory the process had from the beginning of the load, in bytes, if the system tells.
     pub peak_memory: Option<u64>,
+    /// Whether the model's memory is the machine's, whose bandwidth is measured.
+    pub shares_memory: bool,
     /// Bytes a second that as many threads read from memory, before and after the tests.
     pub read_bandwidth: Spread,
     /// Bytes they read it from.
@@ -238,7 +240,8 @@ pub fn run(
     let options =
         LoadOptions { context: Some(context), kv_type: plan.kv_type, logit_rows: 1, ..LoadOptions::default() };
     let started = Instant::now();
-    let mut loaded = load::load_model(&checkpoint, device, &options)?;
+    let opened = device.open().map_err(LoadError::Device)?;
+    let mut loaded = load::load_model(&checkpoint, &opened, &options)?;
     let load = started.elapsed();
     drop(checkpoint);
 
@@ -257,6 +260,7 @@ pub fn run(
         simd: SimdLevel::detect(),
         load,
         peak_memory,
+        shares_memory: opened.shares_memory(),
         read_bandwidth: probe.rate().ok_or(BenchError::Nothing)?,
         read_buffer: probe.bytes(),
         measurements,
@@ -359,7 +363,7 @@ mod tests {
     #[test]
     fn random_weights_keep_logits_finite() {
         let options = LoadOptions { context: Some(8), ..LoadOptions::default() };
-        let mut model = load::load_model(&made("tiny"), &DeviceOptions::default(), &options).unwrap();
+        let mut model = load::load_model(&made("tiny"), &DeviceOptions::default().open().unwrap(), &options).unwrap();
         let mut sequence = model.kv().sequence();
         model.kv().append(&mut sequence, 3).unwrap();
         let mut batch = marlin_model::StepBatch::new();

@@ -79,10 +79,10 @@ impl Report {
         }
     }
 
-    /// Bytes a second of a decode test, and their share of what memory gives.
-    fn bandwidth(&self, measurement: &Measurement) -> Option<(f64, f64)> {
+    /// Bytes a second of a decode test, and their share of what the machine's memory gives, if it is that.
+    fn bandwidth(&self, measurement: &Measurement) -> Option<(f64, Option<f64>)> {
         let rate = measurement.bytes?.total() * measurement.rate.median;
-        Some((rate, rate / self.read_bandwidth.median))
+        Some((rate, self.shares_memory.then(|| rate / self.read_bandwidth.median)))
     }
 
     const COLUMNS: [&str; 7] = ["test", "threads", "tokens/s", "min to max", "MB/token", "GB/s", "of memory"];
@@ -93,7 +93,7 @@ impl Report {
             (Some(bytes), Some((per_second, share))) => (
                 format!("{:.1}", bytes.total() / 1e6),
                 format!("{:.2}", per_second / 1e9),
-                format!("{:.0} %", share * 100.0),
+                share.map_or_else(String::new, |share| format!("{:.0} %", share * 100.0)),
             ),
             _ => Default::default(),
         };
@@ -167,7 +167,7 @@ impl Report {
                 ("min_tokens_per_second", json!(measurement.rate.min)),
                 ("max_tokens_per_second", json!(measurement.rate.max)),
                 ("bytes_per_token", json!(bytes.map(|bytes| bytes.total()))),
-                ("share_of_read_bandwidth", json!(bandwidth.map(|(_, share)| share))),
+                ("share_of_read_bandwidth", json!(bandwidth.and_then(|(_, share)| share))),
             ];
             if index == 0 {
                 text += &format!("{}\n", fields.each_ref().map(|(name, _)| *name).join(","));
@@ -195,7 +195,7 @@ impl Report {
                 "weight_bytes_per_token": measurement.bytes.map(|bytes| bytes.weights),
                 "kv_bytes_per_token": measurement.bytes.map(|bytes| bytes.kv),
                 "bytes_per_second": bandwidth.map(|(rate, _)| rate),
-                "share_of_read_bandwidth": bandwidth.map(|(_, share)| share),
+                "share_of_read_bandwidth": bandwidth.and_then(|(_, share)| share),
             })
         };
         json!({

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use marlin_checkpoint::Checkpoint;
-use marlin_kernels::cpu::CpuBackend;
 use marlin_model::Planner;
 use marlin_quantize::{Footprint, LogitSource, ModelLogits, Quality, evaluate};
+use metal_marlin::device::Device;
 use metal_marlin::memory::{self, MemoryOptions};
 use metal_marlin::{DeviceOptions, LoadError};
 use serde_json::{Value, json};
@@ -88,14 +88,22 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let context = args.context.map_or_else(|| usual_context(&checkpoints), NonZeroUsize::get);
     let windows = windows(&checkpoints, &args.text, context, args.windows)?;
 
+    let device = args.device.open().map_err(LoadError::Device)?;
     let exact = DeviceOptions { exact: true, ..args.device.clone() };
-    if let Some(memory) = args.memory.budget() {
+    let baseline = match baseline {
+        Some(baseline) => Some((baseline, exact.open().map_err(LoadError::Device)?)),
+        None => None,
+    };
+    if let Some(memory) = args.memory.budget(&device) {
         // The baseline is there at the same time.
-        let taken = baseline.as_ref().map_or(Ok(0), |baseline| require_fit(baseline, &exact, context, memory))?;
-        require_fit(&checkpoint, &args.device, context, memory - taken)?;
+        let taken = match &baseline {
+            Some((baseline, device)) => require_fit(baseline, device, true, context, memory)?,
+            None => 0,
+        };
+        require_fit(&checkpoint, &device, args.device.exact, context, memory - taken)?;
     }
-    let mut model = load_model(&checkpoint, &args.device, context)?;
-    let mut baseline = baseline.map(|baseline| load_model(&baseline, &exact, context)).transpose()?;
+    let mut model = load_model(&checkpoint, &device, args.device.exact, context)?;
+    let mut baseline = baseline.map(|(baseline, device)| load_model(&baseline, &device, true, context)).transpose()?;
     let quality = in_pool(args.device.threads, || {
         let mut bar = Bar::counting("Evaluating", "tokens");
         let mut model = ModelLogits::new(model.as_mut());
@@ -116,10 +124,15 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 }
 
 /// The bytes that [`load_model`] will take, if there are so many.
-fn require_fit(checkpoint: &Checkpoint, device: &DeviceOptions, context: usize, memory: u64) -> Result<u64, LoadError> {
-    let backend = CpuBackend::new(device.cpu()).map_err(LoadError::Device)?;
-    let planner = Planner::new(&backend, checkpoint).map_err(LoadError::Model)?;
-    Ok(memory::require_fit(&planner, &load_options(device, context), memory)?.total())
+fn require_fit(
+    checkpoint: &Checkpoint,
+    device: &Device,
+    exact: bool,
+    context: usize,
+    memory: u64,
+) -> Result<u64, LoadError> {
+    let planner = Planner::new(device.memory_use(), checkpoint).map_err(LoadError::Model)?;
+    Ok(memory::require_fit(&planner, &load_options(exact, context), memory)?.total())
 }
 
 fn to_json(args: &Args, context: usize, quality: &Quality, footprint: &Footprint, seconds: f64) -> Value {

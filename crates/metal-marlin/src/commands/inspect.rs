@@ -74,7 +74,7 @@ struct Decoder {
 }
 
 impl Decoder {
-    fn of(planner: &Planner<'_, CpuBackend>, contexts: &[NonZeroUsize]) -> Result<Self, ModelError> {
+    fn of(planner: &Planner<'_>, contexts: &[NonZeroUsize]) -> Result<Self, ModelError> {
         let shape = planner.shape();
         let contexts = match contexts {
             [] => usual_contexts(shape.context),

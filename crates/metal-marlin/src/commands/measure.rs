@@ -9,7 +9,8 @@ use marlin_checkpoint::Checkpoint;
 use marlin_kernels::KvType;
 use marlin_model::{LanguageModel, LoadOptions};
 use marlin_quantize::Windows;
-use metal_marlin::{DeviceOptions, LoadError, load};
+use metal_marlin::device::Device;
+use metal_marlin::{LoadError, load};
 
 use crate::progress;
 
@@ -55,20 +56,21 @@ pub(super) fn windows(
 /// Loads a model whose steps bring all their logits. The KV cache is as exact as the arithmetic.
 pub(super) fn load_model(
     checkpoint: &Checkpoint,
-    device: &DeviceOptions,
+    device: &Device,
+    exact: bool,
     context: usize,
 ) -> Result<Box<dyn LanguageModel>, LoadError> {
-    let options = load_options(device, context);
+    let options = load_options(exact, context);
     progress::spinner(&format!("Loading {}", checkpoint.name()), || load::load_model(checkpoint, device, &options))
 }
 
 /// How [`load_model`] loads a model.
-pub(super) fn load_options(device: &DeviceOptions, context: usize) -> LoadOptions {
+pub(super) fn load_options(exact: bool, context: usize) -> LoadOptions {
     LoadOptions {
         context: Some(context),
         step_tokens: CHUNK,
         logit_rows: CHUNK,
-        kv_type: if device.exact { KvType::F32 } else { KvType::F16 },
+        kv_type: if exact { KvType::F32 } else { KvType::F16 },
         ..LoadOptions::default()
     }
 }

@@ -6,7 +6,6 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use marlin_format::Format;
-use marlin_kernels::cpu::CpuBackend;
 use marlin_model::{LoadOptions, Planner, format_size};
 use metal_marlin::device::KvFormat;
 use metal_marlin::memory::{Account, MemoryOptions, plan_in, usual_context};
@@ -67,9 +66,10 @@ pub(crate) struct Args {
 /// Runs the command.
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let (checkpoint, _temporary) = model::open_headers(Some(&args.model), &args.hub)?;
-    let backend = CpuBackend::new(args.device.cpu()).map_err(LoadError::Device)?;
-    let planner = Planner::new(&backend, &checkpoint)?;
-    let memory = args.memory.budget().context("the system does not tell how much memory is available; say --memory")?;
+    let device = args.device.open().map_err(LoadError::Device)?;
+    let planner = Planner::new(device.memory_use(), &checkpoint)?;
+    let memory = args.memory.budget(&device);
+    let memory = memory.context("the system does not tell how much memory is available; say --memory")?;
     let context = args.context.map_or_else(|| usual_context(&planner), NonZeroUsize::get);
     let options = LoadOptions { kv_type: args.kv.into(), ..planner.load_options(context, args.concurrency.get()) };
     let plan = match args.format {

@@ -11,8 +11,8 @@ use marlin_quantize::{
     Divergence, Footprint, LogitSource, ModelLogits, Quality, QuantizeOptions, Recipe, RecordedLogits, Windows,
     embedding_scheme, evaluate, quantize,
 };
-use metal_marlin::DeviceOptions;
-use metal_marlin::device::parse_threads;
+use metal_marlin::device::{Device, parse_threads};
+use metal_marlin::{DeviceOptions, LoadError};
 
 use super::in_pool;
 use super::measure::{load_model, usual_context, windows};
@@ -124,7 +124,7 @@ impl Measure<'_> {
     fn all(&self) -> anyhow::Result<(Quality, Vec<Row>)> {
         let schemes = variants()?;
         let variants = schemes.len() * METHODS.len();
-        let mut model = load_model(self.source, &self.device(true), self.context)?;
+        let mut model = load_model(self.source, &self.device(true)?, true, self.context)?;
         let mut recorded = {
             let mut bar = Bar::counting("Measuring the original", "tokens");
             let mut logits = ModelLogits::new(model.as_mut());
@@ -166,15 +166,16 @@ impl Measure<'_> {
         exact: bool,
         baseline: &mut dyn LogitSource,
     ) -> anyhow::Result<(f64, Divergence)> {
-        let mut model = load_model(variant, &self.device(exact), self.context)?;
+        let mut model = load_model(variant, &self.device(exact)?, exact, self.context)?;
         let mut logits = ModelLogits::new(model.as_mut());
         let quality = evaluate(&mut logits, Some(baseline), self.windows, |_| {})?;
         let divergence = quality.divergence.context("an evaluation against a baseline has a divergence")?;
         Ok((quality.perplexity(), divergence))
     }
 
-    fn device(&self, exact: bool) -> DeviceOptions {
-        DeviceOptions { threads: self.threads, exact }
+    fn device(&self, exact: bool) -> Result<Device, LoadError> {
+        let options = DeviceOptions { threads: self.threads, exact, ..DeviceOptions::default() };
+        options.open().map_err(LoadError::Device)
     }
 }
 

@@ -11,9 +11,8 @@ use anyhow::{Context, bail};
 use clap::ArgGroup;
 use marlin_checkpoint::{Checkpoint, GenerationConfig, Tokenizer};
 use marlin_engine::{Engine, Finish, FinishReason, Message, Request, StopConditions};
-use marlin_kernels::cpu::CpuBackend;
 use marlin_model::{LoadOptions, ModelInfo, Planner};
-use metal_marlin::device::KvFormat;
+use metal_marlin::device::{Device, KvFormat};
 use metal_marlin::memory::{self, MemoryOptions};
 use metal_marlin::{DeviceOptions, LoadError, load};
 use serde_json::json;
@@ -155,9 +154,10 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     request.sampling.validate().with_context(settings)?;
     request.stop.validate().with_context(settings)?;
 
-    let options = args.load_options(&request, &checkpoint)?;
+    let device = args.device.open().map_err(LoadError::Device)?;
+    let options = args.load_options(&request, &checkpoint, &device)?;
     let model = progress::spinner(&format!("Loading {}", checkpoint.name()), || {
-        load::load_model(&checkpoint, &args.device, &options)
+        load::load_model(&checkpoint, &device, &options)
     })?;
     let mut engine = Engine::new(model, Arc::new(tokenizer), generation.eos_token_id);
     let load = started.elapsed();
@@ -220,9 +220,8 @@ impl Args {
 
     /// How to load the model, if there is memory for it: with the context asked for, or with no more than this one request can use
     /// and than fits; the prompt must.
-    fn load_options(&self, request: &Request, checkpoint: &Checkpoint) -> anyhow::Result<LoadOptions> {
-        let backend = CpuBackend::new(self.device.cpu()).map_err(LoadError::Device)?;
-        let planner = Planner::new(&backend, checkpoint).map_err(LoadError::Model)?;
+    fn load_options(&self, request: &Request, checkpoint: &Checkpoint, device: &Device) -> anyhow::Result<LoadOptions> {
+        let planner = Planner::new(device.memory_use(), checkpoint).map_err(LoadError::Model)?;
         let shape = planner.shape();
         request.check(shape.vocabulary, self.context.map_or(shape.context, NonZeroUsize::get))?;
         let needed = request.prompt.len().saturating_add(request.stop.max_tokens);
@@ -230,7 +229,7 @@ impl Args {
         let context = self.context.map_or(usable, NonZeroUsize::get);
         let options =
             LoadOptions { context: Some(context), kv_type: self.kv.into(), logit_rows: 1, ..LoadOptions::default() };
-        let Some(memory) = self.memory.budget() else { return Ok(options) };
+        let Some(memory) = self.memory.budget(device) else { return Ok(options) };
         let plan = planner.plan(&options).map_err(LoadError::Model)?;
         let context = match plan.longest_context(memory, 1) {
             Some(fits) if self.context.is_none() && fits > request.prompt.len() => fits.min(context),

@@ -179,7 +179,8 @@ mod tests {
         let checkpoint = load::open_checkpoint(None).unwrap();
         let tokenizer = checkpoint.tokenizer().unwrap();
         let prompter = TemplateOptions::default().prompter(&checkpoint, &tokenizer).unwrap();
-        let model = load::load_model(&checkpoint, &DeviceOptions::default(), &LoadOptions::default()).unwrap();
+        let model =
+            load::load_model(&checkpoint, &DeviceOptions::default().open().unwrap(), &LoadOptions::default()).unwrap();
         let engine = Engine::new(model, tokenizer.into(), Vec::new());
         let stop = StopConditions { max_tokens: 20, ignore_eos: true, ..StopConditions::default() };
         let mut conversation = Conversation::new(engine, prompter, SamplingParams::greedy(), stop, Vec::new());

@@ -13,7 +13,7 @@ use anyhow::bail;
 use marlin_engine::{Engine, FinishReason, StopConditions};
 use marlin_model::LoadOptions;
 use metal_marlin::device::KvFormat;
-use metal_marlin::{DeviceOptions, load};
+use metal_marlin::{DeviceOptions, LoadError, load};
 
 use self::conversation::{Answer, Conversation};
 use self::input::{Input, Lines, Pipe, Terminal};
@@ -118,8 +118,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         logit_rows: 1,
         ..Default::default()
     };
+    let device = args.device.open().map_err(LoadError::Device)?;
     let model = progress::spinner(&format!("Loading {}", checkpoint.name()), || {
-        load::load_model(&checkpoint, &args.device, &options)
+        load::load_model(&checkpoint, &device, &options)
     })?;
     let engine = Engine::new(model, tokenizer, generation.eos_token_id);
     let context = engine.info().context;

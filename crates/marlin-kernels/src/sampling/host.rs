@@ -7,7 +7,7 @@ use crate::sampling::{allow_choice, argmax, by_falling_logit};
 const FIRST_STRETCH: usize = 128;
 
 /// Chooses a token of one row of logits; `ids` is scratch of at least as many entries as there are logits.
-pub(super) fn sample(row: &SampleRow<'_>, logits: &mut [f32], ids: &mut [u32]) -> u32 {
+pub(crate) fn sample(row: &SampleRow<'_>, logits: &mut [f32], ids: &mut [u32]) -> u32 {
     if !allow_choice(logits) {
         return SampleRow::NOT_FINITE;
     }

@@ -1,0 +1,257 @@
+//! A GPU and what it can do.
+
+use std::collections::HashMap;
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::pipeline::{Kernel, Pipeline};
+use crate::KernelError;
+
+/// Which GPU, and how its kernels are compiled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct GpuOptions {
+    /// Index into [`adapters`]; the first of the fastest kind if `None`.
+    pub adapter: Option<usize>,
+    /// Compiles kernels with bounds checks: slower, for tests of the kernels.
+    pub checked: bool,
+}
+
+/// What the device is and can do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GpuCaps {
+    /// Name of the device.
+    pub name: String,
+    /// Metal or Vulkan, and the driver.
+    pub driver: String,
+    /// Invocations of a subgroup, the least and the most.
+    pub subgroup: [u32; 2],
+    /// Its memory is the machine's.
+    pub shares_memory: bool,
+    /// Bytes of one storage binding; larger matrices are split.
+    pub max_binding: u64,
+}
+
+/// An open device.
+pub(super) struct Gpu {
+    pub(super) device: wgpu::Device,
+    pub(super) queue: wgpu::Queue,
+    pub(super) caps: GpuCaps,
+    checked: bool,
+    pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
+    /// The first thing that went wrong since it was last asked for.
+    failure: Arc<Mutex<Option<String>>>,
+    /// Why the device is gone for good, if it is.
+    loss: Arc<Mutex<Option<String>>>,
+    next_id: AtomicU64,
+}
+
+/// A buffer of the device. Its id is part of the key of prebuilt bind groups.
+#[derive(Debug)]
+pub(super) struct Storage {
+    pub(super) id: u64,
+    pub(super) buffer: wgpu::Buffer,
+}
+
+/// Bytes of kernel parameters, at most.
+const IMMEDIATE_BYTES: u32 = 64;
+
+/// What the kernels need of a device.
+const NEEDED: wgpu::Features = wgpu::Features::SHADER_F16.union(wgpu::Features::IMMEDIATES);
+
+/// Bytes of workgroup memory that the largest kernel takes, the one for tiles of 64 by 64.
+const WORKGROUP_MEMORY: u32 = 2 * 64 * 33 * 4;
+
+/// What an adapter lacks; `None` if it can be used.
+fn missing(adapter: &wgpu::Adapter) -> Option<String> {
+    let features = NEEDED - adapter.features();
+    if !features.is_empty() {
+        return Some(features.to_string());
+    }
+    let memory = adapter.limits().max_compute_workgroup_storage_size;
+    (memory < WORKGROUP_MEMORY).then(|| format!("workgroup memory ({memory} bytes, of {WORKGROUP_MEMORY} wanted)"))
+}
+
+/// A GPU of this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GpuAdapter {
+    /// Its name.
+    pub name: String,
+    /// It is the processor that plays a GPU.
+    pub is_software: bool,
+    /// What the kernels need and it lacks; `None` if it can be used.
+    pub missing: Option<String>,
+}
+
+/// The GPUs, in the order of [`GpuOptions::adapter`].
+pub fn adapters() -> Vec<GpuAdapter> {
+    let adapter = |adapter: &wgpu::Adapter| {
+        let info = adapter.get_info();
+        let is_software = info.device_type == wgpu::DeviceType::Cpu;
+        GpuAdapter { name: info.name, is_software, missing: missing(adapter) }
+    };
+    enumerate(&instance()).iter().map(adapter).collect()
+}
+
+fn instance() -> wgpu::Instance {
+    wgpu::Instance::new(wgpu::InstanceDescriptor {
+        backends: wgpu::Backends::METAL | wgpu::Backends::VULKAN,
+        // Beyond this share of what the driver says is free, a buffer is an error and not a slow machine.
+        memory_budget_thresholds: wgpu::MemoryBudgetThresholds {
+            for_resource_creation: Some(97),
+            for_device_loss: None,
+        },
+        ..wgpu::InstanceDescriptor::new_without_display_handle()
+    })
+}
+
+/// Discrete GPUs first, software last.
+fn enumerate(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
+    let mut adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
+    adapters.sort_by_key(|adapter| match adapter.get_info().device_type {
+        wgpu::DeviceType::DiscreteGpu => 0,
+        wgpu::DeviceType::IntegratedGpu => 1,
+        wgpu::DeviceType::VirtualGpu => 2,
+        wgpu::DeviceType::Other => 3,
+        wgpu::DeviceType::Cpu => 4,
+    });
+    adapters
+}
+
+impl Gpu {
+    pub(super) fn open(options: GpuOptions) -> Result<Self, KernelError> {
+        let adapters = enumerate(&instance());
+        let found = adapters.len();
+        let index = options.adapter.unwrap_or(0);
+        let Some(adapter) = adapters.into_iter().nth(index) else {
+            return Err(KernelError::Device(match found {
+                0 => "no GPU was found: it needs Metal, or Vulkan with its driver; use the CPU instead".into(),
+                _ => format!("there is no GPU {index}: {found} were found, counted from 0"),
+            }));
+        };
+        let info = adapter.get_info();
+        if let Some(missing) = missing(&adapter) {
+            return Err(KernelError::Device(format!(
+                "{} lacks {missing}, which the kernels need; use the CPU instead",
+                info.name
+            )));
+        }
+        let limits = adapter.limits();
+        let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
+            label: Some("metal-marlin"),
+            required_features: NEEDED,
+            required_limits: limits.clone(),
+            ..wgpu::DeviceDescriptor::default()
+        }))
+        .map_err(|error| KernelError::Device(format!("{} does not open: {error}", info.name)))?;
+
+        let failure = Arc::new(Mutex::new(None));
+        let first = failure.clone();
+        device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| remember(&first, error.to_string())));
+        let loss = Arc::new(Mutex::new(None));
+        let lost = loss.clone();
+        device.set_device_lost_callback(move |reason, message| {
+            remember(&lost, format!("the device was lost ({reason:?}): {message}"));
+        });
+        let caps = GpuCaps {
+            driver: format!("{} {} {}", info.backend, info.driver, info.driver_info),
+            name: info.name,
+            shares_memory: matches!(info.device_type, wgpu::DeviceType::IntegratedGpu | wgpu::DeviceType::Cpu),
+            subgroup: [info.subgroup_min_size, info.subgroup_max_size],
+            // Kernels count words and values in 32 bits.
+            max_binding: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min((1 << 31) - 4),
+        };
+        Ok(Self {
+            device,
+            queue,
+            caps,
+            checked: options.checked,
+            pipelines: Mutex::default(),
+            failure,
+            loss,
+            next_id: AtomicU64::new(0),
+        })
+    }
+
+    /// The compiled kernel; each is compiled once.
+    pub(super) fn pipeline(&self, kernel: &Kernel) -> Result<Arc<Pipeline>, KernelError> {
+        let source = kernel.source();
+        let mut pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pipeline) = pipelines.get(&source) {
+            return Ok(pipeline.clone());
+        }
+        let pipeline = Pipeline::compile(&self.device, kernel, &source, self.checked, IMMEDIATE_BYTES);
+        let pipeline = Arc::new(pipeline.map_err(|reason| {
+            KernelError::Device(format!("{} cannot compile the kernel {}: {reason}", self.caps.name, kernel.name))
+        })?);
+        pipelines.insert(source, pipeline.clone());
+        Ok(pipeline)
+    }
+
+    /// Memory on the device, zeroed.
+    pub(super) fn storage(&self, what: &str, bytes: usize) -> Result<Storage, KernelError> {
+        let out_of_memory = || KernelError::OutOfMemory { what: what.into(), bytes, device: self.caps.name.clone() };
+        // An empty buffer cannot be bound.
+        let size = (bytes.max(4) as u64).checked_next_multiple_of(4).ok_or_else(out_of_memory)?;
+        if size > self.caps.max_binding {
+            return Err(out_of_memory());
+        }
+        let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some(what),
+            size,
+            usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC,
+            mapped_at_creation: false,
+        });
+        match pollster::block_on(scope.pop()) {
+            None => Ok(Storage { id: self.next_id.fetch_add(1, Ordering::Relaxed), buffer }),
+            Some(_) => Err(out_of_memory()),
+        }
+    }
+
+    /// Memory on the device with these contents.
+    pub(super) fn storage_of<T: bytemuck::NoUninit>(&self, what: &str, values: &[T]) -> Result<Storage, KernelError> {
+        let storage = self.storage(what, size_of_val(values))?;
+        self.write(&storage, 0, bytemuck::cast_slice(values));
+        Ok(storage)
+    }
+
+    /// Writes at once, before anything that is submitted later. Bytes are a multiple of 4.
+    pub(super) fn write(&self, storage: &Storage, offset: u64, bytes: &[u8]) {
+        self.queue.write_buffer(&storage.buffer, offset, bytes);
+    }
+
+    /// Makes the next [`Gpu::check`] fail, for operations that cannot.
+    pub(super) fn fail(&self, error: &KernelError) {
+        remember(&self.failure, error.to_string());
+    }
+
+    /// The error that happened since the last call, if any; that the device was lost is said each time.
+    pub(super) fn check(&self) -> Result<(), KernelError> {
+        let loss = self.loss.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let failure = loss.or_else(|| self.failure.lock().unwrap_or_else(PoisonError::into_inner).take());
+        failure.map_or(Ok(()), |failure| Err(KernelError::Device(format!("{}: {failure}", self.caps.name))))
+    }
+
+    /// Waits for everything that was submitted.
+    pub(super) fn wait(&self) -> Result<(), KernelError> {
+        // wgpu panics if the device fails while it is waited for.
+        let poll = AssertUnwindSafe(|| self.device.poll(wgpu::PollType::wait_indefinitely()));
+        let waited = panic::catch_unwind(poll).map_err(|_| {
+            remember(&self.loss, "the device failed".into());
+            KernelError::Device(format!("{} failed; use the CPU instead", self.caps.name))
+        })?;
+        waited.map_err(|error| KernelError::Device(format!("{} does not finish: {error}", self.caps.name)))?;
+        self.check()
+    }
+}
+
+impl std::fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Gpu").field("caps", &self.caps).finish_non_exhaustive()
+    }
+}
+
+fn remember(first: &Mutex<Option<String>>, message: String) {
+    first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(message);
+}

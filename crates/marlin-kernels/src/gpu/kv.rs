@@ -1,0 +1,80 @@
+//! The paged cache on the device.
+
+use half::f16;
+
+use super::device::{Gpu, Storage};
+use crate::{AttentionShape, KernelError, KvLayout, KvType};
+
+/// Widest head that the attention kernels have room for.
+const MAX_HEAD_DIM: usize = 512;
+
+/// A pool of KV blocks.
+#[derive(Debug)]
+pub struct GpuKvCache {
+    pub(super) kv_type: KvType,
+    pub(super) block_tokens: usize,
+    pub(super) blocks: usize,
+    pub(super) layers: Vec<GpuKvLayer>,
+}
+
+/// Keys and values of one layer, `[heads, slots, dim]` each.
+#[derive(Debug)]
+pub(super) struct GpuKvLayer {
+    pub(super) heads: usize,
+    pub(super) keys: GpuKvPlane,
+    pub(super) values: GpuKvPlane,
+}
+
+#[derive(Debug)]
+pub(super) struct GpuKvPlane {
+    pub(super) dim: usize,
+    pub(super) storage: Storage,
+}
+
+impl GpuKvLayer {
+    /// Kernels rely on it.
+    pub(super) fn check(&self, shape: &AttentionShape) {
+        assert!(shape.kv_heads == self.heads && shape.heads.is_multiple_of(shape.kv_heads), "heads of the cache");
+        assert!(self.keys.dim == shape.head_dim && self.values.dim == shape.head_dim, "heads of the cache's width");
+    }
+}
+
+impl GpuKvCache {
+    pub(super) fn new(gpu: &Gpu, layout: &KvLayout, kv_type: KvType, blocks: usize) -> Result<Self, KernelError> {
+        if layout.block_tokens == 0 {
+            return Err(KernelError::Device("a KV block must hold at least one token, found block_tokens = 0".into()));
+        }
+        let widest = layout.layers.iter().map(|layer| layer.key_dim.max(layer.value_dim)).max().unwrap_or(0);
+        if widest > MAX_HEAD_DIM {
+            return Err(KernelError::Device(format!(
+                "the GPU's attention has heads of at most {MAX_HEAD_DIM} dimensions, found {widest}; use the CPU instead"
+            )));
+        }
+        let slots = blocks.saturating_mul(layout.block_tokens);
+        let value_bytes = match kv_type {
+            KvType::F16 => size_of::<f16>(),
+            KvType::F32 => size_of::<f32>(),
+        };
+        let plane = |heads: usize, dim: usize| -> Result<_, KernelError> {
+            let bytes = heads.saturating_mul(slots).saturating_mul(dim).saturating_mul(value_bytes);
+            Ok(GpuKvPlane { dim, storage: gpu.storage("the KV cache", bytes)? })
+        };
+        let layers = layout.layers.iter().map(|layer| {
+            Ok(GpuKvLayer {
+                heads: layer.heads,
+                keys: plane(layer.heads, layer.key_dim)?,
+                values: plane(layer.heads, layer.value_dim)?,
+            })
+        });
+        Ok(Self {
+            kv_type,
+            block_tokens: layout.block_tokens,
+            blocks,
+            layers: layers.collect::<Result<_, KernelError>>()?,
+        })
+    }
+
+    pub(super) fn slots(&self) -> usize {
+        self.blocks * self.block_tokens
+    }
+}

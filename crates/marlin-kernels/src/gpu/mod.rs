@@ -1,0 +1,123 @@
+//! GPUs through wgpu: Metal on Macs, Vulkan elsewhere.
+//!
+//! Kernels are WGSL, one file each in `shaders/`. What a number format is stands in a small module of constants and functions that
+//! `linear` puts in front of a kernel, so no kernel is written twice. Operations are recorded and run by
+//! [`Encoder::submit`](crate::Encoder::submit); bind groups are made once and found again.
+
+mod device;
+mod encoder;
+mod kv;
+mod linear;
+mod pipeline;
+
+use std::sync::Arc;
+
+use marlin_format::Scheme;
+
+pub use device::{GpuAdapter, GpuCaps, GpuOptions, adapters};
+pub use encoder::GpuEncoder;
+pub use kv::GpuKvCache;
+pub use linear::GpuLinear;
+
+use self::device::{Gpu, Storage};
+use crate::{Backend, DeviceInfo, KernelError, KvLayout, KvType, LinearPart, MemoryUse, StepLimits};
+
+/// A GPU.
+#[derive(Debug)]
+pub struct GpuBackend {
+    gpu: Arc<Gpu>,
+}
+
+/// Activations on the device.
+#[derive(Debug)]
+pub struct GpuBuffer {
+    storage: Storage,
+    rows: usize,
+    width: usize,
+    capacity: usize,
+}
+
+/// A vector on the device, and the host's copy of it.
+#[derive(Debug)]
+pub struct GpuVector {
+    storage: Storage,
+    values: Vec<f32>,
+}
+
+impl GpuBackend {
+    /// Opens a device.
+    ///
+    /// # Errors
+    /// If there is none, or it lacks what the kernels need.
+    pub fn new(options: GpuOptions) -> Result<Self, KernelError> {
+        Ok(Self { gpu: Arc::new(Gpu::open(options)?) })
+    }
+
+    /// What the device can do.
+    pub fn caps(&self) -> &GpuCaps {
+        &self.gpu.caps
+    }
+}
+
+impl MemoryUse for GpuBackend {
+    fn linear_bytes(&self, scheme: &Scheme, rows: usize, cols: usize) -> Result<usize, KernelError> {
+        GpuLinear::bytes(scheme, rows, cols)
+    }
+
+    fn encoder_bytes(&self, limits: &StepLimits) -> usize {
+        GpuEncoder::bytes(limits)
+    }
+}
+
+impl Backend for GpuBackend {
+    type Buffer = GpuBuffer;
+    type Linear = GpuLinear;
+    type Vector = GpuVector;
+    type KvCache = GpuKvCache;
+    type Encoder = GpuEncoder;
+
+    fn info(&self) -> DeviceInfo {
+        let GpuCaps { name, driver, subgroup: [least, most], .. } = &self.gpu.caps;
+        DeviceInfo { name: "gpu".into(), detail: format!("{name}, {driver}, subgroups of {least} to {most}") }
+    }
+
+    fn load_linear(&self, parts: &[LinearPart<'_>]) -> Result<GpuLinear, KernelError> {
+        GpuLinear::load(&self.gpu, parts)
+    }
+
+    fn load_vector(&self, values: &[f32]) -> Result<GpuVector, KernelError> {
+        Ok(GpuVector { storage: self.gpu.storage_of("a vector", values)?, values: values.to_vec() })
+    }
+
+    fn buffer(&self, rows: usize, width: usize) -> Result<GpuBuffer, KernelError> {
+        let bytes = rows.saturating_mul(width).saturating_mul(size_of::<f32>());
+        Ok(GpuBuffer { storage: self.gpu.storage("an activation buffer", bytes)?, rows: 0, width, capacity: rows })
+    }
+
+    fn upload(&self, buffer: &mut GpuBuffer, rows: usize, values: &[f32]) -> Result<(), KernelError> {
+        let GpuBuffer { width, capacity, .. } = *buffer;
+        if rows > capacity || rows.checked_mul(width) != Some(values.len()) {
+            return Err(KernelError::BufferShape { found: values.len(), rows, width, capacity });
+        }
+        buffer.rows = rows;
+        self.gpu.write(&buffer.storage, 0, bytemuck::cast_slice(values));
+        self.gpu.check()
+    }
+
+    fn kv_cache(&self, layout: &KvLayout, kv_type: KvType, blocks: usize) -> Result<GpuKvCache, KernelError> {
+        GpuKvCache::new(&self.gpu, layout, kv_type, blocks)
+    }
+
+    fn encoder(&self, limits: &StepLimits) -> Result<GpuEncoder, KernelError> {
+        GpuEncoder::new(self.gpu.clone(), limits)
+    }
+}
+
+impl GpuBuffer {
+    /// Makes this the output of an operation: `rows` rows, which must be `width` wide.
+    fn output(&mut self, rows: usize, width: usize) {
+        assert_eq!(self.width, width, "an output buffer of this width");
+        assert!(rows <= self.capacity, "{rows} rows for a buffer of {}", self.capacity);
+        self.rows = rows;
+    }
+}

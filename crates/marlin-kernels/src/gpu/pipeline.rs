@@ -1,0 +1,114 @@
+//! Kernels from WGSL: constants, bindings and source files put together, compiled.
+
+use std::fmt::Write as _;
+
+/// The source of a kernel.
+pub(super) struct Kernel {
+    pub(super) name: &'static str,
+    /// What stands before the files: constants, and functions that choose.
+    pub(super) prelude: String,
+    pub(super) bindings: Vec<Binding>,
+    pub(super) files: Vec<&'static str>,
+}
+
+/// A storage buffer of a kernel.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Binding {
+    name: &'static str,
+    element: &'static str,
+    writes: bool,
+}
+
+impl Binding {
+    pub(super) const fn read(name: &'static str, element: &'static str) -> Self {
+        Self { name, element, writes: false }
+    }
+
+    pub(super) const fn write(name: &'static str, element: &'static str) -> Self {
+        Self { name, element, writes: true }
+    }
+}
+
+impl Kernel {
+    /// The whole WGSL.
+    pub(super) fn source(&self) -> String {
+        let mut source = String::from("enable f16;\n");
+        for (index, Binding { name, element, writes }) in self.bindings.iter().enumerate() {
+            let access = if *writes { "read_write" } else { "read" };
+            // Writing to a string does not fail.
+            let _ = writeln!(source, "@group(0) @binding({index}) var<storage, {access}> {name}: array<{element}>;");
+        }
+        source += &self.prelude;
+        for file in &self.files {
+            source += "\n";
+            source += file;
+        }
+        source
+    }
+}
+
+/// A compiled kernel.
+#[derive(Debug)]
+pub(super) struct Pipeline {
+    pub(super) pipeline: wgpu::ComputePipeline,
+    pub(super) layout: wgpu::BindGroupLayout,
+    pub(super) bindings: usize,
+}
+
+impl Pipeline {
+    pub(super) fn compile(
+        device: &wgpu::Device,
+        kernel: &Kernel,
+        source: &str,
+        checked: bool,
+        immediate_size: u32,
+    ) -> Result<Self, String> {
+        // Drivers' compilers report what they dislike as internal errors.
+        let scopes =
+            [wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::Internal].map(|filter| device.push_error_scope(filter));
+        let descriptor =
+            wgpu::ShaderModuleDescriptor { label: Some(kernel.name), source: wgpu::ShaderSource::Wgsl(source.into()) };
+        let module = if checked {
+            device.create_shader_module(descriptor)
+        } else {
+            // SAFETY: kernels are this crate's own, index within what their parameters describe, and their loops end. The
+            // conformance table runs them with checks, too.
+            unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
+        };
+        let entry = |(index, binding): (usize, &Binding)| wgpu::BindGroupLayoutEntry {
+            binding: index as u32,
+            visibility: wgpu::ShaderStages::COMPUTE,
+            ty: wgpu::BindingType::Buffer {
+                ty: wgpu::BufferBindingType::Storage { read_only: !binding.writes },
+                has_dynamic_offset: false,
+                min_binding_size: None,
+            },
+            count: None,
+        };
+        let entries: Vec<_> = kernel.bindings.iter().enumerate().map(entry).collect();
+        let layout =
+            device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: None, entries: &entries });
+        let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label: None,
+            bind_group_layouts: &[Some(&layout)],
+            immediate_size,
+        });
+        let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: Some(kernel.name),
+            layout: Some(&pipeline_layout),
+            module: &module,
+            entry_point: Some("main"),
+            compilation_options: wgpu::PipelineCompilationOptions {
+                constants: &[],
+                zero_initialize_workgroup_memory: false,
+            },
+            cache: None,
+        });
+        // Scopes end in the reverse order of their beginning.
+        let errors: Vec<_> = scopes.into_iter().rev().filter_map(|scope| pollster::block_on(scope.pop())).collect();
+        match errors.first() {
+            None => Ok(Self { pipeline, layout, bindings: entries.len() }),
+            Some(error) => Err(error.to_string()),
+        }
+    }
+}
