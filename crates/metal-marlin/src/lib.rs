@@ -1,12 +1,13 @@
-//! Metal Marlin as a library: open a checkpoint and load its model onto a device in two calls.
+//! Metal Marlin as a library: open a checkpoint, open a device, load the model onto it.
 //!
 //! ```no_run
 //! use metal_marlin::{DeviceOptions, load};
 //!
 //! let checkpoint = load::open_checkpoint(Some("path/to/model".as_ref()))?;
-//! let model = load::load_model(&checkpoint, &DeviceOptions::default().open()?, &Default::default())?;
+//! let device = DeviceOptions::default().open()?;
+//! let model = load::load_model(&checkpoint, &device, &Default::default())?;
 //! println!("{} on {}", model.info().architecture, model.info().device.name);
-//! # Ok::<(), metal_marlin::LoadError>(())
+//! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
 //! [`marlin_engine::Engine`] then turns requests into text.
