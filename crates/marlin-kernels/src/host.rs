@@ -115,9 +115,7 @@ pub(crate) enum KvData {
 
 impl HostKvCache {
     pub(crate) fn new(layout: &KvLayout, kv_type: KvType, blocks: usize, device: &str) -> Result<Self, KernelError> {
-        if layout.block_tokens == 0 {
-            return Err(KernelError::Device("a KV block must hold at least one token, found block_tokens = 0".into()));
-        }
+        layout.check()?;
         let slots = blocks.saturating_mul(layout.block_tokens);
         let plane = |heads, dim| KvPlane::new(kv_type, heads, slots, dim, device);
         let layers = layout.layers.iter().map(|layer| {

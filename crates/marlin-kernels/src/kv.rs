@@ -1,5 +1,7 @@
 //! Layout of the paged KV cache.
 
+use crate::KernelError;
+
 /// How keys and values of a model are cached: the same block size in every layer, sizes per layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KvLayout {
@@ -43,6 +45,14 @@ impl KvType {
 }
 
 impl KvLayout {
+    /// Refuses what no pool can be made of.
+    pub(crate) fn check(&self) -> Result<(), KernelError> {
+        if self.block_tokens == 0 {
+            return Err(KernelError::Device("a KV block must hold at least one token, found block_tokens = 0".into()));
+        }
+        Ok(())
+    }
+
     /// Bytes of a pool of so many blocks.
     pub fn pool_bytes(&self, kv_type: KvType, blocks: usize) -> usize {
         blocks.saturating_mul(self.block_tokens).saturating_mul(self.bytes_per_token(kv_type))

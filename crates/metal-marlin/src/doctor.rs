@@ -61,7 +61,8 @@ struct Check {
 /// Looks and tries.
 pub fn examine() -> Report {
     let threads = machine::threads();
-    let mut checks = conformance();
+    let adapters = adapters();
+    let mut checks = conformance(&adapters);
     checks.push(Check { name: "bundled model".to_owned(), result: bundled_model() });
     let mut read_bandwidth = Vec::new();
     for count in if threads > 1 { vec![1, threads] } else { vec![1] } {
@@ -77,7 +78,7 @@ pub fn examine() -> Report {
         operating_system: machine::operating_system(),
         processor: machine::processor(),
         cores: machine::cores(),
-        devices: devices(),
+        devices: devices(&adapters),
         threads,
         simd: SimdLevel::available(),
         caches: machine::caches(),
@@ -114,7 +115,7 @@ fn bundled_model() -> Result<String, String> {
 }
 
 /// One linear on every device, on processors at every SIMD level in both arithmetics, against the reference.
-fn conformance() -> Vec<Check> {
+fn conformance(adapters: &[GpuAdapter]) -> Vec<Check> {
     let check = |name: String, bound: f64, error: Result<f64, KernelError>| {
         let result = error.map_err(|error| chain(&error)).and_then(|error| {
             let text = format!("differs from the reference by {error:.1e} (at most {bound:.0e})");
@@ -132,7 +133,7 @@ fn conformance() -> Vec<Check> {
             checks.push(check(format!("{simd} kernels, {activations} activations"), bound, error));
         }
     }
-    for (index, _) in adapters().iter().enumerate().filter(|(_, adapter)| adapter.missing.is_none()) {
+    for (index, _) in adapters.iter().enumerate().filter(|(_, adapter)| adapter.missing.is_none()) {
         let options = GpuOptions { adapter: Some(index), ..GpuOptions::default() };
         let error = GpuBackend::new(options).and_then(|backend| linear_error(&backend));
         checks.push(check(format!("gpu:{index} kernels"), 1e-12, error));
@@ -300,14 +301,16 @@ impl Report {
     }
 }
 
-fn devices() -> Vec<String> {
-    let gpu = |(index, adapter): (usize, GpuAdapter)| {
+fn devices(adapters: &[GpuAdapter]) -> Vec<String> {
+    let gpu = |(index, adapter): (usize, &GpuAdapter)| {
         let software = if adapter.is_software { " (software)" } else { "" };
-        let missing =
-            adapter.missing.map_or_else(String::new, |missing| format!(", cannot be used: it lacks {missing}"));
+        let missing = adapter
+            .missing
+            .as_ref()
+            .map_or_else(String::new, |missing| format!(", cannot be used: it lacks {missing}"));
         format!("gpu:{index}, {}{software}{missing}", adapter.name)
     };
-    std::iter::once("cpu".to_owned()).chain(adapters().into_iter().enumerate().map(gpu)).collect()
+    std::iter::once("cpu".to_owned()).chain(adapters.iter().enumerate().map(gpu)).collect()
 }
 
 fn target() -> String {

@@ -251,7 +251,7 @@ impl ModelCache {
         let mut snapshots = Vec::new();
         for name in names(&self.uses_folder())? {
             let Some((id, commit)) = name.split_once('@') else { continue };
-            let Some(id) = HubId::parse(&id.replace("--", "/")) else { continue };
+            let Some(id) = HubId::of_file_name(id) else { continue };
             if let Some(snapshot) = hub.find(&id, commit)? {
                 snapshots.push(UsedSnapshot { snapshot, last_used: modified(&self.uses_folder().join(&name)) });
             }
@@ -300,7 +300,7 @@ impl ModelCache {
     }
 
     fn use_of(&self, id: &HubId, commit: &str) -> PathBuf {
-        self.uses_folder().join(format!("{}@{commit}", id.to_string().replace('/', "--")))
+        self.uses_folder().join(format!("{}@{commit}", id.file_name()))
     }
 
     /// Waits until no other process makes or removes the entry.

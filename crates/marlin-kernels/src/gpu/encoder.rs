@@ -1,29 +1,27 @@
 //! Records the operations of a step and runs them.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::device::{Gpu, Storage};
 use super::linear::{GpuLinear, ROW_BLOCKS, Shape};
 use super::pipeline::{Binding, Kernel, Pipeline};
+use super::recorder::Recorder;
 use super::{GpuBackend, GpuBuffer, GpuKvCache, GpuVector};
 use crate::sampling::host::sample;
 use crate::{Activation, AttentionShape, Encoder, KernelError, KvType, QkNorm, SampleRow, Step, StepLimits};
-
-/// Storage buffers of a kernel, at most.
-const MAX_BINDINGS: usize = 10;
 
 /// Outputs of a workgroup of the kernel for few rows: 8 groups of lanes with 4 rows each.
 const FEW_ROWS_OUTPUTS: usize = 32;
 /// Rows and outputs of a workgroup of the kernel for many rows.
 const TILE: usize = 64;
+/// Workgroups along one axis, at most.
+const MAX_WORKGROUPS: usize = 65535;
+
 /// Records operations, and runs them when it is told to.
 pub struct GpuEncoder {
     gpu: Arc<Gpu>,
     kernels: Kernels,
-    recording: Option<Recording>,
-    /// Bind groups by pipeline and buffers.
-    bind_groups: HashMap<(usize, [u64; MAX_BINDINGS]), wgpu::BindGroup>,
+    recorder: Recorder,
     step: StepBuffers,
     /// Where the host reads.
     readback: Option<wgpu::Buffer>,
@@ -42,12 +40,6 @@ enum Epilogue {
     /// The activation of the output so far, times the sum.
     GateSilu,
     GateGeluTanh,
-}
-
-/// What is recorded and not yet submitted. The pass goes before its encoder.
-struct Recording {
-    pass: wgpu::ComputePass<'static>,
-    commands: wgpu::CommandEncoder,
 }
 
 /// Kernels that no format makes a difference to.
@@ -95,8 +87,7 @@ impl GpuEncoder {
         }
         Ok(Self {
             kernels: Kernels::new(&gpu)?,
-            recording: None,
-            bind_groups: HashMap::new(),
+            recorder: Recorder::new(gpu.clone()),
             step: StepBuffers::new(&gpu, limits)?,
             readback: None,
             logits: Vec::new(),
@@ -104,40 +95,6 @@ impl GpuEncoder {
             angles: Vec::new(),
             gpu,
         })
-    }
-
-    /// Records a kernel over these buffers, in the order of its bindings.
-    fn dispatch(&mut self, pipeline: &Arc<Pipeline>, buffers: &[&Storage], parameters: &[u32], workgroups: [usize; 3]) {
-        if workgroups.contains(&0) {
-            return;
-        }
-        assert_eq!(buffers.len(), pipeline.bindings, "a buffer for each binding");
-        let mut ids = [u64::MAX; MAX_BINDINGS];
-        ids.iter_mut().zip(buffers).for_each(|(id, buffer)| *id = buffer.id);
-        let bind_group = self.bind_groups.entry((Arc::as_ptr(pipeline) as usize, ids)).or_insert_with(|| {
-            let resources = buffers.iter().map(|storage| storage.buffer.as_entire_binding());
-            let entry = |(binding, resource)| wgpu::BindGroupEntry { binding, resource };
-            let entries: Vec<_> = (0..).zip(resources).map(entry).collect();
-            self.gpu.device.create_bind_group(&wgpu::BindGroupDescriptor {
-                label: None,
-                layout: &pipeline.layout,
-                entries: &entries,
-            })
-        });
-        let recording = self.recording.get_or_insert_with(|| Recording::new(&self.gpu));
-        recording.pass.set_pipeline(&pipeline.pipeline);
-        recording.pass.set_bind_group(0, &*bind_group, &[]);
-        recording.pass.set_immediates(0, bytemuck::cast_slice(parameters));
-        let [x, y, z] = workgroups.map(|count| u32::try_from(count).expect("few workgroups"));
-        recording.pass.dispatch_workgroups(x, y, z);
-    }
-
-    /// Starts what is recorded.
-    fn flush(&mut self) {
-        if let Some(Recording { pass, commands }) = self.recording.take() {
-            drop(pass);
-            self.gpu.queue.submit([commands.finish()]);
-        }
     }
 
     /// Runs the parts of a linear, each with an epilogue that may depend on its matrix, into columns that do, too.
@@ -159,38 +116,41 @@ impl GpuEncoder {
                 Some(block) => (&part.kernels.few_rows[block], [rows.div_ceil(FEW_ROWS_OUTPUTS), 1, 1]),
                 None => (&part.kernels.many_rows, [rows.div_ceil(TILE), x.rows.div_ceil(TILE), 1]),
             };
-            let mut buffers: Vec<&Storage> = part.buffers.iter().collect();
-            buffers.extend([&x.storage, &out.storage]);
+            let buffers = part.buffers.iter().chain([&x.storage, &out.storage]);
             let first = (part.first - base) as u32;
-            let parameters =
-                [&words(&part.shape)[..], &[x.rows as u32, first, out.width as u32, epilogue as u32]].concat();
-            self.dispatch(kernel, &buffers, &parameters, workgroups);
+            let of_step = [x.rows as u32, first, out.width as u32, epilogue as u32];
+            self.recorder.dispatch(kernel, buffers, &with_shape::<10>(&part.shape, &of_step), workgroups);
         }
     }
 }
 
-/// The words of a parameter block.
-fn words(shape: &Shape) -> [u32; 6] {
-    bytemuck::cast(*shape)
-}
-
-impl Recording {
-    fn new(gpu: &Gpu) -> Self {
-        let mut commands = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        let pass = commands.begin_compute_pass(&wgpu::ComputePassDescriptor::default()).forget_lifetime();
-        Self { pass, commands }
-    }
+/// A parameter block of `N` words: a shape, and what follows it.
+fn with_shape<const N: usize>(shape: &Shape, rest: &[u32]) -> [u32; N] {
+    let shape: [u32; 6] = bytemuck::cast(*shape);
+    let mut words = [0; N];
+    let (first, last) = words.split_at_mut(shape.len());
+    first.copy_from_slice(&shape);
+    last.copy_from_slice(rest);
+    words
 }
 
 impl Kernels {
     fn new(gpu: &Gpu) -> Result<Self, KernelError> {
         let (read, write) = (Binding::read, Binding::write);
-        let kernel = |name, prelude: &str, bindings: &[Binding], file| {
-            gpu.pipeline(&Kernel { name, prelude: prelude.into(), bindings: bindings.to_vec(), files: vec![file] })
+        let of_files = |name, prelude: &str, bindings: &[Binding], files: &[&'static str]| {
+            let (prelude, bindings) = (prelude.into(), bindings.to_vec());
+            gpu.pipeline(&Kernel { name, prelude, bindings, files: files.to_vec() })
         };
+        let kernel = |name, prelude: &str, bindings: &[Binding], file| of_files(name, prelude, bindings, &[file]);
+        let reduce = include_str!("shaders/reduce.wgsl");
         let rms_norm = |adds: bool| {
             let bindings = [read("x", "f32"), read("weight", "f32"), write("out", "f32")];
-            kernel("rms_norm", &format!("const ADDS = {adds};\n"), &bindings, include_str!("shaders/rms_norm.wgsl"))
+            of_files(
+                "rms_norm",
+                &format!("const ADDS = {adds};\n"),
+                &bindings,
+                &[reduce, include_str!("shaders/rms_norm.wgsl")],
+            )
         };
         let rope_store_kv = |element: &'static str, normed: bool| {
             let mut bindings = vec![
@@ -210,7 +170,7 @@ impl Kernels {
                  fn to_kv(value: f32) -> {element} {{ return {element}(value); }}\n\
                  fn norm_weight(is_query: bool, i: u32) -> f32 {{ return {weight}; }}\n"
             );
-            kernel("rope_store_kv", &prelude, &bindings, include_str!("shaders/rope_store_kv.wgsl"))
+            of_files("rope_store_kv", &prelude, &bindings, &[reduce, include_str!("shaders/rope_store_kv.wgsl")])
         };
         let attention = |element: &'static str| {
             let bindings = [
@@ -221,7 +181,7 @@ impl Kernels {
                 read("block_tables", "u32"),
                 write("out", "f32"),
             ];
-            kernel("attention", STEP_TOKEN, &bindings, include_str!("shaders/attention.wgsl"))
+            of_files("attention", STEP_TOKEN, &bindings, &[reduce, include_str!("shaders/attention.wgsl")])
         };
         let copy_block = |element: &'static str| {
             kernel("copy_block", "", &[write("plane", element)], include_str!("shaders/copy_block.wgsl"))
@@ -280,7 +240,7 @@ impl StepBuffers {
 impl Encoder<GpuBackend> for GpuEncoder {
     fn begin(&mut self, step: &Step<'_>) {
         // What is recorded reads the step before.
-        self.flush();
+        self.recorder.flush();
         let buffers = &mut self.step;
         buffers.positions.clear();
         buffers.positions.extend_from_slice(step.positions);
@@ -312,19 +272,16 @@ impl Encoder<GpuBackend> for GpuEncoder {
     fn embed(&mut self, table: &GpuLinear, scale: f32, out: &mut GpuBuffer) {
         out.output(self.step.rows, table.cols);
         for part in &table.parts {
-            let mut parameters = words(&part.shape).to_vec();
-            parameters.extend([part.first as u32, scale.to_bits()]);
+            let parameters = with_shape::<8>(&part.shape, &[part.first as u32, scale.to_bits()]);
             let units = table.cols.div_ceil(32);
-            let tokens = Storage { id: self.step.tokens.id, buffer: self.step.tokens.buffer.clone() };
-            let mut buffers: Vec<&Storage> = part.buffers.iter().collect();
-            buffers.extend([&tokens, &out.storage]);
-            self.dispatch(&part.kernels.embed, &buffers, &parameters, [units.div_ceil(64), out.rows, 1]);
+            let buffers = part.buffers.iter().chain([&self.step.tokens, &out.storage]);
+            self.recorder.dispatch(&part.kernels.embed, buffers, &parameters, [units.div_ceil(64), out.rows, 1]);
         }
     }
 
     fn rope_angles(&mut self, inv_freq: &GpuVector, scaling: f32, out: &mut GpuBuffer) {
         // On the host, because devices' sines of large angles are far off. What is recorded may read the angles before.
-        self.flush();
+        self.recorder.flush();
         let half = inv_freq.values.len();
         out.output(self.step.rows, 2 * half);
         self.angles.clear();
@@ -350,8 +307,8 @@ impl Encoder<GpuBackend> for GpuEncoder {
     fn soft_cap(&mut self, x: &mut GpuBuffer, cap: f32) {
         let count = x.rows * x.width;
         let workgroups = count.div_ceil(256).min(MAX_WORKGROUPS);
-        let kernel = self.kernels.soft_cap.clone();
-        self.dispatch(&kernel, &[&x.storage], &[count as u32, cap.to_bits()], [workgroups, 1, 1]);
+        let parameters = [count as u32, cap.to_bits()];
+        self.recorder.dispatch(&self.kernels.soft_cap, [&x.storage], &parameters, [workgroups, 1, 1]);
     }
 
     fn linear(&mut self, x: &GpuBuffer, linear: &GpuLinear, out: &mut GpuBuffer) {
@@ -395,13 +352,11 @@ impl Encoder<GpuBackend> for GpuEncoder {
         for norm in norm.iter().flat_map(|norm| [norm.q, norm.k]) {
             assert_eq!(norm.values.len(), shape.head_dim, "a norm over a head");
         }
-        let kernel = self.kernels.rope_store_kv[kv_index(kv.kv_type)][usize::from(norm.is_some())].clone();
-        let (tokens, tables) = self.step.of_tokens();
-        let mut buffers =
-            vec![&qkv.storage, &angles.storage, &cache.keys.storage, &cache.values.storage, &tokens, &tables];
-        if let Some(norm) = &norm {
-            buffers.extend([&norm.q.storage, &norm.k.storage]);
-        }
+        let kernel = &self.kernels.rope_store_kv[kv_index(kv.kv_type)][usize::from(norm.is_some())];
+        let StepBuffers { step_tokens, block_tables, .. } = &self.step;
+        let buffers =
+            [&qkv.storage, &angles.storage, &cache.keys.storage, &cache.values.storage, step_tokens, block_tables];
+        let norms = norm.iter().flat_map(|norm| [&norm.q.storage, &norm.k.storage]);
         let parameters = [
             shape.heads as u32,
             shape.kv_heads as u32,
@@ -411,7 +366,8 @@ impl Encoder<GpuBackend> for GpuEncoder {
             kv.slots() as u32,
             norm.as_ref().map_or(0.0, |norm| norm.eps).to_bits(),
         ];
-        self.dispatch(&kernel, &buffers, &parameters, [shape.heads + 2 * shape.kv_heads, qkv.rows, 1]);
+        let workgroups = [shape.heads + 2 * shape.kv_heads, qkv.rows, 1];
+        self.recorder.dispatch(kernel, buffers.into_iter().chain(norms), &parameters, workgroups);
     }
 
     fn attention(
@@ -426,9 +382,10 @@ impl Encoder<GpuBackend> for GpuEncoder {
         let cache = &kv.layers[layer];
         cache.check(shape);
         assert_eq!((qkv.rows, qkv.width), (self.step.rows, (shape.heads + 2 * shape.kv_heads) * shape.head_dim));
-        let kernel = self.kernels.attention[kv_index(kv.kv_type)].clone();
-        let (tokens, tables) = self.step.of_tokens();
-        let buffers = [&qkv.storage, &cache.keys.storage, &cache.values.storage, &tokens, &tables, &out.storage];
+        let kernel = &self.kernels.attention[kv_index(kv.kv_type)];
+        let StepBuffers { step_tokens, block_tables, .. } = &self.step;
+        let buffers =
+            [&qkv.storage, &cache.keys.storage, &cache.values.storage, step_tokens, block_tables, &out.storage];
         let parameters = [
             shape.heads as u32,
             shape.kv_heads as u32,
@@ -438,16 +395,15 @@ impl Encoder<GpuBackend> for GpuEncoder {
             kv.block_tokens as u32,
             kv.slots() as u32,
         ];
-        self.dispatch(&kernel, &buffers, &parameters, [shape.heads, out.rows, 1]);
+        self.recorder.dispatch(kernel, buffers, &parameters, [shape.heads, out.rows, 1]);
     }
 
     fn select_logit_rows(&mut self, x: &GpuBuffer, out: &mut GpuBuffer) {
         assert_eq!(x.rows, self.step.rows, "a row for each token");
         out.output(self.step.logits, x.width);
-        let kernel = self.kernels.select_rows.clone();
-        let rows = Storage { id: self.step.logit_rows.id, buffer: self.step.logit_rows.buffer.clone() };
-        let buffers = [&x.storage, &rows, &out.storage];
-        self.dispatch(&kernel, &buffers, &[x.width as u32], [x.width.div_ceil(256), out.rows, 1]);
+        let buffers = [&x.storage, &self.step.logit_rows, &out.storage];
+        let workgroups = [x.width.div_ceil(256), out.rows, 1];
+        self.recorder.dispatch(&self.kernels.select_rows, buffers, &[x.width as u32], workgroups);
     }
 
     fn sample(
@@ -473,20 +429,21 @@ impl Encoder<GpuBackend> for GpuEncoder {
     fn copy_kv_blocks(&mut self, kv: &mut GpuKvCache, pairs: &[(u32, u32)]) {
         let within = |&block: &u32| (block as usize) < kv.blocks;
         assert!(pairs.iter().all(|(from, to)| within(from) && within(to)), "blocks of the cache");
-        let kernel = self.kernels.copy_block[kv_index(kv.kv_type)].clone();
+        let kernel = &self.kernels.copy_block[kv_index(kv.kv_type)];
         for layer in &kv.layers {
             for plane in [&layer.keys, &layer.values] {
                 let (block, head) = (kv.block_tokens * plane.dim, kv.slots() * plane.dim);
                 for &(from, to) in pairs {
                     let parameters = [block as u32, head as u32, from, to];
-                    self.dispatch(&kernel, &[&plane.storage], &parameters, [block.div_ceil(64), layer.heads, 1]);
+                    let workgroups = [block.div_ceil(64), layer.heads, 1];
+                    self.recorder.dispatch(kernel, [&plane.storage], &parameters, workgroups);
                 }
             }
         }
     }
 
     fn submit(&mut self) -> Result<(), KernelError> {
-        self.flush();
+        self.recorder.flush();
         self.gpu.wait()
     }
 
@@ -498,7 +455,7 @@ impl Encoder<GpuBackend> for GpuEncoder {
         if out.is_empty() {
             return self.submit();
         }
-        self.flush();
+        self.recorder.flush();
         let bytes = size_of_val(out) as u64;
         // Kept for the next time only if nothing goes wrong.
         let kept = self.readback.take().filter(|readback| readback.size() >= bytes);
@@ -526,22 +483,11 @@ impl Encoder<GpuBackend> for GpuEncoder {
     }
 }
 
-/// Workgroups along one axis, at most.
-const MAX_WORKGROUPS: usize = 65535;
-
 impl GpuEncoder {
     fn rms_norm_into(&mut self, variant: usize, x: &GpuBuffer, weight: &GpuVector, eps: f32, out: &GpuBuffer) {
         assert_eq!(weight.values.len(), x.width, "a weight for each value of a row");
-        let kernel = self.kernels.rms_norm[variant].clone();
         let buffers = [&x.storage, &weight.storage, &out.storage];
-        self.dispatch(&kernel, &buffers, &[x.width as u32, eps.to_bits()], [x.rows, 1, 1]);
-    }
-}
-
-impl StepBuffers {
-    /// Positions and block tables, which the encoder lends to its own operations.
-    fn of_tokens(&self) -> (Storage, Storage) {
-        let handle = |storage: &Storage| Storage { id: storage.id, buffer: storage.buffer.clone() };
-        (handle(&self.step_tokens), handle(&self.block_tables))
+        let parameters = [x.width as u32, eps.to_bits()];
+        self.recorder.dispatch(&self.kernels.rms_norm[variant], buffers, &parameters, [x.rows, 1, 1]);
     }
 }

@@ -1,7 +1,5 @@
 //! The paged cache on the device.
 
-use half::f16;
-
 use super::device::{Gpu, Storage};
 use crate::{AttentionShape, KernelError, KvLayout, KvType};
 
@@ -41,9 +39,7 @@ impl GpuKvLayer {
 
 impl GpuKvCache {
     pub(super) fn new(gpu: &Gpu, layout: &KvLayout, kv_type: KvType, blocks: usize) -> Result<Self, KernelError> {
-        if layout.block_tokens == 0 {
-            return Err(KernelError::Device("a KV block must hold at least one token, found block_tokens = 0".into()));
-        }
+        layout.check()?;
         let widest = layout.layers.iter().map(|layer| layer.key_dim.max(layer.value_dim)).max().unwrap_or(0);
         if widest > MAX_HEAD_DIM {
             return Err(KernelError::Device(format!(
@@ -51,12 +47,8 @@ impl GpuKvCache {
             )));
         }
         let slots = blocks.saturating_mul(layout.block_tokens);
-        let value_bytes = match kv_type {
-            KvType::F16 => size_of::<f16>(),
-            KvType::F32 => size_of::<f32>(),
-        };
         let plane = |heads: usize, dim: usize| -> Result<_, KernelError> {
-            let bytes = heads.saturating_mul(slots).saturating_mul(dim).saturating_mul(value_bytes);
+            let bytes = heads.saturating_mul(slots).saturating_mul(dim).saturating_mul(kv_type.bytes());
             Ok(GpuKvPlane { dim, storage: gpu.storage("the KV cache", bytes)? })
         };
         let layers = layout.layers.iter().map(|layer| {

@@ -9,6 +9,7 @@ mod encoder;
 mod kv;
 mod linear;
 mod pipeline;
+mod recorder;
 
 use std::sync::Arc;
 

@@ -27,12 +27,22 @@ impl HubId {
 
     /// The name of its folder in the Hub's cache. `--` occurs in no id, so that no two have the same folder.
     pub(super) fn folder_name(&self) -> String {
-        format!("models--{}", self.0.replace('/', "--"))
+        format!("models--{}", self.file_name())
     }
 
     /// The id of a folder in the Hub's cache.
     pub(super) fn of_folder(name: &str) -> Option<Self> {
-        Self::parse(&name.strip_prefix("models--")?.replace("--", "/"))
+        Self::of_file_name(name.strip_prefix("models--")?)
+    }
+
+    /// The id as part of a file's name.
+    pub(crate) fn file_name(&self) -> String {
+        self.0.replace('/', "--")
+    }
+
+    /// The id that [`HubId::file_name`] names.
+    pub(crate) fn of_file_name(name: &str) -> Option<Self> {
+        Self::parse(&name.replace("--", "/"))
     }
 }
 

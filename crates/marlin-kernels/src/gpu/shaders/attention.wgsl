@@ -21,36 +21,7 @@ const DIMS = MAX_DIM / SIZE;
 const LOWEST = -3.4028234663852886e38;
 var<workgroup> query: array<f32, MAX_DIM>;
 var<workgroup> weights: array<f32, SIZE>;
-var<workgroup> reduced: array<f32, SIZE>;
 var<workgroup> slots: array<u32, SIZE>;
-
-fn reduce_max(lane: u32, value: f32) -> f32 {
-    reduced[lane] = value;
-    for (var step = SIZE / 2u; step > 0u; step /= 2u) {
-        workgroupBarrier();
-        if (lane < step) {
-            reduced[lane] = max(reduced[lane], reduced[lane + step]);
-        }
-    }
-    workgroupBarrier();
-    let result = reduced[0];
-    workgroupBarrier();
-    return result;
-}
-
-fn reduce_sum(lane: u32, value: f32) -> f32 {
-    reduced[lane] = value;
-    for (var step = SIZE / 2u; step > 0u; step /= 2u) {
-        workgroupBarrier();
-        if (lane < step) {
-            reduced[lane] += reduced[lane + step];
-        }
-    }
-    workgroupBarrier();
-    let result = reduced[0];
-    workgroupBarrier();
-    return result;
-}
 
 @compute @workgroup_size(SIZE)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {

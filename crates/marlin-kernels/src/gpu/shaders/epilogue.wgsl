@@ -1,5 +1,15 @@
-// What becomes of a sum: it is multiplied by what all weights of its row share, the bias is added, and the result is stored, added,
+// The parameters of a linear, and what becomes of a sum: it is multiplied by what all weights of its row share, the bias is added, and the result is stored, added,
 // or multiplied with the activated gate that the output holds.
+
+struct Params {
+    shape: Shape,
+    m: u32,
+    // The first of the output's columns, and how many it has.
+    first: u32,
+    width: u32,
+    epilogue: u32,
+}
+var<immediate> params: Params;
 
 // The factor and the bias of a row.
 fn finish(row: u32, sum: f32) -> f32 {
@@ -17,8 +27,8 @@ fn gelu_tanh(x: f32) -> f32 {
     return x / (1.0 + exp(-2.0 * inner));
 }
 
-fn store(epilogue: u32, index: u32, value: f32) {
-    switch epilogue {
+fn store(index: u32, value: f32) {
+    switch params.epilogue {
         case ADD: {
             out[index] += value;
         }

@@ -1,16 +1,6 @@
 // out[m, first + n] = epilogue(x[m, :] · W[n, :]) for few rows m. 16 lanes share ROWS rows of W and step along K unit by unit, so that
 // each weight is read once for all MB rows of x.
 
-struct Params {
-    shape: Shape,
-    m: u32,
-    // The first of the output's columns, and how many it has.
-    first: u32,
-    width: u32,
-    epilogue: u32,
-}
-var<immediate> params: Params;
-
 const LANES = 16u;
 const GROUPS = 8u;
 var<workgroup> partial: array<f32, LANES * GROUPS>;
@@ -53,7 +43,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         let row = first_row + i % ROWS;
         let m = first_m + i / ROWS;
         if (lane == 0u && row < shape.rows && m < params.m) {
-            store(params.epilogue, m * params.width + params.first + row, finish(row, partial[slot]));
+            store(m * params.width + params.first + row, finish(row, partial[slot]));
         }
     }
 }

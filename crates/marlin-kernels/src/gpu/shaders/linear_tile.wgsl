@@ -1,16 +1,6 @@
 // out[m, first + n] = epilogue(x[m, :] · W[n, :]) for many rows m: tiles of 64 × 64 outputs, 32 columns of x and W at a time in workgroup
 // memory, 4 × 4 outputs an invocation.
 
-struct Params {
-    shape: Shape,
-    m: u32,
-    // The first of the output's columns, and how many it has.
-    first: u32,
-    width: u32,
-    epilogue: u32,
-}
-var<immediate> params: Params;
-
 const TILE = 64u;
 // One more than a unit, so that a column's values lie in different banks.
 const STRIDE = 33u;
@@ -65,7 +55,7 @@ fn main(
         let m = first_m + local.y + 16u * (i / 4u);
         let row = first_row + local.x + 16u * (i % 4u);
         if (m < params.m && row < shape.rows) {
-            store(params.epilogue, m * params.width + params.first + row, finish(row, sums[i]));
+            store(m * params.width + params.first + row, finish(row, sums[i]));
         }
     }
 }

@@ -17,7 +17,6 @@ var<immediate> params: Params;
 const SIZE = 64u;
 const MAX_DIM = 512u;
 var<workgroup> head: array<f32, MAX_DIM>;
-var<workgroup> partial: array<f32, SIZE>;
 
 @compute @workgroup_size(SIZE)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
@@ -36,15 +35,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         sum = fma(value, value, sum);
     }
     if (NORMED && !is_value) {
-        partial[lane] = sum;
-        for (var step = SIZE / 2u; step > 0u; step /= 2u) {
-            workgroupBarrier();
-            if (lane < step) {
-                partial[lane] += partial[lane + step];
-            }
-        }
-        workgroupBarrier();
-        let scale = 1.0 / sqrt(partial[0] / f32(dim) + params.eps);
+        let scale = 1.0 / sqrt(reduce_sum(lane, sum) / f32(dim) + params.eps);
         for (var i = lane; i < dim; i += SIZE) {
             head[i] *= scale * norm_weight(is_query, i);
         }

@@ -1,0 +1,79 @@
+//! Records kernels and starts them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::device::{Gpu, Storage};
+use super::pipeline::Pipeline;
+
+/// Storage buffers of a kernel, at most.
+const MAX_BINDINGS: usize = 10;
+
+/// Kernels that are recorded and not yet started, and the bind groups of all that ever were: a step finds those of the step before.
+pub(super) struct Recorder {
+    gpu: Arc<Gpu>,
+    recording: Option<Recording>,
+    /// By pipeline and buffers.
+    bind_groups: HashMap<(usize, [u64; MAX_BINDINGS]), wgpu::BindGroup>,
+}
+
+/// The pass goes before its encoder.
+struct Recording {
+    pass: wgpu::ComputePass<'static>,
+    commands: wgpu::CommandEncoder,
+}
+
+impl Recorder {
+    pub(super) fn new(gpu: Arc<Gpu>) -> Self {
+        Self { gpu, recording: None, bind_groups: HashMap::new() }
+    }
+
+    /// Records a kernel over these buffers, in the order of its bindings.
+    pub(super) fn dispatch<'a>(
+        &mut self,
+        pipeline: &Arc<Pipeline>,
+        buffers: impl IntoIterator<Item = &'a Storage, IntoIter: Clone>,
+        parameters: &[u32],
+        workgroups: [usize; 3],
+    ) {
+        if workgroups.contains(&0) {
+            return;
+        }
+        let buffers = buffers.into_iter();
+        assert_eq!(buffers.clone().count(), pipeline.bindings, "a buffer for each binding");
+        let mut ids = [u64::MAX; MAX_BINDINGS];
+        ids.iter_mut().zip(buffers.clone()).for_each(|(id, buffer)| *id = buffer.id);
+        let bind_group = self.bind_groups.entry((Arc::as_ptr(pipeline) as usize, ids)).or_insert_with(|| {
+            let resources = buffers.map(|storage| storage.buffer.as_entire_binding());
+            let entry = |(binding, resource)| wgpu::BindGroupEntry { binding, resource };
+            let entries: Vec<_> = (0..).zip(resources).map(entry).collect();
+            self.gpu.device.create_bind_group(&wgpu::BindGroupDescriptor {
+                label: None,
+                layout: &pipeline.layout,
+                entries: &entries,
+            })
+        });
+        let recording = self.recording.get_or_insert_with(|| Recording::new(&self.gpu));
+        recording.pass.set_pipeline(&pipeline.pipeline);
+        recording.pass.set_bind_group(0, &*bind_group, &[]);
+        recording.pass.set_immediates(0, bytemuck::cast_slice(parameters));
+        let [x, y, z] = workgroups.map(|count| u32::try_from(count).expect("few workgroups"));
+        recording.pass.dispatch_workgroups(x, y, z);
+    }
+
+    /// Starts what is recorded.
+    pub(super) fn flush(&mut self) {
+        if let Some(Recording { pass, commands }) = self.recording.take() {
+            drop(pass);
+            self.gpu.queue.submit([commands.finish()]);
+        }
+    }
+}
+
+impl Recording {
+    fn new(gpu: &Gpu) -> Self {
+        let mut commands = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        let pass = commands.begin_compute_pass(&wgpu::ComputePassDescriptor::default()).forget_lifetime();
+        Self { pass, commands }
+    }
+}
