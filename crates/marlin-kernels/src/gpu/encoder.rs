@@ -3,17 +3,13 @@
 use std::sync::Arc;
 
 use super::device::{Gpu, Storage};
-use super::linear::{GpuLinear, ROW_BLOCKS, Shape};
+use super::linear::{GpuLinear, Part, Shape};
 use super::pipeline::{Binding, Kernel, Pipeline};
 use super::recorder::Recorder;
-use super::{GpuBackend, GpuBuffer, GpuKvCache, GpuVector};
+use super::{GpuArithmetic, GpuBackend, GpuBuffer, GpuKvCache, GpuVector};
 use crate::sampling::host::sample;
 use crate::{Activation, AttentionShape, Encoder, KernelError, KvType, QkNorm, SampleRow, Step, StepLimits};
 
-/// Outputs of a workgroup of the kernel for few rows: 8 groups of lanes with 4 rows each.
-const FEW_ROWS_OUTPUTS: usize = 32;
-/// Rows and outputs of a workgroup of the kernel for many rows.
-const TILE: usize = 64;
 /// Workgroups along one axis, at most.
 const MAX_WORKGROUPS: usize = 65535;
 
@@ -23,6 +19,7 @@ pub struct GpuEncoder {
     kernels: Kernels,
     recorder: Recorder,
     step: StepBuffers,
+    packed: PackedInput,
     /// Where the host reads.
     readback: Option<wgpu::Buffer>,
     /// The host's side of sampling: logits, and token ids to sort.
@@ -51,6 +48,13 @@ struct Kernels {
     attention: [Arc<Pipeline>; 2],
     copy_block: [Arc<Pipeline>; 2],
     select_rows: Arc<Pipeline>,
+    pack_input: Arc<Pipeline>,
+}
+
+/// The input of linears in half precision; empty where it stays as it is.
+struct PackedInput {
+    pairs: Storage,
+    scales: Storage,
 }
 
 /// The step on the device.
@@ -74,8 +78,9 @@ impl std::fmt::Debug for GpuEncoder {
 }
 
 impl GpuEncoder {
-    pub(super) fn bytes(limits: &StepLimits) -> usize {
-        StepBuffers::sizes(limits).iter().sum::<usize>() * size_of::<u32>()
+    pub(super) fn bytes(limits: &StepLimits, arithmetic: GpuArithmetic) -> usize {
+        let step = StepBuffers::sizes(limits).iter().sum::<usize>() * size_of::<u32>();
+        step.saturating_add(PackedInput::sizes(limits, arithmetic).iter().sum())
     }
 
     pub(super) fn new(gpu: Arc<Gpu>, limits: &StepLimits) -> Result<Self, KernelError> {
@@ -89,6 +94,7 @@ impl GpuEncoder {
             kernels: Kernels::new(&gpu)?,
             recorder: Recorder::new(gpu.clone()),
             step: StepBuffers::new(&gpu, limits)?,
+            packed: PackedInput::new(&gpu, limits)?,
             readback: None,
             logits: Vec::new(),
             ids: Vec::new(),
@@ -105,28 +111,48 @@ impl GpuEncoder {
         out: &GpuBuffer,
         epilogue: impl Fn(usize) -> (Epilogue, usize),
     ) {
-        assert_eq!(x.width, linear.cols, "an input of the linear's columns");
         if x.rows == 0 {
             return;
         }
+        self.pack_input(x, linear);
         for part in &linear.parts {
             let (epilogue, base) = epilogue(part.matrix);
-            let rows = part.shape.rows as usize;
-            let (kernel, workgroups) = match ROW_BLOCKS.iter().position(|block| x.rows <= *block) {
-                Some(block) => (&part.kernels.few_rows[block], [rows.div_ceil(FEW_ROWS_OUTPUTS), 1, 1]),
-                None => (&part.kernels.many_rows, [rows.div_ceil(TILE), x.rows.div_ceil(TILE), 1]),
-            };
-            let buffers = part.buffers.iter().chain([&x.storage, &out.storage]);
-            let first = (part.first - base) as u32;
-            let of_step = [x.rows as u32, first, out.width as u32, epilogue as u32];
-            self.recorder.dispatch(kernel, buffers, &with_shape::<10>(&part.shape, &of_step), workgroups);
+            self.dispatch_linear(part, part.kernel(x.rows), x, out, part.first - base, epilogue);
         }
+    }
+
+    /// Prepares the input of linears, where their arithmetic asks for it.
+    fn pack_input(&mut self, x: &GpuBuffer, linear: &GpuLinear) {
+        assert_eq!(x.width, linear.cols, "an input of the linear's columns");
+        if self.gpu.arithmetic == GpuArithmetic::Half {
+            let buffers = [&x.storage, &self.packed.pairs, &self.packed.scales];
+            let workgroups = [x.width.div_ceil(32).div_ceil(64), x.rows, 1];
+            self.recorder.dispatch(&self.kernels.pack_input, buffers, &[x.width as u32], workgroups);
+        }
+    }
+
+    /// Runs one part of a linear on its prepared input.
+    fn dispatch_linear(
+        &mut self,
+        part: &Part,
+        (kernel, workgroups): (&Arc<Pipeline>, [usize; 3]),
+        x: &GpuBuffer,
+        out: &GpuBuffer,
+        first: usize,
+        epilogue: Epilogue,
+    ) {
+        let packed = [&self.packed.pairs, &self.packed.scales];
+        let exact = [&x.storage];
+        let input: &[&Storage] = if self.gpu.arithmetic == GpuArithmetic::Half { &packed } else { &exact };
+        let buffers = part.buffers.iter().chain(input.iter().copied()).chain([&out.storage]);
+        let of_step = [x.rows as u32, first as u32, out.width as u32, epilogue as u32];
+        self.recorder.dispatch(kernel, buffers, &with_shape::<7>(&part.shape, &of_step), workgroups);
     }
 }
 
 /// A parameter block of `N` words: a shape, and what follows it.
 fn with_shape<const N: usize>(shape: &Shape, rest: &[u32]) -> [u32; N] {
-    let shape: [u32; 6] = bytemuck::cast(*shape);
+    let shape: [u32; 3] = bytemuck::cast(*shape);
     let mut words = [0; N];
     let (first, last) = words.split_at_mut(shape.len());
     first.copy_from_slice(&shape);
@@ -186,6 +212,8 @@ impl Kernels {
         let copy_block = |element: &'static str| {
             kernel("copy_block", "", &[write("plane", element)], include_str!("shaders/copy_block.wgsl"))
         };
+        let pack_input = [read("x", "f32"), write("packed", "vec4<u32>"), write("packed_scales", "f32")];
+        let pack = include_str!("shaders/pack.wgsl");
         let select = [read("x", "f32"), read("logit_rows", "u32"), write("out", "f32")];
         Ok(Self {
             rms_norm: [rms_norm(false)?, rms_norm(true)?],
@@ -197,6 +225,7 @@ impl Kernels {
             attention: [attention("f16")?, attention("f32")?],
             copy_block: [copy_block("f16")?, copy_block("f32")?],
             select_rows: kernel("select_rows", "", &select, include_str!("shaders/select_rows.wgsl"))?,
+            pack_input: of_files("pack_input", "", &pack_input, &[pack, include_str!("shaders/pack_input.wgsl")])?,
         })
     }
 }
@@ -210,6 +239,25 @@ fn kv_index(kv_type: KvType) -> usize {
     match kv_type {
         KvType::F16 => 0,
         KvType::F32 => 1,
+    }
+}
+
+impl PackedInput {
+    /// Bytes of pairs and of scales.
+    fn sizes(limits: &StepLimits, arithmetic: GpuArithmetic) -> [usize; 2] {
+        match arithmetic {
+            GpuArithmetic::Exact => [0, 0],
+            GpuArithmetic::Half => {
+                let units = limits.width.div_ceil(32).saturating_mul(limits.tokens);
+                [64, 4].map(|bytes| units.saturating_mul(bytes))
+            }
+        }
+    }
+
+    fn new(gpu: &Gpu, limits: &StepLimits) -> Result<Self, KernelError> {
+        let [pairs, scales] = Self::sizes(limits, gpu.arithmetic);
+        let what = "the packed input of linears";
+        Ok(Self { pairs: gpu.storage(what, pairs)?, scales: gpu.storage(what, scales)? })
     }
 }
 
@@ -272,7 +320,7 @@ impl Encoder<GpuBackend> for GpuEncoder {
     fn embed(&mut self, table: &GpuLinear, scale: f32, out: &mut GpuBuffer) {
         out.output(self.step.rows, table.cols);
         for part in &table.parts {
-            let parameters = with_shape::<8>(&part.shape, &[part.first as u32, scale.to_bits()]);
+            let parameters = with_shape::<5>(&part.shape, &[part.first as u32, scale.to_bits()]);
             let units = table.cols.div_ceil(32);
             let buffers = part.buffers.iter().chain([&self.step.tokens, &out.storage]);
             self.recorder.dispatch(&part.kernels.embed, buffers, &parameters, [units.div_ceil(64), out.rows, 1]);
@@ -333,7 +381,16 @@ impl Encoder<GpuBackend> for GpuEncoder {
             Activation::Silu => Epilogue::GateSilu,
             Activation::GeluTanh => Epilogue::GateGeluTanh,
         };
-        self.run_linear(x, gate_up, out, |matrix| if matrix == 0 { (Epilogue::Store, 0) } else { (gate, half) });
+        let Some(part) = gate_up.as_gated() else {
+            return self.run_linear(x, gate_up, out, |matrix| match matrix {
+                0 => (Epilogue::Store, 0),
+                _ => (gate, half),
+            });
+        };
+        if let Some(kernel) = part.gated_kernel(x.rows).filter(|_| x.rows > 0) {
+            self.pack_input(x, gate_up);
+            self.dispatch_linear(part, kernel, x, out, 0, gate);
+        }
     }
 
     fn rope_store_kv(

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use marlin_format::Scheme;
 
-pub use device::{GpuAdapter, GpuCaps, GpuOptions, adapters};
+pub use device::{GpuAdapter, GpuArithmetic, GpuCaps, GpuOptions, adapters};
 pub use encoder::GpuEncoder;
 pub use kv::GpuKvCache;
 pub use linear::GpuLinear;
@@ -62,11 +62,11 @@ impl GpuBackend {
 
 impl MemoryUse for GpuBackend {
     fn linear_bytes(&self, scheme: &Scheme, rows: usize, cols: usize) -> Result<usize, KernelError> {
-        GpuLinear::bytes(scheme, rows, cols)
+        GpuLinear::bytes(scheme, rows, cols, self.gpu.arithmetic)
     }
 
     fn encoder_bytes(&self, limits: &StepLimits) -> usize {
-        GpuEncoder::bytes(limits)
+        GpuEncoder::bytes(limits, self.gpu.arithmetic)
     }
 }
 

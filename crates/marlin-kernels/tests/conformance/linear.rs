@@ -215,7 +215,7 @@ fn embed<B: Backend>(device: &Device<B>, scheme: Scheme) -> Result<(), String> {
         let mut case = Embed { table: [LinearPart { weight: table, bias: None }], tokens, scale: 1.0 };
         for scale in [1.0, 55.5] {
             case.scale = scale;
-            check(&case, &device.backend, 1e-13, &format!("k={k}, scale={scale}"))?;
+            check(&case, &device.backend, device.embed_bound, &format!("k={k}, scale={scale}"))?;
         }
     }
     Ok(())

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use libtest_mimic::{Arguments, Trial};
 use marlin_kernels::Backend;
 use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
-use marlin_kernels::gpu::{GpuBackend, GpuOptions};
+use marlin_kernels::gpu::{GpuArithmetic, GpuBackend, GpuOptions};
 
 fn main() -> ExitCode {
     let mut table = Table { rows: Vec::new() };
@@ -34,7 +34,8 @@ fn main() -> ExitCode {
                 Arithmetic::Exact => ("", 1e-12),
                 Arithmetic::Int8 => ("-int8", 1e-4),
             };
-            let device = Arc::new(Inner { label: format!("cpu-{simd}{suffix}"), backend, linear_bound });
+            let label = format!("cpu-{simd}{suffix}");
+            let device = Arc::new(Inner { label, backend, linear_bound, embed_bound: 1e-13 });
             linear::add_rows(&mut table, &device);
             if arithmetic == Arithmetic::Exact {
                 add_rows_without_linears(&mut table, &device);
@@ -49,12 +50,22 @@ fn main() -> ExitCode {
 /// Rows of the first GPU, its kernels compiled with and without bounds checks. Without one they are reported as ignored, or as
 /// failed if the environment variable `METAL_MARLIN_REQUIRE_GPU` is set.
 fn add_gpu_rows(table: &mut Table) {
-    for (label, checked) in [("gpu", false), ("gpu-checked", true)] {
-        match GpuBackend::new(GpuOptions { checked, ..GpuOptions::default() }) {
+    use GpuArithmetic::{Exact, Half};
+    // Half precision rounds activations, scales and weights by up to 2^-11 of themselves, and each of a pair's 16 sums; an outlier's
+    // product carries its whole error.
+    for (label, arithmetic, checked, [linear_bound, embed_bound]) in [
+        ("gpu", Exact, false, [1e-12, 1e-13]),
+        ("gpu-checked", Exact, true, [1e-12, 1e-13]),
+        ("gpu-half", Half, false, [5e-6, 5e-7]),
+        ("gpu-half-checked", Half, true, [5e-6, 5e-7]),
+    ] {
+        match GpuBackend::new(GpuOptions { adapter: None, checked, arithmetic }) {
             Ok(backend) => {
-                let device = Arc::new(Inner { label: label.into(), backend, linear_bound: 1e-12 });
+                let device = Arc::new(Inner { label: label.into(), backend, linear_bound, embed_bound });
                 linear::add_rows(table, &device);
-                add_rows_without_linears(table, &device);
+                if arithmetic == Exact {
+                    add_rows_without_linears(table, &device);
+                }
             }
             Err(error) => {
                 let row = Trial::test(format!("all/{label}: {error}"), move || Err(error.into()));
@@ -77,6 +88,8 @@ pub(crate) struct Inner<B> {
     backend: B,
     /// Largest NMSE of a linear.
     linear_bound: f64,
+    /// Largest NMSE of rows of a table.
+    embed_bound: f64,
 }
 
 type Device<B> = Arc<Inner<B>>;

@@ -7,6 +7,12 @@ struct Params {
 }
 var<immediate> params: Params;
 
+fn put(t: u32, column: u32, value: f32) {
+    if (column < params.shape.k) {
+        out[t * params.shape.k + column] = value * params.scale;
+    }
+}
+
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
     let shape = params.shape;
@@ -17,9 +23,18 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     if (row >= shape.rows || 32u * unit >= shape.k) {
         return;
     }
-    var weights = load_unit(shape, row, unit);
+    let quad = row / 4u;
+    let i = row % 4u;
+    let groups = groups_of(shape, quad, unit);
+    // Scaled in single precision, whatever the arithmetic.
+    var codes = unit_of_quad(shape, groups, quad, i, unit);
     let factor = row_affine[row].x;
-    for (var j = 0u; j < min(32u, shape.k - 32u * unit); j++) {
-        out[t * shape.k + 32u * unit + j] = weights[j] * factor * params.scale;
+    for (var p = 0u; p < 16u; p++) {
+        let scale = select(groups.high_scales[i], groups.low_scales[i], p < 8u);
+        let bias = select(0.0, select(groups.high_offsets[i], groups.low_offsets[i], p < 8u), BIASED);
+        let values = fma(vec2<f32>(codes[p]), vec2<f32>(scale), vec2<f32>(bias)) * factor;
+        let column = 32u * unit + 8u * (p / 4u) + p % 4u;
+        put(t, column, values.x);
+        put(t, column + 4u, values.y);
     }
 }

@@ -1,5 +1,5 @@
-// The parameters of a linear, and what becomes of a sum: it is multiplied by what all weights of its row share, the bias is added, and the result is stored, added,
-// or multiplied with the activated gate that the output holds.
+// The parameters of a linear, and what becomes of its sums: they are multiplied by what all weights of their row share, biases are added, and the
+// results are stored, added to the output, or multiplied with the activated gate.
 
 struct Params {
     shape: Shape,
@@ -11,7 +11,12 @@ struct Params {
 }
 var<immediate> params: Params;
 
-// The factor and the bias of a row.
+// Rows that become columns of the output: of a gated linear, half of them.
+fn output_rows(shape: Shape) -> u32 {
+    return select(shape.rows, shape.rows / 2u, GATED);
+}
+
+// A row's weight sum with its factor and bias.
 fn finish(row: u32, sum: f32) -> f32 {
     let affine = row_affine[row];
     return fma(sum, affine.x, affine.y);
@@ -21,22 +26,33 @@ fn silu(x: f32) -> f32 {
     return x / (1.0 + exp(-x));
 }
 
-// The approximation of GELU by tanh, as 1 − 2 / (1 + e^2y), which neither overflows nor cancels for large y.
+// The approximation of GELU by tanh, as x / (1 + e^-2y), which neither overflows nor cancels.
 fn gelu_tanh(x: f32) -> f32 {
     let inner = 0.7978845608028654 * fma(0.044715 * x * x, x, x);
     return x / (1.0 + exp(-2.0 * inner));
 }
 
-fn store(index: u32, value: f32) {
+fn activated(gate: f32) -> f32 {
+    if (params.epilogue == GATE_SILU) {
+        return silu(gate);
+    }
+    return gelu_tanh(gate);
+}
+
+// Takes the sum of a row; of a gated linear, that of the gate and `other` of the row it gates.
+fn store_row(m: u32, row: u32, sum: f32, other: f32) {
+    let index = m * params.width + params.first + row;
+    if (GATED) {
+        out[index] = activated(finish(row, sum)) * finish(row + output_rows(params.shape), other);
+        return;
+    }
+    let value = finish(row, sum);
     switch params.epilogue {
         case ADD: {
             out[index] += value;
         }
-        case GATE_SILU: {
-            out[index] = silu(out[index]) * value;
-        }
-        case GATE_GELU_TANH: {
-            out[index] = gelu_tanh(out[index]) * value;
+        case GATE_SILU, GATE_GELU_TANH: {
+            out[index] = activated(out[index]) * value;
         }
         default: {
             out[index] = value;

@@ -2,60 +2,64 @@
 // memory, 4 × 4 outputs an invocation.
 
 const TILE = 64u;
-// One more than a unit, so that a column's values lie in different banks.
-const STRIDE = 33u;
-var<workgroup> x_tile: array<f32, TILE * STRIDE>;
-var<workgroup> w_tile: array<f32, TILE * STRIDE>;
+// One more than the pairs of a unit, so that a pair's values lie in different banks.
+const STRIDE = 17u;
+var<workgroup> x_tile: array<vec2<f32>, TILE * STRIDE>;
+var<workgroup> w_tile: array<vec2<f32>, TILE * STRIDE>;
 
-@compute @workgroup_size(16, 16)
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(local_invocation_id) local: vec3<u32>,
-    @builtin(local_invocation_index) index: u32,
-) {
-    let shape = params.shape;
-    let first_row = workgroup.x * TILE;
-    let first_m = workgroup.y * TILE;
-    let units = (shape.k + 31u) / 32u;
-
+// An invocation's sums of the tile whose first row is `first_row`.
+fn sum_tile(shape: Shape, first_row: u32, first_m: u32, local: vec2<u32>) -> array<f32, 16> {
+    let index = 16u * local.y + local.x;
+    let units = units_of(shape);
     var sums: array<f32, 16>;
     for (var unit = 0u; unit < units; unit++) {
         workgroupBarrier();
-        for (var i = index; i < TILE * 32u; i += 256u) {
-            let m = first_m + i / 32u;
-            let column = 32u * unit + i % 32u;
-            var value = 0.0;
-            if (m < params.m && column < shape.k) {
-                value = x[m * shape.k + column];
-            }
-            x_tile[i / 32u * STRIDE + i % 32u] = value;
-        }
         if (index < TILE) {
-            var weights = load_unit(shape, min(first_row + index, shape.rows - 1u), unit);
-            for (var j = 0u; j < 32u; j++) {
-                w_tile[index * STRIDE + j] = weights[j];
+            var weights = unit_weights(shape, min(first_row + index, shape.rows - 1u), unit);
+            for (var p = 0u; p < 16u; p++) {
+                w_tile[index * STRIDE + p] = vec2<f32>(weights[p]);
+            }
+        } else if (index < 2u * TILE) {
+            let row = index - TILE;
+            let m = min(first_m + row, params.m - 1u);
+            var values = input_unit(shape, m, unit);
+            let scale = input_scale(shape, m, unit);
+            for (var p = 0u; p < 16u; p++) {
+                x_tile[row * STRIDE + p] = vec2<f32>(values[p]) * scale;
             }
         }
         workgroupBarrier();
-        for (var j = 0u; j < 32u; j++) {
-            var w: vec4<f32>;
+        for (var p = 0u; p < 16u; p++) {
+            var w: array<vec2<f32>, 4>;
             for (var c = 0u; c < 4u; c++) {
-                w[c] = w_tile[(local.x + 16u * c) * STRIDE + j];
+                w[c] = w_tile[(local.x + 16u * c) * STRIDE + p];
             }
             for (var r = 0u; r < 4u; r++) {
-                let value = x_tile[(local.y + 16u * r) * STRIDE + j];
+                let value = x_tile[(local.y + 16u * r) * STRIDE + p];
                 for (var c = 0u; c < 4u; c++) {
-                    sums[4u * r + c] = fma(value, w[c], sums[4u * r + c]);
+                    sums[4u * r + c] = fma(value.x, w[c].x, fma(value.y, w[c].y, sums[4u * r + c]));
                 }
             }
         }
     }
+    return sums;
+}
 
+@compute @workgroup_size(16, 16)
+fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
+    let shape = params.shape;
+    let first_row = workgroup.x * TILE;
+    let first_m = workgroup.y * TILE;
+    var sums = sum_tile(shape, first_row, first_m, local.xy);
+    var others: array<f32, 16>;
+    if (GATED) {
+        others = sum_tile(shape, first_row + output_rows(shape), first_m, local.xy);
+    }
     for (var i = 0u; i < 16u; i++) {
         let m = first_m + local.y + 16u * (i / 4u);
         let row = first_row + local.x + 16u * (i % 4u);
-        if (m < params.m && row < shape.rows) {
-            store(m * params.width + params.first + row, finish(row, sums[i]));
+        if (m < params.m && row < output_rows(shape)) {
+            store_row(m, row, sums[i], others[i]);
         }
     }
 }

@@ -1,79 +1,81 @@
-// Packed weights `[rows, K]`, unpacked 32 columns ("a unit") at a time. Codes lie least-significant bit first along K, each row
-// padded to whole units. The constants and the functions `decode`, `stored_scale` come from the format's module.
+// Packed weights `[rows, K]`, unpacked 32 columns ("a unit") at a time, in the order of pairs: pair p holds columns c and c + 4, c = 8 (p / 4) + p % 4.
+// The constants, `unit_codes`, `quad_scales` and `quad_offsets` come from the format's module.
 
 struct Shape {
     // Columns.
     k: u32,
-    // Words of codes in a row.
-    row_words: u32,
-    // Columns that share a scale, and such groups in a row.
-    group_cols: u32,
-    groups: u32,
-    // Rows that share their scales.
-    group_rows: u32,
     rows: u32,
+    // Groups of a row.
+    groups: u32,
 }
 
-// One part of w = (value − zero) · scale + bias, which hold for a group.
-struct Group {
-    scale: f32,
-    zero: f32,
-    bias: f32,
+// Scales and zero points or biases of four rows, for both halves of a unit.
+struct Groups {
+    low_scales: vec4<f32>,
+    high_scales: vec4<f32>,
+    low_offsets: vec4<f32>,
+    high_offsets: vec4<f32>,
 }
 
-fn code_at(words: ptr<function, array<u32, WORDS>>, j: u32) -> u32 {
-    let bit = j * BITS;
-    let shift = bit % 32u;
-    var code = (*words)[bit / 32u] >> shift;
-    if (shift + BITS > 32u) {
-        code |= (*words)[bit / 32u + 1u] << (32u - shift);
-    }
-    return code & MASK;
+fn units_of(shape: Shape) -> u32 {
+    return (shape.k + 31u) / 32u;
 }
 
-fn group_of(shape: Shape, row: u32, column: u32) -> Group {
-    if (!SCALED) {
-        return Group(1.0, 0.0, 0.0);
-    }
-    let index = row / shape.group_rows * shape.groups + column / shape.group_cols;
-    return Group(stored_scale(index), stored_zero(index), stored_bias(index));
-}
-
-// The weights of columns 32·unit … 32·unit + 31 of a row. Columns beyond K have finite weights that mean nothing.
-fn load_unit(shape: Shape, row: u32, unit: u32) -> array<f32, 32> {
-    var words: array<u32, WORDS>;
-    let first = row * shape.row_words + unit * WORDS;
-    for (var i = 0u; i < WORDS; i++) {
-        words[i] = codes[first + i];
-    }
-    var weights: array<f32, 32>;
-    // Columns that are stored, a bit each.
-    var kept = 0xffffffffu;
-    if (SPARSE) {
-        kept = 0u;
-        let pairs = sparse_pairs(row * ((shape.k + 31u) / 32u) + unit);
-        for (var quad = 0u; quad < 8u; quad++) {
-            let pair = pairs >> (4u * quad);
-            let low = decode(code_at(&words, 2u * quad));
-            let high = decode(code_at(&words, 2u * quad + 1u));
-            kept |= (1u << (pair & 3u) | 1u << (pair >> 2u & 3u)) << (4u * quad);
-            for (var i = 0u; i < 4u; i++) {
-                weights[4u * quad + i] = select(select(0.0, high, (pair >> 2u & 3u) == i), low, (pair & 3u) == i);
-            }
-        }
+fn groups_of(shape: Shape, quad: u32, unit: u32) -> Groups {
+    var groups: Groups;
+    let first = quad * shape.groups;
+    if (HALVED) {
+        let low = first + 32u * unit / GROUP;
+        // Half a unit may lie beyond the last group.
+        let high = first + min((32u * unit + 16u) / GROUP, shape.groups - 1u);
+        groups.low_scales = quad_scales(low);
+        groups.high_scales = quad_scales(high);
+        groups.low_offsets = quad_offsets(low);
+        groups.high_offsets = quad_offsets(high);
     } else {
-        for (var j = 0u; j < 32u; j++) {
-            weights[j] = decode(code_at(&words, j));
-        }
+        let index = first + 32u * unit / GROUP;
+        groups.low_scales = quad_scales(index);
+        groups.high_scales = groups.low_scales;
+        groups.low_offsets = quad_offsets(index);
+        groups.high_offsets = groups.low_offsets;
     }
-    // A group is a multiple of 16 columns.
-    for (var half = 0u; half < 32u; half += 16u) {
-        let column = min(32u * unit + half, shape.k - 1u);
-        let group = group_of(shape, row, column);
-        for (var j = half; j < half + 16u; j++) {
-            let weight = (weights[j] - group.zero) * group.scale + group.bias;
-            weights[j] = select(0.0, weight, (kept >> j & 1u) == 1u);
-        }
+    return groups;
+}
+
+// The codes' values of the i-th row of a quad, less their zero points.
+fn unit_of_quad(shape: Shape, groups: Groups, quad: u32, i: u32, unit: u32) -> array<pair, 16> {
+    let row = min(4u * quad + i, shape.rows - 1u);
+    if (ZEROED) {
+        return unit_codes(shape, row, unit, vec2<f32>(groups.low_offsets[i], groups.high_offsets[i]));
     }
-    return weights;
+    return unit_codes(shape, row, unit, vec2<f32>());
+}
+
+// The weights of the i-th row of a quad, but for the row's factor.
+fn weights_of_quad(shape: Shape, groups: Groups, quad: u32, i: u32, unit: u32) -> array<pair, 16> {
+    let c = unit_of_quad(shape, groups, quad, i, unit);
+    if (!SCALED) {
+        return c;
+    }
+    let s = pair(num(groups.low_scales[i]));
+    let t = pair(num(groups.high_scales[i]));
+    if (BIASED) {
+        let a = pair(num(groups.low_offsets[i]));
+        let b = pair(num(groups.high_offsets[i]));
+        return array<pair, 16>(
+            fma(c[0], s, a), fma(c[1], s, a), fma(c[2], s, a), fma(c[3], s, a),
+            fma(c[4], s, a), fma(c[5], s, a), fma(c[6], s, a), fma(c[7], s, a),
+            fma(c[8], t, b), fma(c[9], t, b), fma(c[10], t, b), fma(c[11], t, b),
+            fma(c[12], t, b), fma(c[13], t, b), fma(c[14], t, b), fma(c[15], t, b),
+        );
+    }
+    return array<pair, 16>(
+        c[0] * s, c[1] * s, c[2] * s, c[3] * s, c[4] * s, c[5] * s, c[6] * s, c[7] * s,
+        c[8] * t, c[9] * t, c[10] * t, c[11] * t, c[12] * t, c[13] * t, c[14] * t, c[15] * t,
+    );
+}
+
+// The weights of a row, but for its factor.
+fn unit_weights(shape: Shape, row: u32, unit: u32) -> array<pair, 16> {
+    return weights_of_quad(shape, groups_of(shape, row / 4u, unit), row / 4u, row % 4u, unit);
 }

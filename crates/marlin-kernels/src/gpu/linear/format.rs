@@ -1,0 +1,349 @@
+//! What a number format is on a device: how its codes, scales and zero points become numbers, as WGSL that stands before a kernel.
+
+use std::fmt::Write as _;
+
+use half::f16;
+use marlin_format::{ColumnOrder, Element, Grouping, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind};
+
+use super::layout::{QUAD, UNIT, planes, power_of_two};
+use crate::gpu::GpuArithmetic;
+use crate::gpu::pipeline::Binding;
+
+/// How a matrix is stored on a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct DeviceFormat {
+    pub(super) arithmetic: GpuArithmetic,
+    pub(super) element: Element,
+    /// The device does not read the matrix's scheme, and has its weights one by one.
+    pub(super) is_converted: bool,
+    pub(super) is_sparse: bool,
+    pub(super) scale: Scale,
+    pub(super) offset: Offset,
+    /// Columns of a group; `None` if a group is a whole row.
+    group: Option<u32>,
+}
+
+/// Scales of groups. What a whole row shares is a factor of its sum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Scale {
+    None,
+    /// In the device's arithmetic.
+    Quads,
+    /// Powers of two, a byte each.
+    E8M0,
+    /// Bytes of E4M3.
+    E4M3,
+}
+
+/// What is subtracted from the codes of a group, or added to its weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Offset {
+    None,
+    Zero,
+    Bias,
+}
+
+impl DeviceFormat {
+    pub(super) fn of(scheme: &Scheme, arithmetic: GpuArithmetic) -> Self {
+        let dense = match arithmetic {
+            GpuArithmetic::Exact => Element::F32,
+            GpuArithmetic::Half => Element::F16,
+        };
+        if !is_native(scheme, arithmetic) {
+            return Self::converted(dense, arithmetic);
+        }
+        let offset = match scheme.zero {
+            ZeroKind::None => Offset::None,
+            ZeroKind::Integer => Offset::Zero,
+            _ => Offset::Bias,
+        };
+        let group = match scheme.grouping {
+            Grouping::Tensor | Grouping::Row => None,
+            Grouping::Columns(cols) | Grouping::Block { cols, .. } => Some(cols),
+        };
+        let scale = match (scheme.scale, scheme.element, arithmetic) {
+            (ScaleKind::None, ..) => Scale::None,
+            // Without zero points or biases a scale of a whole row can wait until the row is summed up.
+            _ if group.is_none() && offset == Offset::None => Scale::None,
+            (ScaleKind::E8M0, _, GpuArithmetic::Half) => Scale::E8M0,
+            (ScaleKind::E4M3Global, Element::E2M1, GpuArithmetic::Half) => Scale::E4M3,
+            _ => Scale::Quads,
+        };
+        Self {
+            arithmetic,
+            element: scheme.element,
+            is_converted: false,
+            is_sparse: scheme.sparsity == Sparsity::TwoOfFour,
+            scale,
+            offset,
+            group,
+        }
+    }
+
+    /// Weights one by one.
+    fn converted(element: Element, arithmetic: GpuArithmetic) -> Self {
+        let (scale, offset) = (Scale::None, Offset::None);
+        Self { arithmetic, element, is_converted: true, is_sparse: false, scale, offset, group: None }
+    }
+
+    /// The format of a matrix, whose codes may rule out what its scheme allows.
+    pub(super) fn of_matrix(matrix: &PackedMatrix<'_>, arithmetic: GpuArithmetic) -> Self {
+        let is_nan = |code: &u8| code & 0x7f == 0x7f;
+        if matrix.scheme.element == Element::E4M3 && matrix.codes.iter().any(is_nan) {
+            // Decoding by shifts takes them for numbers.
+            let element = if arithmetic == GpuArithmetic::Exact { Element::F32 } else { Element::F16 };
+            return Self::converted(element, arithmetic);
+        }
+        Self::of(&matrix.scheme, arithmetic)
+    }
+
+    /// Words of the codes of a unit.
+    pub(super) fn unit_words(&self) -> usize {
+        let stored = if self.is_sparse { UNIT / 2 } else { UNIT };
+        stored * self.element.bits() as usize / 32
+    }
+
+    /// Bytes of a unit: its codes and its 2:4 index.
+    pub(super) fn unit_bytes(&self) -> usize {
+        (self.unit_words() + usize::from(self.is_sparse)) * size_of::<u32>()
+    }
+
+    /// Bytes of a group's scales in a quad of rows.
+    pub(super) fn scale_quad_bytes(&self) -> usize {
+        match self.scale {
+            Scale::None => 0,
+            Scale::Quads => QUAD * self.number_bytes(),
+            Scale::E8M0 | Scale::E4M3 => QUAD,
+        }
+    }
+
+    /// Bytes of a group's zero points or biases in a quad of rows.
+    pub(super) fn offset_quad_bytes(&self) -> usize {
+        if self.offset == Offset::None { 0 } else { QUAD * self.number_bytes() }
+    }
+
+    fn number_bytes(&self) -> usize {
+        match self.arithmetic {
+            GpuArithmetic::Exact => 4,
+            GpuArithmetic::Half => 2,
+        }
+    }
+
+    /// Appends a number of the device's arithmetic.
+    pub(super) fn push(&self, bytes: &mut Vec<u8>, value: f32) {
+        match self.arithmetic {
+            GpuArithmetic::Exact => bytes.extend(value.to_le_bytes()),
+            GpuArithmetic::Half => bytes.extend(f16::from_f32(value).to_le_bytes()),
+        }
+    }
+
+    /// What decoding leaves out: a code's value is this times what the kernel makes of it.
+    pub(super) fn element_factor(&self) -> f32 {
+        match self.element {
+            // The smallest exponents of both, taken for those of half precision.
+            Element::E2M1 => 16384.0,
+            Element::E4M3 => 256.0,
+            _ => 1.0,
+        }
+    }
+
+    /// The factor of rows with E4M3 scales, whose kernel multiplies them by 64.
+    pub(super) fn e4m3_factor(&self) -> f32 {
+        self.element_factor() / 64.0
+    }
+
+    /// No code's value is larger.
+    pub(super) fn largest_value(&self) -> f32 {
+        match self.element {
+            Element::E2M1 => 6.0,
+            Element::E4M3 => 448.0,
+            Element::Iq4Nl => 127.0,
+            // With zero points of the other end.
+            Element::Uint(bits) | Element::Int(bits) => (1u32 << bits) as f32,
+            Element::F16 | Element::Bf16 | Element::F32 => 1.0,
+        }
+    }
+
+    /// The factor of a row of converted weights.
+    pub(super) fn dense_factor(&self, weights: &[f32]) -> f32 {
+        match self.arithmetic {
+            GpuArithmetic::Exact => 1.0,
+            GpuArithmetic::Half => power_of_two(weights.iter().fold(0.0, |largest, weight| weight.abs().max(largest))),
+        }
+    }
+
+    /// The code of a converted weight.
+    pub(super) fn dense_code(&self, weight: f32) -> u32 {
+        match self.arithmetic {
+            GpuArithmetic::Exact => weight.to_bits(),
+            GpuArithmetic::Half => u32::from(f16::from_f32(weight).to_bits()),
+        }
+    }
+
+    /// Bindings in the order of a part's buffers.
+    pub(super) fn bindings(&self) -> Vec<Binding> {
+        let quads = match self.arithmetic {
+            GpuArithmetic::Exact => "vec4<f32>",
+            GpuArithmetic::Half => "vec2<u32>",
+        };
+        let mut bindings = vec![Binding::read("codes", self.vector().0)];
+        match self.scale {
+            Scale::None => {}
+            Scale::Quads => bindings.push(Binding::read("scales", quads)),
+            Scale::E8M0 | Scale::E4M3 => bindings.push(Binding::read("scales", "u32")),
+        }
+        if self.offset != Offset::None {
+            bindings.push(Binding::read("offsets", quads));
+        }
+        if self.is_sparse {
+            bindings.push(Binding::read("sparse_index", "u32"));
+        }
+        bindings.push(Binding::read("row_affine", "vec2<f32>"));
+        bindings
+    }
+
+    /// The widest vector that units of codes are made of, and its words.
+    fn vector(&self) -> (&'static str, usize) {
+        match self.unit_words() {
+            words if words.is_multiple_of(4) => ("vec4<u32>", 4),
+            words if words.is_multiple_of(2) => ("vec2<u32>", 2),
+            _ => ("u32", 1),
+        }
+    }
+
+    /// The module that stands before a kernel.
+    pub(super) fn module(&self) -> String {
+        let quad = |name: &str| match self.arithmetic {
+            GpuArithmetic::Exact => format!("{name}[index]"),
+            GpuArithmetic::Half => {
+                format!("vec4<f32>(unpack2x16float({name}[index].x), unpack2x16float({name}[index].y))")
+            }
+        };
+        let scales = match self.scale {
+            Scale::None => "vec4<f32>(1.0)".into(),
+            Scale::Quads => quad("scales"),
+            Scale::E8M0 => "e8m0_quad(scales[index])".into(),
+            Scale::E4M3 => "e4m3_quad(scales[index])".into(),
+        };
+        let offsets = if self.offset == Offset::None { "vec4<f32>(0.0)".into() } else { quad("offsets") };
+        format!(
+            "const WORDS = {}u;\nconst SCALED = {};\nconst ZEROED = {};\nconst BIASED = {};\nconst GROUP = {}u;\nconst HALVED = {};\n\
+             fn quad_scales(index: u32) -> vec4<f32> {{ return {scales}; }}\n\
+             fn quad_offsets(index: u32) -> vec4<f32> {{ return {offsets}; }}\n\
+             {}",
+            self.unit_words(),
+            self.scale != Scale::None,
+            self.offset == Offset::Zero,
+            self.offset == Offset::Bias,
+            self.group.unwrap_or(u32::MAX),
+            self.group.is_some_and(|cols| !cols.is_multiple_of(UNIT as u32)),
+            self.unit_codes(),
+        )
+    }
+
+    /// The function that decodes a unit. Written out pair by pair, so that compilers keep its results in registers.
+    fn unit_codes(&self) -> String {
+        let mut code =
+            String::from("fn unit_codes(shape: Shape, row: u32, unit: u32, zeros: vec2<f32>) -> array<pair, 16> {\n");
+        let (_, width) = self.vector();
+        let vectors = self.unit_words() / width;
+        // Writing to a string does not fail.
+        let _ = writeln!(code, "let start = (row * units_of(shape) + unit) * {vectors}u;");
+        for vector in 0..vectors {
+            let _ = writeln!(code, "let v{vector} = codes[start + {vector}u];");
+        }
+        for word in 0..self.unit_words() {
+            let component = if width == 1 { String::new() } else { format!("[{}]", word % width) };
+            let _ = writeln!(code, "let w{word} = v{}{component};", word / width);
+        }
+        if let Element::Uint(bits) | Element::Int(bits) = self.element {
+            // Integers become the last bits of 1024 in half precision, from which it is subtracted with the zero point.
+            let center = if matches!(self.element, Element::Int(_)) { 1u32 << (bits - 1) } else { 0 };
+            let _ = writeln!(code, "let low = pair(num({}.0 + zeros.x));", 1024 + center);
+            let _ = writeln!(code, "let high = pair(num({}.0 + zeros.y));", 1024 + center);
+        }
+        let pairs: Vec<String> = if self.is_sparse {
+            self.write_sparse(&mut code);
+            (0..16).map(|pair| format!("d{pair}")).collect()
+        } else {
+            (0..16).map(|pair| self.pair(pair, pair < 8)).collect()
+        };
+        let _ = writeln!(code, "return array<pair, 16>({});\n}}", pairs.join(", "));
+        code
+    }
+
+    /// Spreads the 8 stored pairs of a 2:4 sparse unit over its 16 pairs.
+    fn write_sparse(&self, code: &mut String) {
+        let _ = writeln!(code, "let kept = sparse_index[row * units_of(shape) + unit];");
+        for octet in 0..4 {
+            let _ = writeln!(code, "let a{octet} = {};", self.pair(2 * octet, octet < 2));
+            let _ = writeln!(code, "let b{octet} = {};", self.pair(2 * octet + 1, octet < 2));
+            let _ = writeln!(
+                code,
+                "let k{octet} = (vec2<u32>(kept) >> vec2<u32>({}u, {}u)) & vec2<u32>(15u);",
+                8 * octet,
+                8 * octet + 4
+            );
+            for i in 0..4 {
+                let _ = writeln!(
+                    code,
+                    "let d{} = select(select(pair(), b{octet}, (k{octet} >> vec2<u32>(2u)) == vec2<u32>({i}u)), a{octet}, \
+                     (k{octet} & vec2<u32>(3u)) == vec2<u32>({i}u));",
+                    4 * octet + i
+                );
+            }
+        }
+    }
+
+    /// The expression for a stored pair; `low` if it lies in the first half of its unit.
+    fn pair(&self, pair: usize, low: bool) -> String {
+        let bits = self.element.bits();
+        match self.element {
+            Element::F32 => format!("pair(vec2<f32>(bitcast<f32>(w{}), bitcast<f32>(w{})))", 2 * pair, 2 * pair + 1),
+            Element::Bf16 => {
+                format!("pair(vec2<f32>(bitcast<f32>(w{pair} << 16u), bitcast<f32>(w{pair} & 0xffff0000u)))")
+            }
+            Element::F16 => format!("to_pair(w{pair})"),
+            Element::E2M1 => format!("to_pair(e2m1_halves(w{}, {}u))", pair / 4, pair % 4),
+            Element::E4M3 => format!("to_pair(e4m3_halves({}))", self.codes_of_pair(pair, bits)),
+            Element::Iq4Nl => format!("iq4_nl_pair({})", self.codes_of_pair(pair, bits)),
+            Element::Uint(_) | Element::Int(_) => {
+                let start = if low { "low" } else { "high" };
+                format!("to_pair({} | 0x64006400u) - {start}", self.codes_of_pair(pair, bits))
+            }
+        }
+    }
+
+    /// The expression for the codes of a pair, in the last bits of the halves of a word.
+    fn codes_of_pair(&self, pair: usize, bits: u32) -> String {
+        let pairs = if self.is_sparse { 8 } else { 16 };
+        let (mut first_word, mut shift) = (0, 0);
+        let mut terms = Vec::new();
+        for width in planes(bits) {
+            let pairs_of_word = 16 / width as usize;
+            let word = first_word + pair / pairs_of_word;
+            let mask = ((1u32 << width) - 1) * 0x0001_0001;
+            let plane = format!("((w{word} >> {}u) & {mask:#x}u)", width as usize * (pair % pairs_of_word));
+            terms.push(if shift == 0 { plane } else { format!("({plane} << {shift}u)") });
+            first_word += pairs / pairs_of_word;
+            shift += width;
+        }
+        terms.join(" | ")
+    }
+}
+
+/// Whether the device reads a scheme as it is.
+fn is_native(scheme: &Scheme, arithmetic: GpuArithmetic) -> bool {
+    let whole_halves = |cols: u32| cols.is_multiple_of(UNIT as u32 / 2);
+    let groups = match scheme.grouping {
+        Grouping::Tensor | Grouping::Row => true,
+        Grouping::Columns(cols) | Grouping::Block { cols, .. } => whole_halves(cols),
+    };
+    let is_sparse = scheme.sparsity == Sparsity::TwoOfFour;
+    // Biases would reach pruned weights, and planes of single bits would not be whole words.
+    let sparsity = !is_sparse
+        || matches!(scheme.zero, ZeroKind::None | ZeroKind::Integer) && scheme.element.bits().is_multiple_of(2);
+    // Half precision has no room for the exponents of the others, which get a power of two for each row.
+    let element = arithmetic == GpuArithmetic::Exact || !scheme.element.is_dense();
+    groups && sparsity && element && scheme.order == ColumnOrder::Natural
+}

@@ -1,0 +1,400 @@
+//! Packed matrices on a device.
+
+mod format;
+mod layout;
+
+use std::sync::Arc;
+
+use marlin_format::{FormatError, Grouping, PackedMatrix, Scheme};
+use rayon::prelude::*;
+
+use self::format::DeviceFormat;
+use self::layout::{QUAD, Rows, UNIT};
+use super::GpuArithmetic;
+use super::device::{Gpu, Storage};
+use super::pipeline::{Binding, Kernel, Pipeline};
+use crate::{KernelError, LinearPart};
+
+/// Matrices that share their input.
+#[derive(Debug)]
+pub struct GpuLinear {
+    pub(super) parts: Vec<Part>,
+    pub(super) cols: usize,
+    /// Rows of each matrix.
+    pub(super) rows: Vec<usize>,
+}
+
+/// Consecutive rows of one format, no more than the device can bind.
+#[derive(Debug)]
+pub(super) struct Part {
+    pub(super) shape: Shape,
+    /// The first matrix that it has rows of.
+    pub(super) matrix: usize,
+    /// The first row, counted over all matrices.
+    pub(super) first: usize,
+    /// Codes, scales, zero points or biases, 2:4 index, row affine: those that its format has.
+    pub(super) buffers: Vec<Storage>,
+    pub(super) kernels: PartKernels,
+}
+
+/// The kernels of a part's format.
+#[derive(Debug)]
+pub(super) struct PartKernels {
+    plain: LinearKernels,
+    /// Of a part that is a gate and as large a matrix.
+    gated: Option<LinearKernels>,
+    pub(super) embed: Arc<Pipeline>,
+    /// How the kernels for few rows divide their work.
+    few_rows_tile: FewRowsTile,
+}
+
+/// Kernels by the rows of the input.
+#[derive(Debug)]
+struct LinearKernels {
+    /// By [`ROW_BLOCKS`].
+    few_rows: [Arc<Pipeline>; ROW_BLOCKS.len()],
+    many_rows: Arc<Pipeline>,
+}
+
+/// Rows of the input that a workgroup of the kernel for few rows takes; more rows go to the kernel for many.
+const ROW_BLOCKS: [usize; 4] = [1, 2, 4, 8];
+/// Rows and outputs of a workgroup of the kernel for many rows.
+const TILE: usize = 64;
+
+/// A workgroup of the kernel for few rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct FewRowsTile {
+    /// Invocations that share a quad of rows.
+    lanes: usize,
+    /// Quads of a workgroup.
+    quads: usize,
+}
+
+impl FewRowsTile {
+    /// Short rows keep fewer invocations busy.
+    fn of(cols: usize) -> Self {
+        match cols.div_ceil(UNIT) {
+            0..=16 => Self { lanes: 8, quads: 16 },
+            17..=95 => Self { lanes: 16, quads: 8 },
+            _ => Self { lanes: 32, quads: 4 },
+        }
+    }
+
+    /// Output rows of a workgroup.
+    fn rows(self) -> usize {
+        self.quads * QUAD
+    }
+}
+
+/// What kernels are told of a part; the order of `Shape` in `weights.wgsl`.
+#[derive(Debug, Clone, Copy, bytemuck::NoUninit)]
+#[repr(C)]
+pub(super) struct Shape {
+    pub(super) k: u32,
+    pub(super) rows: u32,
+    groups: u32,
+}
+
+/// A run of rows of one matrix.
+struct Source<'a> {
+    matrix: PackedMatrix<'a>,
+    bias: Option<&'a [f32]>,
+}
+
+impl GpuLinear {
+    pub(super) fn load(gpu: &Gpu, parts: &[LinearPart<'_>]) -> Result<Self, KernelError> {
+        let cols = crate::backend::check_parts(parts)?;
+        let rows: Vec<usize> = parts.iter().map(|part| part.weight.rows).collect();
+        let mut linear = Self { parts: Vec::new(), cols, rows };
+        let (mut first, mut matrix) = (0, 0);
+        while let Some(part) = parts.get(matrix) {
+            let format = DeviceFormat::of_matrix(&part.weight, gpu.arithmetic);
+            let most = rows_of_binding(gpu, &format, &part.weight);
+            let together = parts_together(&parts[matrix..], &format, most, gpu.arithmetic);
+            let total: usize = parts[matrix..matrix + together].iter().map(|part| part.weight.rows).sum();
+            if together > 1 {
+                let sources: Vec<_> = parts[matrix..matrix + together].iter().map(Source::whole).collect();
+                linear.parts.push(Part::load(gpu, &format, &sources, matrix, first)?);
+            } else {
+                for start in (0..total).step_by(most) {
+                    let source = Source::rows(part, start..total.min(start + most))?;
+                    linear.parts.push(Part::load(gpu, &format, &[source], matrix, first + start)?);
+                }
+            }
+            first += total;
+            matrix += together;
+        }
+        Ok(linear)
+    }
+
+    /// The part that a gate and as large a matrix make, if they are one.
+    pub(super) fn as_gated(&self) -> Option<&Part> {
+        match &self.parts[..] {
+            [part] if part.kernels.gated.is_some() => Some(part),
+            _ => None,
+        }
+    }
+
+    /// All rows.
+    pub(super) fn outputs(&self) -> usize {
+        self.rows.iter().sum()
+    }
+
+    /// Bytes that [`GpuLinear::load`] takes of the device for a matrix without a bias.
+    pub(super) fn bytes(
+        scheme: &Scheme,
+        rows: usize,
+        cols: usize,
+        arithmetic: GpuArithmetic,
+    ) -> Result<usize, KernelError> {
+        scheme.packed_bytes(rows, cols)?;
+        let format = DeviceFormat::of(scheme, arithmetic);
+        let bytes = || {
+            let codes = rows.checked_mul(cols.div_ceil(UNIT))?.checked_mul(format.unit_bytes())?;
+            let quads = rows.div_ceil(QUAD).checked_mul(scheme.groups_per_row(cols))?;
+            let groups = quads.checked_mul(format.scale_quad_bytes() + format.offset_quad_bytes())?;
+            codes.checked_add(groups)?.checked_add(rows.checked_mul(size_of::<[f32; 2]>())?)
+        };
+        Ok(bytes().ok_or(FormatError::TooLarge { rows, cols })?)
+    }
+}
+
+/// How many of the first parts become one: their format is the same, and all but the last are whole quads.
+fn parts_together(parts: &[LinearPart<'_>], format: &DeviceFormat, most: usize, arithmetic: GpuArithmetic) -> usize {
+    let groups = |part: &LinearPart<'_>| part.weight.scheme.groups_per_row(part.weight.cols);
+    let mut rows = parts[0].weight.rows;
+    let more = parts.windows(2).take_while(|pair| {
+        rows += pair[1].weight.rows;
+        pair[0].weight.rows.is_multiple_of(QUAD)
+            && rows <= most
+            && groups(&pair[1]) == groups(&parts[0])
+            && DeviceFormat::of_matrix(&pair[1].weight, arithmetic) == *format
+    });
+    1 + more.count()
+}
+
+/// How many rows fit into one binding, in whole quads and tiles of scales.
+fn rows_of_binding(gpu: &Gpu, format: &DeviceFormat, matrix: &PackedMatrix<'_>) -> usize {
+    let groups = matrix.scheme.groups_per_row(matrix.cols);
+    let quad_bytes = groups * format.scale_quad_bytes().max(format.offset_quad_bytes());
+    let row_bytes = (matrix.cols.div_ceil(UNIT) * format.unit_bytes()).max(quad_bytes.div_ceil(QUAD)).max(8);
+    let rows = usize::try_from(gpu.caps.max_binding).unwrap_or(usize::MAX) / row_bytes;
+    let tile = match matrix.scheme.grouping {
+        Grouping::Block { rows, .. } => (rows as usize).next_multiple_of(QUAD),
+        _ => QUAD,
+    };
+    (rows / tile * tile).max(tile)
+}
+
+impl<'a> Source<'a> {
+    fn whole(part: &'a LinearPart<'_>) -> Self {
+        Self { matrix: part.weight.borrowed(), bias: part.bias.as_deref() }
+    }
+
+    fn rows(part: &'a LinearPart<'_>, rows: std::ops::Range<usize>) -> Result<Self, KernelError> {
+        let bias = part.bias.as_ref().map(|bias| &bias[rows.clone()]);
+        Ok(Self { matrix: part.weight.slice_rows(rows)?, bias })
+    }
+}
+
+impl Part {
+    /// The kernel for `m` rows of input, and its workgroups.
+    pub(super) fn kernel(&self, m: usize) -> (&Arc<Pipeline>, [usize; 3]) {
+        self.kernels.choose(&self.kernels.plain, m, self.shape.rows as usize)
+    }
+
+    /// The same for a gate and the matrix that it gates.
+    pub(super) fn gated_kernel(&self, m: usize) -> Option<(&Arc<Pipeline>, [usize; 3])> {
+        let kernels = self.kernels.gated.as_ref()?;
+        Some(self.kernels.choose(kernels, m, self.shape.rows as usize / 2))
+    }
+
+    fn load(
+        gpu: &Gpu,
+        format: &DeviceFormat,
+        sources: &[Source<'_>],
+        matrix: usize,
+        first: usize,
+    ) -> Result<Self, KernelError> {
+        let of_first = &sources[0].matrix;
+        let cols = of_first.cols;
+        let rows: usize = sources.iter().map(|source| source.matrix.rows).sum();
+        let shape = Shape { k: cols as u32, rows: rows as u32, groups: of_first.scheme.groups_per_row(cols) as u32 };
+        let row_words = cols.div_ceil(UNIT) * format.unit_words();
+        let sources: Vec<_> = sources.iter().map(|source| (Rows::new(format, &source.matrix), source)).collect();
+
+        let mut codes = Upload::new(gpu, "weights", rows * row_words * 4)?;
+        for (source, Source { matrix, .. }) in &sources {
+            match source.as_they_are() {
+                Some(bytes) => codes.write(bytes)?,
+                None => codes.write_rows(matrix.rows, row_words, |row, words| source.codes(row, words))?,
+            }
+        }
+        let mut buffers = vec![codes.storage];
+        let quads = |bytes: usize, what: &'static str, push: &dyn Fn(&Rows<'_>, usize, &mut Vec<u8>)| {
+            let groups = shape.groups as usize * rows.div_ceil(QUAD);
+            let mut upload = Upload::new(gpu, what, groups * bytes)?;
+            for (source, Source { matrix, .. }) in &sources {
+                let mut bytes = Vec::new();
+                for row in (0..matrix.rows).step_by(QUAD) {
+                    push(source, row, &mut bytes);
+                    if bytes.len() >= STAGING {
+                        upload.write(&bytes)?;
+                        bytes.clear();
+                    }
+                }
+                upload.write(&bytes)?;
+            }
+            Ok::<_, KernelError>(upload.storage)
+        };
+        if format.scale_quad_bytes() > 0 {
+            buffers.push(quads(format.scale_quad_bytes(), "scales", &|rows, row, bytes| rows.scales(row, bytes))?);
+        }
+        if format.offset_quad_bytes() > 0 {
+            buffers
+                .push(quads(format.offset_quad_bytes(), "zero points", &|rows, row, bytes| rows.offsets(row, bytes))?);
+        }
+        if format.is_sparse {
+            let units = cols.div_ceil(UNIT);
+            let mut index = Upload::new(gpu, "2:4 index", rows * units * 4)?;
+            for (source, Source { matrix, .. }) in &sources {
+                index.write_rows(matrix.rows, units, |row, words| source.sparse_index(row, words))?;
+            }
+            buffers.push(index.storage);
+        }
+        let affine: Vec<[f32; 2]> = sources
+            .iter()
+            .flat_map(|(source, Source { matrix, bias })| {
+                (0..matrix.rows).map(move |row| [source.factor(row), bias.map_or(0.0, |bias| bias[row])])
+            })
+            .collect();
+        buffers.push(gpu.storage_of("row factors", &affine)?);
+        let is_gated = matches!(&sources[..], [(_, gate), (_, up)] if gate.matrix.rows == up.matrix.rows);
+        Ok(Self { shape, matrix, first, buffers, kernels: PartKernels::new(gpu, format, cols, is_gated)? })
+    }
+}
+
+/// Bytes that go to the device in one piece of staging memory.
+const STAGING: usize = 16 << 20;
+
+/// Device memory that is filled from its beginning.
+struct Upload<'a> {
+    gpu: &'a Gpu,
+    storage: Storage,
+    filled: usize,
+}
+
+impl<'a> Upload<'a> {
+    fn new(gpu: &'a Gpu, what: &str, bytes: usize) -> Result<Self, KernelError> {
+        Ok(Self { gpu, storage: gpu.storage(what, bytes)?, filled: 0 })
+    }
+
+    /// Appends bytes, whole words.
+    fn write(&mut self, bytes: &[u8]) -> Result<(), KernelError> {
+        for piece in bytes.chunks(STAGING) {
+            self.gpu.write(&self.storage, self.filled as u64, piece);
+            self.filled += piece.len();
+            // Staging memory is given back when its copy has run.
+            self.gpu.queue.submit([]);
+            if piece.len() == STAGING {
+                self.gpu.wait()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends rows of so many words each, which `fill` makes.
+    fn write_rows(
+        &mut self,
+        rows: usize,
+        row_words: usize,
+        fill: impl Fn(usize, &mut [u32]) + Sync,
+    ) -> Result<(), KernelError> {
+        let step = (STAGING / (row_words * 4)).clamp(1, rows);
+        let mut words = vec![0; step * row_words];
+        for start in (0..rows).step_by(step) {
+            let words = &mut words[..step.min(rows - start) * row_words];
+            let each = words.par_chunks_exact_mut(row_words).enumerate();
+            each.for_each(|(row, words)| fill(start + row, words));
+            self.write(bytemuck::cast_slice(words))?;
+        }
+        Ok(())
+    }
+}
+
+impl PartKernels {
+    fn new(gpu: &Gpu, format: &DeviceFormat, cols: usize, is_gated: bool) -> Result<Self, KernelError> {
+        let few_rows_tile = FewRowsTile::of(cols);
+        let kernels = |is_gated| LinearKernels::new(gpu, format, few_rows_tile, is_gated);
+        Ok(Self {
+            plain: kernels(false)?,
+            gated: is_gated.then(|| kernels(true)).transpose()?,
+            embed: gpu.pipeline(&embed(format))?,
+            few_rows_tile,
+        })
+    }
+
+    /// The kernel for `m` rows of input and so many outputs, and its workgroups.
+    fn choose<'a>(&self, kernels: &'a LinearKernels, m: usize, outputs: usize) -> (&'a Arc<Pipeline>, [usize; 3]) {
+        match ROW_BLOCKS.iter().position(|block| m <= *block) {
+            Some(block) => (&kernels.few_rows[block], [outputs.div_ceil(self.few_rows_tile.rows()), 1, 1]),
+            None => (&kernels.many_rows, [outputs.div_ceil(TILE), m.div_ceil(TILE), 1]),
+        }
+    }
+}
+
+impl LinearKernels {
+    fn new(gpu: &Gpu, format: &DeviceFormat, tile: FewRowsTile, is_gated: bool) -> Result<Self, KernelError> {
+        let few_rows = |rows: usize| {
+            let FewRowsTile { lanes, quads } = tile;
+            let constants = format!(
+                "const MB = {rows}u;\nconst LANES = {lanes}u;\nconst QUADS = {quads}u;\nconst GATED = {is_gated};\n"
+            );
+            gpu.pipeline(&linear(format, "linear_rows", constants, include_str!("../shaders/linear_rows.wgsl")))
+        };
+        let [one, two, four, eight] = ROW_BLOCKS;
+        let constants = format!("const GATED = {is_gated};\n");
+        let many_rows = linear(format, "linear_tile", constants, include_str!("../shaders/linear_tile.wgsl"));
+        Ok(Self {
+            few_rows: [few_rows(one)?, few_rows(two)?, few_rows(four)?, few_rows(eight)?],
+            many_rows: gpu.pipeline(&many_rows)?,
+        })
+    }
+}
+
+/// The files that make weights of codes.
+fn weights(format: &DeviceFormat) -> Vec<&'static str> {
+    let arithmetic = match format.arithmetic {
+        GpuArithmetic::Exact => include_str!("../shaders/arithmetic_exact.wgsl"),
+        GpuArithmetic::Half => include_str!("../shaders/arithmetic_half.wgsl"),
+    };
+    vec![arithmetic, include_str!("../shaders/elements.wgsl"), include_str!("../shaders/weights.wgsl")]
+}
+
+/// A kernel of a linear.
+fn linear(format: &DeviceFormat, name: &'static str, constants: String, file: &'static str) -> Kernel {
+    let mut bindings = format.bindings();
+    let mut files = weights(format);
+    match format.arithmetic {
+        GpuArithmetic::Exact => {
+            bindings.push(Binding::read("x", "f32"));
+            files.push(include_str!("../shaders/input_exact.wgsl"));
+        }
+        GpuArithmetic::Half => {
+            bindings.extend([Binding::read("x", "vec4<u32>"), Binding::read("x_scales", "f32")]);
+            files.push(include_str!("../shaders/input_half.wgsl"));
+        }
+    }
+    bindings.push(Binding::write("out", "f32"));
+    files.extend([include_str!("../shaders/epilogue.wgsl"), file]);
+    Kernel { name, prelude: format.module() + &constants, bindings, files }
+}
+
+/// The kernel that looks up rows of a table.
+fn embed(format: &DeviceFormat) -> Kernel {
+    let mut bindings = format.bindings();
+    bindings.extend([Binding::read("tokens", "u32"), Binding::write("out", "f32")]);
+    let mut files = weights(format);
+    files.push(include_str!("../shaders/embed.wgsl"));
+    Kernel { name: "embed", prelude: format.module(), bindings, files }
+}
