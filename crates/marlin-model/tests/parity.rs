@@ -9,11 +9,14 @@ use common::{
 use marlin_format::{Format, Scheme};
 use marlin_kernels::KvType;
 use marlin_kernels::cpu::Arithmetic;
+use marlin_kernels::gpu::GpuArithmetic;
 
 /// Relative error allowed with keys and values in f32: a few times what the roundings of both sides come to.
 const BOUND: f32 = 1e-5;
 /// With keys and values rounded to f16, whose relative step is 2^-11.
 const F16_KV_BOUND: f32 = 5e-3;
+/// With activations, scales and sums of 32 products rounded to half precision.
+const HALF_BOUND: f32 = 5e-3;
 /// With activations rounded to int8.
 const INT8_BOUND: f64 = 0.05;
 
@@ -36,6 +39,11 @@ fn logits_agree_with_transformers() {
                 assert_parity(&format!("{} on {device:?}, {kv_type:?}", folder.display()), &logits, &golden, bound);
             }
         }
+        if let Some(device) = Device::gpu(GpuArithmetic::Half) {
+            let mut model = device.load(&folder, &options(KvType::F16)).unwrap();
+            let logits = model.logits_of(&golden.input_ids, golden.input_ids.len());
+            assert_parity(&format!("{} on {device:?}", folder.display()), &logits, &golden, HALF_BOUND);
+        }
     }
 }
 
@@ -55,6 +63,9 @@ fn packed_models_agree_on_all_devices() {
             let wanted = Golden { logits: logits(Device::Reference), input_ids: input_ids.clone() };
             for device in Device::exact() {
                 assert_parity(&format!("{name} in {formats} on {device:?}"), &logits(device), &wanted, BOUND);
+            }
+            if let Some(device) = Device::gpu(GpuArithmetic::Half) {
+                assert_parity(&format!("{name} in {formats} on {device:?}"), &logits(device), &wanted, HALF_BOUND);
             }
             // Activations of int8 cost about as much as 8-bit weights: a percent or two.
             let error = l2_error(&logits(Device::cpu(Arithmetic::Int8, 1, None)), &wanted.logits);

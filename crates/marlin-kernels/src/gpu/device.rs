@@ -43,6 +43,27 @@ pub struct GpuCaps {
     pub shares_memory: bool,
     /// Bytes of one storage binding; larger matrices are split.
     pub max_binding: u64,
+    /// Bytes of workgroup memory.
+    pub workgroup_memory: u32,
+    /// Kernels may use operations of subgroups.
+    pub subgroups: bool,
+    /// The sizes of matrices in half precision that its matrix units multiply and sum in single precision.
+    pub matrices: Vec<MatrixSize>,
+    /// It tells the time between kernels.
+    pub timestamps: bool,
+    /// Compiled kernels can be kept on disk.
+    pub pipeline_cache: bool,
+}
+
+/// `[m, k]` times `[k, n]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MatrixSize {
+    /// Rows of the product.
+    pub m: u32,
+    /// Columns of the product.
+    pub n: u32,
+    /// Terms of a sum.
+    pub k: u32,
 }
 
 /// An open device.
@@ -72,6 +93,13 @@ const IMMEDIATE_BYTES: u32 = 64;
 
 /// What the kernels need of a device.
 const NEEDED: wgpu::Features = wgpu::Features::SHADER_F16.union(wgpu::Features::IMMEDIATES);
+
+/// What they use where it is there.
+const WANTED: wgpu::Features = wgpu::Features::SUBGROUP
+    .union(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX)
+    .union(wgpu::Features::TIMESTAMP_QUERY)
+    .union(wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES)
+    .union(wgpu::Features::PIPELINE_CACHE);
 
 /// Bytes of workgroup memory that the largest kernel takes, the one for tiles of 64 by 64.
 const WORKGROUP_MEMORY: u32 = 2 * 64 * 33 * 4;
@@ -132,6 +160,16 @@ fn enumerate(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
     adapters
 }
 
+fn matrices(adapter: &wgpu::Adapter, features: wgpu::Features) -> Vec<MatrixSize> {
+    use wgpu::CooperativeScalarType::{F16, F32};
+    if !features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+        return Vec::new();
+    }
+    let properties = adapter.cooperative_matrix_properties();
+    let mixed = properties.iter().filter(|it| (it.ab_type, it.cr_type) == (F16, F32));
+    mixed.map(|it| MatrixSize { m: it.m_size, n: it.n_size, k: it.k_size }).collect()
+}
+
 impl Gpu {
     pub(super) fn open(options: GpuOptions) -> Result<Self, KernelError> {
         let adapters = enumerate(&instance());
@@ -151,10 +189,15 @@ impl Gpu {
             )));
         }
         let limits = adapter.limits();
+        let features = NEEDED | (WANTED & adapter.features());
+        // SAFETY: of the experimental features only cooperative matrices are used, by kernels that the conformance table holds
+        // against the reference on each device it runs on.
+        let experimental_features = unsafe { wgpu::ExperimentalFeatures::enabled() };
         let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
             label: Some("metal-marlin"),
-            required_features: NEEDED,
+            required_features: features,
             required_limits: limits.clone(),
+            experimental_features,
             ..wgpu::DeviceDescriptor::default()
         }))
         .map_err(|error| KernelError::Device(format!("{} does not open: {error}", info.name)))?;
@@ -174,6 +217,12 @@ impl Gpu {
             subgroup: [info.subgroup_min_size, info.subgroup_max_size],
             // Kernels count words and values in 32 bits.
             max_binding: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min((1 << 31) - 4),
+            workgroup_memory: limits.max_compute_workgroup_storage_size,
+            subgroups: features.contains(wgpu::Features::SUBGROUP),
+            matrices: matrices(&adapter, features),
+            timestamps: features
+                .contains(wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES),
+            pipeline_cache: features.contains(wgpu::Features::PIPELINE_CACHE),
         };
         Ok(Self {
             device,

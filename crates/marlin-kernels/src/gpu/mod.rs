@@ -4,18 +4,20 @@
 //! `linear` puts in front of a kernel, so no kernel is written twice. Operations are recorded and run by
 //! [`Encoder::submit`](crate::Encoder::submit); bind groups are made once and found again.
 
+mod attention;
 mod device;
 mod encoder;
 mod kv;
 mod linear;
 mod pipeline;
 mod recorder;
+mod step;
 
 use std::sync::Arc;
 
 use marlin_format::Scheme;
 
-pub use device::{GpuAdapter, GpuArithmetic, GpuCaps, GpuOptions, adapters};
+pub use device::{GpuAdapter, GpuArithmetic, GpuCaps, GpuOptions, MatrixSize, adapters};
 pub use encoder::GpuEncoder;
 pub use kv::GpuKvCache;
 pub use linear::GpuLinear;

@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use marlin_checkpoint::{Checkpoint, CheckpointWriter, PlannedTensor, WriterOptions};
 use marlin_format::{EncodeOptions, Format, Scheme, encode};
 use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
-use marlin_kernels::gpu::{GpuBackend, GpuOptions};
+use marlin_kernels::gpu::{GpuArithmetic, GpuBackend, GpuOptions};
 use marlin_kernels::reference::ReferenceBackend;
 use marlin_kernels::{KvType, SampleRow};
 use marlin_model::{KvSequence, LanguageModel, LoadOptions, LogitRows, ModelError, StepBatch, load_model};
@@ -101,17 +101,22 @@ pub(crate) fn packed_in(target: &TempDir) -> PathBuf {
 pub(crate) enum Device {
     Reference,
     Cpu(CpuOptions),
-    Gpu,
+    Gpu(GpuArithmetic),
 }
 
-/// The GPU, if there is one: opened once, because its kernels are compiled once.
-fn gpu() -> Option<&'static GpuBackend> {
-    static GPU: OnceLock<Option<GpuBackend>> = OnceLock::new();
-    let open = || match GpuBackend::new(GpuOptions::default()) {
+/// The GPU, if there is one: opened once for each arithmetic, because its kernels are compiled once.
+fn gpu(arithmetic: GpuArithmetic) -> Option<&'static GpuBackend> {
+    static EXACT: OnceLock<Option<GpuBackend>> = OnceLock::new();
+    static HALF: OnceLock<Option<GpuBackend>> = OnceLock::new();
+    let open = || match GpuBackend::new(GpuOptions { arithmetic, ..GpuOptions::default() }) {
         Err(error) if std::env::var_os("METAL_MARLIN_REQUIRE_GPU").is_some() => panic!("a GPU is required: {error}"),
         opened => opened.ok(),
     };
-    GPU.get_or_init(open).as_ref()
+    let opened = match arithmetic {
+        GpuArithmetic::Exact => &EXACT,
+        GpuArithmetic::Half => &HALF,
+    };
+    opened.get_or_init(open).as_ref()
 }
 
 impl Device {
@@ -120,10 +125,15 @@ impl Device {
         Self::Cpu(CpuOptions { threads: Some(threads), arithmetic, simd })
     }
 
-    /// The reference, and the CPU in exact mode at every level this processor has.
+    /// The GPU in this arithmetic, if there is one.
+    pub(crate) fn gpu(arithmetic: GpuArithmetic) -> Option<Self> {
+        gpu(arithmetic).map(|_| Self::Gpu(arithmetic))
+    }
+
+    /// The reference, the CPU in exact mode at every level this processor has, and the GPU in single precision.
     pub(crate) fn exact() -> Vec<Self> {
         let cpus = SimdLevel::available().into_iter().map(|simd| Self::cpu(Arithmetic::Exact, 1, Some(simd)));
-        std::iter::once(Self::Reference).chain(cpus).chain(gpu().map(|_| Self::Gpu)).collect()
+        std::iter::once(Self::Reference).chain(cpus).chain(Self::gpu(GpuArithmetic::Exact)).collect()
     }
 
     pub(crate) fn load(self, folder: &Path, options: &LoadOptions) -> Result<Model, ModelError> {
@@ -131,7 +141,7 @@ impl Device {
         let model = match self {
             Self::Reference => load_model(&ReferenceBackend, &checkpoint, options)?,
             Self::Cpu(cpu) => load_model(&CpuBackend::new(cpu).expect("a CPU"), &checkpoint, options)?,
-            Self::Gpu => load_model(gpu().expect("a GPU"), &checkpoint, options)?,
+            Self::Gpu(arithmetic) => load_model(gpu(arithmetic).expect("a GPU"), &checkpoint, options)?,
         };
         Ok(Model { model, batch: StepBatch::new() })
     }

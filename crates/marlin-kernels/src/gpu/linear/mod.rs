@@ -1,5 +1,6 @@
 //! Packed matrices on a device.
 
+mod encode;
 mod format;
 mod layout;
 
@@ -8,6 +9,7 @@ use std::sync::Arc;
 use marlin_format::{FormatError, Grouping, PackedMatrix, Scheme};
 use rayon::prelude::*;
 
+pub(super) use self::encode::{LinearEncoder, embed};
 use self::format::DeviceFormat;
 use self::layout::{QUAD, Rows, UNIT};
 use super::GpuArithmetic;
@@ -329,7 +331,7 @@ impl PartKernels {
         Ok(Self {
             plain: kernels(false)?,
             gated: is_gated.then(|| kernels(true)).transpose()?,
-            embed: gpu.pipeline(&embed(format))?,
+            embed: gpu.pipeline(&embed_kernel(format))?,
             few_rows_tile,
         })
     }
@@ -391,7 +393,7 @@ fn linear(format: &DeviceFormat, name: &'static str, constants: String, file: &'
 }
 
 /// The kernel that looks up rows of a table.
-fn embed(format: &DeviceFormat) -> Kernel {
+fn embed_kernel(format: &DeviceFormat) -> Kernel {
     let mut bindings = format.bindings();
     bindings.extend([Binding::read("tokens", "u32"), Binding::write("out", "f32")]);
     let mut files = weights(format);
