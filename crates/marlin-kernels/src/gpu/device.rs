@@ -297,6 +297,20 @@ impl Gpu {
         failure.map_or(Ok(()), |failure| Err(KernelError::Device(format!("{}: {failure}", self.caps.name))))
     }
 
+    /// Waits for everything that was submitted and reads the beginning of a buffer that can be mapped.
+    pub(super) fn read_mapped(&self, readback: &wgpu::Buffer, out: &mut [u8]) -> Result<(), KernelError> {
+        let bytes = out.len() as u64;
+        // If it cannot be mapped, `get_mapped_range` fails.
+        readback.map_async(wgpu::MapMode::Read, ..bytes, |_| ());
+        self.wait()?;
+        let mapped = readback.get_mapped_range(..bytes);
+        let mapped = mapped.map_err(|error| KernelError::Device(format!("cannot read from the device: {error}")))?;
+        out.copy_from_slice(&mapped);
+        drop(mapped);
+        readback.unmap();
+        Ok(())
+    }
+
     /// Waits for everything that was submitted.
     pub(super) fn wait(&self) -> Result<(), KernelError> {
         // wgpu panics if the device fails while it is waited for.

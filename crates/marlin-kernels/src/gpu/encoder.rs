@@ -1,6 +1,7 @@
 //! Records the operations of a step and runs them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::attention::AttentionKernels;
 use super::device::Gpu;
@@ -239,20 +240,28 @@ impl Encoder<GpuBackend> for GpuEncoder {
         let mut commands = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         commands.copy_buffer_to_buffer(&buffer.storage.buffer, 0, &readback, 0, bytes);
         self.gpu.queue.submit([commands.finish()]);
-        // If it cannot be mapped, `get_mapped_range` fails.
-        readback.map_async(wgpu::MapMode::Read, ..bytes, |_| ());
-        self.gpu.wait()?;
-        let mapped = readback.get_mapped_range(..bytes);
-        let mapped = mapped.map_err(|error| KernelError::Device(format!("cannot read from the device: {error}")))?;
-        out.copy_from_slice(bytemuck::cast_slice(&mapped));
-        drop(mapped);
-        readback.unmap();
+        self.gpu.read_mapped(&readback, bytemuck::cast_slice_mut(out))?;
         self.readback = Some(readback);
         Ok(())
     }
 }
 
 impl GpuEncoder {
+    /// The time that the device takes for what `record` records, and for that alone.
+    ///
+    /// # Errors
+    /// The device has no clock (see [`GpuCaps::timestamps`](super::GpuCaps::timestamps)), or failed.
+    pub fn timed(&mut self, record: impl FnOnce(&mut Self)) -> Result<Duration, KernelError> {
+        self.recorder.start_timing()?;
+        record(self);
+        self.recorder.stop_timing().map(Duration::from_secs_f64)
+    }
+
+    /// How many kernels were recorded since the encoder was made.
+    pub fn dispatches(&self) -> u64 {
+        self.recorder.dispatches()
+    }
+
     fn rms_norm_into(&mut self, variant: usize, x: &GpuBuffer, weight: &GpuVector, eps: f32, out: &GpuBuffer) {
         assert_eq!(weight.values.len(), x.width, "a weight for each value of a row");
         let buffers = [&x.storage, &weight.storage, &out.storage];

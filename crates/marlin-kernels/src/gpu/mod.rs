@@ -12,6 +12,7 @@ mod linear;
 mod pipeline;
 mod recorder;
 mod step;
+mod timing;
 
 use std::sync::Arc;
 

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use super::device::{Gpu, Storage};
 use super::pipeline::Pipeline;
+use super::timing::Timing;
+use crate::KernelError;
 
 /// Storage buffers of a kernel, at most.
 const MAX_BINDINGS: usize = 10;
@@ -15,6 +17,10 @@ pub(super) struct Recorder {
     recording: Option<Recording>,
     /// By pipeline and buffers.
     bind_groups: HashMap<(usize, [u64; MAX_BINDINGS]), wgpu::BindGroup>,
+    /// While passes are timed.
+    timing: Option<Timing>,
+    /// Kernels recorded since the beginning.
+    dispatches: u64,
 }
 
 /// The pass goes before its encoder.
@@ -25,7 +31,12 @@ struct Recording {
 
 impl Recorder {
     pub(super) fn new(gpu: Arc<Gpu>) -> Self {
-        Self { gpu, recording: None, bind_groups: HashMap::new() }
+        Self { gpu, recording: None, bind_groups: HashMap::new(), timing: None, dispatches: 0 }
+    }
+
+    /// How many kernels were recorded since the beginning.
+    pub(super) fn dispatches(&self) -> u64 {
+        self.dispatches
     }
 
     /// Records a kernel over these buffers, in the order of its bindings.
@@ -53,7 +64,8 @@ impl Recorder {
                 entries: &entries,
             })
         });
-        let recording = self.recording.get_or_insert_with(|| Recording::new(&self.gpu));
+        let recording = self.recording.get_or_insert_with(|| Recording::new(&self.gpu, self.timing.as_mut()));
+        self.dispatches += 1;
         recording.pass.set_pipeline(&pipeline.pipeline);
         recording.pass.set_bind_group(0, &*bind_group, &[]);
         recording.pass.set_immediates(0, bytemuck::cast_slice(parameters));
@@ -68,12 +80,27 @@ impl Recorder {
             self.gpu.queue.submit([commands.finish()]);
         }
     }
+
+    /// Times the passes that are recorded until [`Recorder::stop_timing`].
+    pub(super) fn start_timing(&mut self) -> Result<(), KernelError> {
+        self.flush();
+        self.timing = Some(Timing::new(&self.gpu)?);
+        Ok(())
+    }
+
+    /// The seconds that the device took from the first timed pass's beginning to the last one's end.
+    pub(super) fn stop_timing(&mut self) -> Result<f64, KernelError> {
+        self.flush();
+        self.timing.take().map_or(Ok(0.0), |timing| timing.seconds(&self.gpu))
+    }
 }
 
 impl Recording {
-    fn new(gpu: &Gpu) -> Self {
+    fn new(gpu: &Gpu, timing: Option<&mut Timing>) -> Self {
         let mut commands = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        let pass = commands.begin_compute_pass(&wgpu::ComputePassDescriptor::default()).forget_lifetime();
+        let timestamp_writes = timing.and_then(Timing::next_pass);
+        let descriptor = wgpu::ComputePassDescriptor { label: None, timestamp_writes };
+        let pass = commands.begin_compute_pass(&descriptor).forget_lifetime();
         Self { pass, commands }
     }
 }
