@@ -100,6 +100,7 @@ impl AttentionKernels {
         for norm in norm.iter().flat_map(|norm| [norm.q, norm.k]) {
             assert_eq!(norm.values.len(), shape.head_dim, "a norm over a head");
         }
+        qkv.written();
         let kernel = &self.rope_store_kv[kv_index(kv.kv_type)][usize::from(norm.is_some())];
         let StepBuffers { step_tokens, block_tables, .. } = step;
         let buffers =

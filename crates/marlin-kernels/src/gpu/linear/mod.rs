@@ -3,6 +3,7 @@
 mod encode;
 mod format;
 mod layout;
+mod pack;
 
 use std::sync::Arc;
 
@@ -12,6 +13,7 @@ use rayon::prelude::*;
 pub(super) use self::encode::{LinearEncoder, embed};
 use self::format::DeviceFormat;
 use self::layout::{QUAD, Rows, UNIT};
+use self::pack::Packing;
 use super::GpuArithmetic;
 use super::device::{Gpu, Storage};
 use super::pipeline::{Binding, Kernel, Pipeline};
@@ -375,18 +377,14 @@ fn weights(format: &DeviceFormat) -> Vec<&'static str> {
 
 /// A kernel of a linear.
 fn linear(format: &DeviceFormat, name: &'static str, constants: String, file: &'static str) -> Kernel {
+    let packing = Packing::of(format.arithmetic);
     let mut bindings = format.bindings();
+    bindings.extend(packing.bindings());
     let mut files = weights(format);
-    match format.arithmetic {
-        GpuArithmetic::Exact => {
-            bindings.push(Binding::read("x", "f32"));
-            files.push(include_str!("../shaders/input_exact.wgsl"));
-        }
-        GpuArithmetic::Half => {
-            bindings.extend([Binding::read("x", "vec4<u32>"), Binding::read("x_scales", "f32")]);
-            files.push(include_str!("../shaders/input_half.wgsl"));
-        }
-    }
+    files.push(match packing {
+        Packing::None => include_str!("../shaders/input_exact.wgsl"),
+        Packing::Units => include_str!("../shaders/input_half.wgsl"),
+    });
     bindings.push(Binding::write("out", "f32"));
     files.extend([include_str!("../shaders/epilogue.wgsl"), file]);
     Kernel { name, prelude: format.module() + &constants, bindings, files }
