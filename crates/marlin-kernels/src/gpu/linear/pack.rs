@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::few_rows::FEW_ROWS;
 use super::layout::UNIT;
 use crate::gpu::device::{Gpu, Storage};
 use crate::gpu::pipeline::{Binding, Kernel, Pipeline};
@@ -16,6 +17,8 @@ pub(super) enum Packing {
     None,
     /// In pairs of halves, 32 columns sharing a power of two.
     Units,
+    /// As it is, one row with the weights of its norm, to be normalised and packed into units.
+    Normed,
 }
 
 impl Packing {
@@ -31,8 +34,31 @@ impl Packing {
         match self {
             Self::None => vec![Binding::read("x", "f32")],
             Self::Units => vec![Binding::read("x", "vec4<u32>"), Binding::read("x_scales", "f32")],
+            Self::Normed => vec![Binding::read("x", "vec4<f32>"), Binding::read("norm_weight", "vec4<f32>")],
         }
     }
+
+    /// The functions by which a kernel reads it.
+    pub(super) fn file(self) -> &'static str {
+        match self {
+            Self::None => include_str!("../shaders/input_exact.wgsl"),
+            Self::Units => include_str!("../shaders/input_half.wgsl"),
+            Self::Normed => include_str!("../shaders/input_normed.wgsl"),
+        }
+    }
+}
+
+/// Where a linear's kernels find its input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Prepared {
+    /// Where it was, with the weights of its norm: kernels pack it for themselves.
+    Unpacked,
+    /// In single precision, normalised if it must be.
+    Exact,
+    /// Packed beforehand.
+    Packed,
+    /// Packed by the linear whose output it is.
+    Output,
 }
 
 /// Normalises and packs the input of linears.
@@ -43,9 +69,12 @@ pub(super) enum Packer {
         /// Normalised rows.
         normed: Storage,
     },
+    /// Inputs become halves.
     Half {
         kernels: PackKernels,
         packed: Packed,
+        /// What gated linears of few rows pack themselves, while they read `packed`.
+        output: Packed,
     },
 }
 
@@ -73,14 +102,17 @@ struct Source {
 }
 
 /// Values of a vector that kernels load at once.
-const VECTOR: usize = 4;
+pub(super) const VECTOR: usize = 4;
 
 impl Packer {
     /// Bytes of scratch memory.
     pub(super) fn bytes(limits: &StepLimits, arithmetic: GpuArithmetic) -> usize {
         match arithmetic {
             GpuArithmetic::Exact => normed_bytes(limits),
-            GpuArithmetic::Half => Packed::sizes(limits.tokens, limits.width).iter().sum(),
+            GpuArithmetic::Half => {
+                let sizes = [limits.tokens, output_rows(limits)].map(|rows| Packed::sizes(rows, limits.width));
+                sizes.as_flattened().iter().sum()
+            }
         }
     }
 
@@ -90,38 +122,73 @@ impl Packer {
                 rms_norm: gpu.pipeline(&Kernel::rms_norm(false))?,
                 normed: gpu.storage("the normalised input of linears", normed_bytes(limits))?,
             },
-            GpuArithmetic::Half => {
-                Self::Half { kernels: PackKernels::new(gpu)?, packed: Packed::new(gpu, limits.tokens, limits.width)? }
-            }
+            GpuArithmetic::Half => Self::Half {
+                kernels: PackKernels::new(gpu)?,
+                packed: Packed::new(gpu, limits.tokens, limits.width)?,
+                output: Packed::new(gpu, output_rows(limits), limits.width)?,
+            },
         })
     }
 
-    /// Prepares the input of a linear for [`Packer::buffers`].
-    pub(super) fn prepare(&mut self, recorder: &mut Recorder, input: &Input<'_, GpuBackend>) {
-        match (self, input) {
-            (Self::Exact { .. }, Input::Rows(_)) => {}
-            (Self::Exact { rms_norm, normed }, Input::Normed { x, weight, eps }) => {
-                let parameters = [x.width as u32, eps.to_bits()];
-                recorder.dispatch(rms_norm, [&x.storage, &weight.storage, normed], &parameters, [x.rows, 1, 1]);
+    /// Prepares the input of a linear, which may pack its output.
+    pub(super) fn prepare(
+        &mut self,
+        recorder: &mut Recorder,
+        input: &Input<'_, GpuBackend>,
+        packs_output: bool,
+    ) -> Prepared {
+        match self {
+            Self::Exact { rms_norm, normed } => {
+                if let Input::Normed { x, weight, eps } = input {
+                    let parameters = [x.width as u32, eps.to_bits()];
+                    recorder.dispatch(rms_norm, [&x.storage, &weight.storage, normed], &parameters, [x.rows, 1, 1]);
+                }
+                Prepared::Exact
             }
-            (Self::Half { kernels, packed }, input) => {
+            Self::Half { kernels, packed, output } => {
                 let source = Some(Source::of(input));
+                if output.source == source && !packs_output {
+                    return Prepared::Output;
+                }
                 if packed.source != source {
                     kernels.pack(recorder, input, packed);
                     packed.source = source;
                 }
+                Prepared::Packed
             }
         }
     }
 
-    /// The buffers of a linear's input, after it was prepared.
-    pub(super) fn buffers<'a>(&'a self, input: &Input<'a, GpuBackend>) -> impl Iterator<Item = &'a Storage> + Clone {
-        let [first, second] = match (self, input) {
-            (Self::Exact { .. }, Input::Rows(x)) => [Some(&x.storage), None],
-            (Self::Exact { normed, .. }, Input::Normed { .. }) => [Some(normed), None],
-            (Self::Half { packed, .. }, _) => [Some(&packed.halves), Some(&packed.scales)],
+    /// The buffers of a prepared input.
+    pub(super) fn input<'a>(
+        &'a self,
+        prepared: Prepared,
+        input: &Input<'a, GpuBackend>,
+    ) -> impl Iterator<Item = &'a Storage> + Clone {
+        let [first, second] = match (self, prepared, input) {
+            (_, Prepared::Unpacked, Input::Normed { x, weight, .. }) => [Some(&x.storage), Some(&weight.storage)],
+            (Self::Exact { normed, .. }, _, Input::Normed { .. }) => [Some(normed), None],
+            (Self::Half { output, .. }, Prepared::Output, _) => output.buffers().map(Some),
+            (Self::Half { packed, .. }, Prepared::Packed, _) => packed.buffers().map(Some),
+            (_, _, input) => [Some(&rows(input).storage), None],
         };
         first.into_iter().chain(second)
+    }
+
+    /// Where linears pack their output; nowhere if they do not.
+    pub(super) fn output(&self) -> impl Iterator<Item = &Storage> + Clone {
+        let output = match self {
+            Self::Exact { .. } => None,
+            Self::Half { output, .. } => Some(output),
+        };
+        output.into_iter().flat_map(Packed::buffers)
+    }
+
+    /// A linear has packed its output.
+    pub(super) fn output_is_packed(&mut self, out: &GpuBuffer) {
+        if let Self::Half { output, .. } = self {
+            output.source = Some(Source::of(&Input::Rows(out)));
+        }
     }
 }
 
@@ -129,6 +196,11 @@ impl Packer {
 pub(super) fn rows<'a>(input: &Input<'a, GpuBackend>) -> &'a GpuBuffer {
     let (Input::Rows(x) | Input::Normed { x, .. }) = *input;
     x
+}
+
+/// Rows of the outputs that linears pack.
+fn output_rows(limits: &StepLimits) -> usize {
+    limits.tokens.min(FEW_ROWS)
 }
 
 fn normed_bytes(limits: &StepLimits) -> usize {
@@ -146,7 +218,7 @@ impl PackKernels {
 
     fn pack(&self, recorder: &mut Recorder, input: &Input<'_, GpuBackend>, packed: &Packed) {
         let is_aligned = usize::from(rows(input).width.is_multiple_of(VECTOR));
-        let to = [&packed.halves, &packed.scales];
+        let to = packed.buffers();
         match input {
             Input::Rows(x) => {
                 let workgroups = x.width.div_ceil(UNIT).div_ceil(PACK_UNITS);
@@ -188,7 +260,7 @@ fn pack_kernel(is_normed: bool, is_aligned: bool) -> Kernel {
 }
 
 /// The functions by which `pack_row.wgsl` reads four columns of x, and multiplies them by the weights of a norm.
-fn four_functions(is_normed: bool, is_aligned: bool) -> String {
+pub(super) fn four_functions(is_normed: bool, is_aligned: bool) -> String {
     let four = |buffer: &str, start: &str| {
         if is_aligned {
             return format!("if (column >= k) {{ return vec4<f32>(); }} return {buffer}[({start} + column) / 4u];");
@@ -225,6 +297,10 @@ impl Packed {
         let [halves, scales] = Self::sizes(rows, width);
         let what = "the packed input of linears";
         Ok(Self { halves: gpu.storage(what, halves)?, scales: gpu.storage(what, scales)?, source: None })
+    }
+
+    fn buffers(&self) -> [&Storage; 2] {
+        [&self.halves, &self.scales]
     }
 }
 
