@@ -1,6 +1,6 @@
 //! Rows of the packed linears: format × epilogue, each over all shape classes.
 
-use marlin_format::{PackedMatrix, Scheme};
+use marlin_format::{Format, PackedMatrix, Scheme};
 use marlin_kernels::{Activation, Backend, Encoder, Input, LinearPart};
 
 use crate::matrices::{has_columns, random, schemes};
@@ -54,6 +54,7 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
         table.add(device, format!("embed/{name}"), move |device| embed(device, scheme));
     }
     table.add(device, "linear-fused/mixed".into(), fused);
+    table.add(device, "mlp/fp4".into(), mlp);
 }
 
 /// All pairs of N and K; each with two values of M, which meet every N and every K.
@@ -119,6 +120,53 @@ fn fused<B: Backend>(device: &Device<B>) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// The linears of a gated MLP, one of which takes what the other gives, and gives it to be normalised.
+fn mlp<B: Backend>(device: &Device<B>) -> Result<(), String> {
+    let scheme = Format::Fp4.scheme(None).expect("its usual groups");
+    let mut rng = Rng(7);
+    for (hidden, intermediate) in [(64, 96), (128, 36), (32, 1088), (1088, 32)] {
+        for m in [1, 2, 8, 9] {
+            let mut part = |n, k| LinearPart { weight: random(scheme, n, k, &mut rng), bias: None };
+            let gate_up = [part(intermediate, hidden), part(intermediate, hidden)];
+            let down = [part(hidden, intermediate)];
+            let norm = (0..hidden).map(|_| 0.5 + rng.uniform()).collect();
+            let case = Mlp { gate_up, down, norm, x: rng.normals(m * hidden), m };
+            // Errors of one linear are inputs of the next.
+            let bound = 4.0 * PRODUCT * device.linear_bound;
+            check(&case, &device.backend, bound, &format!("hidden={hidden},intermediate={intermediate},m={m}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Twice `x += down(gate_up(norm(x)))`.
+struct Mlp<'a> {
+    gate_up: [LinearPart<'a>; 2],
+    down: [LinearPart<'a>; 1],
+    norm: Vec<f32>,
+    /// `[m, hidden]`.
+    x: Vec<f32>,
+    m: usize,
+}
+
+impl Case for Mlp<'_> {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<f32> {
+        let (hidden, intermediate) = (self.norm.len(), self.gate_up[0].weight.rows);
+        let gate_up = backend.load_linear(&self.gate_up).expect("matrices that fit together");
+        let down = backend.load_linear(&self.down).expect("a matrix");
+        let norm = backend.load_vector(&self.norm).expect("a vector");
+        let mut encoder = backend.encoder(&limits(self.m, hidden.max(intermediate))).expect("an encoder");
+        let mut x = upload(backend, hidden, &self.x);
+        let mut gated = poisoned(backend, self.m, intermediate);
+        for _ in 0..2 {
+            let normed = Input::Normed { x: &x, weight: &norm, eps: NORM_EPS };
+            encoder.linear_gated(normed, &gate_up, Activation::Silu, &mut gated);
+            encoder.linear_add(&gated, &down, &mut x);
+        }
+        read::<B>(&mut encoder, &x, self.m * hidden)
+    }
 }
 
 fn with_bias(weight: PackedMatrix<'static>, rng: &mut Rng) -> LinearPart<'static> {

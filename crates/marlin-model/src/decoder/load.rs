@@ -25,6 +25,14 @@ pub fn load_model<B: Backend>(
     checkpoint: &Checkpoint,
     options: &LoadOptions,
 ) -> Result<Box<dyn LanguageModel>, ModelError> {
+    Ok(Box::new(load_decoder(backend, checkpoint, options)?))
+}
+
+pub(super) fn load_decoder<B: Backend>(
+    backend: &B,
+    checkpoint: &Checkpoint,
+    options: &LoadOptions,
+) -> Result<Decoder<B>, ModelError> {
     let (architecture, spec) = families::spec(checkpoint)?;
     let sizes = Sizes::new(&spec, options, checkpoint.name())?;
 
@@ -41,7 +49,7 @@ pub fn load_model<B: Backend>(
     let rope = |rope: &crate::rope::Rope| {
         Ok::<_, ModelError>(Rope { inv_freq: backend.load_vector(&rope.inv_freq)?, scaling: rope.scaling })
     };
-    Ok(Box::new(Decoder::<B> {
+    Ok(Decoder {
         rms_norm_eps: spec.rms_norm_eps,
         embedding_scale: spec.embedding_scale,
         logit_cap: spec.logit_cap,
@@ -68,7 +76,7 @@ pub fn load_model<B: Backend>(
             device: backend.info(),
         },
         limits,
-    }))
+    })
 }
 
 /// Load options, checked against the model and filled in.

@@ -1,6 +1,8 @@
 //! A decoder-only transformer on a backend.
 
 mod load;
+#[cfg(test)]
+mod tests;
 
 pub use load::load_model;
 pub(crate) use load::{Sizes, angle_shapes, kv_blocks, workspace_shapes};
