@@ -13,6 +13,7 @@ mod pipeline;
 mod recorder;
 mod step;
 mod timing;
+mod unroll;
 
 use std::sync::Arc;
 

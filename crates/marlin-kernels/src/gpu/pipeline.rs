@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use super::unroll::unroll;
+
 /// The source of a kernel.
 pub(super) struct Kernel {
     pub(super) name: &'static str,
@@ -30,7 +32,7 @@ impl Binding {
 }
 
 impl Kernel {
-    /// The whole WGSL.
+    /// The whole WGSL, its loops unrolled.
     pub(super) fn source(&self) -> String {
         let mut source = String::from("enable f16;\n");
         for (index, Binding { name, element, writes }) in self.bindings.iter().enumerate() {
@@ -43,7 +45,7 @@ impl Kernel {
             source += "\n";
             source += file;
         }
-        source
+        unroll(&source)
     }
 }
 

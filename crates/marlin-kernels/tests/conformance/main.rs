@@ -39,6 +39,7 @@ fn main() -> ExitCode {
             linear::add_rows(&mut table, &device);
             if arithmetic == Arithmetic::Exact {
                 add_rows_without_linears(&mut table, &device);
+                attention::add_odd_rows(&mut table, &device);
             }
         }
     }
