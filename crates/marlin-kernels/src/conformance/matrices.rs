@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use half::{bf16, f16};
 use marlin_format::{ColumnOrder, Element, Format, Grouping, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind};
 
-use crate::support::Rng;
+use super::support::Rng;
 
 /// The schemes of the table by name: our own formats with their usual and other groups, and those of other programs.
 pub(crate) fn schemes() -> Vec<(String, Scheme)> {
