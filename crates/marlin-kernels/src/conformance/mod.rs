@@ -36,6 +36,10 @@ use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use self::matrices::schemes;
+
+pub(crate) use self::matrices::random;
+pub(crate) use self::support::Rng;
 use crate::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
 use crate::gpu::{GpuArithmetic, GpuBackend, GpuOptions};
 use crate::{Backend, KernelError};
@@ -113,6 +117,15 @@ impl Table {
         let device = Device::new(gpu_label(arithmetic, checked), GpuBackend::new(options)?, bounds);
         self.add_device(&device, arithmetic == GpuArithmetic::Exact);
         Ok(())
+    }
+
+    /// Adds the rows of a device that computes nothing, which compare nothing.
+    #[cfg(test)]
+    pub(crate) fn add_imaginary(&mut self, backend: GpuBackend) -> Arc<GpuBackend> {
+        let device =
+            Device { compares: false, ..Device::new("imaginary".into(), backend, Bounds { linear: 0.0, embed: 0.0 }) };
+        self.add_device(&device, true);
+        device.backend
     }
 
     /// Adds rows that hold for every instruction set of this processor: a row's result is bitwise the same alone, in any batch, and on
@@ -198,18 +211,20 @@ struct Device<B> {
     label: Arc<str>,
     backend: Arc<B>,
     bounds: Bounds,
+    /// Results are compared with the reference.
+    compares: bool,
     /// The error nearest to its bound so far.
     error: Cell<Option<ErrorFound>>,
 }
 
 impl<B> Device<B> {
     fn new(label: String, backend: B, bounds: Bounds) -> Self {
-        Self { label: label.into(), backend: Arc::new(backend), bounds, error: Cell::default() }
+        Self { label: label.into(), backend: Arc::new(backend), bounds, compares: true, error: Cell::default() }
     }
 
     /// The same device, for another row.
     fn for_row(&self) -> Self {
-        Self { label: self.label.clone(), backend: self.backend.clone(), bounds: self.bounds, error: Cell::default() }
+        Self { label: self.label.clone(), backend: self.backend.clone(), error: Cell::default(), ..*self }
     }
 
     /// Keeps the error if it is the nearest to its bound.

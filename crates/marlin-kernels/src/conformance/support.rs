@@ -21,8 +21,11 @@ pub(crate) trait Case {
 impl<B: Backend> Device<B> {
     /// Runs a case on the device and on the reference, and compares: the mean squared error, normalised, is at most `bound`.
     pub(crate) fn check(&self, case: &impl Case, bound: f64, what: &str) -> Result<(), String> {
-        let expected = case.run(&ReferenceBackend);
         let found = case.run(&*self.backend);
+        if !self.compares {
+            return Ok(());
+        }
+        let expected = case.run(&ReferenceBackend);
         if expected.len() != found.len() {
             return Err(format!("{what}: {} values, expected {}", found.len(), expected.len()));
         }
