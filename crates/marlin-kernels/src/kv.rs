@@ -35,6 +35,9 @@ pub enum KvType {
 }
 
 impl KvType {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::F16, Self::F32];
+
     /// Bytes of one cached value.
     pub fn bytes(self) -> usize {
         match self {

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use super::unroll::unroll;
 
 /// The source of a kernel.
+#[derive(Debug, Clone)]
 pub(super) struct Kernel {
     pub(super) name: &'static str,
     /// What stands before the files: constants, and functions that choose.
@@ -16,9 +17,9 @@ pub(super) struct Kernel {
 /// A storage buffer of a kernel.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Binding {
-    name: &'static str,
-    element: &'static str,
-    writes: bool,
+    pub(super) name: &'static str,
+    pub(super) element: &'static str,
+    pub(super) writes: bool,
 }
 
 impl Binding {
@@ -54,7 +55,8 @@ impl Kernel {
 pub(super) struct Pipeline {
     pub(super) pipeline: wgpu::ComputePipeline,
     pub(super) layout: wgpu::BindGroupLayout,
-    pub(super) bindings: usize,
+    /// What it was made of.
+    pub(super) kernel: Kernel,
 }
 
 impl Pipeline {
@@ -109,7 +111,7 @@ impl Pipeline {
         // Scopes end in the reverse order of their beginning.
         let errors: Vec<_> = scopes.into_iter().rev().filter_map(|scope| pollster::block_on(scope.pop())).collect();
         match errors.first() {
-            None => Ok(Self { pipeline, layout, bindings: entries.len() }),
+            None => Ok(Self { pipeline, layout, kernel: kernel.clone() }),
             Some(error) => Err(error.to_string()),
         }
     }

@@ -4,7 +4,7 @@ mod split;
 
 use std::sync::Arc;
 
-use self::split::SplitAttention;
+use self::split::{SplitAttention, SplitVariant};
 use super::device::Gpu;
 use super::kv::KV_UNIT;
 use super::pipeline::{Binding, Kernel, Pipeline};
@@ -44,6 +44,19 @@ fn kv_index(kv_type: KvType) -> usize {
         KvType::F16 => 0,
         KvType::F32 => 1,
     }
+}
+
+/// Compiles the kernels for heads of these widths, which attention does for those that it meets.
+pub(super) fn compile(gpu: &Gpu, head_dims: &[usize]) -> Result<(), KernelError> {
+    for &head_dim in head_dims {
+        gpu.pipeline(&split::combine_kernel(head_dim))?;
+        for kv_type in KvType::ALL {
+            for group in [1, 2, 4] {
+                gpu.pipeline(&SplitVariant::new(kv_type, head_dim, group).kernel())?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// What kernels know of a token.

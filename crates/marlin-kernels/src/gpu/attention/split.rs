@@ -53,25 +53,20 @@ struct Scratch {
 pub(super) struct SplitVariant {
     kv_type: KvType,
     head_dim: usize,
-    block_tokens: usize,
     /// Query heads of a workgroup: 1, 2 or 4.
     heads: usize,
-    /// A split is all that a query sees: it writes the result.
-    whole: bool,
 }
 
 impl SplitVariant {
-    fn new(shape: &AttentionShape, kv: &GpuKvCache, whole: bool) -> Self {
-        let GpuKvCache { kv_type, block_tokens, .. } = *kv;
-        let group = shape.heads / shape.kv_heads;
-        let room = (tuning::MOST_HEADS_BY_DIM / shape.head_dim).clamp(1, tuning::MOST_HEADS);
+    /// For `group` query heads of each KV head.
+    pub(super) fn new(kv_type: KvType, head_dim: usize, group: usize) -> Self {
+        let room = (tuning::MOST_HEADS_BY_DIM / head_dim).clamp(1, tuning::MOST_HEADS);
         // Powers of two: a type of each width.
-        let heads = group.next_power_of_two().min(1 << room.ilog2());
-        Self { kv_type, head_dim: shape.head_dim, block_tokens, heads, whole }
+        Self { kv_type, head_dim, heads: group.next_power_of_two().min(1 << room.ilog2()) }
     }
 
     pub(super) fn kernel(self) -> Kernel {
-        let Self { kv_type, head_dim, block_tokens, heads, whole } = self;
+        let Self { kv_type, head_dim, heads } = self;
         let chunks = head_dim / KV_UNIT;
         let key_lanes = chunks.next_power_of_two().min(tuning::PARTIALS_PER_KEY / heads);
         let key_units = chunks.div_ceil(key_lanes);
@@ -83,7 +78,6 @@ impl SplitVariant {
         let constants = [
             ("DIM", head_dim),
             ("CHUNKS", chunks),
-            ("BLOCK_TOKENS", block_tokens),
             ("HEADS", heads),
             // Neighbours that share a key, units of each, and how its loads are batched.
             ("KEY_LANES", key_lanes),
@@ -108,21 +102,17 @@ impl SplitVariant {
         );
         let element = KvElement::of(kv_type);
         let (read, write) = (Binding::read, Binding::write);
-        let mut bindings = vec![
+        let bindings = vec![
             read("qkv", "f32"),
             read("keys", element.reads),
             read("values", element.reads),
             read("step_tokens", "StepToken"),
             read("block_tables", "u32"),
+            write("split_sums", "f32"),
+            write("split_softmax", "vec2<f32>"),
+            write("out", "f32"),
         ];
-        let store = if whole {
-            bindings.push(write("out", "f32"));
-            include_str!("../shaders/attention_store_whole.wgsl")
-        } else {
-            bindings.extend([write("split_sums", "f32"), write("split_softmax", "vec2<f32>")]);
-            include_str!("../shaders/attention_store_split.wgsl")
-        };
-        let files = vec![element.module, store, include_str!("../shaders/attention_split.wgsl")];
+        let files = vec![element.module, include_str!("../shaders/attention_split.wgsl")];
         Kernel { name: "attention_split", prelude, bindings, files }
     }
 }
@@ -205,33 +195,33 @@ impl SplitAttention {
             position as usize / *split - begin / *split + 1
         };
         let splits = step.positions.iter().map(|&position| splits(position)).max().unwrap_or(1);
-        let whole = splits == 1;
-        let variant = SplitVariant::new(shape, kv, whole);
+        let group = shape.heads / shape.kv_heads;
+        let variant = SplitVariant::new(kv.kv_type, shape.head_dim, group);
         let kernel = compiled(gpu, kernels, variant, SplitVariant::kernel)?;
-        let parts = (shape.heads / shape.kv_heads).div_ceil(variant.heads);
-        let most_rows = if whole { step.rows } else { scratch.rows(shape, splits) };
+        let most_rows = if splits == 1 { step.rows } else { scratch.rows(shape, splits) };
         assert!(most_rows > 0 || step.rows == 0, "an encoder for inputs as wide as all heads");
 
         let StepBuffers { step_tokens, block_tables, .. } = step;
-        let inputs = [&qkv.storage, &cache.keys.storage, &cache.values.storage, step_tokens, block_tables];
-        let (softmax, sums) = (&scratch.softmax, &scratch.sums);
+        let (keys, values) = (&cache.keys.storage, &cache.values.storage);
+        let (sums, softmax) = (&scratch.sums, &scratch.softmax);
         for first_row in (0..step.rows).step_by(most_rows.max(1)) {
             let rows = most_rows.min(step.rows - first_row);
+            let buffers = [&qkv.storage, keys, values, step_tokens, block_tables, sums, softmax, &out.storage];
             let parameters = [
                 shape.heads as u32,
                 shape.kv_heads as u32,
                 shape.scale.to_bits(),
                 window,
+                kv.block_tokens as u32,
                 kv.slots() as u32,
                 *split as u32,
                 first_row as u32,
             ];
-            let workgroups = [splits, shape.kv_heads * parts, rows];
-            if whole {
-                recorder.dispatch(kernel, inputs.into_iter().chain([&out.storage]), &parameters, workgroups);
+            let workgroups = [splits, shape.kv_heads * group.div_ceil(variant.heads), rows];
+            recorder.dispatch(kernel, buffers, &parameters, workgroups);
+            if splits == 1 {
                 continue;
             }
-            recorder.dispatch(kernel, inputs.into_iter().chain([sums, softmax]), &parameters, workgroups);
             let combine = compiled(gpu, combine, shape.head_dim, combine_kernel)?;
             let parameters = [shape.heads as u32, window, *split as u32, first_row as u32, splits as u32];
             let buffers = [sums, softmax, step_tokens, &out.storage];

@@ -6,7 +6,8 @@
 // - each invocation then owns one key of the tile, whose score and weight it computes;
 // - CHUNKS neighbours share a value, a unit each; VALUE_GROUPS such groups take turns with the keys, and their sums meet in `partial`.
 //
-// Scores are to base 2. Positions that are not seen read one that is, with weight 0.
+// Scores are to base 2. Positions that are not seen read one that is, with weight 0. If there is one split, it gives the result;
+// otherwise `attention_combine` does.
 
 struct Params {
     heads: u32,
@@ -14,6 +15,7 @@ struct Params {
     scale: f32,
     // Positions that a query looks back over, itself included; the largest number for all.
     window: u32,
+    block_tokens: u32,
     // Tokens that the cache has room for.
     slots: u32,
     // Positions of a split, whole tiles.
@@ -96,7 +98,7 @@ fn main(
         let position = tile + lane;
         let seen = position >= begin && position < end;
         let loaded = clamp(position, begin, end - 1u);
-        slots[lane] = block_tables[token.table + loaded / BLOCK_TOKENS] * BLOCK_TOKENS + loaded % BLOCK_TOKENS;
+        slots[lane] = block_tables[token.table + loaded / params.block_tokens] * params.block_tokens + loaded % params.block_tokens;
         workgroupBarrier();
 
         @for c < KEY_UNITS
@@ -212,8 +214,16 @@ fn main(
         @end
         @for h < HEADS
         if (@hu < count) {
-            let at = (workgroup.z * params.heads + first_head + @hu) * workgroups.x + workgroup.x;
-            store(row, first_head + @hu, at, dim, of_head(sum, @hu), of_head(largest, @hu), of_head(total, @hu));
+            let head = first_head + @hu;
+            if (workgroups.x == 1u) {
+                out[(row * params.heads + head) * DIM + dim] = of_head(sum, @hu) * (1.0 / of_head(total, @hu));
+            } else {
+                let at = (workgroup.z * params.heads + head) * workgroups.x + workgroup.x;
+                split_sums[at * DIM + dim] = of_head(sum, @hu);
+                if (dim == 0u) {
+                    split_softmax[at] = vec2<f32>(of_head(largest, @hu), of_head(total, @hu));
+                }
+            }
         }
         @end
     }
