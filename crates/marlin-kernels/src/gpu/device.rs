@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::pipeline::{Kernel, Pipeline};
+use super::registry::KernelVariant;
 use crate::KernelError;
 
 /// Which GPU, and how its kernels are compiled.
@@ -55,6 +56,52 @@ pub struct GpuCaps {
     pub pipeline_cache: bool,
 }
 
+impl GpuCaps {
+    /// What every GPU of Apple silicon can do (M1 and later), for kernels that are looked at without one: Metal's feature set tables,
+    /// families Apple7 and later.
+    pub fn apple() -> Self {
+        Self {
+            name: "Apple GPU".into(),
+            driver: "Metal".into(),
+            subgroup: [32, 32],
+            shares_memory: true,
+            max_binding: MAX_BINDING,
+            workgroup_memory: 32 << 10,
+            subgroups: true,
+            matrices: vec![MatrixSize { m: 8, n: 8, k: 8 }],
+            timestamps: true,
+            pipeline_cache: false,
+        }
+    }
+
+    fn of(adapter: &wgpu::Adapter) -> Self {
+        let (info, limits, features) = (adapter.get_info(), adapter.limits(), adapter.features());
+        Self {
+            driver: format!("{} {} {}", info.backend, info.driver, info.driver_info),
+            name: info.name,
+            shares_memory: matches!(info.device_type, wgpu::DeviceType::IntegratedGpu | wgpu::DeviceType::Cpu),
+            subgroup: [info.subgroup_min_size, info.subgroup_max_size],
+            max_binding: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min(MAX_BINDING),
+            workgroup_memory: limits.max_compute_workgroup_storage_size,
+            subgroups: features.contains(SUBGROUPS),
+            matrices: matrices(adapter, features),
+            timestamps: features.contains(TIMESTAMPS),
+            pipeline_cache: features.contains(PIPELINE_CACHE),
+        }
+    }
+
+    /// The features of a device of these capabilities that kernels use.
+    fn features(&self) -> wgpu::Features {
+        let wanted = [
+            (self.subgroups, SUBGROUPS),
+            (!self.matrices.is_empty(), MATRICES),
+            (self.timestamps, TIMESTAMPS),
+            (self.pipeline_cache, PIPELINE_CACHE),
+        ];
+        wanted.iter().filter(|(has, _)| *has).fold(NEEDED, |features, (_, feature)| features | *feature)
+    }
+}
+
 /// `[m, k]` times `[k, n]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MatrixSize {
@@ -94,12 +141,14 @@ const IMMEDIATE_BYTES: u32 = 64;
 /// What the kernels need of a device.
 const NEEDED: wgpu::Features = wgpu::Features::SHADER_F16.union(wgpu::Features::IMMEDIATES);
 
-/// What they use where it is there.
-const WANTED: wgpu::Features = wgpu::Features::SUBGROUP
-    .union(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX)
-    .union(wgpu::Features::TIMESTAMP_QUERY)
-    .union(wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES)
-    .union(wgpu::Features::PIPELINE_CACHE);
+// What they use where it is there.
+const SUBGROUPS: wgpu::Features = wgpu::Features::SUBGROUP;
+const MATRICES: wgpu::Features = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
+const TIMESTAMPS: wgpu::Features = wgpu::Features::TIMESTAMP_QUERY.union(wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES);
+const PIPELINE_CACHE: wgpu::Features = wgpu::Features::PIPELINE_CACHE;
+
+/// Bytes of a binding, at most: kernels count words and values in 32 bits.
+const MAX_BINDING: u64 = (1 << 31) - 4;
 
 /// Bytes of workgroup memory that the largest kernel takes, the one for tiles of 64 by 64.
 const WORKGROUP_MEMORY: u32 = 2 * 64 * 33 * 4;
@@ -162,7 +211,7 @@ fn enumerate(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
 
 fn matrices(adapter: &wgpu::Adapter, features: wgpu::Features) -> Vec<MatrixSize> {
     use wgpu::CooperativeScalarType::{F16, F32};
-    if !features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+    if !features.contains(MATRICES) {
         return Vec::new();
     }
     let properties = adapter.cooperative_matrix_properties();
@@ -181,26 +230,48 @@ impl Gpu {
                 _ => format!("there is no GPU {index}: {found} were found, counted from 0"),
             }));
         };
-        let info = adapter.get_info();
         if let Some(missing) = missing(&adapter) {
             return Err(KernelError::Device(format!(
                 "{} lacks {missing}, which the kernels need; use the CPU instead",
-                info.name
+                adapter.get_info().name
             )));
         }
-        let limits = adapter.limits();
-        let features = NEEDED | (WANTED & adapter.features());
+        Self::of_adapter(&adapter, GpuCaps::of(&adapter), options)
+    }
+
+    /// A device that has these capabilities and runs nothing: kernels are put together and checked as for a device that does, memory is
+    /// the host's, and operations leave it as it is.
+    pub(super) fn imaginary(caps: GpuCaps, options: GpuOptions) -> Result<Self, KernelError> {
+        let noop = wgpu::NoopBackendOptions {
+            enable: true,
+            features: Some(caps.features()),
+            subgroup_min_size: Some(caps.subgroup[0]),
+            subgroup_max_size: Some(caps.subgroup[1]),
+            ..wgpu::NoopBackendOptions::default()
+        };
+        let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
+            backends: wgpu::Backends::NOOP,
+            backend_options: wgpu::BackendOptions { noop, ..wgpu::BackendOptions::default() },
+            ..wgpu::InstanceDescriptor::new_without_display_handle()
+        });
+        let adapter = enumerate(&instance).into_iter().next();
+        let adapter =
+            adapter.ok_or_else(|| KernelError::Device("wgpu was built without its imaginary device".into()))?;
+        Self::of_adapter(&adapter, caps, options)
+    }
+
+    fn of_adapter(adapter: &wgpu::Adapter, caps: GpuCaps, options: GpuOptions) -> Result<Self, KernelError> {
         // SAFETY: of the experimental features only cooperative matrices are used, by kernels that the conformance table holds
         // against the reference on each device it runs on.
         let experimental_features = unsafe { wgpu::ExperimentalFeatures::enabled() };
         let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
             label: Some("metal-marlin"),
-            required_features: features,
-            required_limits: limits.clone(),
+            required_features: caps.features(),
+            required_limits: adapter.limits(),
             experimental_features,
             ..wgpu::DeviceDescriptor::default()
         }))
-        .map_err(|error| KernelError::Device(format!("{} does not open: {error}", info.name)))?;
+        .map_err(|error| KernelError::Device(format!("{} does not open: {error}", caps.name)))?;
 
         let failure = Arc::new(Mutex::new(None));
         let first = failure.clone();
@@ -210,20 +281,6 @@ impl Gpu {
         device.set_device_lost_callback(move |reason, message| {
             remember(&lost, format!("the device was lost ({reason:?}): {message}"));
         });
-        let caps = GpuCaps {
-            driver: format!("{} {} {}", info.backend, info.driver, info.driver_info),
-            name: info.name,
-            shares_memory: matches!(info.device_type, wgpu::DeviceType::IntegratedGpu | wgpu::DeviceType::Cpu),
-            subgroup: [info.subgroup_min_size, info.subgroup_max_size],
-            // Kernels count words and values in 32 bits.
-            max_binding: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min((1 << 31) - 4),
-            workgroup_memory: limits.max_compute_workgroup_storage_size,
-            subgroups: features.contains(wgpu::Features::SUBGROUP),
-            matrices: matrices(&adapter, features),
-            timestamps: features
-                .contains(wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES),
-            pipeline_cache: features.contains(wgpu::Features::PIPELINE_CACHE),
-        };
         Ok(Self {
             device,
             queue,
@@ -244,19 +301,29 @@ impl Gpu {
         if let Some(pipeline) = pipelines.get(&source) {
             return Ok(pipeline.clone());
         }
-        let pipeline = Pipeline::compile(&self.device, kernel, &source, self.checked, IMMEDIATE_BYTES);
-        let pipeline = Arc::new(pipeline.map_err(|reason| {
-            KernelError::Device(format!("{} cannot compile the kernel {}: {reason}", self.caps.name, kernel.name))
-        })?);
+        let pipeline = Arc::new(self.compile(kernel, &source)?);
         pipelines.insert(source, pipeline.clone());
         Ok(pipeline)
+    }
+
+    /// Compiles a kernel, whether or not that was done before.
+    pub(super) fn compile(&self, kernel: &Kernel, source: &str) -> Result<Pipeline, KernelError> {
+        Pipeline::compile(&self.device, kernel, source, self.checked, IMMEDIATE_BYTES).map_err(|reason| {
+            KernelError::Device(format!("{} cannot compile the kernel {}: {reason}", self.caps.name, kernel.name))
+        })
+    }
+
+    /// The kernels compiled so far.
+    pub(super) fn kernels(&self) -> Vec<KernelVariant> {
+        let pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
+        pipelines.iter().map(|(source, it)| KernelVariant::of(source.clone(), it.kernel.clone())).collect()
     }
 
     /// Memory on the device, zeroed.
     pub(super) fn storage(&self, what: &str, bytes: usize) -> Result<Storage, KernelError> {
         let out_of_memory = || KernelError::OutOfMemory { what: what.into(), bytes, device: self.caps.name.clone() };
-        // An empty buffer cannot be bound.
-        let size = (bytes.max(4) as u64).checked_next_multiple_of(4).ok_or_else(out_of_memory)?;
+        // An empty buffer cannot be bound; kernels see vectors of 16 bytes.
+        let size = (bytes.max(16) as u64).checked_next_multiple_of(16).ok_or_else(out_of_memory)?;
         if size > self.caps.max_binding {
             return Err(out_of_memory());
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::attention::AttentionKernels;
+use super::attention::AttentionEncoder;
 use super::device::Gpu;
 use super::linear::{GpuLinear, LinearEncoder, embed};
 use super::pipeline::{Binding, Kernel, Pipeline};
@@ -21,7 +21,7 @@ pub struct GpuEncoder {
     gpu: Arc<Gpu>,
     kernels: Kernels,
     linear: LinearEncoder,
-    attention: AttentionKernels,
+    attention: AttentionEncoder,
     recorder: Recorder,
     step: StepBuffers,
     /// Where the host reads.
@@ -48,7 +48,9 @@ impl std::fmt::Debug for GpuEncoder {
 
 impl GpuEncoder {
     pub(super) fn bytes(limits: &StepLimits, arithmetic: GpuArithmetic) -> usize {
-        StepBuffers::bytes(limits).saturating_add(LinearEncoder::bytes(limits, arithmetic))
+        StepBuffers::bytes(limits)
+            .saturating_add(LinearEncoder::bytes(limits, arithmetic))
+            .saturating_add(AttentionEncoder::bytes(limits))
     }
 
     pub(super) fn new(gpu: Arc<Gpu>, limits: &StepLimits) -> Result<Self, KernelError> {
@@ -61,7 +63,7 @@ impl GpuEncoder {
         Ok(Self {
             kernels: Kernels::new(&gpu)?,
             linear: LinearEncoder::new(&gpu, limits)?,
-            attention: AttentionKernels::new(&gpu)?,
+            attention: AttentionEncoder::new(&gpu, limits)?,
             recorder: Recorder::new(gpu.clone()),
             step: StepBuffers::new(&gpu, limits)?,
             readback: None,
@@ -173,7 +175,7 @@ impl Encoder<GpuBackend> for GpuEncoder {
         layer: usize,
         out: &mut GpuBuffer,
     ) {
-        self.attention.attention(&mut self.recorder, &self.step, qkv, shape, kv, layer, out);
+        self.attention.attention(&self.gpu, &mut self.recorder, &self.step, qkv, shape, kv, layer, out);
     }
 
     fn select_logit_rows(&mut self, x: &GpuBuffer, out: &mut GpuBuffer) {

@@ -11,8 +11,10 @@ mod kv;
 mod linear;
 mod pipeline;
 mod recorder;
+mod registry;
 mod step;
 mod timing;
+mod unroll;
 
 use std::sync::Arc;
 
@@ -22,6 +24,7 @@ pub use device::{GpuAdapter, GpuArithmetic, GpuCaps, GpuOptions, MatrixSize, ada
 pub use encoder::GpuEncoder;
 pub use kv::GpuKvCache;
 pub use linear::GpuLinear;
+pub use registry::{KernelVariant, kernels};
 
 use self::device::{Gpu, Storage};
 use crate::{Backend, DeviceInfo, KernelError, KvLayout, KvType, LinearPart, MemoryUse, StepLimits};

@@ -2,7 +2,10 @@
 
 use std::fmt::Write as _;
 
+use super::unroll::unroll;
+
 /// The source of a kernel.
+#[derive(Debug, Clone)]
 pub(super) struct Kernel {
     pub(super) name: &'static str,
     /// What stands before the files: constants, and functions that choose.
@@ -14,9 +17,9 @@ pub(super) struct Kernel {
 /// A storage buffer of a kernel.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Binding {
-    name: &'static str,
-    element: &'static str,
-    writes: bool,
+    pub(super) name: &'static str,
+    pub(super) element: &'static str,
+    pub(super) writes: bool,
 }
 
 impl Binding {
@@ -44,7 +47,7 @@ impl Kernel {
         }
     }
 
-    /// The whole WGSL.
+    /// The whole WGSL, its loops unrolled.
     pub(super) fn source(&self) -> String {
         let mut source = String::from("enable f16;\n");
         for (index, Binding { name, element, writes }) in self.bindings.iter().enumerate() {
@@ -57,7 +60,7 @@ impl Kernel {
             source += "\n";
             source += file;
         }
-        source
+        unroll(&source)
     }
 }
 
@@ -66,7 +69,8 @@ impl Kernel {
 pub(super) struct Pipeline {
     pub(super) pipeline: wgpu::ComputePipeline,
     pub(super) layout: wgpu::BindGroupLayout,
-    pub(super) bindings: usize,
+    /// What it was made of.
+    pub(super) kernel: Kernel,
 }
 
 impl Pipeline {
@@ -121,7 +125,7 @@ impl Pipeline {
         // Scopes end in the reverse order of their beginning.
         let errors: Vec<_> = scopes.into_iter().rev().filter_map(|scope| pollster::block_on(scope.pop())).collect();
         match errors.first() {
-            None => Ok(Self { pipeline, layout, bindings: entries.len() }),
+            None => Ok(Self { pipeline, layout, kernel: kernel.clone() }),
             Some(error) => Err(error.to_string()),
         }
     }

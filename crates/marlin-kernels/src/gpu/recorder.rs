@@ -51,7 +51,7 @@ impl Recorder {
             return;
         }
         let buffers = buffers.into_iter();
-        assert_eq!(buffers.clone().count(), pipeline.bindings, "a buffer for each binding");
+        assert_eq!(buffers.clone().count(), pipeline.kernel.bindings.len(), "a buffer for each binding");
         let mut ids = [u64::MAX; MAX_BINDINGS];
         ids.iter_mut().zip(buffers.clone()).for_each(|(id, buffer)| *id = buffer.id);
         let bind_group = self.bind_groups.entry((Arc::as_ptr(pipeline) as usize, ids)).or_insert_with(|| {

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use super::format::DeviceFormat;
 use super::layout::{QUAD, UNIT};
 use super::pack::{Packing, Prepared, VECTOR, four_functions};
-use super::repeat::repeated;
 use crate::KernelError;
 use crate::gpu::GpuArithmetic;
 use crate::gpu::device::Gpu;
@@ -23,6 +22,9 @@ const PARTS_BYTES: usize = 8 << 10;
 const MOST_NORMS: usize = 1024;
 /// Bytes of workgroup memory that a kernel may take which packs its input for itself.
 const NORMED_BYTES: usize = 16 << 10;
+
+/// Their room for units is a multiple of this, so that widths share kernels.
+const STAGED_UNITS: usize = 64;
 
 /// A workgroup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -157,10 +159,15 @@ impl Variant {
         (0..).map(|power| self.rows >> power).take_while(|rows| *rows > 1).find(fits).unwrap_or(1)
     }
 
+    /// Units of the input that a workgroup has room for.
+    fn staged_units(self) -> usize {
+        self.cols.div_ceil(UNIT).next_multiple_of(STAGED_UNITS)
+    }
+
     fn workgroup_bytes(self) -> usize {
         let kept = if self.is_gated { self.rows_at_once() * self.tile.outputs() * size_of::<f32>() } else { 0 };
         // Halves and a scale of each unit, and what 128 invocations reduce twice.
-        let staged = if self.is_normed { self.cols.div_ceil(UNIT) * (2 * UNIT + 4) + 2 * 128 * 4 } else { 0 };
+        let staged = if self.is_normed { self.staged_units() * (2 * UNIT + 4) + 2 * 128 * 4 } else { 0 };
         self.rows_at_once() * self.row_bytes() + kept + staged
     }
 
@@ -186,7 +193,7 @@ impl Variant {
             prelude += "fn keep_output(i: u32, value: f32) {}\nfn pack_kept(first: u32, first_m: u32, index: u32) {}\n";
         }
         let packing = if self.is_normed {
-            prelude += &format!("const UNITS = {}u;\n{}", self.cols.div_ceil(UNIT), four_functions(true, true));
+            prelude += &format!("const UNITS = {}u;\n{}", self.staged_units(), four_functions(true, true));
             files.extend([
                 include_str!("../shaders/pack_row.wgsl"),
                 include_str!("../shaders/reduce.wgsl"),
@@ -202,8 +209,7 @@ impl Variant {
         } else {
             prelude += "fn sum_of_lanes(value: vec4<f32>) -> vec4<f32> { return value; }\n";
         }
-        let counts = [("MB", rows), ("MATRICES", matrices), ("FOUR", QUAD)];
-        prelude += &repeated(include_str!("../shaders/linear_rows.wgsl"), &counts);
+        files.push(include_str!("../shaders/linear_rows.wgsl"));
         let mut kernel = super::linear(format, "linear_rows", packing, prelude, &files);
         kernel.bindings.extend(outputs);
         kernel

@@ -5,7 +5,6 @@ mod few_rows;
 mod format;
 mod layout;
 mod pack;
-mod repeat;
 
 use std::sync::Arc;
 

@@ -1,6 +1,6 @@
 // The input of a linear of one row in half precision: the RMS norm of x, which each workgroup packs for itself.
 
-// Octets of units side by side, so that neighbouring invocations read neighbouring memory.
+// Room for UNITS units, no fewer than there are; their octets side by side, so that neighbouring invocations read neighbouring memory.
 var<workgroup> staged: array<vec4<u32>, 4u * UNITS>;
 var<workgroup> staged_scales: array<f32, UNITS>;
 var<private> factor: f32;

@@ -1,9 +1,6 @@
 // out[m, first + n] = epilogue(x[m, :] · W[n, :]) for few rows m. Four rows of W, a quad, are shared by LANES neighbouring invocations times SPLITS, which
 // step along K unit by unit, so that each weight is read once for all MB rows of x, while the next ones are on their way. Products of a unit are summed
 // in the device's arithmetic, units in single precision. Of a gated linear, quads of the gate and of what it gates are summed together.
-//
-// Lines between `@for i < COUNT` and `@end` stand COUNT times, with a number for `@i`: compilers of drivers keep separate variables in
-// registers, but not arrays of them.
 
 const INVOCATIONS = LANES * QUADS * SPLITS;
 const OUTPUTS = 4u * QUADS;
@@ -100,7 +97,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let first_unit = min(unit, units - 1u);
 @for q < MATRICES
     var groups_@q = fetch_groups(shape, quad_@q, first_unit);
-@for i < FOUR
+@for i < 4
     var codes_@q_@i = codes_of_quad(shape, quad_@q, @iu, first_unit);
 @end
 @for b < MB
@@ -115,13 +112,13 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         let next = min(unit + LANES * SPLITS, units - 1u);
 @for q < MATRICES
         let next_groups_@q = fetch_groups(shape, quad_@q, next);
-@for i < FOUR
+@for i < 4
         let next_codes_@q_@i = codes_of_quad(shape, quad_@q, @iu, next);
 @end
 @end
 @for q < MATRICES
         let g_@q = decode_groups(groups_@q);
-@for i < FOUR
+@for i < 4
         let w_@q_@i = decode_row(codes_@q_@i, g_@q, @iu);
 @end
 @for b < MB
@@ -136,7 +133,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         sums_@q_@b = fma(dots_@q_@b, vec4<f32>(scale_@q_@b), sums_@q_@b);
 @end
         groups_@q = next_groups_@q;
-@for i < FOUR
+@for i < 4
         codes_@q_@i = next_codes_@q_@i;
 @end
 @end
