@@ -48,6 +48,30 @@ fn logits_agree_with_transformers() {
 }
 
 #[test]
+fn a_batch_invariant_gpu_gives_the_same_bits_for_any_batch() {
+    if Device::gpu(GpuArithmetic::Half).is_none() {
+        return;
+    }
+    for name in ["qwen3-gqa2-tied", "gemma3-gqa4-tied"] {
+        let target = packed(&golden(name), &schemes([Format::Fp4, Format::Int4]));
+        let mut model = Device::InvariantGpu.load(&packed_in(&target), &options(KvType::F16)).unwrap();
+        let tokens: Vec<u32> = (0..64).map(|i| i * 7 % 50).collect();
+        let all = model.logits_of(&tokens, 64);
+        // As decoding, and as a draft that is verified, beside sequences of other lengths.
+        for chunk in [1, 7] {
+            assert!(same_bits(&model.logits_of(&tokens, chunk), &all), "{name}: {chunk} tokens at a time");
+        }
+        let [mut first, mut second] = [model.sequence(), model.sequence()];
+        let beside = model.step(&mut [(&mut first, &tokens[..33]), (&mut second, &tokens[..31])]);
+        for logits in beside {
+            assert!(same_bits(&logits, &all[..logits.len()]), "{name}: beside another sequence");
+        }
+        model.release(first);
+        model.release(second);
+    }
+}
+
+#[test]
 fn packed_models_agree_on_all_devices() {
     let mut all = schemes(Format::ALL.into_iter().filter(|format| !format.is_dense()));
     all.extend(sparse_schemes());

@@ -29,6 +29,11 @@ pub struct DeviceOptions {
     /// original
     #[arg(long)]
     pub exact: bool,
+
+    /// Make a sequence's results on a GPU the same to the bit whatever else it computes, as they are on a CPU: much slower
+    /// for long prompts and many sequences
+    #[arg(long)]
+    pub batch_invariant: bool,
 }
 
 /// Which device, as `--device` names it.
@@ -109,7 +114,8 @@ impl DeviceOptions {
         if adapter.is_none() && !matches!(self.device, DeviceChoice::Gpu(_)) {
             return CpuBackend::new(self.cpu()).map(Device::Cpu);
         }
-        GpuBackend::new(GpuOptions { adapter, ..GpuOptions::default() }).map(Device::Gpu)
+        let options = GpuOptions { adapter, batch_invariant: self.batch_invariant, ..GpuOptions::default() };
+        GpuBackend::new(options).map(Device::Gpu)
     }
 
     /// How the CPU is used.
@@ -129,6 +135,12 @@ pub enum KvFormat {
     F16,
     /// Single precision
     F32,
+    /// Floats of 8 bits, a scale for each head of a token
+    Fp8,
+    /// Integers of 8 bits, a scale for each head of a token
+    Int8,
+    /// Floats of 4 bits, a scale for each 32 values
+    Fp4,
 }
 
 impl From<KvFormat> for KvType {
@@ -136,6 +148,9 @@ impl From<KvFormat> for KvType {
         match format {
             KvFormat::F16 => Self::F16,
             KvFormat::F32 => Self::F32,
+            KvFormat::Fp8 => Self::Fp8,
+            KvFormat::Int8 => Self::Int8,
+            KvFormat::Fp4 => Self::Fp4,
         }
     }
 }

@@ -120,6 +120,10 @@ impl Table {
         };
         let device = Device::new(gpu_label(arithmetic, checked), GpuBackend::new(options)?, bounds);
         self.add_device(&device, arithmetic == GpuArithmetic::Exact);
+        if !checked {
+            let invariant = Arc::new(GpuBackend::new(GpuOptions { batch_invariant: true, ..options })?);
+            independence::add_gpu_rows(self, &device.backend, &invariant, &device.label);
+        }
         Ok(())
     }
 

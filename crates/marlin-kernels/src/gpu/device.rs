@@ -18,6 +18,9 @@ pub struct GpuOptions {
     pub checked: bool,
     /// How linears compute.
     pub arithmetic: GpuArithmetic,
+    /// A row's results are bitwise the same whatever else is in a step, and however many rows it has: one kernel for all of them. Steps of
+    /// many rows are much slower.
+    pub batch_invariant: bool,
 }
 
 /// How linears compute.
@@ -119,6 +122,7 @@ pub(super) struct Gpu {
     pub(super) queue: wgpu::Queue,
     pub(super) caps: GpuCaps,
     pub(super) arithmetic: GpuArithmetic,
+    pub(super) batch_invariant: bool,
     checked: bool,
     pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
     /// The first thing that went wrong since it was last asked for.
@@ -286,6 +290,7 @@ impl Gpu {
             queue,
             caps,
             arithmetic: options.arithmetic,
+            batch_invariant: options.batch_invariant,
             checked: options.checked,
             pipelines: Mutex::default(),
             failure,

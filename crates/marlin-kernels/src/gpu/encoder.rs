@@ -3,13 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::attention::AttentionEncoder;
+use super::attention::{AttentionEncoder, packs_heads};
 use super::device::Gpu;
 use super::linear::{GpuLinear, LinearEncoder, embed};
 use super::pipeline::{Binding, Kernel, Pipeline};
 use super::recorder::Recorder;
 use super::step::StepBuffers;
-use super::{GpuArithmetic, GpuBackend, GpuBuffer, GpuKvCache, GpuVector};
+use super::{GpuBackend, GpuBuffer, GpuKvCache, GpuVector};
 use crate::sampling::host::sample;
 use crate::{Activation, AttentionShape, Encoder, Input, KernelError, QkNorm, SampleRow, Step, StepLimits};
 
@@ -47,9 +47,9 @@ impl std::fmt::Debug for GpuEncoder {
 }
 
 impl GpuEncoder {
-    pub(super) fn bytes(limits: &StepLimits, arithmetic: GpuArithmetic) -> usize {
+    pub(super) fn bytes(gpu: &Gpu, limits: &StepLimits) -> usize {
         StepBuffers::bytes(limits)
-            .saturating_add(LinearEncoder::bytes(limits, arithmetic))
+            .saturating_add(LinearEncoder::bytes(gpu, limits))
             .saturating_add(AttentionEncoder::bytes(limits))
     }
 
@@ -164,7 +164,7 @@ impl Encoder<GpuBackend> for GpuEncoder {
         kv: &mut GpuKvCache,
         layer: usize,
     ) {
-        self.attention.rope_store_kv(&mut self.recorder, &self.step, qkv, shape, norm, angles, kv, layer);
+        self.attention.rope_store_kv(&self.gpu, &mut self.recorder, &self.step, qkv, shape, norm, angles, kv, layer);
     }
 
     fn attention(
@@ -175,7 +175,10 @@ impl Encoder<GpuBackend> for GpuEncoder {
         layer: usize,
         out: &mut GpuBuffer,
     ) {
-        self.attention.attention(&self.gpu, &mut self.recorder, &self.step, qkv, shape, kv, layer, out);
+        out.output(self.step.rows, shape.heads * shape.head_dim);
+        let packs = packs_heads(&self.gpu, shape.head_dim);
+        let packed = if packs { self.linear.pack_output(out) } else { None };
+        self.attention.attention(&self.gpu, &mut self.recorder, &self.step, qkv, shape, kv, layer, out, packed);
     }
 
     fn select_logit_rows(&mut self, x: &GpuBuffer, out: &mut GpuBuffer) {

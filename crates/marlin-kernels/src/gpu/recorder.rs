@@ -9,7 +9,7 @@ use super::timing::Timing;
 use crate::KernelError;
 
 /// Storage buffers of a kernel, at most.
-const MAX_BINDINGS: usize = 10;
+const MAX_BINDINGS: usize = 12;
 
 /// Kernels that are recorded and not yet started, and the bind groups of all that ever were: a step finds those of the step before.
 pub(super) struct Recorder {

@@ -29,7 +29,7 @@ pub struct KernelVariant {
 
 /// Widths of matrices, at least one for every way in which kernels divide a row among invocations: those of models of 0.1 to 70
 /// billion parameters.
-const WIDTHS: [usize; 8] = [64, 256, 576, 1024, 2560, 4096, 9728, 28672];
+const WIDTHS: [usize; 9] = [64, 256, 576, 1024, 2560, 4096, 5120, 9728, 28672];
 /// Rows of them.
 const ROWS: usize = 8;
 /// The least of which an encoder can be made.

@@ -1,12 +1,11 @@
 //! Attention of few queries at a time over many keys: each split of a sequence's positions by itself, then their sums put together.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
-use std::sync::Arc;
-
-use super::{KV_UNIT, KvElement, STEP_TOKEN};
+use super::STEP_TOKEN;
+use super::store::{KvPlanes, kv_constants};
 use crate::gpu::device::{Gpu, Storage};
-use crate::gpu::pipeline::{Binding, Kernel, Pipeline};
+use crate::gpu::kv::KV_UNIT;
+use crate::gpu::linear::PACKED_OUTPUT;
+use crate::gpu::pipeline::{Binding, Kernel, Variants};
 use crate::gpu::recorder::Recorder;
 use crate::gpu::step::StepBuffers;
 use crate::gpu::{GpuBuffer, GpuKvCache};
@@ -36,8 +35,8 @@ pub(super) struct SplitAttention {
     /// Positions of a split; it depends on the context alone, so that a row's result does not depend on what else is in a step.
     split: usize,
     scratch: Scratch,
-    kernels: HashMap<SplitVariant, Arc<Pipeline>>,
-    combine: HashMap<usize, Arc<Pipeline>>,
+    kernels: Variants<SplitVariant>,
+    combine: Variants<CombineVariant>,
 }
 
 /// What splits leave for the kernel that puts them together: of each row of a dispatch, head and split …
@@ -55,18 +54,33 @@ pub(super) struct SplitVariant {
     head_dim: usize,
     /// Query heads of a workgroup: 1, 2 or 4.
     heads: usize,
+    /// Heads that one split takes are packed, too.
+    packs: bool,
+}
+
+/// What the kernel that puts splits together is compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct CombineVariant {
+    pub(super) head_dim: usize,
+    /// Heads are packed, too.
+    pub(super) packs: bool,
 }
 
 impl SplitVariant {
     /// For `group` query heads of each KV head.
-    pub(super) fn new(kv_type: KvType, head_dim: usize, group: usize) -> Self {
+    pub(super) fn new(kv_type: KvType, head_dim: usize, group: usize, packs: bool) -> Self {
         let room = (tuning::MOST_HEADS_BY_DIM / head_dim).clamp(1, tuning::MOST_HEADS);
         // Powers of two: a type of each width.
-        Self { kv_type, head_dim, heads: group.next_power_of_two().min(1 << room.ilog2()) }
+        Self { kv_type, head_dim, heads: group.next_power_of_two().min(1 << room.ilog2()), packs }
+    }
+
+    /// The variant of the other kernel.
+    fn combine(self) -> CombineVariant {
+        CombineVariant { head_dim: self.head_dim, packs: self.packs }
     }
 
     pub(super) fn kernel(self) -> Kernel {
-        let Self { kv_type, head_dim, heads } = self;
+        let Self { kv_type, head_dim, heads, packs } = self;
         let chunks = head_dim / KV_UNIT;
         let key_lanes = chunks.next_power_of_two().min(tuning::PARTIALS_PER_KEY / heads);
         let key_units = chunks.div_ceil(key_lanes);
@@ -95,39 +109,65 @@ impl SplitVariant {
         let of_head = if heads == 1 { "heads" } else { "heads[h]" };
         let queries: Vec<_> = (0..heads).map(|h| format!("query_of(start, dim, count, {h}u)")).collect();
         let prelude = format!(
-            "{STEP_TOKEN}{constants}alias Heads = {heads_type};\n\
+            "{STEP_TOKEN}{}{constants}alias Heads = {heads_type};\n\
              fn of_head(heads: Heads, h: u32) -> f32 {{ return {of_head}; }}\n\
              fn load_query(start: u32, dim: u32, count: u32) -> Heads {{ return Heads({}); }}\n",
+            kv_constants(kv_type),
             queries.join(", ")
         );
-        let element = KvElement::of(kv_type);
+        let planes = KvPlanes::of(kv_type);
         let (read, write) = (Binding::read, Binding::write);
-        let bindings = vec![
+        let mut bindings = vec![
             read("qkv", "f32"),
-            read("keys", element.reads),
-            read("values", element.reads),
+            read("keys", planes.reads),
+            read("values", planes.reads),
             read("step_tokens", "StepToken"),
             read("block_tables", "u32"),
             write("split_sums", "f32"),
             write("split_softmax", "vec2<f32>"),
             write("out", "f32"),
         ];
-        let files = vec![element.module, include_str!("../shaders/attention_split.wgsl")];
-        Kernel { name: "attention_split", prelude, bindings, files }
+        if kv_type.code().is_some() {
+            bindings.extend([read("key_scales", "f16"), read("value_scales", "f16")]);
+        }
+        let files = vec![planes.load, include_str!("../shaders/attention_split.wgsl")];
+        let mut kernel = Kernel { name: "attention_split", prelude, bindings, files };
+        pack_heads(&mut kernel, packs, heads * head_dim);
+        kernel
     }
 }
 
-/// The kernel that puts splits together.
-pub(super) fn combine_kernel(head_dim: usize) -> Kernel {
-    let prelude = format!("{STEP_TOKEN}const DIM = {head_dim}u;\n");
-    let bindings = vec![
-        Binding::read("split_sums", "vec4<f32>"),
-        Binding::read("split_softmax", "vec2<f32>"),
-        Binding::read("step_tokens", "StepToken"),
-        Binding::write("out", "vec4<f32>"),
-    ];
-    let files = vec![include_str!("../shaders/attention_combine.wgsl"), include_str!("../shaders/reduce.wgsl")];
-    Kernel { name: "attention_combine", prelude, bindings, files }
+impl CombineVariant {
+    pub(super) fn kernel(self) -> Kernel {
+        let Self { head_dim, packs } = self;
+        let prelude = format!("{STEP_TOKEN}const DIM = {head_dim}u;\n");
+        let bindings = vec![
+            Binding::read("split_sums", "vec4<f32>"),
+            Binding::read("split_softmax", "vec2<f32>"),
+            Binding::read("step_tokens", "StepToken"),
+            Binding::write("out", "vec4<f32>"),
+        ];
+        let files = vec![include_str!("../shaders/attention_combine.wgsl"), include_str!("../shaders/reduce.wgsl")];
+        let mut kernel = Kernel { name: "attention_combine", prelude, bindings, files };
+        pack_heads(&mut kernel, packs, head_dim);
+        kernel
+    }
+}
+
+/// Lets a kernel pack the heads that it writes, of which a workgroup has so many values.
+fn pack_heads(kernel: &mut Kernel, packs: bool, values: usize) {
+    if packs {
+        kernel.prelude += &format!("const KEPT = {values}u;\n");
+        kernel.bindings.extend(PACKED_OUTPUT);
+        kernel.files.extend([
+            include_str!("../shaders/pack.wgsl"),
+            include_str!("../shaders/pack_output.wgsl"),
+            include_str!("../shaders/pack_heads.wgsl"),
+        ]);
+    } else {
+        kernel.prelude += "fn keep_output(i: u32, value: f32) {}\n\
+                           fn pack_heads(row: u32, first: u32, count: u32, heads: u32, lane: u32) {}\n";
+    }
 }
 
 impl Scratch {
@@ -169,8 +209,8 @@ impl SplitAttention {
         Ok(Self {
             split: split_positions(limits.context),
             scratch: Scratch::new(gpu, limits)?,
-            kernels: HashMap::new(),
-            combine: HashMap::new(),
+            kernels: Variants::default(),
+            combine: Variants::default(),
         })
     }
 
@@ -186,6 +226,7 @@ impl SplitAttention {
         kv: &GpuKvCache,
         layer: usize,
         out: &GpuBuffer,
+        packed: Option<[&Storage; 2]>,
     ) -> Result<(), KernelError> {
         let Self { split, scratch, kernels, combine } = self;
         let cache = &kv.layers[layer];
@@ -196,8 +237,8 @@ impl SplitAttention {
         };
         let splits = step.positions.iter().map(|&position| splits(position)).max().unwrap_or(1);
         let group = shape.heads / shape.kv_heads;
-        let variant = SplitVariant::new(kv.kv_type, shape.head_dim, group);
-        let kernel = compiled(gpu, kernels, variant, SplitVariant::kernel)?;
+        let variant = SplitVariant::new(kv.kv_type, shape.head_dim, group, packed.is_some());
+        let kernel = kernels.get(gpu, variant, SplitVariant::kernel)?;
         let most_rows = if splits == 1 { step.rows } else { scratch.rows(shape, splits) };
         assert!(most_rows > 0 || step.rows == 0, "an encoder for inputs as wide as all heads");
 
@@ -218,28 +259,18 @@ impl SplitAttention {
                 first_row as u32,
             ];
             let workgroups = [splits, shape.kv_heads * group.div_ceil(variant.heads), rows];
+            let scales = cache.keys.scales.iter().chain(&cache.values.scales);
+            let packed = packed.into_iter().flatten();
+            let buffers = buffers.into_iter().chain(scales).chain(packed.clone());
             recorder.dispatch(kernel, buffers, &parameters, workgroups);
             if splits == 1 {
                 continue;
             }
-            let combine = compiled(gpu, combine, shape.head_dim, combine_kernel)?;
+            let combine = combine.get(gpu, variant.combine(), CombineVariant::kernel)?;
             let parameters = [shape.heads as u32, window, *split as u32, first_row as u32, splits as u32];
-            let buffers = [sums, softmax, step_tokens, &out.storage];
+            let buffers = [sums, softmax, step_tokens, &out.storage].into_iter().chain(packed);
             recorder.dispatch(combine, buffers, &parameters, [shape.heads, rows, 1]);
         }
         Ok(())
     }
-}
-
-/// The compiled kernel of a variant, which is found again.
-fn compiled<'a, V: Copy + Eq + std::hash::Hash>(
-    gpu: &Gpu,
-    kernels: &'a mut HashMap<V, Arc<Pipeline>>,
-    variant: V,
-    kernel: impl Fn(V) -> Kernel,
-) -> Result<&'a Arc<Pipeline>, KernelError> {
-    Ok(match kernels.entry(variant) {
-        Entry::Occupied(found) => found.into_mut(),
-        Entry::Vacant(vacant) => vacant.insert(gpu.pipeline(&kernel(variant))?),
-    })
 }

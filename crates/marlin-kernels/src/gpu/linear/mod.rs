@@ -15,6 +15,7 @@ pub(super) use self::encode::{LinearEncoder, embed};
 use self::few_rows::FewRows;
 use self::format::DeviceFormat;
 use self::layout::{QUAD, Rows, UNIT};
+pub(super) use self::pack::PACKED_OUTPUT;
 use self::pack::{Packing, Prepared};
 use super::GpuArithmetic;
 use super::device::{Gpu, Storage};
