@@ -17,6 +17,8 @@ pub struct GpuOptions {
     pub checked: bool,
     /// How linears compute.
     pub arithmetic: GpuArithmetic,
+    /// What multiplies the matrices of linears in half precision.
+    pub matrices: GpuMatrices,
 }
 
 /// How linears compute.
@@ -24,10 +26,20 @@ pub struct GpuOptions {
 pub enum GpuArithmetic {
     /// In single precision throughout.
     Exact,
-    /// Activations are rounded to half precision, 32 of them sharing a power of two, and so are weights that are not packed; products of
-    /// 32 columns are summed in half precision, the rest in single. The mean squared error is about 1e-7 of the mean square.
+    /// Activations are rounded to half precision, 32 of them or a row sharing a power of two, and so are weights. For few rows, products
+    /// of 32 columns are summed in half precision; all other sums are in single. The mean squared error is about 1e-7 of the mean square.
     #[default]
     Half,
+}
+
+/// What multiplies the matrices of linears for more than a few rows of input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum GpuMatrices {
+    /// The device's matrix units, if it has any that [`MatrixSize`] knows.
+    #[default]
+    Device,
+    /// The same kernels in plain arithmetic, as if the device had matrix units of this size: slower, for tests of the kernels.
+    Emulated(MatrixSize),
 }
 
 /// What the device is and can do.
@@ -47,7 +59,7 @@ pub struct GpuCaps {
     pub workgroup_memory: u32,
     /// Kernels may use operations of subgroups.
     pub subgroups: bool,
-    /// The sizes of matrices in half precision that its matrix units multiply and sum in single precision.
+    /// The sizes of matrices in half precision that its matrix units multiply and sum in single precision, largest first.
     pub matrices: Vec<MatrixSize>,
     /// It tells the time between kernels.
     pub timestamps: bool,
@@ -55,15 +67,23 @@ pub struct GpuCaps {
     pub pipeline_cache: bool,
 }
 
-/// `[m, k]` times `[k, n]`.
+/// The rows and columns of matrices that matrix units multiply at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MatrixSize {
-    /// Rows of the product.
-    pub m: u32,
-    /// Columns of the product.
-    pub n: u32,
-    /// Terms of a sum.
-    pub k: u32,
+pub enum MatrixSize {
+    /// 8 × 8, Metal's simdgroup matrices.
+    Eight,
+    /// 16 × 16, the cooperative matrices of NVIDIA's and others' Vulkan drivers.
+    Sixteen,
+}
+
+impl MatrixSize {
+    /// Rows and columns.
+    pub fn rows(self) -> usize {
+        match self {
+            Self::Eight => 8,
+            Self::Sixteen => 16,
+        }
+    }
 }
 
 /// An open device.
@@ -72,6 +92,8 @@ pub(super) struct Gpu {
     pub(super) queue: wgpu::Queue,
     pub(super) caps: GpuCaps,
     pub(super) arithmetic: GpuArithmetic,
+    /// What linears in half precision use.
+    pub(super) matrices: Option<Matrices>,
     checked: bool,
     pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
     /// The first thing that went wrong since it was last asked for.
@@ -79,6 +101,25 @@ pub(super) struct Gpu {
     /// Why the device is gone for good, if it is.
     loss: Arc<Mutex<Option<String>>>,
     next_id: AtomicU64,
+}
+
+/// Matrix units that kernels are made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Matrices {
+    pub(super) size: MatrixSize,
+    pub(super) is_emulated: bool,
+}
+
+impl Matrices {
+    fn of(options: &GpuOptions, caps: &GpuCaps) -> Option<Self> {
+        if options.arithmetic == GpuArithmetic::Exact || caps.workgroup_memory < MATRICES_WORKGROUP_MEMORY {
+            return None;
+        }
+        match options.matrices {
+            GpuMatrices::Device => caps.matrices.first().map(|&size| Self { size, is_emulated: false }),
+            GpuMatrices::Emulated(size) => Some(Self { size, is_emulated: true }),
+        }
+    }
 }
 
 /// A buffer of the device. Its id is part of the key of prebuilt bind groups.
@@ -103,6 +144,9 @@ const WANTED: wgpu::Features = wgpu::Features::SUBGROUP
 
 /// Bytes of workgroup memory that the largest kernel takes, the one for tiles of 64 by 64.
 const WORKGROUP_MEMORY: u32 = 2 * 64 * 33 * 4;
+
+/// Bytes of workgroup memory that all tiles of matrices can do with.
+pub(super) const MATRICES_WORKGROUP_MEMORY: u32 = 32 << 10;
 
 /// What an adapter lacks; `None` if it can be used.
 fn missing(adapter: &wgpu::Adapter) -> Option<String> {
@@ -162,12 +206,20 @@ fn enumerate(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
 
 fn matrices(adapter: &wgpu::Adapter, features: wgpu::Features) -> Vec<MatrixSize> {
     use wgpu::CooperativeScalarType::{F16, F32};
-    if !features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+    let info = adapter.get_info();
+    // Kernels count on 32 invocations that share a matrix. Metal's do, though wgpu cannot ask.
+    let subgroups_of_32 =
+        info.backend == wgpu::Backend::Metal || (info.subgroup_min_size, info.subgroup_max_size) == (32, 32);
+    if !features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX) || !subgroups_of_32 {
         return Vec::new();
     }
     let properties = adapter.cooperative_matrix_properties();
-    let mixed = properties.iter().filter(|it| (it.ab_type, it.cr_type) == (F16, F32));
-    mixed.map(|it| MatrixSize { m: it.m_size, n: it.n_size, k: it.k_size }).collect()
+    let has = |rows: u32| {
+        properties.iter().any(|it| {
+            (it.ab_type, it.cr_type) == (F16, F32) && [it.m_size, it.n_size, it.k_size].iter().all(|&size| size == rows)
+        })
+    };
+    [MatrixSize::Sixteen, MatrixSize::Eight].into_iter().filter(|size| has(size.rows() as u32)).collect()
 }
 
 impl Gpu {
@@ -227,8 +279,9 @@ impl Gpu {
         Ok(Self {
             device,
             queue,
-            caps,
             arithmetic: options.arithmetic,
+            matrices: Matrices::of(&options, &caps),
+            caps,
             checked: options.checked,
             pipelines: Mutex::default(),
             failure,

@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use marlin_format::Scheme;
 
-pub use device::{GpuAdapter, GpuArithmetic, GpuCaps, GpuOptions, MatrixSize, adapters};
+pub use device::{GpuAdapter, GpuArithmetic, GpuCaps, GpuMatrices, GpuOptions, MatrixSize, adapters};
 pub use encoder::GpuEncoder;
 pub use kv::GpuKvCache;
 pub use linear::GpuLinear;

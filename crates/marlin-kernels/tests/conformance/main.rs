@@ -20,7 +20,7 @@ use std::sync::Arc;
 use libtest_mimic::{Arguments, Trial};
 use marlin_kernels::Backend;
 use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
-use marlin_kernels::gpu::{GpuArithmetic, GpuBackend, GpuOptions};
+use marlin_kernels::gpu::{GpuArithmetic, GpuBackend, GpuMatrices, GpuOptions, MatrixSize};
 
 fn main() -> ExitCode {
     let mut table = Table { rows: Vec::new() };
@@ -51,25 +51,31 @@ fn main() -> ExitCode {
 /// failed if the environment variable `METAL_MARLIN_REQUIRE_GPU` is set.
 fn add_gpu_rows(table: &mut Table) {
     use GpuArithmetic::{Exact, Half};
-    // Half precision rounds activations, scales and weights by up to 2^-11 of themselves, and each of a pair's 16 sums; an outlier's
-    // product carries its whole error.
-    for (label, arithmetic, checked, [linear_bound, embed_bound]) in [
-        ("gpu", Exact, false, [1e-12, 1e-13]),
-        ("gpu-checked", Exact, true, [1e-12, 1e-13]),
-        ("gpu-half", Half, false, [5e-6, 5e-7]),
-        ("gpu-half-checked", Half, true, [5e-6, 5e-7]),
+    use GpuMatrices::{Device, Emulated};
+    use MatrixSize::{Eight, Sixteen};
+    for (label, arithmetic, matrices) in [
+        ("gpu", Exact, Device),
+        ("gpu-half", Half, Device),
+        ("gpu-half-8x8", Half, Emulated(Eight)),
+        ("gpu-half-16x16", Half, Emulated(Sixteen)),
     ] {
-        match GpuBackend::new(GpuOptions { adapter: None, checked, arithmetic }) {
-            Ok(backend) => {
-                let device = Arc::new(Inner { label: label.into(), backend, linear_bound, embed_bound });
-                linear::add_rows(table, &device);
-                if arithmetic == Exact {
-                    add_rows_without_linears(table, &device);
+        // Half precision rounds activations, scales and weights by up to 2^-11 of themselves, and each of a pair's 16 sums; an outlier's
+        // product carries its whole error.
+        let [linear_bound, embed_bound] = if arithmetic == Exact { [1e-12, 1e-13] } else { [5e-6, 5e-7] };
+        for checked in [false, true] {
+            let label = if checked { format!("{label}-checked") } else { label.to_owned() };
+            match GpuBackend::new(GpuOptions { adapter: None, checked, arithmetic, matrices }) {
+                Ok(backend) => {
+                    let device = Arc::new(Inner { label, backend, linear_bound, embed_bound });
+                    linear::add_rows(table, &device);
+                    if arithmetic == Exact {
+                        add_rows_without_linears(table, &device);
+                    }
                 }
-            }
-            Err(error) => {
-                let row = Trial::test(format!("all/{label}: {error}"), move || Err(error.into()));
-                table.rows.push(row.with_ignored_flag(std::env::var_os("METAL_MARLIN_REQUIRE_GPU").is_none()));
+                Err(error) => {
+                    let row = Trial::test(format!("all/{label}: {error}"), move || Err(error.into()));
+                    table.rows.push(row.with_ignored_flag(std::env::var_os("METAL_MARLIN_REQUIRE_GPU").is_none()));
+                }
             }
         }
     }
