@@ -46,11 +46,11 @@ const SIXTEEN: &[&[Tile]] = &[
     &[Tile::new([128, 128, 64], [2, 2], 1, 1), Tile::new([128, 128, 32], [2, 2], 1, 1)],
 ];
 
-/// Tiles for 8 × 8 matrices: Apple's GPUs have 32 KiB of workgroup memory, and registers for sums of 32 × 32 a subgroup.
+/// Tiles for 8 × 8 matrices: Apple's GPUs have 32 KiB of workgroup memory, and registers for sums of 32 × 64 a subgroup.
 const EIGHT: &[&[Tile]] = &[
     &[Tile::new([16, 32, 128], [1, 1], 4, 1)],
     &[Tile::new([32, 64, 64], [2, 2], 1, 1)],
-    &[Tile::new([64, 64, 32], [2, 2], 1, 1)],
+    &[Tile::new([64, 64, 32], [2, 1], 1, 1)],
 ];
 
 /// The tiles of a device, by rows of input.
