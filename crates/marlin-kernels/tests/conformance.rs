@@ -30,7 +30,7 @@ fn add_gpu(table: &mut Table) -> Vec<Trial> {
     let mut failed = Vec::new();
     for arithmetic in [GpuArithmetic::Exact, GpuArithmetic::Half] {
         for checked in [false, true] {
-            if let Err(error) = table.add_gpu(GpuOptions { adapter: None, checked, arithmetic }) {
+            if let Err(error) = table.add_gpu(GpuOptions { checked, arithmetic, ..GpuOptions::default() }) {
                 let name = format!("all/{}: {error}", gpu_label(arithmetic, checked));
                 let row = Trial::test(name, move || Err(error.into()));
                 failed.push(row.with_ignored_flag(std::env::var_os("METAL_MARLIN_REQUIRE_GPU").is_none()));

@@ -80,6 +80,19 @@ pub struct ErrorFound {
     pub bound: f64,
 }
 
+impl ErrorFound {
+    /// Whether it is nearer to its bound, or further beyond.
+    pub fn is_nearer_than(&self, other: &Self) -> bool {
+        // Without dividing: bounds may be 0.
+        self.nmse * other.bound > other.nmse * self.bound
+    }
+
+    /// The error as a share of its bound; `None` where none is allowed.
+    pub fn share(self) -> Option<f64> {
+        (self.bound > 0.0).then(|| self.nmse / self.bound)
+    }
+}
+
 impl Table {
     /// Adds the rows of a processor. Rows without linears come with [`Arithmetic::Exact`] alone: the arithmetic makes no difference to
     /// them.
@@ -101,12 +114,12 @@ impl Table {
         Ok(())
     }
 
-    /// Adds the rows of a GPU. Rows without linears come with [`GpuArithmetic::Exact`] alone: the arithmetic makes no difference to
-    /// them.
+    /// Adds the rows of a GPU, which it gives back. Rows without linears come with [`GpuArithmetic::Exact`] alone: the arithmetic makes
+    /// no difference to them.
     ///
     /// # Errors
     /// If it does not open.
-    pub fn add_gpu(&mut self, options: GpuOptions) -> Result<(), KernelError> {
+    pub fn add_gpu(&mut self, options: GpuOptions) -> Result<Arc<GpuBackend>, KernelError> {
         let GpuOptions { arithmetic, checked, .. } = options;
         // Half precision rounds activations, scales and weights by up to 2^-11 of themselves, and each of a pair's 16 sums; an outlier's
         // product carries its whole error.
@@ -116,7 +129,7 @@ impl Table {
         };
         let device = Device::new(gpu_label(arithmetic, checked), GpuBackend::new(options)?, bounds);
         self.add_device(&device, arithmetic == GpuArithmetic::Exact);
-        Ok(())
+        Ok(device.backend)
     }
 
     /// Adds the rows of a device that computes nothing, which compare nothing.
@@ -229,9 +242,7 @@ impl<B> Device<B> {
 
     /// Keeps the error if it is the nearest to its bound.
     fn note(&self, error: ErrorFound) {
-        // Without dividing: bounds may be 0.
-        let is_nearer = |than: &ErrorFound| error.nmse * than.bound > than.nmse * error.bound;
-        if self.error.get().is_none_or(|nearest| is_nearer(&nearest)) {
+        if self.error.get().is_none_or(|nearest| error.is_nearer_than(&nearest)) {
             self.error.set(Some(error));
         }
     }

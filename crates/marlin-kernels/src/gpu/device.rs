@@ -2,15 +2,17 @@
 
 use std::collections::HashMap;
 use std::panic::{self, AssertUnwindSafe};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use super::disk_cache::DiskCache;
 use super::pipeline::{Kernel, Pipeline};
 use super::registry::KernelVariant;
 use crate::KernelError;
 
 /// Which GPU, and how its kernels are compiled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct GpuOptions {
     /// Index into [`adapters`]; the first of the fastest kind if `None`.
     pub adapter: Option<usize>,
@@ -18,6 +20,8 @@ pub struct GpuOptions {
     pub checked: bool,
     /// How linears compute.
     pub arithmetic: GpuArithmetic,
+    /// The folder that keeps compiled kernels for the next time, where the device allows that; none are kept if `None`.
+    pub pipeline_cache: Option<PathBuf>,
 }
 
 /// How linears compute.
@@ -120,13 +124,18 @@ pub(super) struct Gpu {
     pub(super) caps: GpuCaps,
     pub(super) arithmetic: GpuArithmetic,
     checked: bool,
-    pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
+    /// By source.
+    pipelines: Mutex<HashMap<String, Slot>>,
+    pub(super) disk_cache: Option<DiskCache>,
     /// The first thing that went wrong since it was last asked for.
     failure: Arc<Mutex<Option<String>>>,
     /// Why the device is gone for good, if it is.
     loss: Arc<Mutex<Option<String>>>,
     next_id: AtomicU64,
 }
+
+/// A compiled kernel, or why there is none, once that is known.
+type Slot = Arc<OnceLock<Result<Arc<Pipeline>, String>>>;
 
 /// A buffer of the device. Its id is part of the key of prebuilt bind groups.
 #[derive(Debug)]
@@ -273,6 +282,8 @@ impl Gpu {
         }))
         .map_err(|error| KernelError::Device(format!("{} does not open: {error}", caps.name)))?;
 
+        let folder = options.pipeline_cache.as_ref();
+        let disk_cache = folder.and_then(|folder| DiskCache::open(&device, &adapter.get_info(), folder));
         let failure = Arc::new(Mutex::new(None));
         let first = failure.clone();
         device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| remember(&first, error.to_string())));
@@ -288,35 +299,54 @@ impl Gpu {
             arithmetic: options.arithmetic,
             checked: options.checked,
             pipelines: Mutex::default(),
+            disk_cache,
             failure,
             loss,
             next_id: AtomicU64::new(0),
         })
     }
 
-    /// The compiled kernel; each is compiled once.
+    /// The compiled kernel; each is compiled once, several at a time by several threads.
     pub(super) fn pipeline(&self, kernel: &Kernel) -> Result<Arc<Pipeline>, KernelError> {
         let source = kernel.source();
-        let mut pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pipeline) = pipelines.get(&source) {
-            return Ok(pipeline.clone());
-        }
-        let pipeline = Arc::new(self.compile(kernel, &source)?);
-        pipelines.insert(source, pipeline.clone());
-        Ok(pipeline)
-    }
-
-    /// Compiles a kernel, whether or not that was done before.
-    pub(super) fn compile(&self, kernel: &Kernel, source: &str) -> Result<Pipeline, KernelError> {
-        Pipeline::compile(&self.device, kernel, source, self.checked, IMMEDIATE_BYTES).map_err(|reason| {
+        let slot = self.pipelines().entry(source.clone()).or_default().clone();
+        let compile = || {
+            let cache = self.disk_cache.as_ref();
+            let compiled = Pipeline::compile(&self.device, kernel, &source, self.checked, IMMEDIATE_BYTES, cache);
+            compiled.map(Arc::new)
+        };
+        slot.get_or_init(compile).clone().map_err(|reason| {
             KernelError::Device(format!("{} cannot compile the kernel {}: {reason}", self.caps.name, kernel.name))
         })
     }
 
+    /// Keeps the kernels compiled so far for the next time, where that is wanted.
+    pub(super) fn save_kernels(&self) {
+        if let Some(cache) = &self.disk_cache {
+            cache.save();
+        }
+    }
+
     /// The kernels compiled so far.
     pub(super) fn kernels(&self) -> Vec<KernelVariant> {
-        let pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
-        pipelines.iter().map(|(source, it)| KernelVariant::of(source.clone(), it.kernel.clone())).collect()
+        let compiled = |(source, slot): (&String, &Slot)| {
+            let pipeline = slot.get()?.as_ref().ok()?;
+            Some(KernelVariant::of(source.clone(), pipeline.kernel.clone()))
+        };
+        self.pipelines().iter().filter_map(compiled).collect()
+    }
+
+    /// The sources of the kernels that an encoder recorded for the first time since the last call.
+    pub(super) fn take_recorded(&self) -> Vec<String> {
+        let was_recorded = |slot: &Slot| {
+            slot.get().and_then(|compiled| compiled.as_ref().ok()).is_some_and(|pipeline| pipeline.take_recorded())
+        };
+        let pipelines = self.pipelines();
+        pipelines.iter().filter(|(_, slot)| was_recorded(slot)).map(|(source, _)| source.clone()).collect()
+    }
+
+    fn pipelines(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
+        self.pipelines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Memory on the device, zeroed.
@@ -388,6 +418,12 @@ impl Gpu {
         })?;
         waited.map_err(|error| KernelError::Device(format!("{} does not finish: {error}", self.caps.name)))?;
         self.check()
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        self.save_kernels();
     }
 }
 
