@@ -6,8 +6,8 @@
 //!
 //! A new operation is a method of [`Encoder`], written first in [`mod@reference`] and then in every other backend. A new backend
 //! is a module beside those that implements the two traits; one whose memory is the host's can use [`HostBuffer`] and
-//! [`HostKvCache`]. Either gets its rows in the conformance table, `tests/conformance`, which runs every operation × format ×
-//! shape class × backend against the reference within an error bound.
+//! [`HostKvCache`]. Either gets its rows in the [`conformance`] table, which runs every operation × format × shape class × backend
+//! against the reference within an error bound.
 
 mod backend;
 mod error;
@@ -16,6 +16,7 @@ mod kv;
 mod sampling;
 mod step;
 
+pub mod conformance;
 pub mod cpu;
 pub mod gpu;
 pub mod reference;

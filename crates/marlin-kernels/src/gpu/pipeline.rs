@@ -1,8 +1,13 @@
 //! Kernels from WGSL: constants, bindings and source files put together, compiled.
 
 use std::fmt::Write as _;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use super::disk_cache::DiskCache;
 
 /// The source of a kernel.
+#[derive(Debug, Clone)]
 pub(super) struct Kernel {
     pub(super) name: &'static str,
     /// What stands before the files: constants, and functions that choose.
@@ -14,9 +19,9 @@ pub(super) struct Kernel {
 /// A storage buffer of a kernel.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Binding {
-    name: &'static str,
-    element: &'static str,
-    writes: bool,
+    pub(super) name: &'static str,
+    pub(super) element: &'static str,
+    pub(super) writes: bool,
 }
 
 impl Binding {
@@ -55,7 +60,12 @@ impl Kernel {
 pub(super) struct Pipeline {
     pub(super) pipeline: wgpu::ComputePipeline,
     pub(super) layout: wgpu::BindGroupLayout,
-    pub(super) bindings: usize,
+    /// What it was made of.
+    pub(super) kernel: Kernel,
+    /// How long that took.
+    pub(super) compiled_in: Duration,
+    /// Whether an encoder recorded it for the first time since this was last asked for.
+    recorded: AtomicBool,
 }
 
 impl Pipeline {
@@ -65,7 +75,9 @@ impl Pipeline {
         source: &str,
         checked: bool,
         immediate_size: u32,
+        cache: Option<&DiskCache>,
     ) -> Result<Self, String> {
+        let start = Instant::now();
         // Drivers' compilers report what they dislike as internal errors.
         let scopes =
             [wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::Internal].map(|filter| device.push_error_scope(filter));
@@ -105,13 +117,34 @@ impl Pipeline {
                 constants: &[],
                 zero_initialize_workgroup_memory: false,
             },
-            cache: None,
+            cache: cache.map(|kept| &kept.cache),
         });
         // Scopes end in the reverse order of their beginning.
         let errors: Vec<_> = scopes.into_iter().rev().filter_map(|scope| pollster::block_on(scope.pop())).collect();
         match errors.first() {
-            None => Ok(Self { pipeline, layout, bindings: entries.len() }),
+            None => {
+                if let Some(kept) = cache {
+                    kept.note_compiled();
+                }
+                Ok(Self {
+                    pipeline,
+                    layout,
+                    kernel: kernel.clone(),
+                    compiled_in: start.elapsed(),
+                    recorded: AtomicBool::new(false),
+                })
+            }
             Some(error) => Err(error.to_string()),
         }
+    }
+
+    /// Notes that an encoder records it for the first time.
+    pub(super) fn note_recorded(&self) {
+        self.recorded.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether that was noted since the last call.
+    pub(super) fn take_recorded(&self) -> bool {
+        self.recorded.swap(false, Ordering::Relaxed)
     }
 }

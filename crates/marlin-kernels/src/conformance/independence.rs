@@ -2,13 +2,13 @@
 
 use std::ops::Range;
 
+use crate::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
+use crate::{Activation, AttentionShape, Backend, Encoder, KvLayer, KvLayout, KvType, LinearPart};
 use marlin_format::{Format, Grouping, Scheme};
-use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
-use marlin_kernels::{Activation, AttentionShape, Backend, Encoder, KvLayer, KvLayout, KvType, LinearPart};
 
-use crate::Table;
-use crate::matrices::random;
-use crate::support::{Pages, Rng, limits, poisoned, read, upload};
+use super::Table;
+use super::matrices::random;
+use super::support::{Pages, Rng, limits, poisoned, read, upload};
 
 /// Rows of the largest batch, more than two of the blocks in which rows pass over weights, and how it is cut: all at once, in
 /// sevens, one by one.

@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use marlin_kernels::{AttentionShape, Backend, Encoder, KvLayer, KvLayout, KvType, QkNorm};
+use crate::{AttentionShape, Backend, Encoder, KvLayer, KvLayout, KvType, QkNorm};
 
-use crate::support::{Case, Pages, Ragged, Rng, check, limits, poisoned, read, upload};
-use crate::{Device, Table};
+use super::support::{Case, Pages, Ragged, Rng, limits, poisoned, read, upload};
+use super::{Device, Table};
 
 /// Ragged batches: what each sequence has in the cache, and what the step brings.
 const BATCHES: [&[Range<usize>]; 4] = [
@@ -69,7 +69,7 @@ fn attention<B: Backend>(device: &Device<B>, shape: AttentionShape, kv_type: KvT
     for batch in BATCHES {
         for block_tokens in [16, 5] {
             let case = Attention::new(shape, kv_type, block_tokens, batch);
-            check(&case, &device.backend, bound(kv_type), &format!("positions {batch:?}, blocks of {block_tokens}"))?;
+            device.check(&case, bound(kv_type), &format!("positions {batch:?}, blocks of {block_tokens}"))?;
         }
     }
     Ok(())
@@ -80,7 +80,7 @@ fn rope_store_kv<B: Backend>(device: &Device<B>, rotary: usize, norm: bool, kv_t
         let shape = shape(4, 2, 64, window);
         let base = Attention::new(shape, kv_type, 16, BATCHES[3]);
         let case = Attention { rotary, norm, reads, ..base };
-        check(&case, &device.backend, bound(kv_type), &format!("{reads:?}, window {window:?}"))?;
+        device.check(&case, bound(kv_type), &format!("{reads:?}, window {window:?}"))?;
     }
     Ok(())
 }
@@ -88,7 +88,7 @@ fn rope_store_kv<B: Backend>(device: &Device<B>, rotary: usize, norm: bool, kv_t
 fn copy_blocks<B: Backend>(device: &Device<B>, kv_type: KvType) -> Result<(), String> {
     let base = Attention::new(shape(4, 2, 64, None), kv_type, 16, BATCHES[3]);
     let case = Attention { moves: true, ..base };
-    check(&case, &device.backend, bound(kv_type), "a sequence moved to other blocks")
+    device.check(&case, bound(kv_type), "a sequence moved to other blocks")
 }
 
 /// What a case reads back.

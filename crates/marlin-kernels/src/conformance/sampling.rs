@@ -1,9 +1,9 @@
 //! Rows of sampling: every parameter by itself, and all of them together. The same tokens must be chosen.
 
-use marlin_kernels::{Backend, Encoder, SampleRow, TokenCount};
+use crate::{Backend, Encoder, SampleRow, TokenCount};
 
-use crate::support::{Case, Rng, check, limits, read, upload};
-use crate::{Device, Table};
+use super::support::{Case, Rng, limits, read, upload};
+use super::{Device, Table};
 
 /// The neutral settings, but for a temperature.
 const PLAIN: SampleRow<'static> = SampleRow {
@@ -70,7 +70,7 @@ fn sample<B: Backend>(device: &Device<B>, row: SampleRow<'static>) -> Result<(),
     for vocabulary in [7, 127, 129, 5000] {
         for (what, distort) in DISTORTIONS {
             let case = Sample { row, vocabulary, distort };
-            check(&case, &device.backend, 0.0, &format!("{vocabulary} tokens, {what}"))?;
+            device.check(&case, 0.0, &format!("{vocabulary} tokens, {what}"))?;
         }
     }
     Ok(())
