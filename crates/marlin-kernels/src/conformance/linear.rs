@@ -19,7 +19,7 @@ const BLOCKS_SCHEMES: [&str; 9] = ["fp4", "int4", "int8", "fp8", "bf16", "fp4-2o
 
 /// N, K and M around the borders of tiles of 16 to 128 rows, and of columns that are passed over in steps of 32 to 256.
 const TILES: [[usize; 3]; 7] =
-    [[33, 300, 16], [66, 520, 17], [64, 256, 33], [130, 68, 48], [36, 132, 64], [130, 100, 65], [67, 324, 129]];
+    [[33, 300, 16], [66, 512, 17], [64, 256, 33], [130, 68, 48], [36, 132, 64], [130, 100, 65], [67, 324, 129]];
 
 /// The magnitude of outlier channels.
 const OUTLIER: f32 = 1e5;
@@ -33,6 +33,23 @@ const PRODUCT: f64 = 4.0;
 const SUM: f64 = 2e-15;
 
 pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
+    for (name, scheme) in schemes() {
+        table.add(device, format!("linear/{name}"), move |device| all_shapes(device, scheme));
+        table.add(device, format!("linear-bias/{name}"), move |device| some_shapes(device, scheme, Epilogue::Store));
+        table.add(device, format!("linear-add/{name}"), move |device| some_shapes(device, scheme, Epilogue::Add));
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            table.add(device, format!("linear-gated-{activation:?}/{name}").to_lowercase(), move |device| {
+                some_shapes(device, scheme, Epilogue::Gated(activation))
+            });
+        }
+        table.add(device, format!("embed/{name}"), move |device| embed(device, scheme));
+    }
+    table.add(device, "linear-fused/mixed".into(), fused);
+    add_rows_of_many(table, device);
+}
+
+/// Rows whose inputs are of many rows.
+pub(crate) fn add_rows_of_many<B: Backend>(table: &mut Table, device: &Device<B>) {
     let epilogues = [
         ("store", Epilogue::Store),
         ("add", Epilogue::Add),
@@ -45,21 +62,11 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
                 row_blocks(device, scheme, epilogue)
             });
         }
-        table.add(device, format!("linear/{name}"), move |device| all_shapes(device, scheme));
         table.add(device, format!("linear-tiles/{name}"), move |device| tiles(device, scheme, Epilogue::Store));
         table.add(device, format!("linear-tiles-gated/{name}"), move |device| {
             tiles(device, scheme, Epilogue::Gated(Activation::Silu))
         });
-        table.add(device, format!("linear-bias/{name}"), move |device| some_shapes(device, scheme, Epilogue::Store));
-        table.add(device, format!("linear-add/{name}"), move |device| some_shapes(device, scheme, Epilogue::Add));
-        for activation in [Activation::Silu, Activation::GeluTanh] {
-            table.add(device, format!("linear-gated-{activation:?}/{name}").to_lowercase(), move |device| {
-                some_shapes(device, scheme, Epilogue::Gated(activation))
-            });
-        }
-        table.add(device, format!("embed/{name}"), move |device| embed(device, scheme));
     }
-    table.add(device, "linear-fused/mixed".into(), fused);
 }
 
 /// All pairs of N and K; each with two values of M, which meet every N and every K.

@@ -115,12 +115,12 @@ impl Table {
     }
 
     /// Adds the rows of a GPU, which it gives back. Rows without linears come with [`GpuArithmetic::Exact`] alone: the arithmetic makes
-    /// no difference to them.
+    /// no difference to them. For [`GpuMatrices::Emulated`] there are those rows alone that multiply such matrices.
     ///
     /// # Errors
     /// If it does not open.
     pub fn add_gpu(&mut self, options: GpuOptions) -> Result<Arc<GpuBackend>, KernelError> {
-        let (arithmetic, label) = (options.arithmetic, gpu_label(&options));
+        let (arithmetic, matrices, label) = (options.arithmetic, options.matrices, gpu_label(&options));
         // Half precision rounds activations, scales and weights by up to 2^-11 of themselves, and each of a pair's 16 sums; an outlier's
         // product carries its whole error.
         let bounds = match arithmetic {
@@ -128,7 +128,10 @@ impl Table {
             GpuArithmetic::Half => Bounds { linear: 5e-6, embed: 5e-7 },
         };
         let device = Device::new(label, GpuBackend::new(options)?, bounds);
-        self.add_device(&device, arithmetic == GpuArithmetic::Exact);
+        match matrices {
+            GpuMatrices::Device => self.add_device(&device, arithmetic == GpuArithmetic::Exact),
+            GpuMatrices::Emulated(_) => linear::add_rows_of_many(self, &device),
+        }
         Ok(device.backend)
     }
 

@@ -147,7 +147,12 @@ fn repeated(text: &str, counts: &[(&str, usize)]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use marlin_format::{Format, Scheme};
+    use naga::back::spv;
+    use naga::valid::{Capabilities, ValidationFlags, Validator};
+
     use super::*;
+    use crate::gpu::GpuArithmetic;
     use crate::gpu::device::MATRICES_WORKGROUP_MEMORY;
 
     fn table() -> impl Iterator<Item = (MatrixSize, &'static Tile)> {
@@ -186,5 +191,41 @@ mod tests {
         let text = "a\n@for i < TWO\nb@i\n@for j < THREE\nc@i_@j + @ju\n@end\n@end\nd\n";
         let written = repeated(text, &[("TWO", 2), ("THREE", 3)]);
         assert_eq!(written, "a\nb0\nc0_0 + 0u\nc0_1 + 1u\nc0_2 + 2u\nb1\nc1_0 + 0u\nc1_1 + 1u\nc1_2 + 2u\nd\n");
+    }
+
+    /// Vulkan's drivers see what naga makes of WGSL. That Metal's kernels translate is tested for all of them together.
+    #[test]
+    fn kernels_for_cooperative_matrices_become_spirv() {
+        const COOPERATIVE_MATRIX_MUL_ADD: u32 = 4459;
+        let schemes =
+            [Format::Fp4, Format::Int4, Format::Int8].map(|format| format.scheme(None).expect("its usual groups"));
+        let matrices = Matrices { size: MatrixSize::Sixteen, is_emulated: false };
+        for scheme in schemes.into_iter().chain([Scheme::BF16, Scheme::NVFP4, Scheme::MXFP4]) {
+            let format = DeviceFormat::of(&scheme, GpuArithmetic::Half);
+            for (tile, is_gated) in SIXTEEN.iter().flat_map(|tiles| tiles.iter()).zip([false, true].into_iter().cycle())
+            {
+                let source = tile.kernel(&format, matrices, is_gated).source();
+                let fails = |error: String| panic!("{tile:?} for {scheme}: {error}");
+                let module = naga::front::wgsl::parse_str(&source).unwrap_or_else(|e| fails(e.emit_to_string(&source)));
+                let info = Validator::new(ValidationFlags::all(), Capabilities::all())
+                    .validate(&module)
+                    .unwrap_or_else(|error| fails(error.emit_to_string(&source)));
+                let words = spv::write_vec(&module, &info, &spv::Options::default(), None)
+                    .unwrap_or_else(|error| fails(error.to_string()));
+                let opcodes = instructions(&words);
+                assert!(opcodes.contains(&COOPERATIVE_MATRIX_MUL_ADD), "{tile:?} for {scheme}");
+            }
+        }
+    }
+
+    /// The opcodes of a SPIR-V module: after a header of five words, each instruction begins with its length and its opcode.
+    fn instructions(words: &[u32]) -> Vec<u32> {
+        let mut opcodes = Vec::new();
+        let mut at = 5;
+        while let Some(word) = words.get(at) {
+            opcodes.push(word & 0xffff);
+            at += (word >> 16).max(1) as usize;
+        }
+        opcodes
     }
 }
