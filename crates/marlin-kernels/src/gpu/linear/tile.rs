@@ -205,13 +205,13 @@ mod tests {
             for (tile, is_gated) in SIXTEEN.iter().flat_map(|tiles| tiles.iter()).zip([false, true].into_iter().cycle())
             {
                 let source = tile.kernel(&format, matrices, is_gated).source();
-                let fails = |error: String| panic!("{tile:?} for {scheme}: {error}");
-                let module = naga::front::wgsl::parse_str(&source).unwrap_or_else(|e| fails(e.emit_to_string(&source)));
-                let info = Validator::new(ValidationFlags::all(), Capabilities::all())
-                    .validate(&module)
-                    .unwrap_or_else(|error| fails(error.emit_to_string(&source)));
-                let words = spv::write_vec(&module, &info, &spv::Options::default(), None)
-                    .unwrap_or_else(|error| fails(error.to_string()));
+                let module = naga::front::wgsl::parse_str(&source).map_err(|error| error.emit_to_string(&source));
+                let module = module.unwrap_or_else(|error| panic!("{tile:?} for {scheme}: {error}"));
+                let info = Validator::new(ValidationFlags::all(), Capabilities::all()).validate(&module);
+                let info =
+                    info.unwrap_or_else(|error| panic!("{tile:?} for {scheme}: {}", error.emit_to_string(&source)));
+                let words = spv::write_vec(&module, &info, &spv::Options::default(), None);
+                let words = words.unwrap_or_else(|error| panic!("{tile:?} for {scheme}: {error}"));
                 let opcodes = instructions(&words);
                 assert!(opcodes.contains(&COOPERATIVE_MATRIX_MUL_ADD), "{tile:?} for {scheme}");
             }
