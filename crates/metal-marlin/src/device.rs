@@ -1,6 +1,7 @@
 //! Which device a model runs on, and how.
 
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use marlin_checkpoint::Checkpoint;
@@ -8,6 +9,8 @@ use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions};
 use marlin_kernels::gpu::{GpuBackend, GpuOptions, adapters};
 use marlin_kernels::{KernelError, KvType, MemoryUse};
 use marlin_model::{LanguageModel, LoadOptions, ModelError};
+
+use crate::model_cache::ModelCache;
 
 /// Each thread has memory of its own, so that a slip of the finger could take all there is.
 const MOST_THREADS: usize = 1024;
@@ -114,7 +117,12 @@ impl DeviceOptions {
         if adapter.is_none() && !matches!(self.device, DeviceChoice::Gpu(_)) {
             return CpuBackend::new(self.cpu()).map(Device::Cpu);
         }
-        let options = GpuOptions { adapter, batch_invariant: self.batch_invariant, ..GpuOptions::default() };
+        let options = GpuOptions {
+            adapter,
+            batch_invariant: self.batch_invariant,
+            pipeline_cache: kernels_folder(),
+            ..GpuOptions::default()
+        };
         GpuBackend::new(options).map(Device::Gpu)
     }
 
@@ -126,6 +134,11 @@ impl DeviceOptions {
             ..CpuOptions::default()
         }
     }
+}
+
+/// Where compiled kernels are kept; `None` if there is no place for them.
+pub(crate) fn kernels_folder() -> Option<PathBuf> {
+    ModelCache::from_env().ok().map(|cache| cache.kernels_folder())
 }
 
 /// Number format of cached keys and values, as `--kv` names it.
