@@ -11,6 +11,7 @@ mod kv;
 mod linear;
 mod pipeline;
 mod recorder;
+mod sampling;
 mod step;
 mod timing;
 
@@ -25,6 +26,9 @@ pub use linear::GpuLinear;
 
 use self::device::{Gpu, Storage};
 use crate::{Backend, DeviceInfo, KernelError, KvLayout, KvType, LinearPart, MemoryUse, StepLimits};
+
+/// Workgroups along one axis, at most.
+const MAX_WORKGROUPS: usize = 65535;
 
 /// A GPU.
 #[derive(Debug)]
@@ -79,6 +83,8 @@ impl Backend for GpuBackend {
     type Vector = GpuVector;
     type KvCache = GpuKvCache;
     type Encoder = GpuEncoder;
+
+    const OVERLAPS: bool = true;
 
     fn info(&self) -> DeviceInfo {
         let GpuCaps { name, driver, subgroup: [least, most], .. } = &self.gpu.caps;

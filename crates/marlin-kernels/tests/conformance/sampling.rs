@@ -1,23 +1,12 @@
 //! Rows of sampling: every parameter by itself, and all of them together. The same tokens must be chosen.
 
-use marlin_kernels::{Backend, Encoder, SampleRow, TokenCount};
+use marlin_kernels::{Backend, Encoder, SampleRow, StepLimits, TokenCount};
 
-use crate::support::{Case, Rng, check, limits, read, upload};
+use crate::support::{Case, Rng, check, limits, upload};
 use crate::{Device, Table};
 
 /// The neutral settings, but for a temperature.
-const PLAIN: SampleRow<'static> = SampleRow {
-    temperature: 1.0,
-    top_k: 0,
-    top_p: 1.0,
-    min_p: 0.0,
-    uniform: 0.0,
-    repetition_penalty: 1.0,
-    presence_penalty: 0.0,
-    frequency_penalty: 0.0,
-    counts: &[],
-    bias: &[],
-};
+const PLAIN: SampleRow<'static> = SampleRow { temperature: 1.0, ..SampleRow::GREEDY };
 
 const COUNTS: [TokenCount; 4] = [
     TokenCount { token: 0, generated: 0 },
@@ -112,12 +101,12 @@ impl Case for Sample {
         let largest_below_one = 1.0 - f32::EPSILON / 2.0;
         let uniforms = [0.0, largest_below_one].into_iter().chain((2..rows).map(|_| rng.uniform()));
         let settings: Vec<SampleRow<'_>> = uniforms.map(|uniform| SampleRow { uniform, ..self.row }).collect();
-        let mut encoder = backend.encoder(&limits(rows, self.vocabulary)).expect("an encoder");
+        let limits = StepLimits { logit_rows: rows, ..limits(rows, self.vocabulary) };
+        let mut encoder = backend.encoder(&limits).expect("an encoder");
         let mut logits = upload(backend, self.vocabulary, &values);
         let mut tokens = vec![SampleRow::NOT_FINITE - 1; rows];
-        encoder.sample(&mut logits, &settings, &mut tokens).expect("a choice");
-        // Nothing to read, but the device must have come to an end.
-        read::<B>(&mut encoder, &logits, rows * self.vocabulary);
+        let sampling = encoder.sample(&mut logits, &settings);
+        encoder.sampled(sampling, &mut tokens).expect("a choice");
         for (&token, logits) in tokens.iter().zip(values.chunks_exact(self.vocabulary)) {
             if allows_choice(logits) {
                 assert!((token as usize) < self.vocabulary, "{token} is no token of the vocabulary");

@@ -55,6 +55,7 @@ pub fn load_model<B: Backend>(
         encoder: backend.encoder(&limits)?,
         workspace: workspace(backend, &spec, options.step_tokens, sizes.logit_rows)?,
         logit_rows: 0,
+        sampled_rows: 0,
         info: ModelInfo {
             architecture,
             vocabulary: spec.vocab_size,
@@ -66,6 +67,7 @@ pub fn load_model<B: Backend>(
             kv_type: options.kv_type,
             weight_bytes: checkpoint.weight_bytes(),
             device: backend.info(),
+            overlaps: B::OVERLAPS,
         },
         limits,
     }))
@@ -102,6 +104,7 @@ impl Sizes {
             context: self.context,
             width: spec.widest_input(),
             vocabulary: spec.vocab_size,
+            logit_rows: self.logit_rows,
         }
     }
 }
