@@ -78,6 +78,14 @@ impl Device {
         }
     }
 
+    /// Bytes that the device's driver lets a program have; `None` if there is no such limit, or it is not known.
+    pub fn memory(&self) -> Option<u64> {
+        match self {
+            Self::Cpu(_) => None,
+            Self::Gpu(backend) => backend.caps().memory,
+        }
+    }
+
     /// Whether it uses the machine's memory, and not its own.
     pub fn shares_memory(&self) -> bool {
         match self {
@@ -112,7 +120,8 @@ impl DeviceOptions {
         if adapter.is_none() && !matches!(self.device, DeviceChoice::Gpu(_)) {
             return CpuBackend::new(self.cpu()).map(Device::Cpu);
         }
-        GpuBackend::new(GpuOptions { adapter, pipeline_cache: kernels_folder(), ..GpuOptions::default() }).map(Device::Gpu)
+        GpuBackend::new(GpuOptions { adapter, pipeline_cache: kernels_folder(), ..GpuOptions::default() })
+            .map(Device::Gpu)
     }
 
     /// How the CPU is used.

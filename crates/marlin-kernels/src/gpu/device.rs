@@ -7,9 +7,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::disk_cache::DiskCache;
+use super::memory;
 use super::pipeline::{Kernel, Pipeline};
 use super::registry::KernelVariant;
 use crate::KernelError;
+use crate::error::size_in_words;
 
 /// Which GPU, and how its kernels are compiled.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -58,6 +60,9 @@ pub struct GpuCaps {
     pub timestamps: bool,
     /// Compiled kernels can be kept on disk.
     pub pipeline_cache: bool,
+    /// Bytes of its memory that a program should take at most, as of when it was opened: what other programs left of a Vulkan device's own
+    /// memory, what Metal recommends as a working set. `None` if it does not tell.
+    pub memory: Option<u64>,
 }
 
 impl GpuCaps {
@@ -75,6 +80,7 @@ impl GpuCaps {
             matrices: vec![MatrixSize { m: 8, n: 8, k: 8 }],
             timestamps: true,
             pipeline_cache: false,
+            memory: None,
         }
     }
 
@@ -91,7 +97,14 @@ impl GpuCaps {
             matrices: matrices(adapter, features),
             timestamps: features.contains(TIMESTAMPS),
             pipeline_cache: features.contains(PIPELINE_CACHE),
+            memory: memory::budget(adapter),
         }
+    }
+
+    /// Its name, and how much memory it had to give.
+    fn in_words(&self) -> String {
+        let memory = self.memory.map(|bytes| format!(" (with {} free when it was opened)", size_in_words(bytes)));
+        format!("{}{}", self.name, memory.unwrap_or_default())
     }
 
     /// The features of a device of these capabilities that kernels use.
@@ -196,9 +209,8 @@ pub fn adapters() -> Vec<GpuAdapter> {
 fn instance() -> wgpu::Instance {
     wgpu::Instance::new(wgpu::InstanceDescriptor {
         backends: wgpu::Backends::METAL | wgpu::Backends::VULKAN,
-        // Beyond this share of what the driver says is free, a buffer is an error and not a slow machine.
         memory_budget_thresholds: wgpu::MemoryBudgetThresholds {
-            for_resource_creation: Some(97),
+            for_resource_creation: Some(memory::USABLE_PERCENT as u8),
             for_device_loss: None,
         },
         ..wgpu::InstanceDescriptor::new_without_display_handle()
@@ -351,7 +363,7 @@ impl Gpu {
 
     /// Memory on the device, zeroed.
     pub(super) fn storage(&self, what: &str, bytes: usize) -> Result<Storage, KernelError> {
-        let out_of_memory = || KernelError::OutOfMemory { what: what.into(), bytes, device: self.caps.name.clone() };
+        let out_of_memory = || KernelError::OutOfMemory { what: what.into(), bytes, device: self.caps.in_words() };
         // An empty buffer cannot be bound.
         let size = (bytes.max(4) as u64).checked_next_multiple_of(4).ok_or_else(out_of_memory)?;
         if size > self.caps.max_binding {

@@ -10,6 +10,7 @@ mod disk_cache;
 mod encoder;
 mod kv;
 mod linear;
+mod memory;
 mod msl;
 mod pipeline;
 mod recorder;
