@@ -140,6 +140,8 @@ pub(super) struct Gpu {
     /// By source.
     pipelines: Mutex<HashMap<String, Slot>>,
     pub(super) disk_cache: Option<DiskCache>,
+    /// Kernels that encoders recorded.
+    pub(super) recorded: AtomicU64,
     /// The first thing that went wrong since it was last asked for.
     failure: Arc<Mutex<Option<String>>>,
     /// Why the device is gone for good, if it is.
@@ -206,7 +208,7 @@ pub fn adapters() -> Vec<GpuAdapter> {
     enumerate(&instance()).iter().map(adapter).collect()
 }
 
-fn instance() -> wgpu::Instance {
+pub(super) fn instance() -> wgpu::Instance {
     wgpu::Instance::new(wgpu::InstanceDescriptor {
         backends: wgpu::Backends::METAL | wgpu::Backends::VULKAN,
         memory_budget_thresholds: wgpu::MemoryBudgetThresholds {
@@ -218,7 +220,7 @@ fn instance() -> wgpu::Instance {
 }
 
 /// Discrete GPUs first, software last.
-fn enumerate(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
+pub(super) fn enumerate(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
     let mut adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
     adapters.sort_by_key(|adapter| match adapter.get_info().device_type {
         wgpu::DeviceType::DiscreteGpu => 0,
@@ -312,6 +314,7 @@ impl Gpu {
             checked: options.checked,
             pipelines: Mutex::default(),
             disk_cache,
+            recorded: AtomicU64::new(0),
             failure,
             loss,
             next_id: AtomicU64::new(0),

@@ -19,6 +19,7 @@ mod step;
 mod timing;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use marlin_format::Scheme;
 
@@ -67,6 +68,11 @@ impl GpuBackend {
     /// What the device can do.
     pub fn caps(&self) -> &GpuCaps {
         &self.gpu.caps
+    }
+
+    /// How many kernels its encoders recorded so far.
+    pub fn kernels_recorded(&self) -> u64 {
+        self.gpu.recorded.load(Ordering::Relaxed)
     }
 }
 

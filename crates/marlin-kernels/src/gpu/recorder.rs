@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::device::{Gpu, Storage};
 use super::pipeline::Pipeline;
@@ -67,6 +68,7 @@ impl Recorder {
         });
         let recording = self.recording.get_or_insert_with(|| Recording::new(&self.gpu, self.timing.as_mut()));
         self.dispatches += 1;
+        self.gpu.recorded.fetch_add(1, Ordering::Relaxed);
         recording.pass.set_pipeline(&pipeline.pipeline);
         recording.pass.set_bind_group(0, &*bind_group, &[]);
         recording.pass.set_immediates(0, bytemuck::cast_slice(parameters));

@@ -121,6 +121,8 @@ fn tell_apart(variants: &mut [KernelVariant]) {
 fn settings(kernel: &Kernel) -> BTreeMap<&str, &str> {
     let lines = kernel.prelude.lines();
     let constants = lines.filter_map(|line| line.strip_prefix("const ")?.strip_suffix(';')?.split_once(" = "));
+    // Numbers without their type.
+    let constants = constants.map(|(name, value)| (name, value.trim_end_matches(['u', 'i'])));
     constants.chain(kernel.bindings.iter().map(|binding| (binding.name, binding.element))).collect()
 }
 

@@ -77,4 +77,21 @@ mod tests {
         let [slow, fast] = chip.tokens_per_second(1e9, 200.0).map(|rate| 1.0 / rate);
         assert!((slow - (1.0 / 85.0 + 1e-3)).abs() < 1e-9 && (fast - (1.0 / 170.0 + 1e-3)).abs() < 1e-9);
     }
+
+    /// Its table is that of Qwen3-4B in FP4 with an INT8 embedding, 7 kernels a layer and 4 more.
+    #[test]
+    fn the_page_for_macs_has_these_predictions() {
+        let page = include_str!("../../../../docs/macos.md");
+        let layer = 2560.0 * (2.0 * 4096.0 + 2.0 * 1024.0 + 3.0 * 9728.0);
+        let bytes = (36.0 * layer * 4.125 + 151_936.0 * 2560.0 * 8.5) / 8.0;
+        let kernels = 36.0 * 7.0 + 4.0;
+        assert!(page.contains(&format!("{:.0} MB a token in {kernels} kernels", bytes / 1e6)));
+        let range = |[least, most]: [String; 2]| if least == most { least } else { format!("{least} to {most}") };
+        for chip in AppleChip::all() {
+            let rates = range(chip.bandwidth.map(|rate| rate.to_string()));
+            let speeds = range(chip.tokens_per_second(bytes, kernels).map(|rate| format!("{rate:.1}")));
+            let line = format!("| {} | {rates} | {speeds} |", chip.name);
+            assert!(page.lines().any(|found| found == line), "no line {line}");
+        }
+    }
 }
