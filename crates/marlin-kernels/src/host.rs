@@ -8,7 +8,7 @@ use half::f16;
 use crate::{KernelError, KvLayout, KvType, Step};
 
 /// Activations `[rows, width]` in host memory, row-major.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct HostBuffer {
     values: Vec<f32>,
     capacity: usize,

@@ -25,7 +25,7 @@ pub struct KvLayer {
 }
 
 /// Number format of cached keys and values.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum KvType {
     /// Half precision. Values beyond ±65504 become infinite; a model that has such needs [`KvType::F32`].
     #[default]
@@ -35,6 +35,9 @@ pub enum KvType {
 }
 
 impl KvType {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::F16, Self::F32];
+
     /// Bytes of one cached value.
     pub fn bytes(self) -> usize {
         match self {

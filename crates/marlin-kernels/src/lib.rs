@@ -22,7 +22,7 @@ pub mod gpu;
 pub mod reference;
 
 pub use backend::{
-    Activation, AttentionShape, Backend, DeviceInfo, Encoder, LinearPart, MemoryUse, QkNorm, StepLimits,
+    Activation, AttentionShape, Backend, DeviceInfo, Encoder, Input, LinearPart, MemoryUse, QkNorm, StepLimits,
 };
 pub use error::KernelError;
 pub use host::{HostBuffer, HostKvCache};

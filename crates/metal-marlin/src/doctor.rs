@@ -6,7 +6,7 @@ use marlin_format::Format;
 use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
 use marlin_kernels::gpu::{GpuAdapter, GpuArithmetic, GpuBackend, GpuOptions, adapters};
 use marlin_kernels::reference::ReferenceBackend;
-use marlin_kernels::{Backend, Encoder, KernelError, LinearPart, Step, StepLimits};
+use marlin_kernels::{Backend, Encoder, Input, KernelError, LinearPart, Step, StepLimits};
 use marlin_model::{LoadOptions, LogitRows, StepBatch};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -179,7 +179,7 @@ fn linear<B: Backend>(backend: &B, parts: &[LinearPart<'_>], input: &[f32]) -> R
         table_offsets: &[0, 0],
         logit_rows: &[],
     });
-    encoder.linear(&x, &linear, &mut out);
+    encoder.linear(Input::Rows(&x), &linear, &mut out);
     encoder.submit()?;
     let mut values = vec![0.0; TOKENS * ROWS];
     encoder.read(&out, &mut values)?;

@@ -2,13 +2,13 @@
 
 use std::ops::Range;
 
-use crate::{AttentionShape, Backend, Encoder, KvLayer, KvLayout, KvType, QkNorm};
+use crate::{AttentionShape, Backend, Encoder, KvLayer, KvLayout, KvType, QkNorm, StepLimits};
 
 use super::support::{Case, Pages, Ragged, Rng, limits, poisoned, read, upload};
 use super::{Device, Table};
 
 /// Ragged batches: what each sequence has in the cache, and what the step brings.
-const BATCHES: [&[Range<usize>]; 4] = [
+const BATCHES: [&[Range<usize>]; 5] = [
     // The first token of a sequence.
     &[0..1, 0..0],
     // Decode on both sides of a block border.
@@ -17,25 +17,27 @@ const BATCHES: [&[Range<usize>]; 4] = [
     &[5..75, 3..4],
     // Decode, prefill, verification of a draft, and a sequence that rests.
     &[100..101, 0..20, 47..52, 16..16, 15..17],
+    // Decode and verification over several splits of a GPU, on both sides of their borders.
+    &[300..301, 127..130, 7..8, 383..384],
 ];
 
+/// Widths of heads: those of models, and one that is no power of two of anything.
+pub(crate) const HEAD_DIMS: [usize; 7] = [24, 64, 80, 96, 128, 192, 256];
+
+/// Tokens that a sequence may reach.
+const CONTEXT: usize = 512;
+
 pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
-    for kv_type in [KvType::F16, KvType::F32] {
+    for kv_type in KvType::ALL {
         let suffix = format!("kv-{kv_type:?}").to_lowercase();
-        for (heads, kv_heads) in [(2, 2), (4, 2), (4, 1), (14, 2), (9, 1)] {
-            for dim in [64, 80, 96, 128] {
-                let name = format!("attention/heads={heads}:{kv_heads},dim={dim},{suffix}");
-                let shape = shape(heads, kv_heads, dim, None);
-                table.add(device, name, move |device| attention(device, shape, kv_type));
-            }
+        let heads = [(2, 2), (4, 2), (4, 1), (9, 1)].map(|heads| (heads, 64));
+        let dims = HEAD_DIMS.map(|dim| ((14, 2), dim));
+        for ((heads, kv_heads), dim) in heads.into_iter().chain(dims) {
+            let name = format!("attention/heads={heads}:{kv_heads},dim={dim},{suffix}");
+            let shape = shape(heads, kv_heads, dim, None);
+            table.add(device, name, move |device| attention(device, shape, kv_type));
         }
-        for dim in [2, 6, 20] {
-            let shape = shape(2, 1, dim, None);
-            table.add(device, format!("attention/heads=2:1,dim={dim},{suffix}"), move |device| {
-                attention(device, shape, kv_type)
-            });
-        }
-        for window in [1, 7, 16, 33] {
+        for window in [1, 7, 16, 33, 129, 200] {
             let shape = shape(4, 2, 64, Some(window));
             table.add(device, format!("attention/window={window},{suffix}"), move |device| {
                 attention(device, shape, kv_type)
@@ -50,6 +52,19 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
             }
         }
         table.add(device, format!("copy-kv-blocks/{suffix}"), move |device| copy_blocks(device, kv_type));
+    }
+}
+
+/// Rows of heads that are no whole units of a GPU.
+pub(super) fn add_odd_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
+    for dim in [2, 6, 20] {
+        let shape = shape(2, 1, dim, None);
+        for kv_type in KvType::ALL {
+            let suffix = format!("kv-{kv_type:?}").to_lowercase();
+            table.add(device, format!("attention/heads=2:1,dim={dim},{suffix}"), move |device| {
+                attention(device, shape, kv_type)
+            });
+        }
     }
 }
 
@@ -197,7 +212,7 @@ impl<'a, B: Backend> Layer<'a, B> {
         let width = (heads + 2 * kv_heads) * head_dim;
         Self {
             backend,
-            encoder: backend.encoder(&limits(1024, width)).expect("an encoder"),
+            encoder: backend.encoder(&StepLimits { context: CONTEXT, ..limits(1024, width) }).expect("an encoder"),
             kv: backend.kv_cache(&layout, case.kv_type, blocks).expect("a cache"),
             shape: case.shape,
             norm: case.norm.then(|| [vector(&rng.normals(head_dim)), vector(&rng.normals(head_dim))]),

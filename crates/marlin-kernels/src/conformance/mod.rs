@@ -38,6 +38,7 @@ use std::time::{Duration, Instant};
 
 pub use self::matrices::schemes;
 
+pub(crate) use self::attention::HEAD_DIMS;
 pub(crate) use self::matrices::random;
 pub(crate) use self::support::Rng;
 use crate::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
@@ -111,6 +112,9 @@ impl Table {
         let device =
             Device::new(format!("cpu-{simd}{suffix}"), CpuBackend::new(options)?, Bounds { linear, embed: 1e-13 });
         self.add_device(&device, arithmetic == Arithmetic::Exact);
+        if arithmetic == Arithmetic::Exact {
+            attention::add_odd_rows(self, &device);
+        }
         Ok(())
     }
 

@@ -367,8 +367,8 @@ impl Gpu {
     /// Memory on the device, zeroed.
     pub(super) fn storage(&self, what: &str, bytes: usize) -> Result<Storage, KernelError> {
         let out_of_memory = || KernelError::OutOfMemory { what: what.into(), bytes, device: self.caps.in_words() };
-        // An empty buffer cannot be bound.
-        let size = (bytes.max(4) as u64).checked_next_multiple_of(4).ok_or_else(out_of_memory)?;
+        // An empty buffer cannot be bound; kernels see vectors of 16 bytes.
+        let size = (bytes.max(16) as u64).checked_next_multiple_of(16).ok_or_else(out_of_memory)?;
         if size > self.caps.max_binding {
             return Err(out_of_memory());
         }

@@ -6,6 +6,9 @@ use crate::{AttentionShape, KernelError, KvLayout, KvType};
 /// Widest head that the attention kernels have room for.
 const MAX_HEAD_DIM: usize = 512;
 
+/// Values of a head that kernels load at once.
+pub(super) const KV_UNIT: usize = 8;
+
 /// A pool of KV blocks.
 #[derive(Debug)]
 pub struct GpuKvCache {
@@ -40,10 +43,12 @@ impl GpuKvLayer {
 impl GpuKvCache {
     pub(super) fn new(gpu: &Gpu, layout: &KvLayout, kv_type: KvType, blocks: usize) -> Result<Self, KernelError> {
         layout.check()?;
-        let widest = layout.layers.iter().map(|layer| layer.key_dim.max(layer.value_dim)).max().unwrap_or(0);
-        if widest > MAX_HEAD_DIM {
+        let fits = |dim: &usize| (KV_UNIT..=MAX_HEAD_DIM).contains(dim) && dim.is_multiple_of(KV_UNIT);
+        let mut dims = layout.layers.iter().flat_map(|layer| [layer.key_dim, layer.value_dim]);
+        if let Some(dim) = dims.find(|dim| !fits(dim)) {
             return Err(KernelError::Device(format!(
-                "the GPU's attention has heads of at most {MAX_HEAD_DIM} dimensions, found {widest}; use the CPU instead"
+                "the GPU's attention has heads of {KV_UNIT} to {MAX_HEAD_DIM} dimensions, multiples of {KV_UNIT}, found {dim}; \
+                 use the CPU instead"
             )));
         }
         let slots = blocks.saturating_mul(layout.block_tokens);

@@ -17,6 +17,7 @@ mod recorder;
 mod registry;
 mod step;
 mod timing;
+mod unroll;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -47,6 +48,8 @@ pub struct GpuBuffer {
     rows: usize,
     width: usize,
     capacity: usize,
+    /// How often it was written: whether what was made of it is still true.
+    version: u64,
 }
 
 /// A vector on the device, and the host's copy of it.
@@ -108,7 +111,13 @@ impl Backend for GpuBackend {
 
     fn buffer(&self, rows: usize, width: usize) -> Result<GpuBuffer, KernelError> {
         let bytes = rows.saturating_mul(width).saturating_mul(size_of::<f32>());
-        Ok(GpuBuffer { storage: self.gpu.storage("an activation buffer", bytes)?, rows: 0, width, capacity: rows })
+        Ok(GpuBuffer {
+            storage: self.gpu.storage("an activation buffer", bytes)?,
+            rows: 0,
+            width,
+            capacity: rows,
+            version: 0,
+        })
     }
 
     fn upload(&self, buffer: &mut GpuBuffer, rows: usize, values: &[f32]) -> Result<(), KernelError> {
@@ -116,7 +125,7 @@ impl Backend for GpuBackend {
         if rows > capacity || rows.checked_mul(width) != Some(values.len()) {
             return Err(KernelError::BufferShape { found: values.len(), rows, width, capacity });
         }
-        buffer.rows = rows;
+        buffer.output(rows, width);
         self.gpu.write(&buffer.storage, 0, bytemuck::cast_slice(values));
         self.gpu.check()
     }
@@ -139,5 +148,11 @@ impl GpuBuffer {
         assert_eq!(self.width, width, "an output buffer of this width");
         assert!(rows <= self.capacity, "{rows} rows for a buffer of {}", self.capacity);
         self.rows = rows;
+        self.written();
+    }
+
+    /// Its values change.
+    fn written(&mut self) {
+        self.version += 1;
     }
 }

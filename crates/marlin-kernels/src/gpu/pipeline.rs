@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::disk_cache::DiskCache;
 
+use super::unroll::unroll;
+
 /// The source of a kernel.
 #[derive(Debug, Clone)]
 pub(super) struct Kernel {
@@ -35,7 +37,21 @@ impl Binding {
 }
 
 impl Kernel {
-    /// The whole WGSL.
+    /// The kernel of RMS norms; it adds them to its output if it `adds`.
+    pub(super) fn rms_norm(adds: bool) -> Self {
+        Self {
+            name: "rms_norm",
+            prelude: format!("const ADDS = {adds};\n"),
+            bindings: vec![Binding::read("x", "f32"), Binding::read("weight", "f32"), Binding::write("out", "f32")],
+            files: vec![
+                include_str!("shaders/reduce.wgsl"),
+                include_str!("shaders/norm.wgsl"),
+                include_str!("shaders/rms_norm.wgsl"),
+            ],
+        }
+    }
+
+    /// The whole WGSL, its loops unrolled.
     pub(super) fn source(&self) -> String {
         let mut source = String::from("enable f16;\n");
         for (index, Binding { name, element, writes }) in self.bindings.iter().enumerate() {
@@ -48,7 +64,7 @@ impl Kernel {
             source += "\n";
             source += file;
         }
-        source
+        unroll(&source)
     }
 }
 

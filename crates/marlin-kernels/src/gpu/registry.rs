@@ -1,7 +1,7 @@
 //! Every kernel that a device may be asked to run.
 //!
 //! No list is kept by hand: the constructors that make a device's kernels run on an imaginary device, which remembers what they ask it
-//! to compile.
+//! to compile. Of those that are compiled for a width of heads, the widths of the conformance table are listed.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -9,12 +9,13 @@ use std::time::Duration;
 
 use marlin_format::{Element, PackedMatrix, Scheme};
 
+use super::attention;
 use super::device::Gpu;
 use super::encoder::GpuEncoder;
 use super::linear::GpuLinear;
 use super::pipeline::Kernel;
 use super::{GpuArithmetic, GpuBackend, GpuCaps, GpuOptions};
-use crate::conformance::{Rng, random};
+use crate::conformance::{HEAD_DIMS, Rng, random};
 use crate::{KernelError, LinearPart, StepLimits};
 
 /// A kernel as a device compiles it.
@@ -48,6 +49,7 @@ pub fn kernels(
     let mut registry = Registry::default();
     let gpu = Arc::new(open()?);
     GpuEncoder::new(gpu.clone(), &LIMITS)?;
+    attention::compile(&gpu, &HEAD_DIMS)?;
     registry.add(&gpu, None);
     for (name, scheme) in schemes {
         let gpu = open()?;

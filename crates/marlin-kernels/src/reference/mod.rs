@@ -9,13 +9,15 @@ mod sample;
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Cow;
+
 use half::f16;
 use marlin_format::{FormatError, Scheme};
 
 use crate::host::{HostStep, KvData, KvPlane, visible};
 use crate::{
-    Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, KernelError, KvLayout, KvType,
-    LinearPart, MemoryUse, QkNorm, SampleRow, Step, StepLimits,
+    Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, Input, KernelError, KvLayout,
+    KvType, LinearPart, MemoryUse, QkNorm, SampleRow, Step, StepLimits,
 };
 
 const NAME: &str = "reference";
@@ -166,7 +168,8 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
         }
     }
 
-    fn linear(&mut self, x: &HostBuffer, linear: &ReferenceLinear, out: &mut HostBuffer) {
+    fn linear(&mut self, x: Input<'_, ReferenceBackend>, linear: &ReferenceLinear, out: &mut HostBuffer) {
+        let x = rows(x);
         out.output(x.rows(), linear.rows());
         for t in 0..x.rows() {
             for (n, y) in out.row_mut(t).iter_mut().enumerate() {
@@ -186,11 +189,12 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
 
     fn linear_gated(
         &mut self,
-        x: &HostBuffer,
+        x: Input<'_, ReferenceBackend>,
         gate_up: &ReferenceLinear,
         activation: Activation,
         out: &mut HostBuffer,
     ) {
+        let x = rows(x);
         let half = gate_up.rows() / 2;
         out.output(x.rows(), half);
         for t in 0..x.rows() {
@@ -297,6 +301,18 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
 
     fn read(&mut self, buffer: &HostBuffer, out: &mut [f32]) -> Result<(), KernelError> {
         buffer.read(out)
+    }
+}
+
+/// The rows that a linear multiplies.
+fn rows(x: Input<'_, ReferenceBackend>) -> Cow<'_, HostBuffer> {
+    match x {
+        Input::Rows(x) => Cow::Borrowed(x),
+        Input::Normed { x, weight, eps } => {
+            let mut normed = x.clone();
+            normed.values_mut().chunks_exact_mut(weight.len()).for_each(|row| rms_norm(row, weight, eps));
+            Cow::Owned(normed)
+        }
     }
 }
 

@@ -1,20 +1,41 @@
 //! Attention over the paged cache, and what prepares it.
 
+mod split;
+
 use std::sync::Arc;
 
+use self::split::{SplitAttention, SplitVariant};
 use super::device::Gpu;
+use super::kv::KV_UNIT;
 use super::pipeline::{Binding, Kernel, Pipeline};
 use super::recorder::Recorder;
 use super::step::StepBuffers;
 use super::{GpuBackend, GpuBuffer, GpuKvCache};
-use crate::{AttentionShape, KernelError, KvType, QkNorm};
+use crate::{AttentionShape, KernelError, KvType, QkNorm, StepLimits};
 
-/// The kernels, by KV type.
-pub(super) struct AttentionKernels {
+/// Records attention and what the cache needs; kernels by KV type.
+pub(super) struct AttentionEncoder {
     /// Without and with norms of Q and K.
     rope_store_kv: [[Arc<Pipeline>; 2]; 2],
-    attention: [Arc<Pipeline>; 2],
+    split: SplitAttention,
     copy_block: [Arc<Pipeline>; 2],
+}
+
+/// How kernels read the values of a KV type.
+struct KvElement {
+    /// Element of the planes' bindings.
+    reads: &'static str,
+    /// Loads units of [`KV_UNIT`] values.
+    module: &'static str,
+}
+
+impl KvElement {
+    fn of(kv_type: KvType) -> Self {
+        match kv_type {
+            KvType::F16 => Self { reads: "vec4<u32>", module: include_str!("../shaders/kv_f16.wgsl") },
+            KvType::F32 => Self { reads: "vec4<f32>", module: include_str!("../shaders/kv_f32.wgsl") },
+        }
+    }
 }
 
 /// Index of a KV type's kernels.
@@ -25,14 +46,31 @@ fn kv_index(kv_type: KvType) -> usize {
     }
 }
 
+/// Compiles the kernels for heads of these widths, which attention does for those that it meets.
+pub(super) fn compile(gpu: &Gpu, head_dims: &[usize]) -> Result<(), KernelError> {
+    for &head_dim in head_dims {
+        gpu.pipeline(&split::combine_kernel(head_dim))?;
+        for kv_type in KvType::ALL {
+            for group in [1, 2, 4] {
+                gpu.pipeline(&SplitVariant::new(kv_type, head_dim, group).kernel())?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// What kernels know of a token.
 const STEP_TOKEN: &str =
     "struct StepToken {\n    position: u32,\n    // Where its sequence's block table begins.\n    table: u32,\n}\n";
 
-impl AttentionKernels {
-    pub(super) fn new(gpu: &Gpu) -> Result<Self, KernelError> {
+impl AttentionEncoder {
+    pub(super) fn bytes(limits: &StepLimits) -> usize {
+        SplitAttention::bytes(limits)
+    }
+
+    pub(super) fn new(gpu: &Gpu, limits: &StepLimits) -> Result<Self, KernelError> {
         let (read, write) = (Binding::read, Binding::write);
-        let reduce = include_str!("shaders/reduce.wgsl");
+        let reduce = include_str!("../shaders/reduce.wgsl");
         let kernel = |name, prelude: String, bindings: Vec<Binding>, files: &[&'static str]| {
             gpu.pipeline(&Kernel { name, prelude, bindings, files: files.to_vec() })
         };
@@ -54,29 +92,18 @@ impl AttentionKernels {
                  fn to_kv(value: f32) -> {element} {{ return {element}(value); }}\n\
                  fn norm_weight(is_query: bool, i: u32) -> f32 {{ return {weight}; }}\n"
             );
-            kernel("rope_store_kv", prelude, bindings, &[reduce, include_str!("shaders/rope_store_kv.wgsl")])
-        };
-        let attention = |element: &'static str| {
-            let bindings = vec![
-                read("qkv", "f32"),
-                read("keys", element),
-                read("values", element),
-                read("step_tokens", "StepToken"),
-                read("block_tables", "u32"),
-                write("out", "f32"),
-            ];
-            kernel("attention", STEP_TOKEN.into(), bindings, &[reduce, include_str!("shaders/attention.wgsl")])
+            kernel("rope_store_kv", prelude, bindings, &[reduce, include_str!("../shaders/rope_store_kv.wgsl")])
         };
         let copy_block = |element: &'static str| {
             let bindings = vec![write("plane", element)];
-            kernel("copy_block", String::new(), bindings, &[include_str!("shaders/copy_block.wgsl")])
+            kernel("copy_block", String::new(), bindings, &[include_str!("../shaders/copy_block.wgsl")])
         };
         Ok(Self {
             rope_store_kv: [
                 [rope_store_kv("f16", false)?, rope_store_kv("f16", true)?],
                 [rope_store_kv("f32", false)?, rope_store_kv("f32", true)?],
             ],
-            attention: [attention("f16")?, attention("f32")?],
+            split: SplitAttention::new(gpu, limits)?,
             copy_block: [copy_block("f16")?, copy_block("f32")?],
         })
     }
@@ -100,6 +127,7 @@ impl AttentionKernels {
         for norm in norm.iter().flat_map(|norm| [norm.q, norm.k]) {
             assert_eq!(norm.values.len(), shape.head_dim, "a norm over a head");
         }
+        qkv.written();
         let kernel = &self.rope_store_kv[kv_index(kv.kv_type)][usize::from(norm.is_some())];
         let StepBuffers { step_tokens, block_tables, .. } = step;
         let buffers =
@@ -120,7 +148,8 @@ impl AttentionKernels {
 
     #[expect(clippy::too_many_arguments, reason = "those of the operation, and where it is recorded")]
     pub(super) fn attention(
-        &self,
+        &mut self,
+        gpu: &Gpu,
         recorder: &mut Recorder,
         step: &StepBuffers,
         qkv: &GpuBuffer,
@@ -130,23 +159,11 @@ impl AttentionKernels {
         out: &mut GpuBuffer,
     ) {
         out.output(step.rows, shape.heads * shape.head_dim);
-        let cache = &kv.layers[layer];
-        cache.check(shape);
+        kv.layers[layer].check(shape);
         assert_eq!((qkv.rows, qkv.width), (step.rows, (shape.heads + 2 * shape.kv_heads) * shape.head_dim));
-        let kernel = &self.attention[kv_index(kv.kv_type)];
-        let StepBuffers { step_tokens, block_tables, .. } = step;
-        let buffers =
-            [&qkv.storage, &cache.keys.storage, &cache.values.storage, step_tokens, block_tables, &out.storage];
-        let parameters = [
-            shape.heads as u32,
-            shape.kv_heads as u32,
-            shape.head_dim as u32,
-            shape.scale.to_bits(),
-            shape.window.and_then(|window| u32::try_from(window).ok()).unwrap_or(u32::MAX),
-            kv.block_tokens as u32,
-            kv.slots() as u32,
-        ];
-        recorder.dispatch(kernel, buffers, &parameters, [shape.heads, out.rows, 1]);
+        if let Err(error) = self.split.run(gpu, recorder, step, qkv, shape, kv, layer, out) {
+            gpu.fail(&error);
+        }
     }
 
     pub(super) fn copy_blocks(&self, recorder: &mut Recorder, kv: &GpuKvCache, pairs: &[(u32, u32)]) {
