@@ -13,6 +13,7 @@ mod backend;
 mod error;
 mod host;
 mod kv;
+mod kv_codes;
 mod sampling;
 mod step;
 

@@ -148,6 +148,12 @@ pub enum KvFormat {
     F16,
     /// Single precision
     F32,
+    /// Floats of 8 bits, a scale for each head of a token
+    Fp8,
+    /// Integers of 8 bits, a scale for each head of a token
+    Int8,
+    /// Floats of 4 bits, a scale for each 32 values
+    Fp4,
 }
 
 impl From<KvFormat> for KvType {
@@ -155,6 +161,9 @@ impl From<KvFormat> for KvType {
         match format {
             KvFormat::F16 => Self::F16,
             KvFormat::F32 => Self::F32,
+            KvFormat::Fp8 => Self::Fp8,
+            KvFormat::Int8 => Self::Int8,
+            KvFormat::Fp4 => Self::Fp4,
         }
     }
 }

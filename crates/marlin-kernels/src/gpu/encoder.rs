@@ -164,7 +164,7 @@ impl Encoder<GpuBackend> for GpuEncoder {
         kv: &mut GpuKvCache,
         layer: usize,
     ) {
-        self.attention.rope_store_kv(&mut self.recorder, &self.step, qkv, shape, norm, angles, kv, layer);
+        self.attention.rope_store_kv(&self.gpu, &mut self.recorder, &self.step, qkv, shape, norm, angles, kv, layer);
     }
 
     fn attention(

@@ -353,7 +353,7 @@ fn activate(activation: Activation, x: f64) -> f64 {
 }
 
 fn store(plane: &mut KvPlane, head: usize, slot: usize, values: &[f32]) {
-    let range = plane.range(head, slot);
+    let (row, range) = (plane.row(head, slot), plane.range(head, slot));
     match &mut plane.data {
         KvData::F32(data) => data[range].copy_from_slice(values),
         KvData::F16(data) => {
@@ -361,6 +361,7 @@ fn store(plane: &mut KvPlane, head: usize, slot: usize, values: &[f32]) {
                 *stored = f16::from_f32(value);
             }
         }
+        KvData::Codes(codes) => codes.store(row, values),
     }
 }
 
@@ -369,5 +370,10 @@ fn load(plane: &KvPlane, head: usize, slot: usize) -> Vec<f32> {
     match &plane.data {
         KvData::F32(data) => data[range].to_vec(),
         KvData::F16(data) => data[range].iter().map(|value| value.to_f32()).collect(),
+        KvData::Codes(codes) => {
+            let mut values = vec![0.0; plane.dim];
+            codes.load(plane.row(head, slot), &mut values);
+            values
+        }
     }
 }

@@ -100,7 +100,7 @@ impl Runner<'_> {
 /// Bytes of the KV cache that a token sees, the mean over `tokens` tokens after `depth` others. A token sees itself.
 fn kv_per_token(info: &ModelInfo, depth: usize, tokens: usize) -> f64 {
     let layer = |layer: &marlin_kernels::KvLayer| {
-        let bytes = layer.heads * (layer.key_dim + layer.value_dim) * info.kv_type.bytes();
+        let bytes = layer.bytes_per_token(info.kv_type);
         let visible = (depth + 1..=depth + tokens).map(|seen| seen.min(layer.window.unwrap_or(usize::MAX)) as f64);
         bytes as f64 * visible.sum::<f64>() / tokens as f64
     };

@@ -73,10 +73,7 @@ impl Report {
     }
 
     fn kv_type(&self) -> &'static str {
-        match self.info.kv_type {
-            marlin_kernels::KvType::F16 => "f16",
-            marlin_kernels::KvType::F32 => "f32",
-        }
+        self.info.kv_type.name()
     }
 
     /// Bytes a second of a decode test, and their share of what the machine's memory gives, if it is that.
