@@ -108,6 +108,22 @@ pub(crate) fn check_parts(parts: &[LinearPart<'_>]) -> Result<usize, KernelError
     Ok(first)
 }
 
+/// What a linear multiplies, row by row.
+#[derive(Debug)]
+pub enum Input<'a, B: Backend> {
+    /// Rows as they are.
+    Rows(&'a B::Buffer),
+    /// Their RMS norms, `x / sqrt(mean(x²) + eps) · weight`.
+    Normed {
+        /// `[T, K]`.
+        x: &'a B::Buffer,
+        /// `[K]`.
+        weight: &'a B::Vector,
+        /// Added to the mean square.
+        eps: f32,
+    },
+}
+
 /// The gate's non-linearity in a gated MLP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
@@ -169,13 +185,13 @@ pub trait Encoder<B: Backend> {
     fn soft_cap(&mut self, x: &mut B::Buffer, cap: f32);
 
     /// `out = x · Wᵀ + bias`.
-    fn linear(&mut self, x: &B::Buffer, linear: &B::Linear, out: &mut B::Buffer);
+    fn linear(&mut self, x: Input<'_, B>, linear: &B::Linear, out: &mut B::Buffer);
 
     /// `out += x · Wᵀ + bias`: a projection back into the residual stream.
     fn linear_add(&mut self, x: &B::Buffer, linear: &B::Linear, out: &mut B::Buffer);
 
     /// `gate_up` has two parts of equal N: `out = activation(x · Gᵀ) ⊙ (x · Uᵀ)`, width N.
-    fn linear_gated(&mut self, x: &B::Buffer, gate_up: &B::Linear, activation: Activation, out: &mut B::Buffer);
+    fn linear_gated(&mut self, x: Input<'_, B>, gate_up: &B::Linear, activation: Activation, out: &mut B::Buffer);
 
     /// Prepares attention: on rows `[q heads | k heads | v heads]` normalises each Q and K head if asked, rotates Q and K in the half-split
     /// layout (dimension i with i + rotary/2, `rotary` = width of `angles`, even; the rest passes through), leaves Q in

@@ -6,22 +6,24 @@
 //!
 //! A new operation is a method of [`Encoder`], written first in [`mod@reference`] and then in every other backend. A new backend
 //! is a module beside those that implements the two traits; one whose memory is the host's can use [`HostBuffer`] and
-//! [`HostKvCache`]. Either gets its rows in the conformance table, `tests/conformance`, which runs every operation × format ×
-//! shape class × backend against the reference within an error bound.
+//! [`HostKvCache`]. Either gets its rows in the [`conformance`] table, which runs every operation × format × shape class × backend
+//! against the reference within an error bound.
 
 mod backend;
 mod error;
 mod host;
 mod kv;
+mod kv_codes;
 mod sampling;
 mod step;
 
+pub mod conformance;
 pub mod cpu;
 pub mod gpu;
 pub mod reference;
 
 pub use backend::{
-    Activation, AttentionShape, Backend, DeviceInfo, Encoder, LinearPart, MemoryUse, QkNorm, StepLimits,
+    Activation, AttentionShape, Backend, DeviceInfo, Encoder, Input, LinearPart, MemoryUse, QkNorm, StepLimits,
 };
 pub use error::KernelError;
 pub use host::{HostBuffer, HostKvCache};

@@ -1,6 +1,7 @@
 //! Which device a model runs on, and how.
 
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use marlin_checkpoint::Checkpoint;
@@ -8,6 +9,8 @@ use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions};
 use marlin_kernels::gpu::{GpuBackend, GpuOptions, adapters};
 use marlin_kernels::{KernelError, KvType, MemoryUse};
 use marlin_model::{LanguageModel, LoadOptions, ModelError};
+
+use crate::model_cache::ModelCache;
 
 /// Each thread has memory of its own, so that a slip of the finger could take all there is.
 const MOST_THREADS: usize = 1024;
@@ -75,12 +78,22 @@ impl Device {
         }
     }
 
+    /// The GPU, if it is one.
+    pub fn gpu(&self) -> Option<&GpuBackend> {
+        match self {
+            Self::Cpu(_) => None,
+            Self::Gpu(backend) => Some(backend),
+        }
+    }
+
+    /// Bytes that the device's driver lets a program have; `None` if there is no such limit, or it is not known.
+    pub fn memory(&self) -> Option<u64> {
+        self.gpu().and_then(|gpu| gpu.caps().memory)
+    }
+
     /// Whether it uses the machine's memory, and not its own.
     pub fn shares_memory(&self) -> bool {
-        match self {
-            Self::Cpu(_) => true,
-            Self::Gpu(backend) => backend.caps().shares_memory,
-        }
+        self.gpu().is_none_or(|gpu| gpu.caps().shares_memory)
     }
 
     /// Loads a checkpoint's model.
@@ -109,7 +122,8 @@ impl DeviceOptions {
         if adapter.is_none() && !matches!(self.device, DeviceChoice::Gpu(_)) {
             return CpuBackend::new(self.cpu()).map(Device::Cpu);
         }
-        GpuBackend::new(GpuOptions { adapter, ..GpuOptions::default() }).map(Device::Gpu)
+        GpuBackend::new(GpuOptions { adapter, pipeline_cache: kernels_folder(), ..GpuOptions::default() })
+            .map(Device::Gpu)
     }
 
     /// How the CPU is used.
@@ -122,6 +136,11 @@ impl DeviceOptions {
     }
 }
 
+/// Where compiled kernels are kept; `None` if there is no place for them.
+pub(crate) fn kernels_folder() -> Option<PathBuf> {
+    ModelCache::from_env().ok().map(|cache| cache.kernels_folder())
+}
+
 /// Number format of cached keys and values, as `--kv` names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum KvFormat {
@@ -129,6 +148,12 @@ pub enum KvFormat {
     F16,
     /// Single precision
     F32,
+    /// Floats of 8 bits, a scale for each head of a token
+    Fp8,
+    /// Integers of 8 bits, a scale for each head of a token
+    Int8,
+    /// Floats of 4 bits, a scale for each 32 values
+    Fp4,
 }
 
 impl From<KvFormat> for KvType {
@@ -136,6 +161,9 @@ impl From<KvFormat> for KvType {
         match format {
             KvFormat::F16 => Self::F16,
             KvFormat::F32 => Self::F32,
+            KvFormat::Fp8 => Self::Fp8,
+            KvFormat::Int8 => Self::Int8,
+            KvFormat::Fp4 => Self::Fp4,
         }
     }
 }

@@ -28,8 +28,8 @@ use self::threads::Threads;
 use crate::host::HostStep;
 use crate::sampling::host::{HostSamplings, token_of};
 use crate::{
-    Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, KernelError, KvLayout, KvType,
-    LinearPart, MemoryUse, QkNorm, SampleRow, SamplingId, Step, StepLimits,
+    Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, Input, KernelError, KvLayout,
+    KvType, LinearPart, MemoryUse, QkNorm, SampleRow, SamplingId, Step, StepLimits,
 };
 
 const NAME: &str = "cpu";
@@ -64,6 +64,8 @@ pub struct CpuEncoder {
     simd: SimdLevel,
     step: HostStep,
     activations: Activations,
+    /// The norms of a linear's input, `[tokens, width]`.
+    normed: Vec<f32>,
     attention: Attention,
     /// Token ids to sort, `[threads, vocabulary]`.
     token_ids: Vec<Mutex<Vec<u32>>>,
@@ -104,7 +106,8 @@ impl MemoryUse for CpuBackend {
 
     fn encoder_bytes(&self, limits: &StepLimits) -> usize {
         let sampling = self.threads.count().saturating_mul(limits.vocabulary).saturating_mul(size_of::<u32>());
-        Activations::bytes(limits.tokens, limits.width).saturating_add(sampling)
+        let normed = limits.tokens.saturating_mul(limits.width).saturating_mul(size_of::<f32>());
+        Activations::bytes(limits.tokens, limits.width).saturating_add(normed).saturating_add(sampling)
     }
 }
 
@@ -154,6 +157,7 @@ impl Backend for CpuBackend {
             simd: self.simd,
             step: HostStep::default(),
             activations: Activations::new(limits.tokens, limits.width)?,
+            normed: crate::host::allocate("the norms of a linear's input", &[limits.tokens, limits.width], NAME)?,
             attention: Attention::new(&self.threads),
             token_ids: (0..self.threads.count()).map(|_| ids()).collect::<Result<_, _>>()?,
             samplings: HostSamplings::default(),
@@ -162,9 +166,27 @@ impl Backend for CpuBackend {
 }
 
 impl CpuEncoder {
-    fn apply(&mut self, x: &HostBuffer, linear: &CpuLinear, out: &mut [f32], epilogue: Epilogue) {
-        assert_eq!(x.width(), linear.0.cols(), "an input as wide as the linear's columns");
-        linear.0.apply(x.values(), x.rows(), out, epilogue, &mut self.activations, &self.threads);
+    fn apply(
+        &mut self,
+        x: Input<'_, CpuBackend>,
+        linear: &CpuLinear,
+        width: usize,
+        out: &mut HostBuffer,
+        epilogue: Epilogue,
+    ) {
+        let (Input::Rows(rows) | Input::Normed { x: rows, .. }) = x;
+        assert_eq!(rows.width(), linear.0.cols(), "an input as wide as the linear's columns");
+        let values = match x {
+            Input::Rows(x) => x.values(),
+            Input::Normed { x, weight, eps } => {
+                assert_eq!(weight.len(), x.width(), "a norm weight for each value of a row");
+                let normed = &mut self.normed[..x.values().len()];
+                rows::rms_norm(x.values(), weight, eps, normed, self.simd, &self.threads);
+                normed
+            }
+        };
+        let out = out.output(rows.rows(), width);
+        linear.0.apply(values, rows.rows(), out, epilogue, &mut self.activations, &self.threads);
     }
 }
 
@@ -209,20 +231,23 @@ impl Encoder<CpuBackend> for CpuEncoder {
         rows::soft_cap(x, cap, &self.threads);
     }
 
-    fn linear(&mut self, x: &HostBuffer, linear: &CpuLinear, out: &mut HostBuffer) {
-        let out = out.output(x.rows(), linear.0.rows());
-        self.apply(x, linear, out, Epilogue::Store);
+    fn linear(&mut self, x: Input<'_, CpuBackend>, linear: &CpuLinear, out: &mut HostBuffer) {
+        self.apply(x, linear, linear.0.rows(), out, Epilogue::Store);
     }
 
     fn linear_add(&mut self, x: &HostBuffer, linear: &CpuLinear, out: &mut HostBuffer) {
         assert_eq!(out.rows(), x.rows(), "the residual stream has a row for each input row");
-        let out = out.output(x.rows(), linear.0.rows());
-        self.apply(x, linear, out, Epilogue::Add);
+        self.apply(Input::Rows(x), linear, linear.0.rows(), out, Epilogue::Add);
     }
 
-    fn linear_gated(&mut self, x: &HostBuffer, gate_up: &CpuLinear, activation: Activation, out: &mut HostBuffer) {
-        let out = out.output(x.rows(), gate_up.0.part_rows()[0]);
-        self.apply(x, gate_up, out, Epilogue::Gated(activation));
+    fn linear_gated(
+        &mut self,
+        x: Input<'_, CpuBackend>,
+        gate_up: &CpuLinear,
+        activation: Activation,
+        out: &mut HostBuffer,
+    ) {
+        self.apply(x, gate_up, gate_up.0.part_rows()[0], out, Epilogue::Gated(activation));
     }
 
     fn rope_store_kv(

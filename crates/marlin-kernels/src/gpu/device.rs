@@ -2,14 +2,19 @@
 
 use std::collections::HashMap;
 use std::panic::{self, AssertUnwindSafe};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use super::disk_cache::DiskCache;
+use super::memory;
 use super::pipeline::{Kernel, Pipeline};
+use super::registry::KernelVariant;
 use crate::KernelError;
+use crate::error::size_in_words;
 
 /// Which GPU, and how its kernels are compiled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct GpuOptions {
     /// Index into [`adapters`]; the first of the fastest kind if `None`.
     pub adapter: Option<usize>,
@@ -17,6 +22,8 @@ pub struct GpuOptions {
     pub checked: bool,
     /// How linears compute.
     pub arithmetic: GpuArithmetic,
+    /// The folder that keeps compiled kernels for the next time, where the device allows that; none are kept if `None`.
+    pub pipeline_cache: Option<PathBuf>,
 }
 
 /// How linears compute.
@@ -53,6 +60,63 @@ pub struct GpuCaps {
     pub timestamps: bool,
     /// Compiled kernels can be kept on disk.
     pub pipeline_cache: bool,
+    /// Bytes of its memory that a program should take at most, as of when it was opened: what other programs left of a Vulkan device's own
+    /// memory, what Metal recommends as a working set. `None` if it does not tell.
+    pub memory: Option<u64>,
+}
+
+impl GpuCaps {
+    /// What every GPU of Apple silicon can do (M1 and later), for kernels that are looked at without one: Metal's feature set tables,
+    /// families Apple7 and later.
+    pub fn apple() -> Self {
+        Self {
+            name: "Apple GPU".into(),
+            driver: "Metal".into(),
+            subgroup: [32, 32],
+            shares_memory: true,
+            max_binding: MAX_BINDING,
+            workgroup_memory: 32 << 10,
+            subgroups: true,
+            matrices: vec![MatrixSize { m: 8, n: 8, k: 8 }],
+            timestamps: true,
+            pipeline_cache: false,
+            memory: None,
+        }
+    }
+
+    fn of(adapter: &wgpu::Adapter) -> Self {
+        let (info, limits, features) = (adapter.get_info(), adapter.limits(), adapter.features());
+        Self {
+            driver: format!("{} {} {}", info.backend, info.driver, info.driver_info),
+            name: info.name,
+            shares_memory: matches!(info.device_type, wgpu::DeviceType::IntegratedGpu | wgpu::DeviceType::Cpu),
+            subgroup: [info.subgroup_min_size, info.subgroup_max_size],
+            max_binding: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min(MAX_BINDING),
+            workgroup_memory: limits.max_compute_workgroup_storage_size,
+            subgroups: features.contains(SUBGROUPS),
+            matrices: matrices(adapter, features),
+            timestamps: features.contains(TIMESTAMPS),
+            pipeline_cache: features.contains(PIPELINE_CACHE),
+            memory: memory::budget(adapter),
+        }
+    }
+
+    /// Its name, and how much memory it had to give.
+    fn in_words(&self) -> String {
+        let memory = self.memory.map(|bytes| format!(" (with {} free when it was opened)", size_in_words(bytes)));
+        format!("{}{}", self.name, memory.unwrap_or_default())
+    }
+
+    /// The features of a device of these capabilities that kernels use.
+    fn features(&self) -> wgpu::Features {
+        let wanted = [
+            (self.subgroups, SUBGROUPS),
+            (!self.matrices.is_empty(), MATRICES),
+            (self.timestamps, TIMESTAMPS),
+            (self.pipeline_cache, PIPELINE_CACHE),
+        ];
+        wanted.iter().filter(|(has, _)| *has).fold(NEEDED, |features, (_, feature)| features | *feature)
+    }
 }
 
 /// `[m, k]` times `[k, n]`.
@@ -73,13 +137,20 @@ pub(super) struct Gpu {
     pub(super) caps: GpuCaps,
     pub(super) arithmetic: GpuArithmetic,
     checked: bool,
-    pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
+    /// By source.
+    pipelines: Mutex<HashMap<String, Slot>>,
+    pub(super) disk_cache: Option<DiskCache>,
+    /// Kernels that encoders recorded.
+    pub(super) recorded: AtomicU64,
     /// The first thing that went wrong since it was last asked for.
     failure: Arc<Mutex<Option<String>>>,
     /// Why the device is gone for good, if it is.
     loss: Arc<Mutex<Option<String>>>,
     next_id: AtomicU64,
 }
+
+/// A compiled kernel, or why there is none, once that is known.
+type Slot = Arc<OnceLock<Result<Arc<Pipeline>, String>>>;
 
 /// A buffer of the device. Its id is part of the key of prebuilt bind groups.
 #[derive(Debug)]
@@ -94,12 +165,14 @@ const IMMEDIATE_BYTES: u32 = 64;
 /// What the kernels need of a device.
 const NEEDED: wgpu::Features = wgpu::Features::SHADER_F16.union(wgpu::Features::IMMEDIATES);
 
-/// What they use where it is there.
-const WANTED: wgpu::Features = wgpu::Features::SUBGROUP
-    .union(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX)
-    .union(wgpu::Features::TIMESTAMP_QUERY)
-    .union(wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES)
-    .union(wgpu::Features::PIPELINE_CACHE);
+// What they use where it is there.
+const SUBGROUPS: wgpu::Features = wgpu::Features::SUBGROUP;
+const MATRICES: wgpu::Features = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
+const TIMESTAMPS: wgpu::Features = wgpu::Features::TIMESTAMP_QUERY.union(wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES);
+const PIPELINE_CACHE: wgpu::Features = wgpu::Features::PIPELINE_CACHE;
+
+/// Bytes of a binding, at most: kernels count words and values in 32 bits.
+const MAX_BINDING: u64 = (1 << 31) - 4;
 
 /// Bytes of workgroup memory that the largest kernel takes of those that every device runs.
 const WORKGROUP_MEMORY: u32 = super::sampling::WORKGROUP_MEMORY;
@@ -135,12 +208,11 @@ pub fn adapters() -> Vec<GpuAdapter> {
     enumerate(&instance()).iter().map(adapter).collect()
 }
 
-fn instance() -> wgpu::Instance {
+pub(super) fn instance() -> wgpu::Instance {
     wgpu::Instance::new(wgpu::InstanceDescriptor {
         backends: wgpu::Backends::METAL | wgpu::Backends::VULKAN,
-        // Beyond this share of what the driver says is free, a buffer is an error and not a slow machine.
         memory_budget_thresholds: wgpu::MemoryBudgetThresholds {
-            for_resource_creation: Some(97),
+            for_resource_creation: Some(memory::USABLE_PERCENT as u8),
             for_device_loss: None,
         },
         ..wgpu::InstanceDescriptor::new_without_display_handle()
@@ -148,7 +220,7 @@ fn instance() -> wgpu::Instance {
 }
 
 /// Discrete GPUs first, software last.
-fn enumerate(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
+pub(super) fn enumerate(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
     let mut adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
     adapters.sort_by_key(|adapter| match adapter.get_info().device_type {
         wgpu::DeviceType::DiscreteGpu => 0,
@@ -162,7 +234,7 @@ fn enumerate(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
 
 fn matrices(adapter: &wgpu::Adapter, features: wgpu::Features) -> Vec<MatrixSize> {
     use wgpu::CooperativeScalarType::{F16, F32};
-    if !features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+    if !features.contains(MATRICES) {
         return Vec::new();
     }
     let properties = adapter.cooperative_matrix_properties();
@@ -181,27 +253,51 @@ impl Gpu {
                 _ => format!("there is no GPU {index}: {found} were found, counted from 0"),
             }));
         };
-        let info = adapter.get_info();
         if let Some(missing) = missing(&adapter) {
             return Err(KernelError::Device(format!(
                 "{} lacks {missing}, which the kernels need; use the CPU instead",
-                info.name
+                adapter.get_info().name
             )));
         }
-        let limits = adapter.limits();
-        let features = NEEDED | (WANTED & adapter.features());
+        Self::of_adapter(&adapter, GpuCaps::of(&adapter), options)
+    }
+
+    /// A device that has these capabilities and runs nothing: kernels are put together and checked as for a device that does, memory is
+    /// the host's, and operations leave it as it is.
+    pub(super) fn imaginary(caps: GpuCaps, options: GpuOptions) -> Result<Self, KernelError> {
+        let noop = wgpu::NoopBackendOptions {
+            enable: true,
+            features: Some(caps.features()),
+            subgroup_min_size: Some(caps.subgroup[0]),
+            subgroup_max_size: Some(caps.subgroup[1]),
+            ..wgpu::NoopBackendOptions::default()
+        };
+        let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
+            backends: wgpu::Backends::NOOP,
+            backend_options: wgpu::BackendOptions { noop, ..wgpu::BackendOptions::default() },
+            ..wgpu::InstanceDescriptor::new_without_display_handle()
+        });
+        let adapter = enumerate(&instance).into_iter().next();
+        let adapter =
+            adapter.ok_or_else(|| KernelError::Device("wgpu was built without its imaginary device".into()))?;
+        Self::of_adapter(&adapter, caps, options)
+    }
+
+    fn of_adapter(adapter: &wgpu::Adapter, caps: GpuCaps, options: GpuOptions) -> Result<Self, KernelError> {
         // SAFETY: of the experimental features only cooperative matrices are used, by kernels that the conformance table holds
         // against the reference on each device it runs on.
         let experimental_features = unsafe { wgpu::ExperimentalFeatures::enabled() };
         let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
             label: Some("metal-marlin"),
-            required_features: features,
-            required_limits: limits.clone(),
+            required_features: caps.features(),
+            required_limits: adapter.limits(),
             experimental_features,
             ..wgpu::DeviceDescriptor::default()
         }))
-        .map_err(|error| KernelError::Device(format!("{} does not open: {error}", info.name)))?;
+        .map_err(|error| KernelError::Device(format!("{} does not open: {error}", caps.name)))?;
 
+        let folder = options.pipeline_cache.as_ref();
+        let disk_cache = folder.and_then(|folder| DiskCache::open(&device, &adapter.get_info(), folder));
         let failure = Arc::new(Mutex::new(None));
         let first = failure.clone();
         device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| remember(&first, error.to_string())));
@@ -210,20 +306,6 @@ impl Gpu {
         device.set_device_lost_callback(move |reason, message| {
             remember(&lost, format!("the device was lost ({reason:?}): {message}"));
         });
-        let caps = GpuCaps {
-            driver: format!("{} {} {}", info.backend, info.driver, info.driver_info),
-            name: info.name,
-            shares_memory: matches!(info.device_type, wgpu::DeviceType::IntegratedGpu | wgpu::DeviceType::Cpu),
-            subgroup: [info.subgroup_min_size, info.subgroup_max_size],
-            // Kernels count words and values in 32 bits.
-            max_binding: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min((1 << 31) - 4),
-            workgroup_memory: limits.max_compute_workgroup_storage_size,
-            subgroups: features.contains(wgpu::Features::SUBGROUP),
-            matrices: matrices(&adapter, features),
-            timestamps: features
-                .contains(wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES),
-            pipeline_cache: features.contains(wgpu::Features::PIPELINE_CACHE),
-        };
         Ok(Self {
             device,
             queue,
@@ -231,32 +313,62 @@ impl Gpu {
             arithmetic: options.arithmetic,
             checked: options.checked,
             pipelines: Mutex::default(),
+            disk_cache,
+            recorded: AtomicU64::new(0),
             failure,
             loss,
             next_id: AtomicU64::new(0),
         })
     }
 
-    /// The compiled kernel; each is compiled once.
+    /// The compiled kernel; each is compiled once, several at a time by several threads.
     pub(super) fn pipeline(&self, kernel: &Kernel) -> Result<Arc<Pipeline>, KernelError> {
         let source = kernel.source();
-        let mut pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pipeline) = pipelines.get(&source) {
-            return Ok(pipeline.clone());
-        }
-        let pipeline = Pipeline::compile(&self.device, kernel, &source, self.checked, IMMEDIATE_BYTES);
-        let pipeline = Arc::new(pipeline.map_err(|reason| {
+        let slot = self.pipelines().entry(source.clone()).or_default().clone();
+        let compile = || {
+            let cache = self.disk_cache.as_ref();
+            let compiled = Pipeline::compile(&self.device, kernel, &source, self.checked, IMMEDIATE_BYTES, cache);
+            compiled.map(Arc::new)
+        };
+        slot.get_or_init(compile).clone().map_err(|reason| {
             KernelError::Device(format!("{} cannot compile the kernel {}: {reason}", self.caps.name, kernel.name))
-        })?);
-        pipelines.insert(source, pipeline.clone());
-        Ok(pipeline)
+        })
+    }
+
+    /// Keeps the kernels compiled so far for the next time, where that is wanted.
+    pub(super) fn save_kernels(&self) {
+        if let Some(cache) = &self.disk_cache {
+            cache.save();
+        }
+    }
+
+    /// The kernels compiled so far.
+    pub(super) fn kernels(&self) -> Vec<KernelVariant> {
+        let compiled = |(source, slot): (&String, &Slot)| {
+            let pipeline = slot.get()?.as_ref().ok()?;
+            Some(KernelVariant::of(source.clone(), pipeline.kernel.clone()))
+        };
+        self.pipelines().iter().filter_map(compiled).collect()
+    }
+
+    /// The sources of the kernels that an encoder recorded for the first time since the last call.
+    pub(super) fn take_recorded(&self) -> Vec<String> {
+        let was_recorded = |slot: &Slot| {
+            slot.get().and_then(|compiled| compiled.as_ref().ok()).is_some_and(|pipeline| pipeline.take_recorded())
+        };
+        let pipelines = self.pipelines();
+        pipelines.iter().filter(|(_, slot)| was_recorded(slot)).map(|(source, _)| source.clone()).collect()
+    }
+
+    fn pipelines(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
+        self.pipelines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Memory on the device, zeroed.
     pub(super) fn storage(&self, what: &str, bytes: usize) -> Result<Storage, KernelError> {
-        let out_of_memory = || KernelError::OutOfMemory { what: what.into(), bytes, device: self.caps.name.clone() };
-        // An empty buffer cannot be bound.
-        let size = (bytes.max(4) as u64).checked_next_multiple_of(4).ok_or_else(out_of_memory)?;
+        let out_of_memory = || KernelError::OutOfMemory { what: what.into(), bytes, device: self.caps.in_words() };
+        // An empty buffer cannot be bound; kernels see vectors of 16 bytes.
+        let size = (bytes.max(16) as u64).checked_next_multiple_of(16).ok_or_else(out_of_memory)?;
         if size > self.caps.max_binding {
             return Err(out_of_memory());
         }
@@ -335,6 +447,12 @@ impl Gpu {
         })?;
         waited.map_err(|error| KernelError::Device(format!("{} does not finish: {error}", self.caps.name)))?;
         self.check()
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        self.save_kernels();
     }
 }
 

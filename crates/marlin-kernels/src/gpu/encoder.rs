@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::attention::AttentionKernels;
+use super::attention::AttentionEncoder;
 use super::device::Gpu;
 use super::linear::{GpuLinear, LinearEncoder, embed};
 use super::pipeline::{Binding, Kernel, Pipeline};
@@ -11,14 +11,14 @@ use super::recorder::Recorder;
 use super::sampling::Sampler;
 use super::step::StepBuffers;
 use super::{GpuArithmetic, GpuBackend, GpuBuffer, GpuKvCache, GpuVector, MAX_WORKGROUPS};
-use crate::{Activation, AttentionShape, Encoder, KernelError, QkNorm, SampleRow, SamplingId, Step, StepLimits};
+use crate::{Activation, AttentionShape, Encoder, Input, KernelError, QkNorm, SampleRow, SamplingId, Step, StepLimits};
 
 /// Records operations, and runs them when it is told to.
 pub struct GpuEncoder {
     gpu: Arc<Gpu>,
     kernels: Kernels,
     linear: LinearEncoder,
-    attention: AttentionKernels,
+    attention: AttentionEncoder,
     recorder: Recorder,
     step: StepBuffers,
     sampler: Sampler,
@@ -43,7 +43,12 @@ impl std::fmt::Debug for GpuEncoder {
 
 impl GpuEncoder {
     pub(super) fn bytes(limits: &StepLimits, arithmetic: GpuArithmetic) -> usize {
-        let parts = [StepBuffers::bytes(limits), LinearEncoder::bytes(limits, arithmetic), Sampler::bytes(limits)];
+        let parts = [
+            StepBuffers::bytes(limits),
+            LinearEncoder::bytes(limits, arithmetic),
+            AttentionEncoder::bytes(limits),
+            Sampler::bytes(limits),
+        ];
         parts.into_iter().fold(0, usize::saturating_add)
     }
 
@@ -57,7 +62,7 @@ impl GpuEncoder {
         Ok(Self {
             kernels: Kernels::new(&gpu)?,
             linear: LinearEncoder::new(&gpu, limits)?,
-            attention: AttentionKernels::new(&gpu)?,
+            attention: AttentionEncoder::new(&gpu, limits)?,
             recorder: Recorder::new(gpu.clone()),
             step: StepBuffers::new(&gpu, limits)?,
             sampler: Sampler::new(&gpu, limits)?,
@@ -71,26 +76,14 @@ impl GpuEncoder {
 impl Kernels {
     fn new(gpu: &Gpu) -> Result<Self, KernelError> {
         let (read, write) = (Binding::read, Binding::write);
-        let of_files = |name, prelude: &str, bindings: &[Binding], files: &[&'static str]| {
-            let (prelude, bindings) = (prelude.into(), bindings.to_vec());
-            gpu.pipeline(&Kernel { name, prelude, bindings, files: files.to_vec() })
-        };
-        let kernel = |name, prelude: &str, bindings: &[Binding], file| of_files(name, prelude, bindings, &[file]);
-        let reduce = include_str!("shaders/reduce.wgsl");
-        let rms_norm = |adds: bool| {
-            let bindings = [read("x", "f32"), read("weight", "f32"), write("out", "f32")];
-            of_files(
-                "rms_norm",
-                &format!("const ADDS = {adds};\n"),
-                &bindings,
-                &[reduce, include_str!("shaders/rms_norm.wgsl")],
-            )
+        let kernel = |name, bindings: &[Binding], file| {
+            gpu.pipeline(&Kernel { name, prelude: String::new(), bindings: bindings.to_vec(), files: vec![file] })
         };
         let select = [read("x", "f32"), read("logit_rows", "u32"), write("out", "f32")];
         Ok(Self {
-            rms_norm: [rms_norm(false)?, rms_norm(true)?],
-            soft_cap: kernel("soft_cap", "", &[write("x", "f32")], include_str!("shaders/soft_cap.wgsl"))?,
-            select_rows: kernel("select_rows", "", &select, include_str!("shaders/select_rows.wgsl"))?,
+            rms_norm: [gpu.pipeline(&Kernel::rms_norm(false))?, gpu.pipeline(&Kernel::rms_norm(true))?],
+            soft_cap: kernel("soft_cap", &[write("x", "f32")], include_str!("shaders/soft_cap.wgsl"))?,
+            select_rows: kernel("select_rows", &select, include_str!("shaders/select_rows.wgsl"))?,
         })
     }
 }
@@ -130,25 +123,33 @@ impl Encoder<GpuBackend> for GpuEncoder {
 
     fn rms_norm_add(&mut self, x: &GpuBuffer, weight: &GpuVector, eps: f32, out: &mut GpuBuffer) {
         assert_eq!((out.rows, out.width), (x.rows, x.width), "the residual stream has a value for each input value");
+        out.written();
         self.rms_norm_into(1, x, weight, eps, out);
     }
 
     fn soft_cap(&mut self, x: &mut GpuBuffer, cap: f32) {
+        x.written();
         let count = x.rows * x.width;
         let workgroups = count.div_ceil(256).min(MAX_WORKGROUPS);
         let parameters = [count as u32, cap.to_bits()];
         self.recorder.dispatch(&self.kernels.soft_cap, [&x.storage], &parameters, [workgroups, 1, 1]);
     }
 
-    fn linear(&mut self, x: &GpuBuffer, linear: &GpuLinear, out: &mut GpuBuffer) {
+    fn linear(&mut self, x: Input<'_, GpuBackend>, linear: &GpuLinear, out: &mut GpuBuffer) {
         self.linear.store(&mut self.recorder, x, linear, out);
     }
 
     fn linear_add(&mut self, x: &GpuBuffer, linear: &GpuLinear, out: &mut GpuBuffer) {
-        self.linear.add(&mut self.recorder, x, linear, out);
+        self.linear.add(&mut self.recorder, Input::Rows(x), linear, out);
     }
 
-    fn linear_gated(&mut self, x: &GpuBuffer, gate_up: &GpuLinear, activation: Activation, out: &mut GpuBuffer) {
+    fn linear_gated(
+        &mut self,
+        x: Input<'_, GpuBackend>,
+        gate_up: &GpuLinear,
+        activation: Activation,
+        out: &mut GpuBuffer,
+    ) {
         self.linear.gated(&mut self.recorder, x, gate_up, activation, out);
     }
 
@@ -161,7 +162,7 @@ impl Encoder<GpuBackend> for GpuEncoder {
         kv: &mut GpuKvCache,
         layer: usize,
     ) {
-        self.attention.rope_store_kv(&mut self.recorder, &self.step, qkv, shape, norm, angles, kv, layer);
+        self.attention.rope_store_kv(&self.gpu, &mut self.recorder, &self.step, qkv, shape, norm, angles, kv, layer);
     }
 
     fn attention(
@@ -172,7 +173,7 @@ impl Encoder<GpuBackend> for GpuEncoder {
         layer: usize,
         out: &mut GpuBuffer,
     ) {
-        self.attention.attention(&mut self.recorder, &self.step, qkv, shape, kv, layer, out);
+        self.attention.attention(&self.gpu, &mut self.recorder, &self.step, qkv, shape, kv, layer, out);
     }
 
     fn select_logit_rows(&mut self, x: &GpuBuffer, out: &mut GpuBuffer) {

@@ -1,10 +1,15 @@
 //! The paged cache on the device.
 
+use half::f16;
+
 use super::device::{Gpu, Storage};
 use crate::{AttentionShape, KernelError, KvLayout, KvType};
 
 /// Widest head that the attention kernels have room for.
-const MAX_HEAD_DIM: usize = 512;
+pub(super) const MAX_HEAD_DIM: usize = 512;
+
+/// Values of a head that kernels load at once.
+pub(super) const KV_UNIT: usize = 8;
 
 /// A pool of KV blocks.
 #[derive(Debug)]
@@ -26,7 +31,10 @@ pub(super) struct GpuKvLayer {
 #[derive(Debug)]
 pub(super) struct GpuKvPlane {
     pub(super) dim: usize,
+    /// Values or codes.
     pub(super) storage: Storage,
+    /// Of codes.
+    pub(super) scales: Option<Storage>,
 }
 
 impl GpuKvLayer {
@@ -37,19 +45,39 @@ impl GpuKvLayer {
     }
 }
 
+impl GpuKvPlane {
+    /// Words of a slot of one head.
+    pub(super) fn words(&self, kv_type: KvType) -> usize {
+        let scales = self.scales_of_head(kv_type) * size_of::<f16>();
+        (kv_type.head_bytes(self.dim) - scales) / size_of::<u32>()
+    }
+
+    /// Scales of a slot of one head.
+    pub(super) fn scales_of_head(&self, kv_type: KvType) -> usize {
+        kv_type.code().map_or(0, |code| code.scales(self.dim))
+    }
+}
+
 impl GpuKvCache {
     pub(super) fn new(gpu: &Gpu, layout: &KvLayout, kv_type: KvType, blocks: usize) -> Result<Self, KernelError> {
         layout.check()?;
-        let widest = layout.layers.iter().map(|layer| layer.key_dim.max(layer.value_dim)).max().unwrap_or(0);
-        if widest > MAX_HEAD_DIM {
+        let fits = |dim: &usize| (KV_UNIT..=MAX_HEAD_DIM).contains(dim) && dim.is_multiple_of(KV_UNIT);
+        let mut dims = layout.layers.iter().flat_map(|layer| [layer.key_dim, layer.value_dim]);
+        if let Some(dim) = dims.find(|dim| !fits(dim)) {
             return Err(KernelError::Device(format!(
-                "the GPU's attention has heads of at most {MAX_HEAD_DIM} dimensions, found {widest}; use the CPU instead"
+                "the GPU's attention has heads of {KV_UNIT} to {MAX_HEAD_DIM} dimensions, multiples of {KV_UNIT}, found {dim}; \
+                 use the CPU instead"
             )));
         }
         let slots = blocks.saturating_mul(layout.block_tokens);
         let plane = |heads: usize, dim: usize| -> Result<_, KernelError> {
-            let bytes = heads.saturating_mul(slots).saturating_mul(dim).saturating_mul(kv_type.bytes());
-            Ok(GpuKvPlane { dim, storage: gpu.storage("the KV cache", bytes)? })
+            let storage = |bytes: usize| gpu.storage("the KV cache", heads.saturating_mul(slots).saturating_mul(bytes));
+            let scales = kv_type.code().map(|code| code.scales(dim) * size_of::<f16>());
+            Ok(GpuKvPlane {
+                dim,
+                storage: storage(kv_type.head_bytes(dim) - scales.unwrap_or(0))?,
+                scales: scales.map(storage).transpose()?,
+            })
         };
         let layers = layout.layers.iter().map(|layer| {
             Ok(GpuKvLayer {

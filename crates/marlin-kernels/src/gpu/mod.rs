@@ -6,23 +6,32 @@
 
 mod attention;
 mod device;
+mod disk_cache;
 mod encoder;
 mod kv;
 mod linear;
+mod memory;
+mod msl;
 mod pipeline;
 mod recorder;
+mod registry;
 mod sampling;
 mod step;
 mod timing;
+mod unroll;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use marlin_format::Scheme;
 
 pub use device::{GpuAdapter, GpuArithmetic, GpuCaps, GpuOptions, MatrixSize, adapters};
+pub use disk_cache::PIPELINE_CACHE_EXTENSION;
 pub use encoder::GpuEncoder;
 pub use kv::GpuKvCache;
 pub use linear::GpuLinear;
+pub use msl::{Msl, metal_kernels};
+pub use registry::{KernelVariant, kernels};
 
 use self::device::{Gpu, Storage};
 use crate::{Backend, DeviceInfo, KernelError, KvLayout, KvType, LinearPart, MemoryUse, StepLimits};
@@ -43,6 +52,8 @@ pub struct GpuBuffer {
     rows: usize,
     width: usize,
     capacity: usize,
+    /// How often it was written: whether what was made of it is still true.
+    version: u64,
 }
 
 /// A vector on the device, and the host's copy of it.
@@ -64,6 +75,11 @@ impl GpuBackend {
     /// What the device can do.
     pub fn caps(&self) -> &GpuCaps {
         &self.gpu.caps
+    }
+
+    /// How many kernels its encoders recorded so far.
+    pub fn kernels_recorded(&self) -> u64 {
+        self.gpu.recorded.load(Ordering::Relaxed)
     }
 }
 
@@ -101,7 +117,13 @@ impl Backend for GpuBackend {
 
     fn buffer(&self, rows: usize, width: usize) -> Result<GpuBuffer, KernelError> {
         let bytes = rows.saturating_mul(width).saturating_mul(size_of::<f32>());
-        Ok(GpuBuffer { storage: self.gpu.storage("an activation buffer", bytes)?, rows: 0, width, capacity: rows })
+        Ok(GpuBuffer {
+            storage: self.gpu.storage("an activation buffer", bytes)?,
+            rows: 0,
+            width,
+            capacity: rows,
+            version: 0,
+        })
     }
 
     fn upload(&self, buffer: &mut GpuBuffer, rows: usize, values: &[f32]) -> Result<(), KernelError> {
@@ -109,7 +131,7 @@ impl Backend for GpuBackend {
         if rows > capacity || rows.checked_mul(width) != Some(values.len()) {
             return Err(KernelError::BufferShape { found: values.len(), rows, width, capacity });
         }
-        buffer.rows = rows;
+        buffer.output(rows, width);
         self.gpu.write(&buffer.storage, 0, bytemuck::cast_slice(values));
         self.gpu.check()
     }
@@ -119,7 +141,10 @@ impl Backend for GpuBackend {
     }
 
     fn encoder(&self, limits: &StepLimits) -> Result<GpuEncoder, KernelError> {
-        GpuEncoder::new(self.gpu.clone(), limits)
+        let encoder = GpuEncoder::new(self.gpu.clone(), limits)?;
+        // Matrices have been loaded by now, as a rule.
+        self.gpu.save_kernels();
+        Ok(encoder)
     }
 }
 
@@ -129,5 +154,11 @@ impl GpuBuffer {
         assert_eq!(self.width, width, "an output buffer of this width");
         assert!(rows <= self.capacity, "{rows} rows for a buffer of {}", self.capacity);
         self.rows = rows;
+        self.written();
+    }
+
+    /// Its values change.
+    fn written(&mut self) {
+        self.version += 1;
     }
 }

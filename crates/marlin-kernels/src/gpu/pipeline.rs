@@ -1,8 +1,20 @@
 //! Kernels from WGSL: constants, bindings and source files put together, compiled.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fmt::Write as _;
+use std::hash::Hash;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use super::device::Gpu;
+use super::disk_cache::DiskCache;
+use super::unroll::unroll;
+use crate::KernelError;
 
 /// The source of a kernel.
+#[derive(Debug, Clone)]
 pub(super) struct Kernel {
     pub(super) name: &'static str,
     /// What stands before the files: constants, and functions that choose.
@@ -14,9 +26,9 @@ pub(super) struct Kernel {
 /// A storage buffer of a kernel.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Binding {
-    name: &'static str,
-    element: &'static str,
-    writes: bool,
+    pub(super) name: &'static str,
+    pub(super) element: &'static str,
+    pub(super) writes: bool,
 }
 
 impl Binding {
@@ -30,7 +42,21 @@ impl Binding {
 }
 
 impl Kernel {
-    /// The whole WGSL.
+    /// The kernel of RMS norms; it adds them to its output if it `adds`.
+    pub(super) fn rms_norm(adds: bool) -> Self {
+        Self {
+            name: "rms_norm",
+            prelude: format!("const ADDS = {adds};\n"),
+            bindings: vec![Binding::read("x", "f32"), Binding::read("weight", "f32"), Binding::write("out", "f32")],
+            files: vec![
+                include_str!("shaders/reduce.wgsl"),
+                include_str!("shaders/norm.wgsl"),
+                include_str!("shaders/rms_norm.wgsl"),
+            ],
+        }
+    }
+
+    /// The whole WGSL, its loops unrolled.
     pub(super) fn source(&self) -> String {
         let mut source = String::from("enable f16;\n");
         for (index, Binding { name, element, writes }) in self.bindings.iter().enumerate() {
@@ -43,7 +69,7 @@ impl Kernel {
             source += "\n";
             source += file;
         }
-        source
+        unroll(&source)
     }
 }
 
@@ -52,7 +78,12 @@ impl Kernel {
 pub(super) struct Pipeline {
     pub(super) pipeline: wgpu::ComputePipeline,
     pub(super) layout: wgpu::BindGroupLayout,
-    pub(super) bindings: usize,
+    /// What it was made of.
+    pub(super) kernel: Kernel,
+    /// How long that took.
+    pub(super) compiled_in: Duration,
+    /// Whether an encoder recorded it for the first time since this was last asked for.
+    recorded: AtomicBool,
 }
 
 impl Pipeline {
@@ -62,7 +93,9 @@ impl Pipeline {
         source: &str,
         checked: bool,
         immediate_size: u32,
+        cache: Option<&DiskCache>,
     ) -> Result<Self, String> {
+        let start = Instant::now();
         // Drivers' compilers report what they dislike as internal errors.
         let scopes =
             [wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::Internal].map(|filter| device.push_error_scope(filter));
@@ -102,13 +135,58 @@ impl Pipeline {
                 constants: &[],
                 zero_initialize_workgroup_memory: false,
             },
-            cache: None,
+            cache: cache.map(|kept| &kept.cache),
         });
         // Scopes end in the reverse order of their beginning.
         let errors: Vec<_> = scopes.into_iter().rev().filter_map(|scope| pollster::block_on(scope.pop())).collect();
         match errors.first() {
-            None => Ok(Self { pipeline, layout, bindings: entries.len() }),
+            None => {
+                if let Some(kept) = cache {
+                    kept.note_compiled();
+                }
+                Ok(Self {
+                    pipeline,
+                    layout,
+                    kernel: kernel.clone(),
+                    compiled_in: start.elapsed(),
+                    recorded: AtomicBool::new(false),
+                })
+            }
             Some(error) => Err(error.to_string()),
         }
+    }
+
+    /// Notes that an encoder records it for the first time.
+    pub(super) fn note_recorded(&self) {
+        self.recorded.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether that was noted since the last call.
+    pub(super) fn take_recorded(&self) -> bool {
+        self.recorded.swap(false, Ordering::Relaxed)
+    }
+}
+
+/// Kernels that are compiled when they are first needed, by what they are compiled for.
+pub(super) struct Variants<V>(HashMap<V, Arc<Pipeline>>);
+
+impl<V> Default for Variants<V> {
+    fn default() -> Self {
+        Self(HashMap::new())
+    }
+}
+
+impl<V: Copy + Eq + Hash> Variants<V> {
+    /// The compiled kernel of a variant.
+    pub(super) fn get(
+        &mut self,
+        gpu: &Gpu,
+        variant: V,
+        kernel: impl Fn(V) -> Kernel,
+    ) -> Result<&Arc<Pipeline>, KernelError> {
+        Ok(match self.0.entry(variant) {
+            Entry::Occupied(found) => found.into_mut(),
+            Entry::Vacant(vacant) => vacant.insert(gpu.pipeline(&kernel(variant))?),
+        })
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::device::{Gpu, Storage};
 use super::pipeline::Pipeline;
@@ -56,10 +57,11 @@ impl Recorder {
             return;
         }
         let buffers = buffers.into_iter();
-        assert_eq!(buffers.clone().count(), pipeline.bindings, "a buffer for each binding");
+        assert_eq!(buffers.clone().count(), pipeline.kernel.bindings.len(), "a buffer for each binding");
         let mut ids = [u64::MAX; MAX_BINDINGS];
         ids.iter_mut().zip(buffers.clone()).for_each(|(id, buffer)| *id = buffer.id);
         let bind_group = self.bind_groups.entry((Arc::as_ptr(pipeline) as usize, ids)).or_insert_with(|| {
+            pipeline.note_recorded();
             let resources = buffers.map(|storage| storage.buffer.as_entire_binding());
             let entry = |(binding, resource)| wgpu::BindGroupEntry { binding, resource };
             let entries: Vec<_> = (0..).zip(resources).map(entry).collect();
@@ -72,6 +74,7 @@ impl Recorder {
         let recording = self.recording.get_or_insert_with(|| Recording::new(&self.gpu, self.timing.as_mut()));
         recording.dispatches += 1;
         self.dispatches += 1;
+        self.gpu.recorded.fetch_add(1, Ordering::Relaxed);
         recording.pass.set_pipeline(&pipeline.pipeline);
         recording.pass.set_bind_group(0, &*bind_group, &[]);
         recording.pass.set_immediates(0, bytemuck::cast_slice(parameters));

@@ -9,14 +9,16 @@ mod sample;
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Cow;
+
 use half::f16;
 use marlin_format::{FormatError, Scheme};
 
 use crate::host::{HostStep, KvData, KvPlane, visible};
 use crate::sampling::host::{HostSamplings, token_of};
 use crate::{
-    Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, KernelError, KvLayout, KvType,
-    LinearPart, MemoryUse, QkNorm, SampleRow, SamplingId, Step, StepLimits,
+    Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, Input, KernelError, KvLayout,
+    KvType, LinearPart, MemoryUse, QkNorm, SampleRow, SamplingId, Step, StepLimits,
 };
 
 const NAME: &str = "reference";
@@ -170,7 +172,8 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
         }
     }
 
-    fn linear(&mut self, x: &HostBuffer, linear: &ReferenceLinear, out: &mut HostBuffer) {
+    fn linear(&mut self, x: Input<'_, ReferenceBackend>, linear: &ReferenceLinear, out: &mut HostBuffer) {
+        let x = rows(x);
         out.output(x.rows(), linear.rows());
         for t in 0..x.rows() {
             for (n, y) in out.row_mut(t).iter_mut().enumerate() {
@@ -190,11 +193,12 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
 
     fn linear_gated(
         &mut self,
-        x: &HostBuffer,
+        x: Input<'_, ReferenceBackend>,
         gate_up: &ReferenceLinear,
         activation: Activation,
         out: &mut HostBuffer,
     ) {
+        let x = rows(x);
         let half = gate_up.rows() / 2;
         out.output(x.rows(), half);
         for t in 0..x.rows() {
@@ -308,6 +312,18 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
     }
 }
 
+/// The rows that a linear multiplies.
+fn rows(x: Input<'_, ReferenceBackend>) -> Cow<'_, HostBuffer> {
+    match x {
+        Input::Rows(x) => Cow::Borrowed(x),
+        Input::Normed { x, weight, eps } => {
+            let mut normed = x.clone();
+            normed.values_mut().chunks_exact_mut(weight.len()).for_each(|row| rms_norm(row, weight, eps));
+            Cow::Owned(normed)
+        }
+    }
+}
+
 fn dot(a: &[f32], b: &[f32]) -> f64 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
@@ -345,7 +361,7 @@ fn activate(activation: Activation, x: f64) -> f64 {
 }
 
 fn store(plane: &mut KvPlane, head: usize, slot: usize, values: &[f32]) {
-    let range = plane.range(head, slot);
+    let (row, range) = (plane.row(head, slot), plane.range(head, slot));
     match &mut plane.data {
         KvData::F32(data) => data[range].copy_from_slice(values),
         KvData::F16(data) => {
@@ -353,6 +369,7 @@ fn store(plane: &mut KvPlane, head: usize, slot: usize, values: &[f32]) {
                 *stored = f16::from_f32(value);
             }
         }
+        KvData::Codes(codes) => codes.store(row, values),
     }
 }
 
@@ -361,5 +378,10 @@ fn load(plane: &KvPlane, head: usize, slot: usize) -> Vec<f32> {
     match &plane.data {
         KvData::F32(data) => data[range].to_vec(),
         KvData::F16(data) => data[range].iter().map(|value| value.to_f32()).collect(),
+        KvData::Codes(codes) => {
+            let mut values = vec![0.0; plane.dim];
+            codes.load(plane.row(head, slot), &mut values);
+            values
+        }
     }
 }

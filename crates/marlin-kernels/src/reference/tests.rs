@@ -48,7 +48,7 @@ fn linears() {
     let x = buffer(2, &[1.0, 2.0, -1.0, 0.5]);
     let fused = linear(2, &[(&[3.0, 4.0], Some(&[100.0])), (&[1.0, -1.0, 0.0, 2.0], None)]);
     let mut out = ReferenceBackend.buffer(2, 3).unwrap();
-    encoder.linear(&x, &fused, &mut out);
+    encoder.linear(Input::Rows(&x), &fused, &mut out);
     assert_eq!(out.values(), [111.0, -1.0, 4.0, 99.0, -1.5, 1.0]);
     encoder.linear_add(&x, &fused, &mut out);
     assert_eq!(out.values(), [222.0, -2.0, 8.0, 198.0, -3.0, 2.0]);
@@ -56,9 +56,9 @@ fn linears() {
     // Row 0: gate 2, up 3; row 1: gate 0.5, up −0.5. SiLU(2) = 2 / (1 + e⁻²); GELU's tanh form at 2 is 1.954597694.
     let gate_up = linear(2, &[(&[0.0, 1.0], None), (&[1.0, 1.0], None)]);
     let mut out = ReferenceBackend.buffer(2, 1).unwrap();
-    encoder.linear_gated(&x, &gate_up, Activation::Silu, &mut out);
+    encoder.linear_gated(Input::Rows(&x), &gate_up, Activation::Silu, &mut out);
     assert_close(out.values(), &[3.0 * 1.761_594_2, -0.5 * 0.311_229_67]);
-    encoder.linear_gated(&x, &gate_up, Activation::GeluTanh, &mut out);
+    encoder.linear_gated(Input::Rows(&x), &gate_up, Activation::GeluTanh, &mut out);
     assert_close(out.values(), &[3.0 * 1.954_597_7, -0.5 * 0.345_714]);
 }
 

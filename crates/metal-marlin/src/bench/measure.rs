@@ -21,6 +21,7 @@ pub(super) fn run(
     tests: &[Test],
     repetitions: usize,
     weights_per_token: f64,
+    recorded: &dyn Fn() -> Option<u64>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Vec<Measurement>, ModelError> {
     let mut runner = Runner { batch: StepBatch::new(), rng: ChaCha8Rng::seed_from_u64(0), model };
@@ -39,6 +40,7 @@ pub(super) fn run(
         let missing = depth - sequence.len();
         runner.prefill(&mut sequence, missing, LogitRows::None)?;
         let mut samples = Vec::with_capacity(repetitions);
+        let recorded_before = recorded();
         for _ in 0..repetitions {
             runner.model.wait()?;
             let started = Instant::now();
@@ -62,8 +64,13 @@ pub(super) fn run(
                 Some(BytesPerToken { weights: weights_per_token, kv: kv_per_token(runner.model.info(), depth, tokens) })
             }
         };
+        let kernels = recorded().zip(recorded_before).map(|(after, before)| {
+            let steps = repetitions * if bytes.is_some() { test.tokens() } else { 1 };
+            (after - before) as f64 / steps as f64
+        });
         // There is at least one repetition.
-        measurements.extend(Spread::of(&samples).map(|rate| Measurement { test, rate, samples, bytes }));
+        let measurement = |rate| Measurement { test, rate, samples: samples.clone(), bytes, kernels };
+        measurements.extend(Spread::of(&samples).map(measurement));
     }
     runner.model.kv().release(sequence);
     Ok(measurements)
@@ -95,7 +102,7 @@ impl Runner<'_> {
 /// Bytes of the KV cache that a token sees, the mean over `tokens` tokens after `depth` others. A token sees itself.
 fn kv_per_token(info: &ModelInfo, depth: usize, tokens: usize) -> f64 {
     let layer = |layer: &marlin_kernels::KvLayer| {
-        let bytes = layer.heads * (layer.key_dim + layer.value_dim) * info.kv_type.bytes();
+        let bytes = layer.bytes_per_token(info.kv_type);
         let visible = (depth + 1..=depth + tokens).map(|seen| seen.min(layer.window.unwrap_or(usize::MAX)) as f64);
         bytes as f64 * visible.sum::<f64>() / tokens as f64
     };

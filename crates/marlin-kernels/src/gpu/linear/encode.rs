@@ -1,13 +1,11 @@
 //! Records linears, and prepares their input.
 
-use std::sync::Arc;
-
-use super::{GpuLinear, Part, Shape};
+use super::pack::{Packer, Prepared, rows};
+use super::{GpuLinear, LinearKernels, Part, Shape};
 use crate::gpu::device::{Gpu, Storage};
-use crate::gpu::pipeline::{Binding, Kernel, Pipeline};
 use crate::gpu::recorder::Recorder;
-use crate::gpu::{GpuArithmetic, GpuBuffer};
-use crate::{Activation, KernelError, StepLimits};
+use crate::gpu::{GpuArithmetic, GpuBackend, GpuBuffer};
+use crate::{Activation, Input, KernelError, StepLimits};
 
 /// What becomes of a linear's sums; numbered as in `epilogue.wgsl`.
 #[derive(Debug, Clone, Copy)]
@@ -21,130 +19,108 @@ enum Epilogue {
 
 /// Records linears.
 pub(in crate::gpu) struct LinearEncoder {
-    arithmetic: GpuArithmetic,
-    pack_input: Arc<Pipeline>,
-    packed: PackedInput,
-}
-
-/// The input of linears in half precision; empty where it stays as it is.
-struct PackedInput {
-    pairs: Storage,
-    scales: Storage,
+    packer: Packer,
 }
 
 impl LinearEncoder {
     pub(in crate::gpu) fn bytes(limits: &StepLimits, arithmetic: GpuArithmetic) -> usize {
-        PackedInput::sizes(limits, arithmetic).iter().sum()
+        Packer::bytes(limits, arithmetic)
     }
 
     pub(in crate::gpu) fn new(gpu: &Gpu, limits: &StepLimits) -> Result<Self, KernelError> {
-        let bindings = vec![
-            Binding::read("x", "f32"),
-            Binding::write("packed", "vec4<u32>"),
-            Binding::write("packed_scales", "f32"),
-        ];
-        let files = vec![include_str!("../shaders/pack.wgsl"), include_str!("../shaders/pack_input.wgsl")];
-        Ok(Self {
-            arithmetic: gpu.arithmetic,
-            pack_input: gpu.pipeline(&Kernel { name: "pack_input", prelude: String::new(), bindings, files })?,
-            packed: PackedInput::new(gpu, limits)?,
-        })
+        Ok(Self { packer: Packer::new(gpu, limits)? })
     }
 
     pub(in crate::gpu) fn store(
-        &self,
+        &mut self,
         recorder: &mut Recorder,
-        x: &GpuBuffer,
+        x: Input<'_, GpuBackend>,
         linear: &GpuLinear,
         out: &mut GpuBuffer,
     ) {
-        out.output(x.rows, linear.outputs());
-        self.run(recorder, x, linear, out, |_| (Epilogue::Store, 0));
+        out.output(rows(&x).rows, linear.outputs());
+        self.run(recorder, &x, linear, out, |part| (&part.kernels.plain, Epilogue::Store, part.first));
     }
 
-    pub(in crate::gpu) fn add(&self, recorder: &mut Recorder, x: &GpuBuffer, linear: &GpuLinear, out: &mut GpuBuffer) {
+    pub(in crate::gpu) fn add(
+        &mut self,
+        recorder: &mut Recorder,
+        x: Input<'_, GpuBackend>,
+        linear: &GpuLinear,
+        out: &mut GpuBuffer,
+    ) {
+        out.written();
         assert_eq!(
             (out.rows, out.width),
-            (x.rows, linear.outputs()),
+            (rows(&x).rows, linear.outputs()),
             "the residual stream has a value for each output"
         );
-        self.run(recorder, x, linear, out, |_| (Epilogue::Add, 0));
+        self.run(recorder, &x, linear, out, |part| (&part.kernels.plain, Epilogue::Add, part.first));
     }
 
     pub(in crate::gpu) fn gated(
-        &self,
+        &mut self,
         recorder: &mut Recorder,
-        x: &GpuBuffer,
+        x: Input<'_, GpuBackend>,
         gate_up: &GpuLinear,
         activation: Activation,
         out: &mut GpuBuffer,
     ) {
         assert!(matches!(gate_up.rows[..], [gate, up] if gate == up), "a gate and as large a matrix");
         let half = gate_up.outputs() / 2;
-        out.output(x.rows, half);
+        out.output(rows(&x).rows, half);
         let gate = match activation {
             Activation::Silu => Epilogue::GateSilu,
             Activation::GeluTanh => Epilogue::GateGeluTanh,
         };
-        let Some(part) = gate_up.as_gated() else {
-            return self.run(recorder, x, gate_up, out, |matrix| match matrix {
-                0 => (Epilogue::Store, 0),
-                _ => (gate, half),
-            });
-        };
-        if let Some(kernel) = part.gated_kernel(x.rows).filter(|_| x.rows > 0) {
-            self.pack(recorder, x, gate_up);
-            self.dispatch(recorder, part, kernel, x, out, 0, gate);
-        }
+        self.run(recorder, &x, gate_up, out, |part| match (&part.kernels.gated, part.matrix) {
+            (Some(kernels), _) => (kernels, gate, part.first),
+            (None, 0) => (&part.kernels.plain, Epilogue::Store, part.first),
+            (None, _) => (&part.kernels.plain, gate, part.first - half),
+        });
     }
 
-    /// Runs the parts of a linear, each with an epilogue that may depend on its matrix, into columns that do, too.
-    fn run(
-        &self,
+    /// Runs the parts of a linear, each with the kernels, the epilogue and the first output that `of_part` gives.
+    fn run<'a>(
+        &mut self,
         recorder: &mut Recorder,
-        x: &GpuBuffer,
-        linear: &GpuLinear,
+        x: &Input<'_, GpuBackend>,
+        linear: &'a GpuLinear,
         out: &GpuBuffer,
-        epilogue: impl Fn(usize) -> (Epilogue, usize),
+        of_part: impl Fn(&'a Part) -> (&'a LinearKernels, Epilogue, usize),
     ) {
-        if x.rows == 0 {
+        assert_eq!(rows(x).width, linear.cols, "an input of the linear's columns");
+        let m = out.rows;
+        if m == 0 {
             return;
         }
-        self.pack(recorder, x, linear);
+        let eps = match x {
+            Input::Rows(_) => 0.0,
+            Input::Normed { x, weight, eps } => {
+                assert_eq!(weight.values.len(), x.width, "a weight for each value of a row");
+                *eps
+            }
+        };
+        let normalises = |part: &'a Part| of_part(part).0.few_rows.normalises(m);
+        let prepared = match x {
+            Input::Normed { .. } if linear.parts.iter().all(normalises) => Prepared::Unpacked,
+            _ => {
+                let packs_output = linear.parts.iter().any(|part| of_part(part).0.packs_output(m));
+                self.packer.prepare(recorder, x, packs_output)
+            }
+        };
         for part in &linear.parts {
-            let (epilogue, base) = epilogue(part.matrix);
-            self.dispatch(recorder, part, part.kernel(x.rows), x, out, part.first - base, epilogue);
+            let (kernels, epilogue, first) = of_part(part);
+            let (kernel, workgroups) = kernels.choose(m, prepared);
+            let packs_output = kernels.packs_output(m);
+            let output = self.packer.output().into_iter().filter(|_| packs_output);
+            let buffers = part.buffers.iter().chain(self.packer.input(prepared, x)).chain([&out.storage]).chain(output);
+            let of_step = [m as u32, first as u32, out.width as u32, epilogue as u32, eps.to_bits()];
+            recorder.dispatch(kernel, buffers, &with_shape::<8>(&part.shape, &of_step), workgroups);
+            if packs_output {
+                self.packer.output_is_packed(out);
+            }
         }
-    }
-
-    /// Prepares the input of linears, where their arithmetic asks for it.
-    fn pack(&self, recorder: &mut Recorder, x: &GpuBuffer, linear: &GpuLinear) {
-        assert_eq!(x.width, linear.cols, "an input of the linear's columns");
-        if self.arithmetic == GpuArithmetic::Half {
-            let buffers = [&x.storage, &self.packed.pairs, &self.packed.scales];
-            let workgroups = [x.width.div_ceil(32).div_ceil(64), x.rows, 1];
-            recorder.dispatch(&self.pack_input, buffers, &[x.width as u32], workgroups);
-        }
-    }
-
-    /// Runs one part of a linear on its prepared input.
-    #[expect(clippy::too_many_arguments, reason = "those of the operation, and where it is recorded")]
-    fn dispatch(
-        &self,
-        recorder: &mut Recorder,
-        part: &Part,
-        (kernel, workgroups): (&Arc<Pipeline>, [usize; 3]),
-        x: &GpuBuffer,
-        out: &GpuBuffer,
-        first: usize,
-        epilogue: Epilogue,
-    ) {
-        let packed = [&self.packed.pairs, &self.packed.scales];
-        let exact = [&x.storage];
-        let input: &[&Storage] = if self.arithmetic == GpuArithmetic::Half { &packed } else { &exact };
-        let buffers = part.buffers.iter().chain(input.iter().copied()).chain([&out.storage]);
-        let of_step = [x.rows as u32, first as u32, out.width as u32, epilogue as u32];
-        recorder.dispatch(kernel, buffers, &with_shape::<7>(&part.shape, &of_step), workgroups);
     }
 }
 
@@ -174,23 +150,4 @@ fn with_shape<const N: usize>(shape: &Shape, rest: &[u32]) -> [u32; N] {
     first.copy_from_slice(&shape);
     last.copy_from_slice(rest);
     words
-}
-
-impl PackedInput {
-    /// Bytes of pairs and of scales.
-    fn sizes(limits: &StepLimits, arithmetic: GpuArithmetic) -> [usize; 2] {
-        match arithmetic {
-            GpuArithmetic::Exact => [0, 0],
-            GpuArithmetic::Half => {
-                let units = limits.width.div_ceil(32).saturating_mul(limits.tokens);
-                [64, 4].map(|bytes| units.saturating_mul(bytes))
-            }
-        }
-    }
-
-    fn new(gpu: &Gpu, limits: &StepLimits) -> Result<Self, KernelError> {
-        let [pairs, scales] = Self::sizes(limits, gpu.arithmetic);
-        let what = "the packed input of linears";
-        Ok(Self { pairs: gpu.storage(what, pairs)?, scales: gpu.storage(what, scales)? })
-    }
 }

@@ -1,8 +1,10 @@
 //! Packed matrices on a device.
 
 mod encode;
+mod few_rows;
 mod format;
 mod layout;
+mod pack;
 
 use std::sync::Arc;
 
@@ -10,8 +12,10 @@ use marlin_format::{FormatError, Grouping, PackedMatrix, Scheme};
 use rayon::prelude::*;
 
 pub(super) use self::encode::{LinearEncoder, embed};
+use self::few_rows::FewRows;
 use self::format::DeviceFormat;
 use self::layout::{QUAD, Rows, UNIT};
+use self::pack::{Packing, Prepared};
 use super::GpuArithmetic;
 use super::device::{Gpu, Storage};
 use super::pipeline::{Binding, Kernel, Pipeline};
@@ -46,47 +50,19 @@ pub(super) struct PartKernels {
     /// Of a part that is a gate and as large a matrix.
     gated: Option<LinearKernels>,
     pub(super) embed: Arc<Pipeline>,
-    /// How the kernels for few rows divide their work.
-    few_rows_tile: FewRowsTile,
 }
 
 /// Kernels by the rows of the input.
 #[derive(Debug)]
 struct LinearKernels {
-    /// By [`ROW_BLOCKS`].
-    few_rows: [Arc<Pipeline>; ROW_BLOCKS.len()],
+    few_rows: FewRows,
     many_rows: Arc<Pipeline>,
+    /// Columns of the output.
+    outputs: usize,
 }
 
-/// Rows of the input that a workgroup of the kernel for few rows takes; more rows go to the kernel for many.
-const ROW_BLOCKS: [usize; 4] = [1, 2, 4, 8];
 /// Rows and outputs of a workgroup of the kernel for many rows.
 const TILE: usize = 64;
-
-/// A workgroup of the kernel for few rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct FewRowsTile {
-    /// Invocations that share a quad of rows.
-    lanes: usize,
-    /// Quads of a workgroup.
-    quads: usize,
-}
-
-impl FewRowsTile {
-    /// Short rows keep fewer invocations busy.
-    fn of(cols: usize) -> Self {
-        match cols.div_ceil(UNIT) {
-            0..=16 => Self { lanes: 8, quads: 16 },
-            17..=95 => Self { lanes: 16, quads: 8 },
-            _ => Self { lanes: 32, quads: 4 },
-        }
-    }
-
-    /// Output rows of a workgroup.
-    fn rows(self) -> usize {
-        self.quads * QUAD
-    }
-}
 
 /// What kernels are told of a part; the order of `Shape` in `weights.wgsl`.
 #[derive(Debug, Clone, Copy, bytemuck::NoUninit)]
@@ -127,14 +103,6 @@ impl GpuLinear {
             matrix += together;
         }
         Ok(linear)
-    }
-
-    /// The part that a gate and as large a matrix make, if they are one.
-    pub(super) fn as_gated(&self) -> Option<&Part> {
-        match &self.parts[..] {
-            [part] if part.kernels.gated.is_some() => Some(part),
-            _ => None,
-        }
     }
 
     /// All rows.
@@ -200,17 +168,6 @@ impl<'a> Source<'a> {
 }
 
 impl Part {
-    /// The kernel for `m` rows of input, and its workgroups.
-    pub(super) fn kernel(&self, m: usize) -> (&Arc<Pipeline>, [usize; 3]) {
-        self.kernels.choose(&self.kernels.plain, m, self.shape.rows as usize)
-    }
-
-    /// The same for a gate and the matrix that it gates.
-    pub(super) fn gated_kernel(&self, m: usize) -> Option<(&Arc<Pipeline>, [usize; 3])> {
-        let kernels = self.kernels.gated.as_ref()?;
-        Some(self.kernels.choose(kernels, m, self.shape.rows as usize / 2))
-    }
-
     fn load(
         gpu: &Gpu,
         format: &DeviceFormat,
@@ -272,7 +229,7 @@ impl Part {
             .collect();
         buffers.push(gpu.storage_of("row factors", &affine)?);
         let is_gated = matches!(&sources[..], [(_, gate), (_, up)] if gate.matrix.rows == up.matrix.rows);
-        Ok(Self { shape, matrix, first, buffers, kernels: PartKernels::new(gpu, format, cols, is_gated)? })
+        Ok(Self { shape, matrix, first, buffers, kernels: PartKernels::new(gpu, format, &shape, is_gated)? })
     }
 }
 
@@ -325,42 +282,37 @@ impl<'a> Upload<'a> {
 }
 
 impl PartKernels {
-    fn new(gpu: &Gpu, format: &DeviceFormat, cols: usize, is_gated: bool) -> Result<Self, KernelError> {
-        let few_rows_tile = FewRowsTile::of(cols);
-        let kernels = |is_gated| LinearKernels::new(gpu, format, few_rows_tile, is_gated);
+    fn new(gpu: &Gpu, format: &DeviceFormat, shape: &Shape, is_gated: bool) -> Result<Self, KernelError> {
+        let (cols, rows) = (shape.k as usize, shape.rows as usize);
         Ok(Self {
-            plain: kernels(false)?,
-            gated: is_gated.then(|| kernels(true)).transpose()?,
+            plain: LinearKernels::new(gpu, format, cols, rows, false)?,
+            gated: is_gated.then(|| LinearKernels::new(gpu, format, cols, rows / 2, true)).transpose()?,
             embed: gpu.pipeline(&embed_kernel(format))?,
-            few_rows_tile,
         })
-    }
-
-    /// The kernel for `m` rows of input and so many outputs, and its workgroups.
-    fn choose<'a>(&self, kernels: &'a LinearKernels, m: usize, outputs: usize) -> (&'a Arc<Pipeline>, [usize; 3]) {
-        match ROW_BLOCKS.iter().position(|block| m <= *block) {
-            Some(block) => (&kernels.few_rows[block], [outputs.div_ceil(self.few_rows_tile.rows()), 1, 1]),
-            None => (&kernels.many_rows, [outputs.div_ceil(TILE), m.div_ceil(TILE), 1]),
-        }
     }
 }
 
 impl LinearKernels {
-    fn new(gpu: &Gpu, format: &DeviceFormat, tile: FewRowsTile, is_gated: bool) -> Result<Self, KernelError> {
-        let few_rows = |rows: usize| {
-            let FewRowsTile { lanes, quads } = tile;
-            let constants = format!(
-                "const MB = {rows}u;\nconst LANES = {lanes}u;\nconst QUADS = {quads}u;\nconst GATED = {is_gated};\n"
-            );
-            gpu.pipeline(&linear(format, "linear_rows", constants, include_str!("../shaders/linear_rows.wgsl")))
-        };
-        let [one, two, four, eight] = ROW_BLOCKS;
+    fn new(gpu: &Gpu, format: &DeviceFormat, cols: usize, outputs: usize, is_gated: bool) -> Result<Self, KernelError> {
         let constants = format!("const GATED = {is_gated};\n");
-        let many_rows = linear(format, "linear_tile", constants, include_str!("../shaders/linear_tile.wgsl"));
+        let file = include_str!("../shaders/linear_tile.wgsl");
+        let many_rows = linear(format, "linear_tile", Packing::of(format.arithmetic), constants, &[file]);
         Ok(Self {
-            few_rows: [few_rows(one)?, few_rows(two)?, few_rows(four)?, few_rows(eight)?],
+            few_rows: FewRows::new(gpu, format, cols, outputs, is_gated)?,
             many_rows: gpu.pipeline(&many_rows)?,
+            outputs,
         })
+    }
+
+    /// The kernel for `m` rows of input, and its workgroups.
+    fn choose(&self, m: usize, prepared: Prepared) -> (&Arc<Pipeline>, [usize; 3]) {
+        let tiles = [self.outputs.div_ceil(TILE), m.div_ceil(TILE), 1];
+        self.few_rows.choose(m, prepared).unwrap_or((&self.many_rows, tiles))
+    }
+
+    /// Whether the kernel for `m` rows packs its output.
+    fn packs_output(&self, m: usize) -> bool {
+        self.few_rows.packs_output(m)
     }
 }
 
@@ -374,21 +326,19 @@ fn weights(format: &DeviceFormat) -> Vec<&'static str> {
 }
 
 /// A kernel of a linear.
-fn linear(format: &DeviceFormat, name: &'static str, constants: String, file: &'static str) -> Kernel {
+fn linear(
+    format: &DeviceFormat,
+    name: &'static str,
+    packing: Packing,
+    constants: String,
+    of_kernel: &[&'static str],
+) -> Kernel {
     let mut bindings = format.bindings();
-    let mut files = weights(format);
-    match format.arithmetic {
-        GpuArithmetic::Exact => {
-            bindings.push(Binding::read("x", "f32"));
-            files.push(include_str!("../shaders/input_exact.wgsl"));
-        }
-        GpuArithmetic::Half => {
-            bindings.extend([Binding::read("x", "vec4<u32>"), Binding::read("x_scales", "f32")]);
-            files.push(include_str!("../shaders/input_half.wgsl"));
-        }
-    }
+    bindings.extend(packing.bindings());
     bindings.push(Binding::write("out", "f32"));
-    files.extend([include_str!("../shaders/epilogue.wgsl"), file]);
+    let mut files = weights(format);
+    files.extend([packing.file(), include_str!("../shaders/epilogue.wgsl")]);
+    files.extend(of_kernel);
     Kernel { name, prelude: format.module() + &constants, bindings, files }
 }
 

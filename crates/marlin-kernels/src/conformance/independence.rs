@@ -2,13 +2,13 @@
 
 use std::ops::Range;
 
+use crate::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
+use crate::{Activation, AttentionShape, Backend, Encoder, Input, KvLayer, KvLayout, KvType, LinearPart};
 use marlin_format::{Format, Grouping, Scheme};
-use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
-use marlin_kernels::{Activation, AttentionShape, Backend, Encoder, KvLayer, KvLayout, KvType, LinearPart};
 
-use crate::Table;
-use crate::matrices::random;
-use crate::support::{Pages, Rng, limits, poisoned, read, upload};
+use super::Table;
+use super::matrices::random;
+use super::support::{Pages, Rng, limits, poisoned, read, upload};
 
 /// Rows of the largest batch, more than two of the blocks in which rows pass over weights, and how it is cut: all at once, in
 /// sevens, one by one.
@@ -88,8 +88,8 @@ fn linear(backend: &CpuBackend, scheme: Scheme, batches: &[Range<usize>]) -> Vec
         let mut encoder = backend.encoder(&limits(rows, k)).expect("an encoder");
         let mut both = poisoned(backend, rows, 2 * n);
         let mut gated = poisoned(backend, rows, n);
-        encoder.linear(&x, &linear, &mut both);
-        encoder.linear_gated(&x, &linear, Activation::Silu, &mut gated);
+        encoder.linear(Input::Rows(&x), &linear, &mut both);
+        encoder.linear_gated(Input::Rows(&x), &linear, Activation::Silu, &mut gated);
         let (both, gated) =
             (read::<CpuBackend>(&mut encoder, &both, rows * 2 * n), read::<CpuBackend>(&mut encoder, &gated, rows * n));
         for row in 0..rows {

@@ -1,9 +1,9 @@
 //! Rows of the operations on activations alone: norms, angles, selection.
 
-use marlin_kernels::{Backend, Encoder};
+use crate::{Backend, Encoder};
 
-use crate::support::{Case, Ragged, Rng, check, limits, poisoned, read, upload};
-use crate::{Device, Table};
+use super::support::{Case, Ragged, Rng, limits, poisoned, read, upload};
+use super::{Device, Table};
 
 pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
     for width in [1, 7, 8, 9, 15, 16, 17, 33, 576, 2048] {
@@ -30,7 +30,7 @@ fn rms_norm<B: Backend>(device: &Device<B>, width: usize, adds: bool) -> Result<
             }
             let residual = adds.then(|| rng.normals(rows * width));
             let case = RmsNorm { x, weight: rng.normals(width), eps: 1e-6, residual };
-            check(&case, &device.backend, 1e-12, &format!("{rows} rows{what}"))?;
+            device.check(&case, 1e-12, &format!("{rows} rows{what}"))?;
         }
     }
     Ok(())
@@ -74,7 +74,7 @@ fn soft_cap<B: Backend>(device: &Device<B>, width: usize) -> Result<(), String> 
         // Far beyond the cap, and far within.
         x[0] = -1e5;
         *x.last_mut().expect("a value") *= 1e-6;
-        check(&SoftCap { x, width, cap }, &device.backend, 1e-13, &format!("{rows} rows, cap {cap}"))?;
+        device.check(&SoftCap { x, width, cap }, 1e-13, &format!("{rows} rows, cap {cap}"))?;
     }
     Ok(())
 }
@@ -98,7 +98,7 @@ fn angles<B: Backend>(device: &Device<B>, frequencies: usize, scaling: f32) -> R
     for (first, tokens) in [(0, 1), (0, 9), (1000, 5), (131_000, 4)] {
         let inv_freq = (0..frequencies).map(|i| 1e6f32.powf(-(i as f32) / frequencies as f32)).collect();
         let case = Angles { first, tokens, inv_freq, scaling };
-        check(&case, &device.backend, 1e-13, &format!("positions {first}.."))?;
+        device.check(&case, 1e-13, &format!("positions {first}.."))?;
     }
     Ok(())
 }
@@ -126,7 +126,7 @@ impl Case for Angles {
 fn select<B: Backend>(device: &Device<B>) -> Result<(), String> {
     for rows in [vec![], vec![0], vec![8], vec![0, 3, 8], (0..9).collect()] {
         let what = format!("rows {rows:?}");
-        check(&Select { x: Rng(11).normals(9 * 33), rows }, &device.backend, 0.0, &what)?;
+        device.check(&Select { x: Rng(11).normals(9 * 33), rows }, 0.0, &what)?;
     }
     Ok(())
 }

@@ -2,13 +2,13 @@
 
 use std::ops::Range;
 
-use marlin_kernels::{AttentionShape, Backend, Encoder, KvLayer, KvLayout, KvType, QkNorm};
+use crate::{AttentionShape, Backend, Encoder, KvLayer, KvLayout, KvType, QkNorm, StepLimits};
 
-use crate::support::{Case, Pages, Ragged, Rng, check, limits, poisoned, read, upload};
-use crate::{Device, Table};
+use super::support::{Case, Pages, Ragged, Rng, limits, poisoned, read, upload};
+use super::{Device, Table};
 
 /// Ragged batches: what each sequence has in the cache, and what the step brings.
-const BATCHES: [&[Range<usize>]; 4] = [
+const BATCHES: [&[Range<usize>]; 5] = [
     // The first token of a sequence.
     &[0..1, 0..0],
     // Decode on both sides of a block border.
@@ -17,25 +17,27 @@ const BATCHES: [&[Range<usize>]; 4] = [
     &[5..75, 3..4],
     // Decode, prefill, verification of a draft, and a sequence that rests.
     &[100..101, 0..20, 47..52, 16..16, 15..17],
+    // Decode and verification over several splits of a GPU, on both sides of their borders.
+    &[300..301, 127..130, 7..8, 383..384],
 ];
 
+/// Widths of heads: those of models, and one that is no power of two of anything.
+pub(crate) const HEAD_DIMS: [usize; 7] = [24, 64, 80, 96, 128, 192, 256];
+
+/// Tokens that a sequence may reach.
+const CONTEXT: usize = 512;
+
 pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
-    for kv_type in [KvType::F16, KvType::F32] {
-        let suffix = format!("kv-{kv_type:?}").to_lowercase();
-        for (heads, kv_heads) in [(2, 2), (4, 2), (4, 1), (14, 2), (9, 1)] {
-            for dim in [64, 80, 96, 128] {
-                let name = format!("attention/heads={heads}:{kv_heads},dim={dim},{suffix}");
-                let shape = shape(heads, kv_heads, dim, None);
-                table.add(device, name, move |device| attention(device, shape, kv_type));
-            }
+    for kv_type in KvType::ALL {
+        let suffix = format!("kv-{}", kv_type.name());
+        let heads = [(2, 2), (4, 2), (4, 1), (9, 1)].map(|heads| (heads, 64));
+        let dims = HEAD_DIMS.map(|dim| ((14, 2), dim));
+        for ((heads, kv_heads), dim) in heads.into_iter().chain(dims) {
+            let name = format!("attention/heads={heads}:{kv_heads},dim={dim},{suffix}");
+            let shape = shape(heads, kv_heads, dim, None);
+            table.add(device, name, move |device| attention(device, shape, kv_type));
         }
-        for dim in [2, 6, 20] {
-            let shape = shape(2, 1, dim, None);
-            table.add(device, format!("attention/heads=2:1,dim={dim},{suffix}"), move |device| {
-                attention(device, shape, kv_type)
-            });
-        }
-        for window in [1, 7, 16, 33] {
+        for window in [1, 7, 16, 33, 129, 200] {
             let shape = shape(4, 2, 64, Some(window));
             table.add(device, format!("attention/window={window},{suffix}"), move |device| {
                 attention(device, shape, kv_type)
@@ -53,15 +55,31 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
     }
 }
 
+/// Rows of heads that are no whole units of a GPU.
+pub(super) fn add_odd_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
+    for dim in [2, 6, 20] {
+        let shape = shape(2, 1, dim, None);
+        for kv_type in KvType::ALL {
+            let suffix = format!("kv-{}", kv_type.name());
+            table.add(device, format!("attention/heads=2:1,dim={dim},{suffix}"), move |device| {
+                attention(device, shape, kv_type)
+            });
+        }
+    }
+}
+
 fn shape(heads: usize, kv_heads: usize, head_dim: usize, window: Option<usize>) -> AttentionShape {
     AttentionShape { heads, kv_heads, head_dim, scale: (head_dim as f32).powf(-0.5), window }
 }
 
-/// The error that rounding of keys and values to the other neighbour may cause now and then.
+/// The error that rounding of keys and values to the other neighbour may cause now and then: the further apart neighbours are, the
+/// larger it is.
 fn bound(kv_type: KvType) -> f64 {
     match kv_type {
-        KvType::F16 => 1e-8,
         KvType::F32 => 1e-11,
+        KvType::F16 => 1e-8,
+        KvType::Fp8 | KvType::Int8 => 1e-5,
+        KvType::Fp4 => 1e-4,
     }
 }
 
@@ -69,7 +87,7 @@ fn attention<B: Backend>(device: &Device<B>, shape: AttentionShape, kv_type: KvT
     for batch in BATCHES {
         for block_tokens in [16, 5] {
             let case = Attention::new(shape, kv_type, block_tokens, batch);
-            check(&case, &device.backend, bound(kv_type), &format!("positions {batch:?}, blocks of {block_tokens}"))?;
+            device.check(&case, bound(kv_type), &format!("positions {batch:?}, blocks of {block_tokens}"))?;
         }
     }
     Ok(())
@@ -80,7 +98,7 @@ fn rope_store_kv<B: Backend>(device: &Device<B>, rotary: usize, norm: bool, kv_t
         let shape = shape(4, 2, 64, window);
         let base = Attention::new(shape, kv_type, 16, BATCHES[3]);
         let case = Attention { rotary, norm, reads, ..base };
-        check(&case, &device.backend, bound(kv_type), &format!("{reads:?}, window {window:?}"))?;
+        device.check(&case, bound(kv_type), &format!("{reads:?}, window {window:?}"))?;
     }
     Ok(())
 }
@@ -88,7 +106,7 @@ fn rope_store_kv<B: Backend>(device: &Device<B>, rotary: usize, norm: bool, kv_t
 fn copy_blocks<B: Backend>(device: &Device<B>, kv_type: KvType) -> Result<(), String> {
     let base = Attention::new(shape(4, 2, 64, None), kv_type, 16, BATCHES[3]);
     let case = Attention { moves: true, ..base };
-    check(&case, &device.backend, bound(kv_type), "a sequence moved to other blocks")
+    device.check(&case, bound(kv_type), "a sequence moved to other blocks")
 }
 
 /// What a case reads back.
@@ -197,7 +215,7 @@ impl<'a, B: Backend> Layer<'a, B> {
         let width = (heads + 2 * kv_heads) * head_dim;
         Self {
             backend,
-            encoder: backend.encoder(&limits(1024, width)).expect("an encoder"),
+            encoder: backend.encoder(&StepLimits { context: CONTEXT, ..limits(1024, width) }).expect("an encoder"),
             kv: backend.kv_cache(&layout, case.kv_type, blocks).expect("a cache"),
             shape: case.shape,
             norm: case.norm.then(|| [vector(&rng.normals(head_dim)), vector(&rng.normals(head_dim))]),

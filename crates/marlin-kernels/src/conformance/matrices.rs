@@ -5,10 +5,10 @@ use std::borrow::Cow;
 use half::{bf16, f16};
 use marlin_format::{ColumnOrder, Element, Format, Grouping, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind};
 
-use crate::support::Rng;
+use super::support::Rng;
 
 /// The schemes of the table by name: our own formats with their usual and other groups, and those of other programs.
-pub(crate) fn schemes() -> Vec<(String, Scheme)> {
+pub fn schemes() -> Vec<(String, Scheme)> {
     let mut schemes: Vec<(String, Scheme)> = Vec::new();
     let grouped = [
         (Format::Fp4, vec!["32", "64", "row"]),

@@ -1,0 +1,142 @@
+//! Attention over the paged cache, and what prepares it.
+
+mod split;
+mod store;
+
+use std::sync::Arc;
+
+use self::split::{SplitAttention, SplitVariant};
+use self::store::StoreVariant;
+use super::device::Gpu;
+use super::pipeline::{Binding, Kernel, Pipeline, Variants};
+use super::recorder::Recorder;
+use super::step::StepBuffers;
+use super::{GpuBackend, GpuBuffer, GpuKvCache};
+use crate::{AttentionShape, KernelError, KvType, QkNorm, StepLimits};
+
+/// Records attention and what the cache needs.
+pub(super) struct AttentionEncoder {
+    store: Variants<StoreVariant>,
+    split: SplitAttention,
+    /// Of words, and of scales in half precision.
+    copy_block: [Arc<Pipeline>; 2],
+}
+
+/// Compiles the kernels for heads of these widths, which attention does for those that it meets.
+pub(super) fn compile(gpu: &Gpu, head_dims: &[usize]) -> Result<(), KernelError> {
+    for &head_dim in head_dims {
+        gpu.pipeline(&split::combine_kernel(head_dim))?;
+        for (kv_type, group) in KvType::ALL.into_iter().flat_map(|kv_type| [1, 2, 4].map(|group| (kv_type, group))) {
+            gpu.pipeline(&SplitVariant::new(kv_type, head_dim, group).kernel())?;
+        }
+    }
+    for (kv_type, normed) in KvType::ALL.into_iter().flat_map(|kv_type| [false, true].map(|normed| (kv_type, normed))) {
+        gpu.pipeline(&StoreVariant { kv_type, normed }.kernel())?;
+    }
+    Ok(())
+}
+
+/// What kernels know of a token.
+const STEP_TOKEN: &str =
+    "struct StepToken {\n    position: u32,\n    // Where its sequence's block table begins.\n    table: u32,\n}\n";
+
+impl AttentionEncoder {
+    pub(super) fn bytes(limits: &StepLimits) -> usize {
+        SplitAttention::bytes(limits)
+    }
+
+    pub(super) fn new(gpu: &Gpu, limits: &StepLimits) -> Result<Self, KernelError> {
+        let copy_block = |element: &'static str| {
+            let bindings = vec![Binding::write("plane", element)];
+            let files = vec![include_str!("../shaders/copy_block.wgsl")];
+            gpu.pipeline(&Kernel { name: "copy_block", prelude: String::new(), bindings, files })
+        };
+        Ok(Self {
+            store: Variants::default(),
+            split: SplitAttention::new(gpu, limits)?,
+            copy_block: [copy_block("u32")?, copy_block("f16")?],
+        })
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "those of the operation, and where it is recorded")]
+    pub(super) fn rope_store_kv(
+        &mut self,
+        gpu: &Gpu,
+        recorder: &mut Recorder,
+        step: &StepBuffers,
+        qkv: &mut GpuBuffer,
+        shape: &AttentionShape,
+        norm: Option<QkNorm<'_, GpuBackend>>,
+        angles: &GpuBuffer,
+        kv: &mut GpuKvCache,
+        layer: usize,
+    ) {
+        let cache = &kv.layers[layer];
+        cache.check(shape);
+        assert_eq!((qkv.rows, qkv.width), (step.rows, (shape.heads + 2 * shape.kv_heads) * shape.head_dim));
+        assert!(angles.rows == qkv.rows && angles.width.is_multiple_of(2) && angles.width <= shape.head_dim);
+        for norm in norm.iter().flat_map(|norm| [norm.q, norm.k]) {
+            assert_eq!(norm.values.len(), shape.head_dim, "a norm over a head");
+        }
+        qkv.written();
+        let variant = StoreVariant { kv_type: kv.kv_type, normed: norm.is_some() };
+        let kernel = match self.store.get(gpu, variant, StoreVariant::kernel) {
+            Ok(kernel) => kernel,
+            Err(error) => return gpu.fail(&error),
+        };
+        let StepBuffers { step_tokens, block_tables, .. } = step;
+        let buffers =
+            [&qkv.storage, &angles.storage, &cache.keys.storage, &cache.values.storage, step_tokens, block_tables];
+        let scales = cache.keys.scales.iter().chain(&cache.values.scales);
+        let norms = norm.iter().flat_map(|norm| [&norm.q.storage, &norm.k.storage]);
+        let parameters = [
+            shape.heads as u32,
+            shape.kv_heads as u32,
+            shape.head_dim as u32,
+            angles.width as u32,
+            kv.block_tokens as u32,
+            kv.slots() as u32,
+            norm.as_ref().map_or(0.0, |norm| norm.eps).to_bits(),
+        ];
+        let workgroups = [shape.heads + 2 * shape.kv_heads, qkv.rows, 1];
+        recorder.dispatch(kernel, buffers.into_iter().chain(scales).chain(norms), &parameters, workgroups);
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "those of the operation, and where it is recorded")]
+    pub(super) fn attention(
+        &mut self,
+        gpu: &Gpu,
+        recorder: &mut Recorder,
+        step: &StepBuffers,
+        qkv: &GpuBuffer,
+        shape: &AttentionShape,
+        kv: &GpuKvCache,
+        layer: usize,
+        out: &mut GpuBuffer,
+    ) {
+        out.output(step.rows, shape.heads * shape.head_dim);
+        kv.layers[layer].check(shape);
+        assert_eq!((qkv.rows, qkv.width), (step.rows, (shape.heads + 2 * shape.kv_heads) * shape.head_dim));
+        if let Err(error) = self.split.run(gpu, recorder, step, qkv, shape, kv, layer, out) {
+            gpu.fail(&error);
+        }
+    }
+
+    pub(super) fn copy_blocks(&self, recorder: &mut Recorder, kv: &GpuKvCache, pairs: &[(u32, u32)]) {
+        let within = |&block: &u32| (block as usize) < kv.blocks;
+        assert!(pairs.iter().all(|(from, to)| within(from) && within(to)), "blocks of the cache");
+        for (layer, plane) in kv.layers.iter().flat_map(|layer| [(layer, &layer.keys), (layer, &layer.values)]) {
+            let scales = plane.scales.as_ref().map(|scales| (scales, plane.scales_of_head(kv.kv_type), 1));
+            for (storage, slot, kernel) in
+                [Some((&plane.storage, plane.words(kv.kv_type), 0)), scales].into_iter().flatten()
+            {
+                let (block, head) = (kv.block_tokens * slot, kv.slots() * slot);
+                for &(from, to) in pairs {
+                    let parameters = [block as u32, head as u32, from, to];
+                    let workgroups = [block.div_ceil(64), layer.heads, 1];
+                    recorder.dispatch(&self.copy_block[kernel], [storage], &parameters, workgroups);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! The conformance table of this machine's devices: each row is a test.
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Trial};
+use marlin_kernels::conformance::{Table, gpu_label};
+use marlin_kernels::cpu::{Arithmetic, CpuOptions, SimdLevel};
+use marlin_kernels::gpu::{GpuArithmetic, GpuOptions};
+
+fn main() -> ExitCode {
+    let mut table = Table::default();
+    for simd in SimdLevel::available() {
+        for arithmetic in [Arithmetic::Exact, Arithmetic::Int8] {
+            let options = CpuOptions { threads: Some(2), arithmetic, simd: Some(simd) };
+            table.add_cpu(options).expect("a level of this processor");
+        }
+    }
+    let without_gpu = add_gpu(&mut table);
+    table.add_independence();
+    let rows = table.into_rows().map(|row| {
+        let name = row.name().to_owned();
+        Trial::test(name, move || row.run().result.map_err(Into::into))
+    });
+    libtest_mimic::run(&Arguments::from_args(), rows.chain(without_gpu).collect()).exit_code()
+}
+
+/// Adds the rows of the first GPU, its kernels compiled with and without bounds checks. Without one they are reported as ignored, or
+/// as failed if the environment variable `METAL_MARLIN_REQUIRE_GPU` is set.
+fn add_gpu(table: &mut Table) -> Vec<Trial> {
+    let mut failed = Vec::new();
+    for arithmetic in [GpuArithmetic::Exact, GpuArithmetic::Half] {
+        for checked in [false, true] {
+            if let Err(error) = table.add_gpu(GpuOptions { checked, arithmetic, ..GpuOptions::default() }) {
+                let name = format!("all/{}: {error}", gpu_label(arithmetic, checked));
+                let row = Trial::test(name, move || Err(error.into()));
+                failed.push(row.with_ignored_flag(std::env::var_os("METAL_MARLIN_REQUIRE_GPU").is_none()));
+            }
+        }
+    }
+    failed
+}
