@@ -78,8 +78,8 @@ fn bound(kv_type: KvType) -> f64 {
     match kv_type {
         KvType::F32 => 1e-11,
         KvType::F16 => 1e-8,
-        KvType::Fp8 | KvType::Int8 => 1e-7,
-        KvType::Fp4 => 1e-6,
+        KvType::Fp8 | KvType::Int8 => 1e-5,
+        KvType::Fp4 => 1e-4,
     }
 }
 

@@ -8,9 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::disk_cache::DiskCache;
-
 use super::device::Gpu;
+use super::disk_cache::DiskCache;
 use super::unroll::unroll;
 use crate::KernelError;
 

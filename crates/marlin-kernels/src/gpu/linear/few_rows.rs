@@ -83,7 +83,10 @@ impl FewRows {
     ) -> Result<Self, KernelError> {
         let tile = FewRowsTile::of(cols, is_gated);
         let variant = |rows, is_normed| {
-            let sums_subgroups = gpu.caps.subgroups && gpu.caps.subgroup[0] as usize >= tile.lanes;
+            // Not in single precision, so that every device shows both ways to be right.
+            let sums_subgroups = format.arithmetic == GpuArithmetic::Half
+                && gpu.caps.subgroups
+                && gpu.caps.subgroup[0] as usize >= tile.lanes;
             Variant { tile, rows, is_gated, is_normed, sums_subgroups, cols }
         };
         let kernel = |variant: Variant| gpu.pipeline(&variant.kernel(format));
