@@ -5,6 +5,8 @@ use std::ops::Range;
 use bytemuck::Zeroable;
 use half::f16;
 
+use crate::kv_codes::KvCodes;
+use crate::sampling::host::token_of;
 use crate::{KernelError, KvLayout, KvType, Step};
 
 /// Activations `[rows, width]` in host memory, row-major.
@@ -111,6 +113,7 @@ pub(crate) struct KvPlane {
 pub(crate) enum KvData {
     F16(Vec<f16>),
     F32(Vec<f32>),
+    Codes(KvCodes),
 }
 
 impl HostKvCache {
@@ -133,12 +136,14 @@ impl HostKvCache {
             match &mut plane.data {
                 KvData::F16(data) => copy_blocks(data, head, block, pairs),
                 KvData::F32(data) => copy_blocks(data, head, block, pairs),
+                KvData::Codes(codes) => codes.copy_blocks(plane.slots, block_tokens, pairs),
             }
         }
     }
 }
 
-fn copy_blocks<T: Copy>(data: &mut [T], head: usize, block: usize, pairs: &[(u32, u32)]) {
+/// Copies `block` values from and to where a pair says, of each `head` values.
+pub(crate) fn copy_blocks<T: Copy>(data: &mut [T], head: usize, block: usize, pairs: &[(u32, u32)]) {
     if head == 0 {
         return;
     }
@@ -153,18 +158,24 @@ fn copy_blocks<T: Copy>(data: &mut [T], head: usize, block: usize, pairs: &[(u32
 impl KvPlane {
     fn new(kv_type: KvType, heads: usize, slots: usize, dim: usize, device: &str) -> Result<Self, KernelError> {
         let (what, sizes) = ("the KV cache", [heads, slots, dim]);
-        let data = match kv_type {
-            KvType::F16 => KvData::F16(allocate(what, &sizes, device)?),
-            KvType::F32 => KvData::F32(allocate(what, &sizes, device)?),
+        let data = match kv_type.code() {
+            None if kv_type == KvType::F32 => KvData::F32(allocate(what, &sizes, device)?),
+            None => KvData::F16(allocate(what, &sizes, device)?),
+            Some(code) => KvData::Codes(KvCodes::new(code, heads.saturating_mul(slots), dim, device)?),
         };
         Ok(Self { slots, dim, data })
     }
 
     /// Where the `dim` values of a head's slot lie.
     pub(crate) fn range(&self, head: usize, slot: usize) -> Range<usize> {
-        assert!(slot < self.slots, "KV slot {slot} of {}", self.slots);
-        let start = (head * self.slots + slot) * self.dim;
+        let start = self.row(head, slot) * self.dim;
         start..start + self.dim
+    }
+
+    /// Index of a head's slot among those of all heads.
+    pub(crate) fn row(&self, head: usize, slot: usize) -> usize {
+        assert!(slot < self.slots, "KV slot {slot} of {}", self.slots);
+        head * self.slots + slot
     }
 }
 
@@ -180,13 +191,18 @@ pub(crate) struct HostStep {
 }
 
 impl HostStep {
-    /// Takes over a step, reusing the memory of the one before.
-    pub(crate) fn begin(&mut self, step: &Step<'_>) {
+    /// Takes over a step, reusing the memory of the one before; `sampled` are the tokens of the last sampling.
+    pub(crate) fn begin(&mut self, step: &Step<'_>, sampled: &[u32]) {
         let copy = |to: &mut Vec<u32>, from: &[u32]| {
             to.clear();
             to.extend_from_slice(from);
         };
         copy(&mut self.tokens, step.tokens);
+        for token in self.tokens.iter_mut().filter(|token| **token >= Step::SAMPLED) {
+            let row = *token - Step::SAMPLED;
+            // Where there was no choice, any token will do.
+            *token = token_of(sampled, Some(row)).unwrap_or(0);
+        }
         copy(&mut self.positions, step.positions);
         copy(&mut self.logit_rows, step.logit_rows);
         copy(&mut self.sequence_offsets, step.sequence_offsets);

@@ -78,12 +78,22 @@ impl Device {
         }
     }
 
+    /// The GPU, if it is one.
+    pub fn gpu(&self) -> Option<&GpuBackend> {
+        match self {
+            Self::Cpu(_) => None,
+            Self::Gpu(backend) => Some(backend),
+        }
+    }
+
+    /// Bytes that the device's driver lets a program have; `None` if there is no such limit, or it is not known.
+    pub fn memory(&self) -> Option<u64> {
+        self.gpu().and_then(|gpu| gpu.caps().memory)
+    }
+
     /// Whether it uses the machine's memory, and not its own.
     pub fn shares_memory(&self) -> bool {
-        match self {
-            Self::Cpu(_) => true,
-            Self::Gpu(backend) => backend.caps().shares_memory,
-        }
+        self.gpu().is_none_or(|gpu| gpu.caps().shares_memory)
     }
 
     /// Loads a checkpoint's model.
@@ -138,6 +148,12 @@ pub enum KvFormat {
     F16,
     /// Single precision
     F32,
+    /// Floats of 8 bits, a scale for each head of a token
+    Fp8,
+    /// Integers of 8 bits, a scale for each head of a token
+    Int8,
+    /// Floats of 4 bits, a scale for each 32 values
+    Fp4,
 }
 
 impl From<KvFormat> for KvType {
@@ -145,6 +161,9 @@ impl From<KvFormat> for KvType {
         match format {
             KvFormat::F16 => Self::F16,
             KvFormat::F32 => Self::F32,
+            KvFormat::Fp8 => Self::Fp8,
+            KvFormat::Int8 => Self::Int8,
+            KvFormat::Fp4 => Self::Fp4,
         }
     }
 }

@@ -29,7 +29,7 @@ const CONTEXT: usize = 512;
 
 pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
     for kv_type in KvType::ALL {
-        let suffix = format!("kv-{kv_type:?}").to_lowercase();
+        let suffix = format!("kv-{}", kv_type.name());
         let heads = [(2, 2), (4, 2), (4, 1), (9, 1)].map(|heads| (heads, 64));
         let dims = HEAD_DIMS.map(|dim| ((14, 2), dim));
         for ((heads, kv_heads), dim) in heads.into_iter().chain(dims) {
@@ -60,7 +60,7 @@ pub(super) fn add_odd_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
     for dim in [2, 6, 20] {
         let shape = shape(2, 1, dim, None);
         for kv_type in KvType::ALL {
-            let suffix = format!("kv-{kv_type:?}").to_lowercase();
+            let suffix = format!("kv-{}", kv_type.name());
             table.add(device, format!("attention/heads=2:1,dim={dim},{suffix}"), move |device| {
                 attention(device, shape, kv_type)
             });
@@ -72,11 +72,14 @@ fn shape(heads: usize, kv_heads: usize, head_dim: usize, window: Option<usize>) 
     AttentionShape { heads, kv_heads, head_dim, scale: (head_dim as f32).powf(-0.5), window }
 }
 
-/// The error that rounding of keys and values to the other neighbour may cause now and then.
+/// The error that rounding of keys and values to the other neighbour may cause now and then: the further apart neighbours are, the
+/// larger it is.
 fn bound(kv_type: KvType) -> f64 {
     match kv_type {
-        KvType::F16 => 1e-8,
         KvType::F32 => 1e-11,
+        KvType::F16 => 1e-8,
+        KvType::Fp8 | KvType::Int8 => 1e-5,
+        KvType::Fp4 => 1e-4,
     }
 }
 

@@ -229,9 +229,9 @@ impl Call<'_> {
 /// Loads one head's key or value of one token, padded with zeros.
 #[inline(always)]
 fn load_cached<S: Simd>(simd: S, plane: &KvPlane, head: usize, slot: usize, to: &mut [f32]) {
-    let (to, _) = to.as_chunks_mut::<LANES>();
     match &plane.data {
         KvData::F16(data) => {
+            let (to, _) = to.as_chunks_mut::<LANES>();
             let (chunks, tail) = data[plane.range(head, slot)].as_chunks::<LANES>();
             for (to, from) in to.iter_mut().zip(chunks) {
                 *to = simd.store(simd.load_f16(from));
@@ -244,9 +244,14 @@ fn load_cached<S: Simd>(simd: S, plane: &KvPlane, head: usize, slot: usize, to: 
         }
         KvData::F32(data) => {
             let from = &data[plane.range(head, slot)];
-            for (i, to) in to.iter_mut().enumerate() {
+            for (i, to) in to.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
                 *to = simd.store(load(simd, from, i * LANES));
             }
+        }
+        KvData::Codes(codes) => {
+            let (values, padding) = to.split_at_mut(plane.dim);
+            codes.load(plane.row(head, slot), values);
+            padding.fill(0.0);
         }
     }
 }

@@ -163,9 +163,10 @@ pub(super) fn store_kv(step: &HostStep, qkv: &HostBuffer, shape: &AttentionShape
 }
 
 fn store(plane: &mut KvPlane, head: usize, slot: usize, values: &[f32]) {
-    let range = plane.range(head, slot);
+    let (row, range) = (plane.row(head, slot), plane.range(head, slot));
     match &mut plane.data {
         KvData::F32(data) => data[range].copy_from_slice(values),
         KvData::F16(data) => data[range].convert_from_f32_slice(values),
+        KvData::Codes(codes) => codes.store(row, values),
     }
 }

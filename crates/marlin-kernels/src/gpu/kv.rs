@@ -1,10 +1,12 @@
 //! The paged cache on the device.
 
+use half::f16;
+
 use super::device::{Gpu, Storage};
 use crate::{AttentionShape, KernelError, KvLayout, KvType};
 
 /// Widest head that the attention kernels have room for.
-const MAX_HEAD_DIM: usize = 512;
+pub(super) const MAX_HEAD_DIM: usize = 512;
 
 /// Values of a head that kernels load at once.
 pub(super) const KV_UNIT: usize = 8;
@@ -29,7 +31,10 @@ pub(super) struct GpuKvLayer {
 #[derive(Debug)]
 pub(super) struct GpuKvPlane {
     pub(super) dim: usize,
+    /// Values or codes.
     pub(super) storage: Storage,
+    /// Of codes.
+    pub(super) scales: Option<Storage>,
 }
 
 impl GpuKvLayer {
@@ -37,6 +42,19 @@ impl GpuKvLayer {
     pub(super) fn check(&self, shape: &AttentionShape) {
         assert!(shape.kv_heads == self.heads && shape.heads.is_multiple_of(shape.kv_heads), "heads of the cache");
         assert!(self.keys.dim == shape.head_dim && self.values.dim == shape.head_dim, "heads of the cache's width");
+    }
+}
+
+impl GpuKvPlane {
+    /// Words of a slot of one head.
+    pub(super) fn words(&self, kv_type: KvType) -> usize {
+        let scales = self.scales_of_head(kv_type) * size_of::<f16>();
+        (kv_type.head_bytes(self.dim) - scales) / size_of::<u32>()
+    }
+
+    /// Scales of a slot of one head.
+    pub(super) fn scales_of_head(&self, kv_type: KvType) -> usize {
+        kv_type.code().map_or(0, |code| code.scales(self.dim))
     }
 }
 
@@ -53,8 +71,13 @@ impl GpuKvCache {
         }
         let slots = blocks.saturating_mul(layout.block_tokens);
         let plane = |heads: usize, dim: usize| -> Result<_, KernelError> {
-            let bytes = heads.saturating_mul(slots).saturating_mul(dim).saturating_mul(kv_type.bytes());
-            Ok(GpuKvPlane { dim, storage: gpu.storage("the KV cache", bytes)? })
+            let storage = |bytes: usize| gpu.storage("the KV cache", heads.saturating_mul(slots).saturating_mul(bytes));
+            let scales = kv_type.code().map(|code| code.scales(dim) * size_of::<f16>());
+            Ok(GpuKvPlane {
+                dim,
+                storage: storage(kv_type.head_bytes(dim) - scales.unwrap_or(0))?,
+                scales: scales.map(storage).transpose()?,
+            })
         };
         let layers = layout.layers.iter().map(|layer| {
             Ok(GpuKvLayer {

@@ -10,16 +10,19 @@ mod disk_cache;
 mod encoder;
 mod kv;
 mod linear;
+mod memory;
 mod msl;
 mod pipeline;
 mod probe;
 mod recorder;
 mod registry;
+mod sampling;
 mod step;
 mod timing;
 mod unroll;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use marlin_format::Scheme;
 
@@ -34,6 +37,9 @@ pub use registry::{KernelVariant, kernels};
 
 use self::device::{Gpu, Storage};
 use crate::{Backend, DeviceInfo, KernelError, KvLayout, KvType, LinearPart, MemoryUse, StepLimits};
+
+/// Workgroups along one axis, at most.
+const MAX_WORKGROUPS: usize = 65535;
 
 /// A GPU.
 #[derive(Debug)]
@@ -80,6 +86,11 @@ impl GpuBackend {
     pub fn caps(&self) -> &GpuCaps {
         &self.gpu.caps
     }
+
+    /// How many kernels its encoders recorded so far.
+    pub fn kernels_recorded(&self) -> u64 {
+        self.gpu.recorded.load(Ordering::Relaxed)
+    }
 }
 
 impl MemoryUse for GpuBackend {
@@ -98,6 +109,8 @@ impl Backend for GpuBackend {
     type Vector = GpuVector;
     type KvCache = GpuKvCache;
     type Encoder = GpuEncoder;
+
+    const OVERLAPS: bool = true;
 
     fn info(&self) -> DeviceInfo {
         let GpuCaps { name, driver, subgroup: [least, most], .. } = &self.gpu.caps;

@@ -1,12 +1,17 @@
 //! Kernels from WGSL: constants, bindings and source files put together, compiled.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fmt::Write as _;
+use std::hash::Hash;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use super::device::Gpu;
 use super::disk_cache::DiskCache;
-
 use super::unroll::unroll;
+use crate::KernelError;
 
 /// The source of a kernel.
 #[derive(Debug, Clone)]
@@ -162,5 +167,29 @@ impl Pipeline {
     /// Whether that was noted since the last call.
     pub(super) fn take_recorded(&self) -> bool {
         self.recorded.swap(false, Ordering::Relaxed)
+    }
+}
+
+/// Kernels that are compiled when they are first needed, by what they are compiled for.
+pub(super) struct Variants<V>(HashMap<V, Arc<Pipeline>>);
+
+impl<V> Default for Variants<V> {
+    fn default() -> Self {
+        Self(HashMap::new())
+    }
+}
+
+impl<V: Copy + Eq + Hash> Variants<V> {
+    /// The compiled kernel of a variant.
+    pub(super) fn get(
+        &mut self,
+        gpu: &Gpu,
+        variant: V,
+        kernel: impl Fn(V) -> Kernel,
+    ) -> Result<&Arc<Pipeline>, KernelError> {
+        Ok(match self.0.entry(variant) {
+            Entry::Occupied(found) => found.into_mut(),
+            Entry::Vacant(vacant) => vacant.insert(gpu.pipeline(&kernel(variant))?),
+        })
     }
 }

@@ -6,14 +6,15 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use marlin_checkpoint::Checkpoint;
+use marlin_kernels::KvType;
 use marlin_model::Planner;
 use marlin_quantize::{Footprint, LogitSource, ModelLogits, Quality, evaluate};
-use metal_marlin::device::Device;
+use metal_marlin::device::{Device, KvFormat};
 use metal_marlin::memory::{self, MemoryOptions};
 use metal_marlin::{DeviceOptions, LoadError};
 use serde_json::{Value, json};
 
-use super::measure::{load_model, load_options, usual_context, windows};
+use super::measure::{load_model, load_options, usual_context, usual_kv, windows};
 use super::model::{HubOptions, QuantizeOptions};
 use super::{in_pool, model};
 use crate::progress::Bar;
@@ -30,7 +31,8 @@ stride = window; every token but the first of each window is predicted. Perplexi
 mean negative log-likelihood. KL is KL(baseline || model) a token, in nats.
 
 The baseline always runs with f32 activations and an f32 KV cache, so what is measured is all that
-the model differs by. With --exact the model runs like that too.
+the model differs by. With --exact the model runs like that too, but for the KV cache if --kv says
+otherwise: what that costs alone is `--exact --kv FORMAT --baseline` of the model itself.
 
 MODEL is measured as it is stored; with --format it is quantised first, once: the result is kept
 (`metal-marlin cache`). --revision holds for the baseline too if that is the same model.";
@@ -57,6 +59,10 @@ pub(crate) struct Args {
     /// Measure on the first windows only
     #[arg(long, value_name = "N")]
     windows: Option<NonZeroUsize>,
+
+    /// Number format of MODEL's cached keys and values [default: f16; f32 with --exact]
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    kv: Option<KvFormat>,
 
     #[command(flatten)]
     hub: HubOptions,
@@ -94,16 +100,18 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         Some(baseline) => Some((baseline, exact.open().map_err(LoadError::Device)?)),
         None => None,
     };
+    let kv_type = args.kv.map_or(usual_kv(args.device.exact), KvType::from);
     if let Some(memory) = args.memory.budget(&device) {
         // The baseline is there at the same time.
         let taken = match &baseline {
-            Some((baseline, device)) => require_fit(baseline, device, true, context, memory)?,
+            Some((baseline, device)) => require_fit(baseline, device, usual_kv(true), context, memory)?,
             None => 0,
         };
-        require_fit(&checkpoint, &device, args.device.exact, context, memory - taken)?;
+        require_fit(&checkpoint, &device, kv_type, context, memory - taken)?;
     }
-    let mut model = load_model(&checkpoint, &device, args.device.exact, context)?;
-    let mut baseline = baseline.map(|(baseline, device)| load_model(&baseline, &device, true, context)).transpose()?;
+    let mut model = load_model(&checkpoint, &device, kv_type, context)?;
+    let mut baseline =
+        baseline.map(|(baseline, device)| load_model(&baseline, &device, usual_kv(true), context)).transpose()?;
     let quality = in_pool(args.device.threads, || {
         let mut bar = Bar::counting("Evaluating", "tokens");
         let mut model = ModelLogits::new(model.as_mut());
@@ -115,7 +123,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let seconds = started.elapsed().as_secs_f64();
     let footprint = Footprint::of(&checkpoint);
     let text = if args.json {
-        format!("{}\n", to_json(&args, context, &quality, &footprint, seconds))
+        format!("{}\n", to_json(&args, kv_type, context, &quality, &footprint, seconds))
     } else {
         to_text(&quality, &footprint, context, seconds)
     };
@@ -127,15 +135,22 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 fn require_fit(
     checkpoint: &Checkpoint,
     device: &Device,
-    exact: bool,
+    kv_type: KvType,
     context: usize,
     memory: u64,
 ) -> Result<u64, LoadError> {
     let planner = Planner::new(device.memory_use(), checkpoint).map_err(LoadError::Model)?;
-    Ok(memory::require_fit(&planner, &load_options(exact, context), memory)?.total())
+    Ok(memory::require_fit(&planner, &load_options(kv_type, context), memory)?.total())
 }
 
-fn to_json(args: &Args, context: usize, quality: &Quality, footprint: &Footprint, seconds: f64) -> Value {
+fn to_json(
+    args: &Args,
+    kv_type: KvType,
+    context: usize,
+    quality: &Quality,
+    footprint: &Footprint,
+    seconds: f64,
+) -> Value {
     let divergence = quality.divergence;
     json!({
         "model": args.model,
@@ -145,6 +160,7 @@ fn to_json(args: &Args, context: usize, quality: &Quality, footprint: &Footprint
         "windows": quality.window_nll.len(),
         "tokens": quality.tokens,
         "exact": args.device.exact,
+        "kv_type": kv_type.name(),
         "perplexity": quality.perplexity(),
         "nll": quality.nll,
         "window_nll": quality.window_nll,

@@ -68,7 +68,7 @@ struct Decoder {
     architecture: String,
     shape: ModelShape,
     /// By the names of KV types.
-    kv_bytes_per_token: [(&'static str, usize); 2],
+    kv_bytes_per_token: [(&'static str, usize); KvType::ALL.len()],
     /// One a context.
     plans: Vec<MemoryPlan>,
 }
@@ -84,8 +84,7 @@ impl Decoder {
         Ok(Self {
             architecture: planner.architecture().to_owned(),
             shape,
-            kv_bytes_per_token: [("f16", KvType::F16), ("f32", KvType::F32)]
-                .map(|(name, kv_type)| (name, planner.kv_bytes_per_token(kv_type))),
+            kv_bytes_per_token: KvType::ALL.map(|kv_type| (kv_type.name(), planner.kv_bytes_per_token(kv_type))),
             plans: contexts.into_iter().map(plan).collect::<Result<_, _>>()?,
         })
     }

@@ -53,24 +53,23 @@ pub(super) fn windows(
     windows.with_context(|| format!("cannot measure on {}", text.display()))
 }
 
-/// Loads a model whose steps bring all their logits. The KV cache is as exact as the arithmetic.
+/// The KV cache that is as exact as the arithmetic.
+pub(super) fn usual_kv(exact: bool) -> KvType {
+    if exact { KvType::F32 } else { KvType::F16 }
+}
+
+/// Loads a model whose steps bring all their logits.
 pub(super) fn load_model(
     checkpoint: &Checkpoint,
     device: &Device,
-    exact: bool,
+    kv_type: KvType,
     context: usize,
 ) -> Result<Box<dyn LanguageModel>, LoadError> {
-    let options = load_options(exact, context);
+    let options = load_options(kv_type, context);
     progress::spinner(&format!("Loading {}", checkpoint.name()), || load::load_model(checkpoint, device, &options))
 }
 
 /// How [`load_model`] loads a model.
-pub(super) fn load_options(exact: bool, context: usize) -> LoadOptions {
-    LoadOptions {
-        context: Some(context),
-        step_tokens: CHUNK,
-        logit_rows: CHUNK,
-        kv_type: if exact { KvType::F32 } else { KvType::F16 },
-        ..LoadOptions::default()
-    }
+pub(super) fn load_options(kv_type: KvType, context: usize) -> LoadOptions {
+    LoadOptions { context: Some(context), step_tokens: CHUNK, logit_rows: CHUNK, kv_type, ..LoadOptions::default() }
 }

@@ -15,7 +15,7 @@ use metal_marlin::device::{Device, parse_threads};
 use metal_marlin::{DeviceOptions, LoadError};
 
 use super::in_pool;
-use super::measure::{load_model, usual_context, windows};
+use super::measure::{load_model, usual_context, usual_kv, windows};
 use super::model::{self, HubOptions};
 use crate::progress::Bar;
 
@@ -124,7 +124,7 @@ impl Measure<'_> {
     fn all(&self) -> anyhow::Result<(Quality, Vec<Row>)> {
         let schemes = variants()?;
         let variants = schemes.len() * METHODS.len();
-        let mut model = load_model(self.source, &self.device(true)?, true, self.context)?;
+        let mut model = load_model(self.source, &self.device(true)?, usual_kv(true), self.context)?;
         let mut recorded = {
             let mut bar = Bar::counting("Measuring the original", "tokens");
             let mut logits = ModelLogits::new(model.as_mut());
@@ -166,7 +166,7 @@ impl Measure<'_> {
         exact: bool,
         baseline: &mut dyn LogitSource,
     ) -> anyhow::Result<(f64, Divergence)> {
-        let mut model = load_model(variant, &self.device(exact)?, exact, self.context)?;
+        let mut model = load_model(variant, &self.device(exact)?, usual_kv(exact), self.context)?;
         let mut logits = ModelLogits::new(model.as_mut());
         let quality = evaluate(&mut logits, Some(baseline), self.windows, |_| {})?;
         let divergence = quality.divergence.context("an evaluation against a baseline has a divergence")?;

@@ -1,12 +1,10 @@
 //! Attention of few queries at a time over many keys: each split of a sequence's positions by itself, then their sums put together.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
-use std::sync::Arc;
-
-use super::{KV_UNIT, KvElement, STEP_TOKEN};
+use super::STEP_TOKEN;
+use super::store::{KvPlanes, kv_constants};
 use crate::gpu::device::{Gpu, Storage};
-use crate::gpu::pipeline::{Binding, Kernel, Pipeline};
+use crate::gpu::kv::KV_UNIT;
+use crate::gpu::pipeline::{Binding, Kernel, Variants};
 use crate::gpu::recorder::Recorder;
 use crate::gpu::step::StepBuffers;
 use crate::gpu::{GpuBuffer, GpuKvCache};
@@ -36,8 +34,8 @@ pub(super) struct SplitAttention {
     /// Positions of a split; it depends on the context alone, so that a row's result does not depend on what else is in a step.
     split: usize,
     scratch: Scratch,
-    kernels: HashMap<SplitVariant, Arc<Pipeline>>,
-    combine: HashMap<usize, Arc<Pipeline>>,
+    kernels: Variants<SplitVariant>,
+    combine: Variants<usize>,
 }
 
 /// What splits leave for the kernel that puts them together: of each row of a dispatch, head and split …
@@ -95,24 +93,28 @@ impl SplitVariant {
         let of_head = if heads == 1 { "heads" } else { "heads[h]" };
         let queries: Vec<_> = (0..heads).map(|h| format!("query_of(start, dim, count, {h}u)")).collect();
         let prelude = format!(
-            "{STEP_TOKEN}{constants}alias Heads = {heads_type};\n\
+            "{STEP_TOKEN}{}{constants}alias Heads = {heads_type};\n\
              fn of_head(heads: Heads, h: u32) -> f32 {{ return {of_head}; }}\n\
              fn load_query(start: u32, dim: u32, count: u32) -> Heads {{ return Heads({}); }}\n",
+            kv_constants(kv_type),
             queries.join(", ")
         );
-        let element = KvElement::of(kv_type);
+        let planes = KvPlanes::of(kv_type);
         let (read, write) = (Binding::read, Binding::write);
-        let bindings = vec![
+        let mut bindings = vec![
             read("qkv", "f32"),
-            read("keys", element.reads),
-            read("values", element.reads),
+            read("keys", planes.reads),
+            read("values", planes.reads),
             read("step_tokens", "StepToken"),
             read("block_tables", "u32"),
             write("split_sums", "f32"),
             write("split_softmax", "vec2<f32>"),
             write("out", "f32"),
         ];
-        let files = vec![element.module, include_str!("../shaders/attention_split.wgsl")];
+        if kv_type.code().is_some() {
+            bindings.extend([read("key_scales", "f16"), read("value_scales", "f16")]);
+        }
+        let files = vec![planes.load, include_str!("../shaders/attention_split.wgsl")];
         Kernel { name: "attention_split", prelude, bindings, files }
     }
 }
@@ -135,7 +137,7 @@ impl Scratch {
     fn sizes(limits: &StepLimits) -> [usize; 2] {
         let most_splits = limits.context.div_ceil(split_positions(limits.context)).max(1);
         let row = limits.width.max(KV_UNIT).saturating_mul(most_splits);
-        let rows = limits.tokens.min(tuning::SCRATCH_ROWS).max(1);
+        let rows = limits.tokens.clamp(1, tuning::SCRATCH_ROWS);
         let sums = rows.saturating_mul(row).min(tuning::SCRATCH_BYTES / size_of::<f32>()).max(row);
         [sums, sums / KV_UNIT]
     }
@@ -169,8 +171,8 @@ impl SplitAttention {
         Ok(Self {
             split: split_positions(limits.context),
             scratch: Scratch::new(gpu, limits)?,
-            kernels: HashMap::new(),
-            combine: HashMap::new(),
+            kernels: Variants::default(),
+            combine: Variants::default(),
         })
     }
 
@@ -197,7 +199,7 @@ impl SplitAttention {
         let splits = step.positions.iter().map(|&position| splits(position)).max().unwrap_or(1);
         let group = shape.heads / shape.kv_heads;
         let variant = SplitVariant::new(kv.kv_type, shape.head_dim, group);
-        let kernel = compiled(gpu, kernels, variant, SplitVariant::kernel)?;
+        let kernel = kernels.get(gpu, variant, SplitVariant::kernel)?;
         let most_rows = if splits == 1 { step.rows } else { scratch.rows(shape, splits) };
         assert!(most_rows > 0 || step.rows == 0, "an encoder for inputs as wide as all heads");
 
@@ -218,28 +220,16 @@ impl SplitAttention {
                 first_row as u32,
             ];
             let workgroups = [splits, shape.kv_heads * group.div_ceil(variant.heads), rows];
-            recorder.dispatch(kernel, buffers, &parameters, workgroups);
+            let scales = cache.keys.scales.iter().chain(&cache.values.scales);
+            recorder.dispatch(kernel, buffers.into_iter().chain(scales), &parameters, workgroups);
             if splits == 1 {
                 continue;
             }
-            let combine = compiled(gpu, combine, shape.head_dim, combine_kernel)?;
+            let combine = combine.get(gpu, shape.head_dim, combine_kernel)?;
             let parameters = [shape.heads as u32, window, *split as u32, first_row as u32, splits as u32];
             let buffers = [sums, softmax, step_tokens, &out.storage];
             recorder.dispatch(combine, buffers, &parameters, [shape.heads, rows, 1]);
         }
         Ok(())
     }
-}
-
-/// The compiled kernel of a variant, which is found again.
-fn compiled<'a, V: Copy + Eq + std::hash::Hash>(
-    gpu: &Gpu,
-    kernels: &'a mut HashMap<V, Arc<Pipeline>>,
-    variant: V,
-    kernel: impl Fn(V) -> Kernel,
-) -> Result<&'a Arc<Pipeline>, KernelError> {
-    Ok(match kernels.entry(variant) {
-        Entry::Occupied(found) => found.into_mut(),
-        Entry::Vacant(vacant) => vacant.insert(gpu.pipeline(&kernel(variant))?),
-    })
 }

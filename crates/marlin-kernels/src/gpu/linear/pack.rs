@@ -66,6 +66,7 @@ pub(super) enum Prepared {
 }
 
 /// Normalises and packs the input of linears.
+#[expect(clippy::large_enum_variant, reason = "an encoder has one")]
 pub(super) enum Packer {
     /// Inputs stay in single precision.
     Exact {

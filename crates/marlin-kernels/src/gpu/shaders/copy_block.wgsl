@@ -1,7 +1,7 @@
-// Copies one KV block of every head of a plane [heads, slots, dim] to another.
+// Copies one KV block of every head of a plane [heads, slots, elements of a slot] to another.
 
 struct Params {
-    // Values of a block of one head, and from one head to the next.
+    // Elements of a block of one head, and from one head to the next.
     block: u32,
     head: u32,
     from_block: u32,

@@ -17,6 +17,8 @@ var<immediate> params: Params;
 const SIZE = 64u;
 const MAX_DIM = 512u;
 var<workgroup> head: array<f32, MAX_DIM>;
+// The head as it goes into the cache.
+var<workgroup> prepared: array<f32, MAX_DIM>;
 
 @compute @workgroup_size(SIZE)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
@@ -42,9 +44,6 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     }
     workgroupBarrier();
 
-    let token = step_tokens[t];
-    let slot = block_tables[token.table + token.position / params.block_tokens] * params.block_tokens
-        + token.position % params.block_tokens;
     let half = params.rotary / 2u;
     for (var i = lane; i < dim; i += SIZE) {
         var value = head[i];
@@ -58,11 +57,18 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         }
         if (is_query) {
             qkv[start + i] = value;
-        } else if (is_value) {
-            let kv_head = h - params.heads - params.kv_heads;
-            values[(kv_head * params.slots + slot) * dim + i] = to_kv(value);
         } else {
-            keys[((h - params.heads) * params.slots + slot) * dim + i] = to_kv(value);
+            prepared[i] = value;
         }
     }
+    if (is_query) {
+        return;
+    }
+    workgroupBarrier();
+    let token = step_tokens[t];
+    let slot = block_tables[token.table + token.position / params.block_tokens] * params.block_tokens
+        + token.position % params.block_tokens;
+    // Among the heads of keys, or of values.
+    let kv_head = (h - params.heads) % params.kv_heads;
+    store_head(lane, is_value, kv_head * params.slots + slot);
 }
