@@ -35,7 +35,9 @@ impl AttentionGroup {
     /// All groups.
     pub(super) fn all(quick: bool) -> Vec<Self> {
         let cases: &[Case] = if quick { &QUICK_CASES } else { &CASES };
-        vec![Self { kv_type: KvType::F16, cases }]
+        // Nobody runs f32 for its speed.
+        let kv_types = KvType::ALL.into_iter().filter(|kv_type| *kv_type != KvType::F32);
+        kv_types.map(|kv_type| Self { kv_type, cases }).collect()
     }
 }
 
@@ -66,11 +68,7 @@ impl Case {
 
 impl<B: Timed> Plans<B> for AttentionGroup {
     fn name(&self) -> String {
-        let kv_type = match self.kv_type {
-            KvType::F16 => "f16",
-            KvType::F32 => "f32",
-        };
-        format!("attention/{kv_type}")
+        format!("attention/{}", self.kv_type.name())
     }
 
     fn cases(&self) -> Vec<String> {
