@@ -445,6 +445,16 @@ impl Gpu {
         Ok(storage)
     }
 
+    /// Memory with the same contents as another.
+    pub(super) fn duplicate(&self, storage: &Storage) -> Result<Storage, KernelError> {
+        let size = storage.buffer.size();
+        let copy = self.storage("a copy", size as usize)?;
+        let mut commands = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        commands.copy_buffer_to_buffer(&storage.buffer, 0, &copy.buffer, 0, size);
+        self.queue.submit([commands.finish()]);
+        Ok(copy)
+    }
+
     /// Writes at once, before anything that is submitted later. Bytes are a multiple of 4.
     pub(super) fn write(&self, storage: &Storage, offset: u64, bytes: &[u8]) {
         self.queue.write_buffer(&storage.buffer, offset, bytes);

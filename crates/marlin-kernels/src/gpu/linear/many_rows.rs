@@ -59,7 +59,7 @@ const EIGHT: &[&[Tile]] = &[
 const PLAIN_TILE: usize = 64;
 
 /// The kernels of a part.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) enum ManyRows {
     /// Without matrix units, and how many outputs there are.
     Plain(Arc<Pipeline>, usize),
