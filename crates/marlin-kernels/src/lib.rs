@@ -28,5 +28,5 @@ pub use backend::{
 pub use error::KernelError;
 pub use host::{HostBuffer, HostKvCache};
 pub use kv::{KvLayer, KvLayout, KvType};
-pub use sampling::{SampleRow, TokenCount};
+pub use sampling::{SampleRow, SamplingId, TokenCount};
 pub use step::{Step, StepError};

@@ -168,7 +168,7 @@ fn linear<B: Backend>(backend: &B, parts: &[LinearPart<'_>], input: &[f32]) -> R
     backend.upload(&mut x, TOKENS, input)?;
     // What is not written stays NaN.
     backend.upload(&mut out, TOKENS, &[f32::NAN; TOKENS * ROWS])?;
-    let limits = StepLimits { tokens: TOKENS, context: TOKENS, width: COLS, vocabulary: 1 };
+    let limits = StepLimits { tokens: TOKENS, context: TOKENS, width: COLS, vocabulary: 1, logit_rows: TOKENS };
     let mut encoder = backend.encoder(&limits)?;
     let positions: [u32; TOKENS] = std::array::from_fn(|position| position as u32);
     encoder.begin(&Step {

@@ -1,6 +1,6 @@
 //! Rows of the packed linears: format × epilogue, each over all shape classes.
 
-use crate::{Activation, Backend, Encoder, Input, LinearPart};
+use crate::{Activation, Backend, Encoder, Input, LinearPart, SampleRow, Step, StepLimits};
 use marlin_format::{Format, PackedMatrix, Scheme};
 
 use super::matrices::{has_columns, random, schemes};
@@ -329,10 +329,11 @@ fn embed<B: Backend>(device: &Device<B>, scheme: Scheme) -> Result<(), String> {
         let vocabulary = 19;
         let table = random(scheme, vocabulary, k, &mut rng);
         let tokens = [18, 0, 7, 8, 7].map(|token| token as u32).to_vec();
-        let mut case = Embed { table: [LinearPart { weight: table, bias: None }], tokens, scale: 1.0 };
-        for scale in [1.0, 55.5] {
-            case.scale = scale;
-            device.check(&case, device.bounds.embed, &format!("k={k}, scale={scale}"))?;
+        let mut case =
+            Embed { table: [LinearPart { weight: table, bias: None }], tokens, scale: 1.0, is_sampled: false };
+        for (scale, is_sampled) in [(1.0, false), (55.5, true)] {
+            (case.scale, case.is_sampled) = (scale, is_sampled);
+            device.check(&case, device.bounds.embed, &format!("k={k}, scale={scale}, sampled={is_sampled}"))?;
         }
     }
     Ok(())
@@ -342,14 +343,26 @@ struct Embed<'a> {
     table: [LinearPart<'a>; 1],
     tokens: Vec<u32>,
     scale: f32,
+    /// The step takes its tokens from a sampling, which chooses the same ones.
+    is_sampled: bool,
 }
 
 impl Case for Embed<'_> {
     fn run<B: Backend>(&self, backend: &B) -> Vec<f32> {
         let k = self.table[0].weight.cols;
         let table = backend.load_linear(&self.table).expect("a table");
-        let step = Ragged::of_tokens(self.tokens.clone(), 0);
-        let mut encoder = backend.encoder(&limits(self.tokens.len(), k)).expect("an encoder");
+        let count = self.tokens.len();
+        let mut step = Ragged::of_tokens(self.tokens.clone(), 0);
+        let limits = StepLimits { logit_rows: count, vocabulary: self.table[0].weight.rows, ..limits(count, k) };
+        let mut encoder = backend.encoder(&limits).expect("an encoder");
+        if self.is_sampled {
+            let logits = self.tokens.iter().flat_map(|&token| {
+                (0..limits.vocabulary).map(move |other| if other == token as usize { 1.0 } else { 0.0 })
+            });
+            let mut logits = upload(backend, limits.vocabulary, &logits.collect::<Vec<f32>>());
+            encoder.sample(&mut logits, &vec![SampleRow::GREEDY; count]);
+            step.tokens = (0..count as u32).map(|row| Step::SAMPLED + row).collect();
+        }
         let mut out = poisoned(backend, self.tokens.len(), k);
         encoder.begin(&step.step());
         encoder.embed(&table, self.scale, &mut out);

@@ -26,9 +26,10 @@ use self::disjoint::Disjoint;
 use self::linear::{Activations, Epilogue, TiledLinear};
 use self::threads::Threads;
 use crate::host::HostStep;
+use crate::sampling::host::{HostSamplings, token_of};
 use crate::{
     Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, Input, KernelError, KvLayout,
-    KvType, LinearPart, MemoryUse, QkNorm, SampleRow, Step, StepLimits,
+    KvType, LinearPart, MemoryUse, QkNorm, SampleRow, SamplingId, Step, StepLimits,
 };
 
 const NAME: &str = "cpu";
@@ -67,7 +68,8 @@ pub struct CpuEncoder {
     normed: Vec<f32>,
     attention: Attention,
     /// Token ids to sort, `[threads, vocabulary]`.
-    sampling: Vec<Mutex<Vec<u32>>>,
+    token_ids: Vec<Mutex<Vec<u32>>>,
+    samplings: HostSamplings,
 }
 
 impl CpuBackend {
@@ -116,6 +118,8 @@ impl Backend for CpuBackend {
     type KvCache = HostKvCache;
     type Encoder = CpuEncoder;
 
+    const OVERLAPS: bool = false;
+
     fn info(&self) -> DeviceInfo {
         let arithmetic = match self.arithmetic {
             Arithmetic::Exact => "f32 activations",
@@ -155,7 +159,8 @@ impl Backend for CpuBackend {
             activations: Activations::new(limits.tokens, limits.width)?,
             normed: crate::host::allocate("the norms of a linear's input", &[limits.tokens, limits.width], NAME)?,
             attention: Attention::new(&self.threads),
-            sampling: (0..self.threads.count()).map(|_| ids()).collect::<Result<_, _>>()?,
+            token_ids: (0..self.threads.count()).map(|_| ids()).collect::<Result<_, _>>()?,
+            samplings: HostSamplings::default(),
         })
     }
 }
@@ -187,7 +192,7 @@ impl CpuEncoder {
 
 impl Encoder<CpuBackend> for CpuEncoder {
     fn begin(&mut self, step: &Step<'_>) {
-        self.step.begin(step);
+        self.step.begin(step, self.samplings.last());
         self.attention.begin(&self.step);
     }
 
@@ -277,30 +282,35 @@ impl Encoder<CpuBackend> for CpuEncoder {
         }
     }
 
-    fn sample(
-        &mut self,
-        logits: &mut HostBuffer,
-        rows: &[SampleRow<'_>],
-        tokens: &mut [u32],
-    ) -> Result<(), KernelError> {
-        assert!(rows.len() == logits.rows() && tokens.len() == logits.rows(), "one choice per row of logits");
+    fn sample(&mut self, logits: &mut HostBuffer, rows: &[SampleRow<'_>]) -> SamplingId {
+        assert_eq!(rows.len(), logits.rows(), "one choice per row of logits");
+        let (id, before, tokens) = self.samplings.begin(rows.len());
         let width = logits.width();
-        let lanes = self.sampling.len().min(rows.len());
+        let lanes = self.token_ids.len().min(rows.len());
         let logits = Disjoint::new(logits.values_mut());
         let tokens = Disjoint::new(tokens);
         self.threads.run(lanes, &|lane| {
-            let mut ids = self.sampling[lane].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let mut ids = self.token_ids[lane].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             for row in (lane..rows.len()).step_by(lanes) {
                 // SAFETY: each row belongs to one lane.
                 let (logits, token) = unsafe { (logits.slice(row * width, width), tokens.slice(row, 1)) };
-                token[0] = crate::sampling::host::sample(&rows[row], logits, &mut ids);
+                let last = token_of(before, rows[row].last_sampled);
+                token[0] = crate::sampling::host::sample(&rows[row], logits, last, &mut ids);
             }
         });
-        Ok(())
+        id
+    }
+
+    fn sampled(&mut self, sampling: SamplingId, tokens: &mut [u32]) -> Result<(), KernelError> {
+        self.samplings.read(sampling, tokens)
     }
 
     fn copy_kv_blocks(&mut self, kv: &mut HostKvCache, pairs: &[(u32, u32)]) {
         kv.copy_blocks(pairs);
+    }
+
+    fn start(&mut self) -> Result<(), KernelError> {
+        Ok(())
     }
 
     fn submit(&mut self) -> Result<(), KernelError> {

@@ -174,8 +174,8 @@ const PIPELINE_CACHE: wgpu::Features = wgpu::Features::PIPELINE_CACHE;
 /// Bytes of a binding, at most: kernels count words and values in 32 bits.
 const MAX_BINDING: u64 = (1 << 31) - 4;
 
-/// Bytes of workgroup memory that the largest kernel takes, the one for tiles of 64 by 64.
-const WORKGROUP_MEMORY: u32 = 2 * 64 * 33 * 4;
+/// Bytes of workgroup memory that the largest kernel takes of those that every device runs.
+const WORKGROUP_MEMORY: u32 = super::sampling::WORKGROUP_MEMORY;
 
 /// What an adapter lacks; `None` if it can be used.
 fn missing(adapter: &wgpu::Adapter) -> Option<String> {
@@ -409,12 +409,20 @@ impl Gpu {
         failure.map_or(Ok(()), |failure| Err(KernelError::Device(format!("{}: {failure}", self.caps.name))))
     }
 
-    /// Waits for everything that was submitted and reads the beginning of a buffer that can be mapped.
-    pub(super) fn read_mapped(&self, readback: &wgpu::Buffer, out: &mut [u8]) -> Result<(), KernelError> {
+    /// Waits for a submission, or for all, and reads the beginning of a buffer that can be mapped.
+    pub(super) fn read_mapped(
+        &self,
+        readback: &wgpu::Buffer,
+        submission: Option<wgpu::SubmissionIndex>,
+        out: &mut [u8],
+    ) -> Result<(), KernelError> {
         let bytes = out.len() as u64;
         // If it cannot be mapped, `get_mapped_range` fails.
         readback.map_async(wgpu::MapMode::Read, ..bytes, |_| ());
-        self.wait()?;
+        if let Err(error) = self.wait_for(submission) {
+            readback.unmap();
+            return Err(error);
+        }
         let mapped = readback.get_mapped_range(..bytes);
         let mapped = mapped.map_err(|error| KernelError::Device(format!("cannot read from the device: {error}")))?;
         out.copy_from_slice(&mapped);
@@ -425,8 +433,14 @@ impl Gpu {
 
     /// Waits for everything that was submitted.
     pub(super) fn wait(&self) -> Result<(), KernelError> {
+        self.wait_for(None)
+    }
+
+    /// Waits for a submission and what came before it; for all if it is `None`.
+    fn wait_for(&self, submission: Option<wgpu::SubmissionIndex>) -> Result<(), KernelError> {
         // wgpu panics if the device fails while it is waited for.
-        let poll = AssertUnwindSafe(|| self.device.poll(wgpu::PollType::wait_indefinitely()));
+        let poll_type = wgpu::PollType::Wait { submission_index: submission, timeout: None };
+        let poll = AssertUnwindSafe(|| self.device.poll(poll_type));
         let waited = panic::catch_unwind(poll).map_err(|_| {
             remember(&self.loss, "the device failed".into());
             KernelError::Device(format!("{} failed; use the CPU instead", self.caps.name))

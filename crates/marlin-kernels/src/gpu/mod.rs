@@ -15,6 +15,7 @@ mod msl;
 mod pipeline;
 mod recorder;
 mod registry;
+mod sampling;
 mod step;
 mod timing;
 mod unroll;
@@ -34,6 +35,9 @@ pub use registry::{KernelVariant, kernels};
 
 use self::device::{Gpu, Storage};
 use crate::{Backend, DeviceInfo, KernelError, KvLayout, KvType, LinearPart, MemoryUse, StepLimits};
+
+/// Workgroups along one axis, at most.
+const MAX_WORKGROUPS: usize = 65535;
 
 /// A GPU.
 #[derive(Debug)]
@@ -95,6 +99,8 @@ impl Backend for GpuBackend {
     type Vector = GpuVector;
     type KvCache = GpuKvCache;
     type Encoder = GpuEncoder;
+
+    const OVERLAPS: bool = true;
 
     fn info(&self) -> DeviceInfo {
         let GpuCaps { name, driver, subgroup: [least, most], .. } = &self.gpu.caps;

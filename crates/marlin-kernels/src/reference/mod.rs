@@ -15,9 +15,10 @@ use half::f16;
 use marlin_format::{FormatError, Scheme};
 
 use crate::host::{HostStep, KvData, KvPlane, visible};
+use crate::sampling::host::{HostSamplings, token_of};
 use crate::{
     Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, Input, KernelError, KvLayout,
-    KvType, LinearPart, MemoryUse, QkNorm, SampleRow, Step, StepLimits,
+    KvType, LinearPart, MemoryUse, QkNorm, SampleRow, SamplingId, Step, StepLimits,
 };
 
 const NAME: &str = "reference";
@@ -38,6 +39,7 @@ pub struct ReferenceLinear {
 #[derive(Debug, Default)]
 pub struct ReferenceEncoder {
     step: HostStep,
+    samplings: HostSamplings,
 }
 
 impl MemoryUse for ReferenceBackend {
@@ -59,6 +61,8 @@ impl Backend for ReferenceBackend {
     type Vector = Vec<f32>;
     type KvCache = HostKvCache;
     type Encoder = ReferenceEncoder;
+
+    const OVERLAPS: bool = false;
 
     fn info(&self) -> DeviceInfo {
         DeviceInfo { name: NAME.into(), detail: "plain loops, f64 sums, 1 thread".into() }
@@ -119,7 +123,7 @@ impl ReferenceLinear {
 
 impl Encoder<ReferenceBackend> for ReferenceEncoder {
     fn begin(&mut self, step: &Step<'_>) {
-        self.step.begin(step);
+        self.step.begin(step, self.samplings.last());
     }
 
     fn embed(&mut self, table: &ReferenceLinear, scale: f32, out: &mut HostBuffer) {
@@ -278,21 +282,25 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
         }
     }
 
-    fn sample(
-        &mut self,
-        logits: &mut HostBuffer,
-        rows: &[SampleRow<'_>],
-        tokens: &mut [u32],
-    ) -> Result<(), KernelError> {
-        assert!(rows.len() == logits.rows() && tokens.len() == logits.rows(), "one choice per row of logits");
+    fn sample(&mut self, logits: &mut HostBuffer, rows: &[SampleRow<'_>]) -> SamplingId {
+        assert_eq!(rows.len(), logits.rows(), "one choice per row of logits");
+        let (id, before, tokens) = self.samplings.begin(rows.len());
         for (l, (row, token)) in rows.iter().zip(tokens).enumerate() {
-            *token = sample::sample(row, logits.row_mut(l));
+            *token = sample::sample(row, logits.row_mut(l), token_of(before, row.last_sampled));
         }
-        Ok(())
+        id
+    }
+
+    fn sampled(&mut self, sampling: SamplingId, tokens: &mut [u32]) -> Result<(), KernelError> {
+        self.samplings.read(sampling, tokens)
     }
 
     fn copy_kv_blocks(&mut self, kv: &mut HostKvCache, pairs: &[(u32, u32)]) {
         kv.copy_blocks(pairs);
+    }
+
+    fn start(&mut self) -> Result<(), KernelError> {
+        Ok(())
     }
 
     fn submit(&mut self) -> Result<(), KernelError> {

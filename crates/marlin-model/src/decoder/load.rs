@@ -63,6 +63,7 @@ pub(super) fn load_decoder<B: Backend>(
         encoder: backend.encoder(&limits)?,
         workspace: workspace(backend, &spec, options.step_tokens, sizes.logit_rows)?,
         logit_rows: 0,
+        sampled_rows: 0,
         info: ModelInfo {
             architecture,
             vocabulary: spec.vocab_size,
@@ -74,6 +75,7 @@ pub(super) fn load_decoder<B: Backend>(
             kv_type: options.kv_type,
             weight_bytes: checkpoint.weight_bytes(),
             device: backend.info(),
+            overlaps: B::OVERLAPS,
         },
         limits,
     })
@@ -110,6 +112,7 @@ impl Sizes {
             context: self.context,
             width: spec.widest_input(),
             vocabulary: spec.vocab_size,
+            logit_rows: self.logit_rows,
         }
     }
 }

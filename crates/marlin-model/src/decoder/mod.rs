@@ -7,7 +7,7 @@ mod tests;
 pub use load::load_model;
 pub(crate) use load::{Sizes, angle_shapes, kv_blocks, workspace_shapes};
 
-use marlin_kernels::{Activation, AttentionShape, Backend, Encoder, Input, QkNorm, SampleRow, StepLimits};
+use marlin_kernels::{Activation, AttentionShape, Backend, Encoder, Input, QkNorm, SampleRow, SamplingId, StepLimits};
 
 use crate::{KvPool, LanguageModel, ModelError, ModelInfo, StepBatch};
 
@@ -30,6 +30,8 @@ struct Decoder<B: Backend> {
     workspace: Workspace<B>,
     /// Rows of logits the last step left on the device.
     logit_rows: usize,
+    /// Rows of the last sampling.
+    sampled_rows: usize,
 }
 
 /// A kind of rotary embedding.
@@ -112,7 +114,7 @@ impl<B: Backend> LanguageModel for Decoder<B> {
             return Ok(());
         }
         self.encode(batch);
-        self.encoder.submit()?;
+        self.encoder.start()?;
         self.pool.finish_copies();
         self.logit_rows = batch.logit_rows();
         Ok(())
@@ -126,22 +128,26 @@ impl<B: Backend> LanguageModel for Decoder<B> {
         Ok(())
     }
 
-    fn sample(&mut self, rows: &[SampleRow<'_>], tokens: &mut [u32]) -> Result<(), ModelError> {
-        let logits = self.logit_rows;
-        if rows.len() != logits || tokens.len() != logits {
-            return Err(ModelError::SampleRows { rows: rows.len(), tokens: tokens.len(), logits });
+    fn wait(&mut self) -> Result<(), ModelError> {
+        Ok(self.encoder.submit()?)
+    }
+
+    fn sample(&mut self, rows: &[SampleRow<'_>]) -> Result<SamplingId, ModelError> {
+        if rows.is_empty() || rows.len() != self.logit_rows {
+            return Err(ModelError::SampleRows { rows: rows.len(), logits: self.logit_rows });
         }
-        if logits > 0 {
-            self.logit_rows = 0;
-            self.encoder.sample(&mut self.workspace.logits, rows, tokens)?;
-        }
-        Ok(())
+        (self.sampled_rows, self.logit_rows) = (self.logit_rows, 0);
+        Ok(self.encoder.sample(&mut self.workspace.logits, rows))
+    }
+
+    fn sampled(&mut self, sampling: SamplingId, tokens: &mut [u32]) -> Result<(), ModelError> {
+        Ok(self.encoder.sampled(sampling, tokens)?)
     }
 }
 
 impl<B: Backend> Decoder<B> {
     fn check(&self, batch: &StepBatch) -> Result<(), ModelError> {
-        batch.as_step().validate(&self.limits, self.pool.layout(), self.pool.blocks())?;
+        batch.as_step().validate(&self.limits, self.pool.layout(), self.pool.blocks(), self.sampled_rows)?;
         let (found, limit) = (batch.logit_rows(), self.info.logit_rows);
         if found > limit {
             return Err(ModelError::TooManyLogitRows { found, limit });

@@ -42,6 +42,7 @@ pub(super) fn run(
         let mut samples = Vec::with_capacity(repetitions);
         let recorded_before = recorded();
         for _ in 0..repetitions {
+            runner.model.wait()?;
             let started = Instant::now();
             match test {
                 Test::Prefill(tokens) => runner.prefill(&mut sequence, tokens, LogitRows::Last)?,
@@ -51,6 +52,7 @@ pub(super) fn run(
                     }
                 }
             }
+            runner.model.wait()?;
             samples.push(test.tokens() as f64 / started.elapsed().as_secs_f64());
             runner.model.kv().truncate(&mut sequence, depth);
             done += 1;
@@ -128,6 +130,7 @@ mod tests {
             kv_type: KvType::F16,
             weight_bytes: 0,
             device: DeviceInfo { name: String::new(), detail: String::new() },
+            overlaps: false,
         };
         // 32 bytes a token and layer; 11 and 12 tokens are seen in the first layer, 3 in the second.
         assert_eq!(kv_per_token(&info, 10, 2), 32.0 * (11.5 + 3.0));

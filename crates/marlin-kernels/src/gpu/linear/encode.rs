@@ -124,11 +124,11 @@ impl LinearEncoder {
     }
 }
 
-/// Looks up rows of a table for `rows` tokens.
+/// Looks up rows of a table for `rows` tokens, some of which may be rows of the last sampling.
 pub(in crate::gpu) fn embed(
     recorder: &mut Recorder,
     table: &GpuLinear,
-    tokens: &Storage,
+    [tokens, sampled]: [&Storage; 2],
     rows: usize,
     scale: f32,
     out: &mut GpuBuffer,
@@ -137,7 +137,7 @@ pub(in crate::gpu) fn embed(
     for part in &table.parts {
         let parameters = with_shape::<5>(&part.shape, &[part.first as u32, scale.to_bits()]);
         let units = table.cols.div_ceil(32);
-        let buffers = part.buffers.iter().chain([tokens, &out.storage]);
+        let buffers = part.buffers.iter().chain([tokens, sampled, &out.storage]);
         recorder.dispatch(&part.kernels.embed, buffers, &parameters, [units.div_ceil(64), out.rows, 1]);
     }
 }

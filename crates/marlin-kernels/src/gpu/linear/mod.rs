@@ -345,7 +345,7 @@ fn linear(
 /// The kernel that looks up rows of a table.
 fn embed_kernel(format: &DeviceFormat) -> Kernel {
     let mut bindings = format.bindings();
-    bindings.extend([Binding::read("tokens", "u32"), Binding::write("out", "f32")]);
+    bindings.extend([Binding::read("tokens", "u32"), Binding::read("sampled", "u32"), Binding::write("out", "f32")]);
     let mut files = weights(format);
     files.push(include_str!("../shaders/embed.wgsl"));
     Kernel { name: "embed", prelude: format.module(), bindings, files }
