@@ -18,7 +18,7 @@ fn each_kernel_has_a_row_and_each_row_a_kernel() {
     let apple = GpuCaps::apple();
     let devices = [
         GpuCaps { matrices: Vec::new(), subgroups: false, ..apple.clone() },
-        GpuCaps { matrices: vec![MatrixSize { m: 16, n: 16, k: 16 }], ..apple.clone() },
+        GpuCaps { matrices: vec![MatrixSize::Sixteen], ..apple.clone() },
         apple,
     ];
     let mut found = BTreeSet::new();

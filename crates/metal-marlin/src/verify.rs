@@ -121,12 +121,13 @@ pub fn verify(
         for checked in if selection.all { &[false, true][..] } else { &[false] } {
             let mut table = Table::default();
             // The times of compiling are told, so that kernels are not taken from the cache.
-            let options = GpuOptions { adapter, checked: *checked, arithmetic, pipeline_cache: None };
+            let options = GpuOptions { adapter, checked: *checked, arithmetic, ..GpuOptions::default() };
+            let label = conformance::gpu_label(&options);
             let backend = table.add_gpu(options)?;
             name = backend.info().detail;
             let kernels = gpu::kernels(backend.caps(), arithmetic, &schemes, &HEAD_DIMS)?;
             let rows = table.into_rows().filter(|row| selection.has_row(row.name(), &schemes, &all));
-            devices.push((conformance::gpu_label(arithmetic, *checked), backend, kernels, rows.collect::<Vec<_>>()));
+            devices.push((label, backend, kernels, rows.collect::<Vec<_>>()));
         }
     }
     let selected = |kernels: &[KernelVariant]| kernels.iter().filter(|it| selection.has_kernel(it)).count();
@@ -326,7 +327,7 @@ pub fn write_msl(folder: &Path, selection: &Selection) -> Result<Vec<MslFile>, V
     fs::create_dir_all(folder).map_err(write_error(folder))?;
     let mut files = Vec::new();
     for arithmetic in ARITHMETICS {
-        let label = conformance::gpu_label(arithmetic, false);
+        let label = conformance::gpu_label(&GpuOptions { arithmetic, ..GpuOptions::default() });
         let kernels = gpu::metal_kernels(arithmetic, &selection.schemes(), &HEAD_DIMS)?.into_iter();
         for (kernel, msl) in kernels.filter(|(kernel, _)| selection.has_kernel(kernel)) {
             let words = [kernel.name(), &format_names(kernel.formats()), &label, kernel.variant()].join(" ");

@@ -42,7 +42,7 @@ pub use self::matrices::schemes;
 pub(crate) use self::matrices::random;
 pub(crate) use self::support::Rng;
 use crate::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
-use crate::gpu::{GpuArithmetic, GpuBackend, GpuOptions};
+use crate::gpu::{GpuArithmetic, GpuBackend, GpuMatrices, GpuOptions, MatrixSize};
 use crate::{Backend, KernelError};
 
 /// Rows of the devices that were added.
@@ -122,20 +122,23 @@ impl Table {
     }
 
     /// Adds the rows of a GPU, which it gives back. Rows without linears come with [`GpuArithmetic::Exact`] alone: the arithmetic makes
-    /// no difference to them.
+    /// no difference to them. For [`GpuMatrices::Emulated`] there are those rows alone that multiply such matrices.
     ///
     /// # Errors
     /// If it does not open.
     pub fn add_gpu(&mut self, options: GpuOptions) -> Result<Arc<GpuBackend>, KernelError> {
-        let GpuOptions { arithmetic, checked, .. } = options;
+        let (arithmetic, matrices, label) = (options.arithmetic, options.matrices, gpu_label(&options));
         // Half precision rounds activations, scales and weights by up to 2^-11 of themselves, and each of a pair's 16 sums; an outlier's
         // product carries its whole error.
         let bounds = match arithmetic {
             GpuArithmetic::Exact => Bounds { linear: 1e-12, embed: 1e-13, share: 1e-5 },
             GpuArithmetic::Half => Bounds { linear: 5e-6, embed: 5e-7, share: 1e-5 },
         };
-        let device = Device::new(gpu_label(arithmetic, checked), GpuBackend::new(options)?, bounds);
-        self.add_device(&device, arithmetic == GpuArithmetic::Exact);
+        let device = Device::new(label, GpuBackend::new(options)?, bounds);
+        match matrices {
+            GpuMatrices::Device => self.add_device(&device, arithmetic == GpuArithmetic::Exact),
+            GpuMatrices::Emulated(_) => linear::add_rows_of_many(self, &device),
+        }
         Ok(device.backend)
     }
 
@@ -190,12 +193,17 @@ impl Table {
 }
 
 /// What rows of a GPU end with.
-pub fn gpu_label(arithmetic: GpuArithmetic, checked: bool) -> String {
-    let arithmetic = match arithmetic {
+pub fn gpu_label(options: &GpuOptions) -> String {
+    let arithmetic = match options.arithmetic {
         GpuArithmetic::Exact => "",
         GpuArithmetic::Half => "-half",
     };
-    format!("gpu{arithmetic}{}", if checked { "-checked" } else { "" })
+    let matrices = match options.matrices {
+        GpuMatrices::Device => "",
+        GpuMatrices::Emulated(MatrixSize::Eight) => "-8x8",
+        GpuMatrices::Emulated(MatrixSize::Sixteen) => "-16x16",
+    };
+    format!("gpu{arithmetic}{matrices}{}", if options.checked { "-checked" } else { "" })
 }
 
 impl Row {

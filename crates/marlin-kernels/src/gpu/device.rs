@@ -22,6 +22,8 @@ pub struct GpuOptions {
     pub checked: bool,
     /// How linears compute.
     pub arithmetic: GpuArithmetic,
+    /// What multiplies the matrices of linears in half precision.
+    pub matrices: GpuMatrices,
     /// The folder that keeps compiled kernels for the next time, where the device allows that; none are kept if `None`.
     pub pipeline_cache: Option<PathBuf>,
 }
@@ -31,10 +33,20 @@ pub struct GpuOptions {
 pub enum GpuArithmetic {
     /// In single precision throughout.
     Exact,
-    /// Activations are rounded to half precision, 32 of them sharing a power of two, and so are weights that are not packed; products of
-    /// 32 columns are summed in half precision, the rest in single. The mean squared error is about 1e-7 of the mean square.
+    /// Activations are rounded to half precision, 32 of them or a row sharing a power of two, and so are weights. For few rows, products
+    /// of 32 columns are summed in half precision; all other sums are in single. The mean squared error is about 1e-7 of the mean square.
     #[default]
     Half,
+}
+
+/// What multiplies the matrices of linears for more than a few rows of input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum GpuMatrices {
+    /// The device's matrix units, if it has any that [`MatrixSize`] knows.
+    #[default]
+    Device,
+    /// The same kernels in plain arithmetic, as if the device had matrix units of this size: slower, for tests of the kernels.
+    Emulated(MatrixSize),
 }
 
 /// What the device is and can do.
@@ -54,7 +66,7 @@ pub struct GpuCaps {
     pub workgroup_memory: u32,
     /// Kernels may use operations of subgroups.
     pub subgroups: bool,
-    /// The sizes of matrices in half precision that its matrix units multiply and sum in single precision.
+    /// The sizes of matrices in half precision that its matrix units multiply and sum in single precision, largest first.
     pub matrices: Vec<MatrixSize>,
     /// It tells the time between kernels.
     pub timestamps: bool,
@@ -77,7 +89,7 @@ impl GpuCaps {
             max_binding: MAX_BINDING,
             workgroup_memory: 32 << 10,
             subgroups: true,
-            matrices: vec![MatrixSize { m: 8, n: 8, k: 8 }],
+            matrices: vec![MatrixSize::Eight],
             timestamps: true,
             pipeline_cache: false,
             memory: None,
@@ -119,15 +131,23 @@ impl GpuCaps {
     }
 }
 
-/// `[m, k]` times `[k, n]`.
+/// The rows and columns of matrices that matrix units multiply at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MatrixSize {
-    /// Rows of the product.
-    pub m: u32,
-    /// Columns of the product.
-    pub n: u32,
-    /// Terms of a sum.
-    pub k: u32,
+pub enum MatrixSize {
+    /// 8 × 8, Metal's simdgroup matrices.
+    Eight,
+    /// 16 × 16, the cooperative matrices of NVIDIA's and others' Vulkan drivers.
+    Sixteen,
+}
+
+impl MatrixSize {
+    /// Rows and columns.
+    pub fn rows(self) -> usize {
+        match self {
+            Self::Eight => 8,
+            Self::Sixteen => 16,
+        }
+    }
 }
 
 /// An open device.
@@ -136,6 +156,8 @@ pub(super) struct Gpu {
     pub(super) queue: wgpu::Queue,
     pub(super) caps: GpuCaps,
     pub(super) arithmetic: GpuArithmetic,
+    /// What linears in half precision use.
+    pub(super) matrices: Option<Matrices>,
     checked: bool,
     /// By source.
     pipelines: Mutex<HashMap<String, Slot>>,
@@ -151,6 +173,25 @@ pub(super) struct Gpu {
 
 /// A compiled kernel, or why there is none, once that is known.
 type Slot = Arc<OnceLock<Result<Arc<Pipeline>, String>>>;
+
+/// Matrix units that kernels are made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Matrices {
+    pub(super) size: MatrixSize,
+    pub(super) is_emulated: bool,
+}
+
+impl Matrices {
+    fn of(options: &GpuOptions, caps: &GpuCaps) -> Option<Self> {
+        if options.arithmetic == GpuArithmetic::Exact || caps.workgroup_memory < MATRICES_WORKGROUP_MEMORY {
+            return None;
+        }
+        match options.matrices {
+            GpuMatrices::Device => caps.matrices.first().map(|&size| Self { size, is_emulated: false }),
+            GpuMatrices::Emulated(size) => Some(Self { size, is_emulated: true }),
+        }
+    }
+}
 
 /// A buffer of the device. Its id is part of the key of prebuilt bind groups.
 #[derive(Debug)]
@@ -176,6 +217,9 @@ const MAX_BINDING: u64 = (1 << 31) - 4;
 
 /// Bytes of workgroup memory that the largest kernel takes of those that every device runs.
 const WORKGROUP_MEMORY: u32 = super::sampling::WORKGROUP_MEMORY;
+
+/// Bytes of workgroup memory that all tiles of matrices can do with.
+pub(super) const MATRICES_WORKGROUP_MEMORY: u32 = 32 << 10;
 
 /// What an adapter lacks; `None` if it can be used.
 fn missing(adapter: &wgpu::Adapter) -> Option<String> {
@@ -234,12 +278,20 @@ pub(super) fn enumerate(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
 
 fn matrices(adapter: &wgpu::Adapter, features: wgpu::Features) -> Vec<MatrixSize> {
     use wgpu::CooperativeScalarType::{F16, F32};
-    if !features.contains(MATRICES) {
+    let info = adapter.get_info();
+    // Kernels count on 32 invocations that share a matrix. Metal's do, though wgpu cannot ask.
+    let subgroups_of_32 =
+        info.backend == wgpu::Backend::Metal || (info.subgroup_min_size, info.subgroup_max_size) == (32, 32);
+    if !features.contains(MATRICES) || !subgroups_of_32 {
         return Vec::new();
     }
     let properties = adapter.cooperative_matrix_properties();
-    let mixed = properties.iter().filter(|it| (it.ab_type, it.cr_type) == (F16, F32));
-    mixed.map(|it| MatrixSize { m: it.m_size, n: it.n_size, k: it.k_size }).collect()
+    let has = |rows: u32| {
+        properties.iter().any(|it| {
+            (it.ab_type, it.cr_type) == (F16, F32) && [it.m_size, it.n_size, it.k_size].iter().all(|&size| size == rows)
+        })
+    };
+    [MatrixSize::Sixteen, MatrixSize::Eight].into_iter().filter(|size| has(size.rows() as u32)).collect()
 }
 
 impl Gpu {
@@ -309,8 +361,9 @@ impl Gpu {
         Ok(Self {
             device,
             queue,
-            caps,
             arithmetic: options.arithmetic,
+            matrices: Matrices::of(&options, &caps),
+            caps,
             checked: options.checked,
             pipelines: Mutex::default(),
             disk_cache,

@@ -25,7 +25,7 @@ use std::sync::atomic::Ordering;
 
 use marlin_format::Scheme;
 
-pub use device::{GpuAdapter, GpuArithmetic, GpuCaps, GpuOptions, MatrixSize, adapters};
+pub use device::{GpuAdapter, GpuArithmetic, GpuCaps, GpuMatrices, GpuOptions, MatrixSize, adapters};
 pub use disk_cache::PIPELINE_CACHE_EXTENSION;
 pub use encoder::GpuEncoder;
 pub use kv::GpuKvCache;

@@ -59,6 +59,9 @@ impl Kernel {
     /// The whole WGSL, its loops unrolled.
     pub(super) fn source(&self) -> String {
         let mut source = String::from("enable f16;\n");
+        if self.files.iter().any(|file| file.contains("coop_mat")) {
+            source += "enable wgpu_cooperative_matrix;\n";
+        }
         for (index, Binding { name, element, writes }) in self.bindings.iter().enumerate() {
             let access = if *writes { "read_write" } else { "read" };
             // Writing to a string does not fail.

@@ -113,7 +113,7 @@ impl LinearEncoder {
             let (kernels, epilogue, first) = of_part(part);
             let (kernel, workgroups) = kernels.choose(m, prepared);
             let packs_output = kernels.packs_output(m);
-            let output = self.packer.output().into_iter().filter(|_| packs_output);
+            let output = self.packer.output().filter(|_| packs_output);
             let buffers = part.buffers.iter().chain(self.packer.input(prepared, x)).chain([&out.storage]).chain(output);
             let of_step = [m as u32, first as u32, out.width as u32, epilogue as u32, eps.to_bits()];
             recorder.dispatch(kernel, buffers, &with_shape::<8>(&part.shape, &of_step), workgroups);

@@ -4,6 +4,7 @@ mod encode;
 mod few_rows;
 mod format;
 mod layout;
+mod many_rows;
 mod pack;
 
 use std::sync::Arc;
@@ -15,6 +16,7 @@ pub(super) use self::encode::{LinearEncoder, embed};
 use self::few_rows::FewRows;
 use self::format::DeviceFormat;
 use self::layout::{QUAD, Rows, UNIT};
+use self::many_rows::ManyRows;
 use self::pack::{Packing, Prepared};
 use super::GpuArithmetic;
 use super::device::{Gpu, Storage};
@@ -56,13 +58,8 @@ pub(super) struct PartKernels {
 #[derive(Debug)]
 struct LinearKernels {
     few_rows: FewRows,
-    many_rows: Arc<Pipeline>,
-    /// Columns of the output.
-    outputs: usize,
+    many_rows: ManyRows,
 }
-
-/// Rows and outputs of a workgroup of the kernel for many rows.
-const TILE: usize = 64;
 
 /// What kernels are told of a part; the order of `Shape` in `weights.wgsl`.
 #[derive(Debug, Clone, Copy, bytemuck::NoUninit)]
@@ -295,20 +292,15 @@ impl PartKernels {
 
 impl LinearKernels {
     fn new(gpu: &Gpu, format: &DeviceFormat, cols: usize, outputs: usize, is_gated: bool) -> Result<Self, KernelError> {
-        let constants = format!("const GATED = {is_gated};\n");
-        let file = include_str!("../shaders/linear_tile.wgsl");
-        let many_rows = linear(format, "linear_tile", Packing::of(format.arithmetic), constants, &[file]);
         Ok(Self {
             few_rows: FewRows::new(gpu, format, cols, outputs, is_gated)?,
-            many_rows: gpu.pipeline(&many_rows)?,
-            outputs,
+            many_rows: ManyRows::new(gpu, format, outputs, is_gated)?,
         })
     }
 
     /// The kernel for `m` rows of input, and its workgroups.
     fn choose(&self, m: usize, prepared: Prepared) -> (&Arc<Pipeline>, [usize; 3]) {
-        let tiles = [self.outputs.div_ceil(TILE), m.div_ceil(TILE), 1];
-        self.few_rows.choose(m, prepared).unwrap_or((&self.many_rows, tiles))
+        self.few_rows.choose(m, prepared).unwrap_or_else(|| self.many_rows.choose(m))
     }
 
     /// Whether the kernel for `m` rows packs its output.

@@ -17,6 +17,8 @@ pub(super) enum Packing {
     None,
     /// In pairs of halves, 32 columns sharing a power of two.
     Units,
+    /// In pairs of halves, a row sharing a power of two, padded with zeros to a multiple of [`PADDED`].
+    Rows,
     /// As it is, one row with the weights of its norm, to be normalised and packed into units.
     Normed,
 }
@@ -34,6 +36,7 @@ impl Packing {
         match self {
             Self::None => vec![Binding::read("x", "f32")],
             Self::Units => vec![Binding::read("x", "vec4<u32>"), Binding::read("x_scales", "f32")],
+            Self::Rows => vec![Binding::read("x", "Octet"), Binding::read("x_scales", "f32")],
             Self::Normed => vec![Binding::read("x", "vec4<f32>"), Binding::read("norm_weight", "vec4<f32>")],
         }
     }
@@ -43,6 +46,7 @@ impl Packing {
         match self {
             Self::None => include_str!("../shaders/input_exact.wgsl"),
             Self::Units => include_str!("../shaders/input_half.wgsl"),
+            Self::Rows => include_str!("../shaders/input_rows.wgsl"),
             Self::Normed => include_str!("../shaders/input_normed.wgsl"),
         }
     }
@@ -62,6 +66,7 @@ pub(super) enum Prepared {
 }
 
 /// Normalises and packs the input of linears.
+#[expect(clippy::large_enum_variant, reason = "an encoder has one")]
 pub(super) enum Packer {
     /// Inputs stay in single precision.
     Exact {
@@ -78,11 +83,15 @@ pub(super) enum Packer {
     },
 }
 
-/// Kernels that pack rows; the second of each is for rows of whole vectors.
+/// Kernels that pack rows.
 pub(super) struct PackKernels {
-    plain: [Arc<Pipeline>; 2],
-    normed: [Arc<Pipeline>; 2],
+    units: ByInput,
+    /// Where there are matrix units, for more than [`FEW_ROWS`].
+    rows: Option<ByInput>,
 }
+
+/// Of rows as they are, and of their norms; the second of each is for rows of whole vectors.
+type ByInput = [[Arc<Pipeline>; 2]; 2];
 
 /// Packed rows.
 pub(super) struct Packed {
@@ -209,54 +218,70 @@ fn normed_bytes(limits: &StepLimits) -> usize {
 
 impl PackKernels {
     fn new(gpu: &Gpu) -> Result<Self, KernelError> {
-        let kernel = |is_normed, is_aligned| gpu.pipeline(&pack_kernel(is_normed, is_aligned));
+        let by_input = |kernel: &dyn Fn(bool, bool) -> Kernel| {
+            let kernel = |is_normed, is_aligned| gpu.pipeline(&kernel(is_normed, is_aligned));
+            Ok::<_, KernelError>([
+                [kernel(false, false)?, kernel(false, true)?],
+                [kernel(true, false)?, kernel(true, true)?],
+            ])
+        };
         Ok(Self {
-            plain: [kernel(false, false)?, kernel(false, true)?],
-            normed: [kernel(true, false)?, kernel(true, true)?],
+            units: by_input(&pack_units_kernel)?,
+            rows: gpu.matrices.map(|_| by_input(&pack_rows_kernel)).transpose()?,
         })
     }
 
     fn pack(&self, recorder: &mut Recorder, input: &Input<'_, GpuBackend>, packed: &Packed) {
-        let is_aligned = usize::from(rows(input).width.is_multiple_of(VECTOR));
-        let to = packed.buffers();
-        match input {
-            Input::Rows(x) => {
-                let workgroups = x.width.div_ceil(UNIT).div_ceil(PACK_UNITS);
-                let buffers = [&x.storage].into_iter().chain(to);
-                recorder.dispatch(&self.plain[is_aligned], buffers, &[x.width as u32, 0], [workgroups, x.rows, 1]);
-            }
-            Input::Normed { x, weight, eps } => {
-                let buffers = [&x.storage, &weight.storage].into_iter().chain(to);
-                let parameters = [x.width as u32, eps.to_bits()];
-                recorder.dispatch(&self.normed[is_aligned], buffers, &parameters, [1, x.rows, 1]);
-            }
-        }
+        let GpuBuffer { rows, width, storage, .. } = rows(input);
+        let by_rows = self.rows.as_ref().filter(|_| *rows > FEW_ROWS);
+        let (norm, eps) = match input {
+            Input::Rows(_) => (None, 0.0),
+            Input::Normed { weight, eps, .. } => (Some(&weight.storage), *eps),
+        };
+        let of_row = match (by_rows, norm) {
+            (None, None) => width.div_ceil(UNIT).div_ceil(PACK_UNITS),
+            _ => 1,
+        };
+        let is_aligned = width.is_multiple_of(VECTOR);
+        let kernel = &by_rows.unwrap_or(&self.units)[usize::from(norm.is_some())][usize::from(is_aligned)];
+        let buffers = [storage].into_iter().chain(norm).chain(packed.buffers());
+        recorder.dispatch(kernel, buffers, &[*width as u32, eps.to_bits()], [of_row, *rows, 1]);
     }
 }
 
 /// Units that a workgroup of `pack_input.wgsl` packs at once: a quarter of its invocations.
 const PACK_UNITS: usize = 32;
 
-/// The kernel that packs rows, or their norms.
-fn pack_kernel(is_normed: bool, is_aligned: bool) -> Kernel {
+/// Columns that packed rows are padded to a multiple of.
+pub(super) const PADDED: usize = 512;
+
+/// The kernel that packs units of rows, or of their norms.
+fn pack_units_kernel(is_normed: bool, is_aligned: bool) -> Kernel {
+    let files = [include_str!("../shaders/pack_row.wgsl"), include_str!("../shaders/pack_input.wgsl")];
+    pack_kernel("pack_input", is_normed, is_aligned, &files)
+}
+
+/// The kernel that packs whole rows, or their norms.
+fn pack_rows_kernel(is_normed: bool, is_aligned: bool) -> Kernel {
+    pack_kernel("pack_rows", is_normed, is_aligned, &[include_str!("../shaders/pack_rows.wgsl")])
+}
+
+fn pack_kernel(name: &'static str, is_normed: bool, is_aligned: bool, of_kernel: &[&'static str]) -> Kernel {
     let element = if is_aligned { "vec4<f32>" } else { "f32" };
     let mut bindings = vec![Binding::read("x", element)];
     if is_normed {
         bindings.push(Binding::read("norm_weight", element));
     }
     bindings.extend([Binding::write("packed", "vec4<u32>"), Binding::write("packed_scales", "f32")]);
-    Kernel {
-        name: "pack_input",
-        prelude: format!("const NORMED = {is_normed};\n{}", four_functions(is_normed, is_aligned)),
-        bindings,
-        files: vec![
-            include_str!("../shaders/pack.wgsl"),
-            include_str!("../shaders/pack_row.wgsl"),
-            include_str!("../shaders/reduce.wgsl"),
-            include_str!("../shaders/norm.wgsl"),
-            include_str!("../shaders/pack_input.wgsl"),
-        ],
-    }
+    let mut files = vec![
+        include_str!("../shaders/pack.wgsl"),
+        include_str!("../shaders/reduce.wgsl"),
+        include_str!("../shaders/norm.wgsl"),
+    ];
+    files.extend(of_kernel);
+    let prelude =
+        format!("const NORMED = {is_normed};\nconst PADDED = {PADDED}u;\n{}", four_functions(is_normed, is_aligned));
+    Kernel { name, prelude, bindings, files }
 }
 
 /// The functions by which `pack_row.wgsl` reads four columns of x, and multiplies them by the weights of a norm.
@@ -287,9 +312,9 @@ pub(super) fn four_functions(is_normed: bool, is_aligned: bool) -> String {
 }
 
 impl Packed {
-    /// Bytes of halves and of scales.
+    /// Bytes of halves and of scales, however rows are packed.
     fn sizes(rows: usize, width: usize) -> [usize; 2] {
-        let units = width.div_ceil(UNIT).saturating_mul(rows);
+        let units = (width.div_ceil(PADDED) * (PADDED / UNIT)).saturating_mul(rows);
         [2 * UNIT, size_of::<f32>()].map(|bytes| units.saturating_mul(bytes))
     }
 
