@@ -22,7 +22,7 @@ const BATCHES: [&[Range<usize>]; 5] = [
 ];
 
 /// Widths of heads: those of models, and one that is no power of two of anything.
-pub(crate) const HEAD_DIMS: [usize; 7] = [24, 64, 80, 96, 128, 192, 256];
+pub const HEAD_DIMS: [usize; 7] = [24, 64, 80, 96, 128, 192, 256];
 
 /// Tokens that a sequence may reach.
 const CONTEXT: usize = 512;

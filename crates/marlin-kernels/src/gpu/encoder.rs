@@ -48,6 +48,8 @@ impl GpuEncoder {
             LinearEncoder::bytes(limits, arithmetic),
             AttentionEncoder::bytes(limits),
             Sampler::bytes(limits),
+            // Where logits are read; tokens that are chosen on the device take next to nothing.
+            limits.logit_rows.saturating_mul(limits.vocabulary).saturating_mul(size_of::<f32>()),
         ];
         parts.into_iter().fold(0, usize::saturating_add)
     }

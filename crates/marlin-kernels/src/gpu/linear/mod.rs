@@ -292,11 +292,12 @@ impl<'a> Upload<'a> {
 impl PartKernels {
     fn new(gpu: &Gpu, format: &DeviceFormat, shape: &Shape, is_gated: bool) -> Result<Self, KernelError> {
         let (cols, rows) = (shape.k as usize, shape.rows as usize);
-        Ok(Self {
-            plain: LinearKernels::new(gpu, format, cols, rows, false)?,
-            gated: is_gated.then(|| LinearKernels::new(gpu, format, cols, rows / 2, true)).transpose()?,
-            embed: gpu.pipeline(&embed_kernel(format))?,
-        })
+        // Drivers compile on the thread that asks them to.
+        let plain = || LinearKernels::new(gpu, format, cols, rows, false);
+        let gated = || is_gated.then(|| LinearKernels::new(gpu, format, cols, rows / 2, true)).transpose();
+        let embed = || gpu.pipeline(&embed_kernel(format));
+        let (plain, (gated, embed)) = rayon::join(plain, || rayon::join(gated, embed));
+        Ok(Self { plain: plain?, gated: gated?, embed: embed? })
     }
 }
 
