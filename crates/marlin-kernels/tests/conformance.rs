@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use libtest_mimic::{Arguments, Trial};
 use marlin_kernels::conformance::{Table, gpu_label};
 use marlin_kernels::cpu::{Arithmetic, CpuOptions, SimdLevel};
-use marlin_kernels::gpu::{GpuArithmetic, GpuOptions};
+use marlin_kernels::gpu::{GpuArithmetic, GpuMatrices, GpuOptions, MatrixSize};
 
 fn main() -> ExitCode {
     let mut table = Table::default();
@@ -24,15 +24,21 @@ fn main() -> ExitCode {
     libtest_mimic::run(&Arguments::from_args(), rows.chain(without_gpu).collect()).exit_code()
 }
 
-/// Adds the rows of the first GPU, its kernels compiled with and without bounds checks. Without one they are reported as ignored, or
-/// as failed if the environment variable `METAL_MARLIN_REQUIRE_GPU` is set.
+/// Adds the rows of the first GPU, its kernels compiled with and without bounds checks, and those for matrix units of each size played by
+/// plain arithmetic, too. Without a GPU they are reported as ignored, or as failed if the environment variable
+/// `METAL_MARLIN_REQUIRE_GPU` is set.
 fn add_gpu(table: &mut Table) -> Vec<Trial> {
+    use GpuArithmetic::{Exact, Half};
+    use GpuMatrices::{Device, Emulated};
     let mut failed = Vec::new();
-    for arithmetic in [GpuArithmetic::Exact, GpuArithmetic::Half] {
+    for (arithmetic, matrices) in
+        [(Exact, Device), (Half, Device), (Half, Emulated(MatrixSize::Eight)), (Half, Emulated(MatrixSize::Sixteen))]
+    {
         for checked in [false, true] {
-            if let Err(error) = table.add_gpu(GpuOptions { adapter: None, checked, arithmetic }) {
-                let name = format!("all/{}: {error}", gpu_label(arithmetic, checked));
-                let row = Trial::test(name, move || Err(error.into()));
+            let options = GpuOptions { checked, arithmetic, matrices, ..GpuOptions::default() };
+            let label = gpu_label(&options);
+            if let Err(error) = table.add_gpu(options) {
+                let row = Trial::test(format!("all/{label}: {error}"), move || Err(error.into()));
                 failed.push(row.with_ignored_flag(std::env::var_os("METAL_MARLIN_REQUIRE_GPU").is_none()));
             }
         }

@@ -1,6 +1,7 @@
 //! Which device a model runs on, and how.
 
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use marlin_checkpoint::Checkpoint;
@@ -8,6 +9,8 @@ use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions};
 use marlin_kernels::gpu::{GpuBackend, GpuOptions, adapters};
 use marlin_kernels::{KernelError, KvType, MemoryUse};
 use marlin_model::{LanguageModel, LoadOptions, ModelError};
+
+use crate::model_cache::ModelCache;
 
 /// Each thread has memory of its own, so that a slip of the finger could take all there is.
 const MOST_THREADS: usize = 1024;
@@ -109,7 +112,8 @@ impl DeviceOptions {
         if adapter.is_none() && !matches!(self.device, DeviceChoice::Gpu(_)) {
             return CpuBackend::new(self.cpu()).map(Device::Cpu);
         }
-        GpuBackend::new(GpuOptions { adapter, ..GpuOptions::default() }).map(Device::Gpu)
+        GpuBackend::new(GpuOptions { adapter, pipeline_cache: kernels_folder(), ..GpuOptions::default() })
+            .map(Device::Gpu)
     }
 
     /// How the CPU is used.
@@ -120,6 +124,11 @@ impl DeviceOptions {
             ..CpuOptions::default()
         }
     }
+}
+
+/// Where compiled kernels are kept; `None` if there is no place for them.
+pub(crate) fn kernels_folder() -> Option<PathBuf> {
+    ModelCache::from_env().ok().map(|cache| cache.kernels_folder())
 }
 
 /// Number format of cached keys and values, as `--kv` names it.

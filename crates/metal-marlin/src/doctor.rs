@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use marlin_format::Format;
 use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
-use marlin_kernels::gpu::{GpuAdapter, GpuBackend, GpuOptions, adapters};
+use marlin_kernels::gpu::{GpuAdapter, GpuArithmetic, GpuBackend, GpuOptions, adapters};
 use marlin_kernels::reference::ReferenceBackend;
 use marlin_kernels::{Backend, Encoder, KernelError, LinearPart, Step, StepLimits};
 use marlin_model::{LoadOptions, LogitRows, StepBatch};
@@ -134,9 +134,11 @@ fn conformance(adapters: &[GpuAdapter]) -> Vec<Check> {
         }
     }
     for (index, _) in adapters.iter().enumerate().filter(|(_, adapter)| adapter.missing.is_none()) {
-        let options = GpuOptions { adapter: Some(index), ..GpuOptions::default() };
-        let error = GpuBackend::new(options).and_then(|backend| linear_error(&backend));
-        checks.push(check(format!("gpu:{index} kernels"), 1e-12, error));
+        for (arithmetic, name, bound) in [(GpuArithmetic::Exact, "f32", 1e-12), (GpuArithmetic::Half, "f16", 5e-6)] {
+            let options = GpuOptions { adapter: Some(index), arithmetic, ..GpuOptions::default() };
+            let error = GpuBackend::new(options).and_then(|backend| linear_error(&backend));
+            checks.push(check(format!("gpu:{index} kernels, {name} activations"), bound, error));
+        }
     }
     checks
 }

@@ -23,6 +23,7 @@ pub mod machine;
 pub mod memory;
 pub mod model_cache;
 pub mod stats;
+pub mod verify;
 
 pub use device::DeviceOptions;
 pub use load::LoadError;

@@ -1,9 +1,10 @@
-//! Models quantised while they are opened, kept for the next time; and which models of the Hub were used.
+//! Models quantised while they are opened, kept for the next time; which models of the Hub were used; and compiled kernels.
 //!
 //! ```text
 //! CACHE/quantized/ID/entry.json   what it was made from and how; its modification time is the last use
 //! CACHE/quantized/ID/model        the model folder; there when it is whole
 //! CACHE/hub/MODEL@COMMIT          a snapshot of the Hub that was used, and when
+//! CACHE/kernels/GPU.pipelines     kernels as a GPU's driver compiled them
 //! CACHE/locks/ID                  held by the process that makes or removes an entry
 //! ```
 
@@ -13,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use marlin_checkpoint::{Checkpoint, Layout};
+use marlin_kernels::gpu::PIPELINE_CACHE_EXTENSION;
 use marlin_quantize::{QuantizeError, QuantizeOptions, Recipe, quantize};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -102,6 +104,19 @@ pub struct UsedSnapshot {
     pub snapshot: CachedSnapshot,
     /// When it was opened last.
     pub last_used: SystemTime,
+}
+
+/// Compiled kernels of a GPU.
+#[derive(Debug, Clone)]
+pub struct CompiledKernels {
+    /// The name of their file.
+    pub id: String,
+    /// Bytes on disk.
+    pub bytes: u64,
+    /// When they were written.
+    pub written: SystemTime,
+    /// Their file.
+    pub path: PathBuf,
 }
 
 /// entry.json.
@@ -257,6 +272,34 @@ impl ModelCache {
             }
         }
         Ok(snapshots)
+    }
+
+    /// Where GPUs keep their kernels ([`GpuOptions::pipeline_cache`](marlin_kernels::gpu::GpuOptions::pipeline_cache)).
+    pub fn kernels_folder(&self) -> PathBuf {
+        self.folder.join("kernels")
+    }
+
+    /// The compiled kernels of each GPU, by name.
+    ///
+    /// # Errors
+    /// The cache cannot be read.
+    pub fn kernels(&self) -> Result<Vec<CompiledKernels>, CacheError> {
+        let folder = self.kernels_folder();
+        let mut ids = names(&folder)?;
+        ids.retain(|id| Path::new(id).extension().is_some_and(|extension| extension == PIPELINE_CACHE_EXTENSION));
+        let file = |id: String| {
+            let path = folder.join(&id);
+            CompiledKernels { id, bytes: hub::bytes_of(&path), written: modified(&path), path }
+        };
+        Ok(ids.into_iter().map(file).collect())
+    }
+
+    /// Removes compiled kernels. A program that uses them goes on.
+    ///
+    /// # Errors
+    /// They cannot be removed.
+    pub fn remove_kernels(&self, kernels: &CompiledKernels) -> Result<(), CacheError> {
+        fs::remove_file(&kernels.path).map_err(CacheError::io("remove", &kernels.path))
     }
 
     /// Removes a quantised model.

@@ -139,8 +139,8 @@ fn the_doctor_finds_nothing_broken() {
     assert!(simd.contains(&report["simd"]) && simd.contains(&"portable".into()), "{report}");
     let devices = report["devices"].as_array().unwrap().iter().map(|device| device.as_str().unwrap());
     let gpus = devices.filter(|device| device.starts_with("gpu:") && !device.contains("cannot be used")).count();
-    // Two arithmetics a SIMD level, one check a GPU, and the bundled model.
-    assert_eq!(report["checks"].as_array().unwrap().len(), 2 * simd.len() + gpus + 1, "{report}");
+    // Two arithmetics a SIMD level and a GPU, and the bundled model.
+    assert_eq!(report["checks"].as_array().unwrap().len(), 2 * (simd.len() + gpus) + 1, "{report}");
     for bandwidth in report["read_bandwidth"].as_array().unwrap() {
         assert!(number(&bandwidth["bytes_per_second"]["median"]) > 0.0, "{report}");
     }

@@ -34,9 +34,20 @@ fn metal_marlin(args: &[&str]) -> Run {
 fn help_explains_every_command_with_examples() {
     let general = metal_marlin(&["--help"]);
     assert_eq!(general.code, Some(0));
-    for command in
-        ["run", "chat", "quantize", "plan", "eval", "quality", "bench", "cache", "doctor", "completions", "man"]
-    {
+    for command in [
+        "run",
+        "chat",
+        "quantize",
+        "plan",
+        "eval",
+        "quality",
+        "bench",
+        "cache",
+        "doctor",
+        "verify-kernels",
+        "completions",
+        "man",
+    ] {
         assert!(general.stdout.contains(&format!("\n  {command} ")), "{}", general.stdout);
         let help = metal_marlin(&[command, "--help"]);
         assert_eq!(help.code, Some(0), "{command}");

@@ -17,6 +17,10 @@ const BLOCKS_M: [usize; 4] = [63, 64, 65, 129];
 /// Those that meet [`BLOCKS_M`]: one scheme for each kind of inner loop, and one that is converted.
 const BLOCKS_SCHEMES: [&str; 9] = ["fp4", "int4", "int8", "fp8", "bf16", "fp4-2of4", "int4-2of4", "fp8-2of4", "q4-k"];
 
+/// N, K and M around the borders of tiles of 16 to 128 rows, and of columns that are passed over in steps of 32 to 256.
+const TILES: [[usize; 3]; 7] =
+    [[33, 300, 16], [66, 512, 17], [64, 256, 33], [130, 68, 48], [36, 132, 64], [130, 100, 65], [67, 324, 129]];
+
 /// The magnitude of outlier channels.
 const OUTLIER: f32 = 1e5;
 
@@ -29,6 +33,23 @@ const PRODUCT: f64 = 4.0;
 const SUM: f64 = 2e-15;
 
 pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
+    for (name, scheme) in schemes() {
+        table.add(device, format!("linear/{name}"), move |device| all_shapes(device, scheme));
+        table.add(device, format!("linear-bias/{name}"), move |device| some_shapes(device, scheme, Epilogue::Store));
+        table.add(device, format!("linear-add/{name}"), move |device| some_shapes(device, scheme, Epilogue::Add));
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            table.add(device, format!("linear-gated-{activation:?}/{name}").to_lowercase(), move |device| {
+                some_shapes(device, scheme, Epilogue::Gated(activation))
+            });
+        }
+        table.add(device, format!("embed/{name}"), move |device| embed(device, scheme));
+    }
+    table.add(device, "linear-fused/mixed".into(), fused);
+    add_rows_of_many(table, device);
+}
+
+/// Rows whose inputs are of many rows.
+pub(crate) fn add_rows_of_many<B: Backend>(table: &mut Table, device: &Device<B>) {
     let epilogues = [
         ("store", Epilogue::Store),
         ("add", Epilogue::Add),
@@ -41,17 +62,11 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
                 row_blocks(device, scheme, epilogue)
             });
         }
-        table.add(device, format!("linear/{name}"), move |device| all_shapes(device, scheme));
-        table.add(device, format!("linear-bias/{name}"), move |device| some_shapes(device, scheme, Epilogue::Store));
-        table.add(device, format!("linear-add/{name}"), move |device| some_shapes(device, scheme, Epilogue::Add));
-        for activation in [Activation::Silu, Activation::GeluTanh] {
-            table.add(device, format!("linear-gated-{activation:?}/{name}").to_lowercase(), move |device| {
-                some_shapes(device, scheme, Epilogue::Gated(activation))
-            });
-        }
-        table.add(device, format!("embed/{name}"), move |device| embed(device, scheme));
+        table.add(device, format!("linear-tiles/{name}"), move |device| tiles(device, scheme, Epilogue::Store));
+        table.add(device, format!("linear-tiles-gated/{name}"), move |device| {
+            tiles(device, scheme, Epilogue::Gated(Activation::Silu))
+        });
     }
-    table.add(device, "linear-fused/mixed".into(), fused);
 }
 
 /// All pairs of N and K; each with two values of M, which meet every N and every K.
@@ -86,6 +101,16 @@ fn row_blocks<B: Backend>(device: &Device<B>, scheme: Scheme, epilogue: Epilogue
     let k = if has_columns(&scheme, 65) { 65 } else { 68 };
     let parts: Vec<_> = (0..epilogue.parts()).map(|_| with_bias(random(scheme, 9, k, &mut rng), &mut rng)).collect();
     BLOCKS_M.into_iter().try_for_each(|m| check_linear(device, &parts, m, epilogue, &mut rng))
+}
+
+/// Each of [`TILES`], with biases.
+fn tiles<B: Backend>(device: &Device<B>, scheme: Scheme, epilogue: Epilogue) -> Result<(), String> {
+    let mut rng = Rng(6);
+    TILES.into_iter().try_for_each(|[n, k, m]| {
+        let parts: Vec<_> =
+            (0..epilogue.parts()).map(|_| with_bias(random(scheme, n, k, &mut rng), &mut rng)).collect();
+        check_linear(device, &parts, m, epilogue, &mut rng)
+    })
 }
 
 /// Three matrices of different heights in one linear, with neighbouring schemes of the table and biases on some.

@@ -42,7 +42,7 @@ pub(crate) use self::attention::HEAD_DIMS;
 pub(crate) use self::matrices::random;
 pub(crate) use self::support::Rng;
 use crate::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
-use crate::gpu::{GpuArithmetic, GpuBackend, GpuOptions};
+use crate::gpu::{GpuArithmetic, GpuBackend, GpuMatrices, GpuOptions, MatrixSize};
 use crate::{Backend, KernelError};
 
 /// Rows of the devices that were added.
@@ -81,6 +81,19 @@ pub struct ErrorFound {
     pub bound: f64,
 }
 
+impl ErrorFound {
+    /// Whether it is nearer to its bound, or further beyond.
+    pub fn is_nearer_than(&self, other: &Self) -> bool {
+        // Without dividing: bounds may be 0.
+        self.nmse * other.bound > other.nmse * self.bound
+    }
+
+    /// The error as a share of its bound; `None` where none is allowed.
+    pub fn share(self) -> Option<f64> {
+        (self.bound > 0.0).then(|| self.nmse / self.bound)
+    }
+}
+
 impl Table {
     /// Adds the rows of a processor. Rows without linears come with [`Arithmetic::Exact`] alone: the arithmetic makes no difference to
     /// them.
@@ -105,22 +118,25 @@ impl Table {
         Ok(())
     }
 
-    /// Adds the rows of a GPU. Rows without linears come with [`GpuArithmetic::Exact`] alone: the arithmetic makes no difference to
-    /// them.
+    /// Adds the rows of a GPU, which it gives back. Rows without linears come with [`GpuArithmetic::Exact`] alone: the arithmetic makes
+    /// no difference to them. For [`GpuMatrices::Emulated`] there are those rows alone that multiply such matrices.
     ///
     /// # Errors
     /// If it does not open.
-    pub fn add_gpu(&mut self, options: GpuOptions) -> Result<(), KernelError> {
-        let GpuOptions { arithmetic, checked, .. } = options;
+    pub fn add_gpu(&mut self, options: GpuOptions) -> Result<Arc<GpuBackend>, KernelError> {
+        let (arithmetic, matrices, label) = (options.arithmetic, options.matrices, gpu_label(&options));
         // Half precision rounds activations, scales and weights by up to 2^-11 of themselves, and each of a pair's 16 sums; an outlier's
         // product carries its whole error.
         let bounds = match arithmetic {
             GpuArithmetic::Exact => Bounds { linear: 1e-12, embed: 1e-13 },
             GpuArithmetic::Half => Bounds { linear: 5e-6, embed: 5e-7 },
         };
-        let device = Device::new(gpu_label(arithmetic, checked), GpuBackend::new(options)?, bounds);
-        self.add_device(&device, arithmetic == GpuArithmetic::Exact);
-        Ok(())
+        let device = Device::new(label, GpuBackend::new(options)?, bounds);
+        match matrices {
+            GpuMatrices::Device => self.add_device(&device, arithmetic == GpuArithmetic::Exact),
+            GpuMatrices::Emulated(_) => linear::add_rows_of_many(self, &device),
+        }
+        Ok(device.backend)
     }
 
     /// Adds the rows of a device that computes nothing, which compare nothing.
@@ -172,12 +188,17 @@ impl Table {
 }
 
 /// What rows of a GPU end with.
-pub fn gpu_label(arithmetic: GpuArithmetic, checked: bool) -> String {
-    let arithmetic = match arithmetic {
+pub fn gpu_label(options: &GpuOptions) -> String {
+    let arithmetic = match options.arithmetic {
         GpuArithmetic::Exact => "",
         GpuArithmetic::Half => "-half",
     };
-    format!("gpu{arithmetic}{}", if checked { "-checked" } else { "" })
+    let matrices = match options.matrices {
+        GpuMatrices::Device => "",
+        GpuMatrices::Emulated(MatrixSize::Eight) => "-8x8",
+        GpuMatrices::Emulated(MatrixSize::Sixteen) => "-16x16",
+    };
+    format!("gpu{arithmetic}{matrices}{}", if options.checked { "-checked" } else { "" })
 }
 
 impl Row {
@@ -233,9 +254,7 @@ impl<B> Device<B> {
 
     /// Keeps the error if it is the nearest to its bound.
     fn note(&self, error: ErrorFound) {
-        // Without dividing: bounds may be 0.
-        let is_nearer = |than: &ErrorFound| error.nmse * than.bound > than.nmse * error.bound;
-        if self.error.get().is_none_or(|nearest| is_nearer(&nearest)) {
+        if self.error.get().is_none_or(|nearest| error.is_nearer_than(&nearest)) {
             self.error.set(Some(error));
         }
     }

@@ -2,15 +2,17 @@
 
 use std::collections::HashMap;
 use std::panic::{self, AssertUnwindSafe};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use super::disk_cache::DiskCache;
 use super::pipeline::{Kernel, Pipeline};
 use super::registry::KernelVariant;
 use crate::KernelError;
 
 /// Which GPU, and how its kernels are compiled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct GpuOptions {
     /// Index into [`adapters`]; the first of the fastest kind if `None`.
     pub adapter: Option<usize>,
@@ -18,6 +20,10 @@ pub struct GpuOptions {
     pub checked: bool,
     /// How linears compute.
     pub arithmetic: GpuArithmetic,
+    /// What multiplies the matrices of linears in half precision.
+    pub matrices: GpuMatrices,
+    /// The folder that keeps compiled kernels for the next time, where the device allows that; none are kept if `None`.
+    pub pipeline_cache: Option<PathBuf>,
 }
 
 /// How linears compute.
@@ -25,10 +31,20 @@ pub struct GpuOptions {
 pub enum GpuArithmetic {
     /// In single precision throughout.
     Exact,
-    /// Activations are rounded to half precision, 32 of them sharing a power of two, and so are weights that are not packed; products of
-    /// 32 columns are summed in half precision, the rest in single. The mean squared error is about 1e-7 of the mean square.
+    /// Activations are rounded to half precision, 32 of them or a row sharing a power of two, and so are weights. For few rows, products
+    /// of 32 columns are summed in half precision; all other sums are in single. The mean squared error is about 1e-7 of the mean square.
     #[default]
     Half,
+}
+
+/// What multiplies the matrices of linears for more than a few rows of input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum GpuMatrices {
+    /// The device's matrix units, if it has any that [`MatrixSize`] knows.
+    #[default]
+    Device,
+    /// The same kernels in plain arithmetic, as if the device had matrix units of this size: slower, for tests of the kernels.
+    Emulated(MatrixSize),
 }
 
 /// What the device is and can do.
@@ -48,7 +64,7 @@ pub struct GpuCaps {
     pub workgroup_memory: u32,
     /// Kernels may use operations of subgroups.
     pub subgroups: bool,
-    /// The sizes of matrices in half precision that its matrix units multiply and sum in single precision.
+    /// The sizes of matrices in half precision that its matrix units multiply and sum in single precision, largest first.
     pub matrices: Vec<MatrixSize>,
     /// It tells the time between kernels.
     pub timestamps: bool,
@@ -68,7 +84,7 @@ impl GpuCaps {
             max_binding: MAX_BINDING,
             workgroup_memory: 32 << 10,
             subgroups: true,
-            matrices: vec![MatrixSize { m: 8, n: 8, k: 8 }],
+            matrices: vec![MatrixSize::Eight],
             timestamps: true,
             pipeline_cache: false,
         }
@@ -102,15 +118,23 @@ impl GpuCaps {
     }
 }
 
-/// `[m, k]` times `[k, n]`.
+/// The rows and columns of matrices that matrix units multiply at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MatrixSize {
-    /// Rows of the product.
-    pub m: u32,
-    /// Columns of the product.
-    pub n: u32,
-    /// Terms of a sum.
-    pub k: u32,
+pub enum MatrixSize {
+    /// 8 × 8, Metal's simdgroup matrices.
+    Eight,
+    /// 16 × 16, the cooperative matrices of NVIDIA's and others' Vulkan drivers.
+    Sixteen,
+}
+
+impl MatrixSize {
+    /// Rows and columns.
+    pub fn rows(self) -> usize {
+        match self {
+            Self::Eight => 8,
+            Self::Sixteen => 16,
+        }
+    }
 }
 
 /// An open device.
@@ -119,13 +143,39 @@ pub(super) struct Gpu {
     pub(super) queue: wgpu::Queue,
     pub(super) caps: GpuCaps,
     pub(super) arithmetic: GpuArithmetic,
+    /// What linears in half precision use.
+    pub(super) matrices: Option<Matrices>,
     checked: bool,
-    pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
+    /// By source.
+    pipelines: Mutex<HashMap<String, Slot>>,
+    pub(super) disk_cache: Option<DiskCache>,
     /// The first thing that went wrong since it was last asked for.
     failure: Arc<Mutex<Option<String>>>,
     /// Why the device is gone for good, if it is.
     loss: Arc<Mutex<Option<String>>>,
     next_id: AtomicU64,
+}
+
+/// A compiled kernel, or why there is none, once that is known.
+type Slot = Arc<OnceLock<Result<Arc<Pipeline>, String>>>;
+
+/// Matrix units that kernels are made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Matrices {
+    pub(super) size: MatrixSize,
+    pub(super) is_emulated: bool,
+}
+
+impl Matrices {
+    fn of(options: &GpuOptions, caps: &GpuCaps) -> Option<Self> {
+        if options.arithmetic == GpuArithmetic::Exact || caps.workgroup_memory < MATRICES_WORKGROUP_MEMORY {
+            return None;
+        }
+        match options.matrices {
+            GpuMatrices::Device => caps.matrices.first().map(|&size| Self { size, is_emulated: false }),
+            GpuMatrices::Emulated(size) => Some(Self { size, is_emulated: true }),
+        }
+    }
 }
 
 /// A buffer of the device. Its id is part of the key of prebuilt bind groups.
@@ -152,6 +202,9 @@ const MAX_BINDING: u64 = (1 << 31) - 4;
 
 /// Bytes of workgroup memory that the largest kernel takes, the one for tiles of 64 by 64.
 const WORKGROUP_MEMORY: u32 = 2 * 64 * 33 * 4;
+
+/// Bytes of workgroup memory that all tiles of matrices can do with.
+pub(super) const MATRICES_WORKGROUP_MEMORY: u32 = 32 << 10;
 
 /// What an adapter lacks; `None` if it can be used.
 fn missing(adapter: &wgpu::Adapter) -> Option<String> {
@@ -211,12 +264,20 @@ fn enumerate(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
 
 fn matrices(adapter: &wgpu::Adapter, features: wgpu::Features) -> Vec<MatrixSize> {
     use wgpu::CooperativeScalarType::{F16, F32};
-    if !features.contains(MATRICES) {
+    let info = adapter.get_info();
+    // Kernels count on 32 invocations that share a matrix. Metal's do, though wgpu cannot ask.
+    let subgroups_of_32 =
+        info.backend == wgpu::Backend::Metal || (info.subgroup_min_size, info.subgroup_max_size) == (32, 32);
+    if !features.contains(MATRICES) || !subgroups_of_32 {
         return Vec::new();
     }
     let properties = adapter.cooperative_matrix_properties();
-    let mixed = properties.iter().filter(|it| (it.ab_type, it.cr_type) == (F16, F32));
-    mixed.map(|it| MatrixSize { m: it.m_size, n: it.n_size, k: it.k_size }).collect()
+    let has = |rows: u32| {
+        properties.iter().any(|it| {
+            (it.ab_type, it.cr_type) == (F16, F32) && [it.m_size, it.n_size, it.k_size].iter().all(|&size| size == rows)
+        })
+    };
+    [MatrixSize::Sixteen, MatrixSize::Eight].into_iter().filter(|size| has(size.rows() as u32)).collect()
 }
 
 impl Gpu {
@@ -273,6 +334,8 @@ impl Gpu {
         }))
         .map_err(|error| KernelError::Device(format!("{} does not open: {error}", caps.name)))?;
 
+        let folder = options.pipeline_cache.as_ref();
+        let disk_cache = folder.and_then(|folder| DiskCache::open(&device, &adapter.get_info(), folder));
         let failure = Arc::new(Mutex::new(None));
         let first = failure.clone();
         device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| remember(&first, error.to_string())));
@@ -284,39 +347,59 @@ impl Gpu {
         Ok(Self {
             device,
             queue,
-            caps,
             arithmetic: options.arithmetic,
+            matrices: Matrices::of(&options, &caps),
+            caps,
             checked: options.checked,
             pipelines: Mutex::default(),
+            disk_cache,
             failure,
             loss,
             next_id: AtomicU64::new(0),
         })
     }
 
-    /// The compiled kernel; each is compiled once.
+    /// The compiled kernel; each is compiled once, several at a time by several threads.
     pub(super) fn pipeline(&self, kernel: &Kernel) -> Result<Arc<Pipeline>, KernelError> {
         let source = kernel.source();
-        let mut pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pipeline) = pipelines.get(&source) {
-            return Ok(pipeline.clone());
-        }
-        let pipeline = Arc::new(self.compile(kernel, &source)?);
-        pipelines.insert(source, pipeline.clone());
-        Ok(pipeline)
-    }
-
-    /// Compiles a kernel, whether or not that was done before.
-    pub(super) fn compile(&self, kernel: &Kernel, source: &str) -> Result<Pipeline, KernelError> {
-        Pipeline::compile(&self.device, kernel, source, self.checked, IMMEDIATE_BYTES).map_err(|reason| {
+        let slot = self.pipelines().entry(source.clone()).or_default().clone();
+        let compile = || {
+            let cache = self.disk_cache.as_ref();
+            let compiled = Pipeline::compile(&self.device, kernel, &source, self.checked, IMMEDIATE_BYTES, cache);
+            compiled.map(Arc::new)
+        };
+        slot.get_or_init(compile).clone().map_err(|reason| {
             KernelError::Device(format!("{} cannot compile the kernel {}: {reason}", self.caps.name, kernel.name))
         })
     }
 
+    /// Keeps the kernels compiled so far for the next time, where that is wanted.
+    pub(super) fn save_kernels(&self) {
+        if let Some(cache) = &self.disk_cache {
+            cache.save();
+        }
+    }
+
     /// The kernels compiled so far.
     pub(super) fn kernels(&self) -> Vec<KernelVariant> {
-        let pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
-        pipelines.iter().map(|(source, it)| KernelVariant::of(source.clone(), it.kernel.clone())).collect()
+        let compiled = |(source, slot): (&String, &Slot)| {
+            let pipeline = slot.get()?.as_ref().ok()?;
+            Some(KernelVariant::of(source.clone(), pipeline.kernel.clone()))
+        };
+        self.pipelines().iter().filter_map(compiled).collect()
+    }
+
+    /// The sources of the kernels that an encoder recorded for the first time since the last call.
+    pub(super) fn take_recorded(&self) -> Vec<String> {
+        let was_recorded = |slot: &Slot| {
+            slot.get().and_then(|compiled| compiled.as_ref().ok()).is_some_and(|pipeline| pipeline.take_recorded())
+        };
+        let pipelines = self.pipelines();
+        pipelines.iter().filter(|(_, slot)| was_recorded(slot)).map(|(source, _)| source.clone()).collect()
+    }
+
+    fn pipelines(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
+        self.pipelines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Memory on the device, zeroed.
@@ -388,6 +471,12 @@ impl Gpu {
         })?;
         waited.map_err(|error| KernelError::Device(format!("{} does not finish: {error}", self.caps.name)))?;
         self.check()
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        self.save_kernels();
     }
 }
 

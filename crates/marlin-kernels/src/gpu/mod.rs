@@ -6,9 +6,11 @@
 
 mod attention;
 mod device;
+mod disk_cache;
 mod encoder;
 mod kv;
 mod linear;
+mod msl;
 mod pipeline;
 mod recorder;
 mod registry;
@@ -20,10 +22,12 @@ use std::sync::Arc;
 
 use marlin_format::Scheme;
 
-pub use device::{GpuAdapter, GpuArithmetic, GpuCaps, GpuOptions, MatrixSize, adapters};
+pub use device::{GpuAdapter, GpuArithmetic, GpuCaps, GpuMatrices, GpuOptions, MatrixSize, adapters};
+pub use disk_cache::PIPELINE_CACHE_EXTENSION;
 pub use encoder::GpuEncoder;
 pub use kv::GpuKvCache;
 pub use linear::GpuLinear;
+pub use msl::{Msl, metal_kernels};
 pub use registry::{KernelVariant, kernels};
 
 use self::device::{Gpu, Storage};
@@ -116,7 +120,10 @@ impl Backend for GpuBackend {
     }
 
     fn encoder(&self, limits: &StepLimits) -> Result<GpuEncoder, KernelError> {
-        GpuEncoder::new(self.gpu.clone(), limits)
+        let encoder = GpuEncoder::new(self.gpu.clone(), limits)?;
+        // Matrices have been loaded by now, as a rule.
+        self.gpu.save_kernels();
+        Ok(encoder)
     }
 }
 

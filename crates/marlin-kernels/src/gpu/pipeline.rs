@@ -5,8 +5,11 @@ use std::collections::hash_map::Entry;
 use std::fmt::Write as _;
 use std::hash::Hash;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use super::device::Gpu;
+use super::disk_cache::DiskCache;
 use super::unroll::unroll;
 use crate::KernelError;
 
@@ -42,6 +45,9 @@ impl Kernel {
     /// The whole WGSL, its loops unrolled.
     pub(super) fn source(&self) -> String {
         let mut source = String::from("enable f16;\n");
+        if self.files.iter().any(|file| file.contains("coop_mat")) {
+            source += "enable wgpu_cooperative_matrix;\n";
+        }
         for (index, Binding { name, element, writes }) in self.bindings.iter().enumerate() {
             let access = if *writes { "read_write" } else { "read" };
             // Writing to a string does not fail.
@@ -63,6 +69,10 @@ pub(super) struct Pipeline {
     pub(super) layout: wgpu::BindGroupLayout,
     /// What it was made of.
     pub(super) kernel: Kernel,
+    /// How long that took.
+    pub(super) compiled_in: Duration,
+    /// Whether an encoder recorded it for the first time since this was last asked for.
+    recorded: AtomicBool,
 }
 
 impl Pipeline {
@@ -72,7 +82,9 @@ impl Pipeline {
         source: &str,
         checked: bool,
         immediate_size: u32,
+        cache: Option<&DiskCache>,
     ) -> Result<Self, String> {
+        let start = Instant::now();
         // Drivers' compilers report what they dislike as internal errors.
         let scopes =
             [wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::Internal].map(|filter| device.push_error_scope(filter));
@@ -112,14 +124,35 @@ impl Pipeline {
                 constants: &[],
                 zero_initialize_workgroup_memory: false,
             },
-            cache: None,
+            cache: cache.map(|kept| &kept.cache),
         });
         // Scopes end in the reverse order of their beginning.
         let errors: Vec<_> = scopes.into_iter().rev().filter_map(|scope| pollster::block_on(scope.pop())).collect();
         match errors.first() {
-            None => Ok(Self { pipeline, layout, kernel: kernel.clone() }),
+            None => {
+                if let Some(kept) = cache {
+                    kept.note_compiled();
+                }
+                Ok(Self {
+                    pipeline,
+                    layout,
+                    kernel: kernel.clone(),
+                    compiled_in: start.elapsed(),
+                    recorded: AtomicBool::new(false),
+                })
+            }
             Some(error) => Err(error.to_string()),
         }
+    }
+
+    /// Notes that an encoder records it for the first time.
+    pub(super) fn note_recorded(&self) {
+        self.recorded.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether that was noted since the last call.
+    pub(super) fn take_recorded(&self) -> bool {
+        self.recorded.swap(false, Ordering::Relaxed)
     }
 }
 

@@ -55,6 +55,7 @@ impl Recorder {
         let mut ids = [u64::MAX; MAX_BINDINGS];
         ids.iter_mut().zip(buffers.clone()).for_each(|(id, buffer)| *id = buffer.id);
         let bind_group = self.bind_groups.entry((Arc::as_ptr(pipeline) as usize, ids)).or_insert_with(|| {
+            pipeline.note_recorded();
             let resources = buffers.map(|storage| storage.buffer.as_entire_binding());
             let entry = |(binding, resource)| wgpu::BindGroupEntry { binding, resource };
             let entries: Vec<_> = (0..).zip(resources).map(entry).collect();

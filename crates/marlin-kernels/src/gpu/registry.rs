@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use marlin_format::{Element, PackedMatrix, Scheme};
 
@@ -167,14 +167,17 @@ impl GpuBackend {
         self.gpu.kernels()
     }
 
-    /// Compiles a kernel, and says how long it took.
+    /// Compiles a kernel if that was not done before, and says how long it took.
     ///
     /// # Errors
     /// If the device does not take it.
     pub fn compile(&self, variant: &KernelVariant) -> Result<Duration, KernelError> {
-        let start = Instant::now();
-        self.gpu.compile(&variant.kernel, &variant.source)?;
-        Ok(start.elapsed())
+        self.gpu.pipeline(&variant.kernel).map(|pipeline| pipeline.compiled_in)
+    }
+
+    /// The sources of the kernels that its encoders have begun to use since the last call: a kernel counts once an encoder.
+    pub fn take_used(&self) -> Vec<String> {
+        self.gpu.take_recorded()
     }
 }
 

@@ -1,4 +1,4 @@
-//! `metal-marlin cache`: the models that were quantised and fetched on the way.
+//! `metal-marlin cache`: the models that were quantised and fetched on the way, and compiled kernels.
 
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write, stderr, stdin, stdout};
@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, bail};
 use marlin_model::format_size;
 use metal_marlin::hub::HubCache;
-use metal_marlin::model_cache::{ModelCache, QuantizedModel, UsedSnapshot};
+use metal_marlin::model_cache::{CompiledKernels, ModelCache, QuantizedModel, UsedSnapshot};
 use serde_json::{Value, json};
 
 const EXAMPLES: &str = "\
@@ -20,9 +20,10 @@ Examples:
 
 Models quantised by `run`, `chat`, `eval` and `bench` with --format are in METAL_MARLIN_CACHE, or
 in metal-marlin where this system keeps caches. Models of the Hub are in the cache that its own
-tools use (HF_HUB_CACHE, HF_HOME); of those, the ones that this program used are listed here.";
+tools use (HF_HUB_CACHE, HF_HOME); of those, the ones that this program used are listed here.
+Kernels are those that a GPU's driver compiled; what is removed is compiled again.";
 
-/// List and remove models that were quantised on the fly or fetched from the Hub
+/// List and remove models that were quantised on the fly or fetched from the Hub, and compiled kernels
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
@@ -84,6 +85,7 @@ struct Inventory {
 enum Item {
     Quantized(QuantizedModel),
     Snapshot(UsedSnapshot),
+    Kernels(CompiledKernels),
 }
 
 impl Item {
@@ -92,6 +94,7 @@ impl Item {
         match self {
             Self::Quantized(model) => model.id.clone(),
             Self::Snapshot(UsedSnapshot { snapshot, .. }) => format!("{}@{}", snapshot.id, snapshot.commit),
+            Self::Kernels(kernels) => kernels.id.clone(),
         }
     }
 
@@ -100,6 +103,7 @@ impl Item {
         match self {
             Self::Quantized(model) => model.model.clone(),
             Self::Snapshot(used) => used.snapshot.id.to_string(),
+            Self::Kernels(_) => "kernels".to_owned(),
         }
     }
 
@@ -110,6 +114,7 @@ impl Item {
             Self::Quantized(model) => format!("{} (unfinished)", model.format),
             Self::Snapshot(used) if used.snapshot.revisions.is_empty() => "original".to_owned(),
             Self::Snapshot(used) => format!("original ({})", used.snapshot.revisions.join(", ")),
+            Self::Kernels(_) => "compiled".to_owned(),
         }
     }
 
@@ -117,6 +122,7 @@ impl Item {
         match self {
             Self::Quantized(model) => model.bytes,
             Self::Snapshot(used) => used.snapshot.bytes,
+            Self::Kernels(kernels) => kernels.bytes,
         }
     }
 
@@ -124,6 +130,7 @@ impl Item {
         match self {
             Self::Quantized(model) => model.last_used,
             Self::Snapshot(used) => used.last_used,
+            Self::Kernels(kernels) => kernels.written,
         }
     }
 
@@ -131,6 +138,7 @@ impl Item {
         match self {
             Self::Quantized(model) => &model.path,
             Self::Snapshot(used) => &used.snapshot.folder,
+            Self::Kernels(kernels) => &kernels.path,
         }
     }
 
@@ -146,7 +154,8 @@ impl Inventory {
         let (models, hub) = (ModelCache::from_env()?, HubCache::from_env()?);
         let quantized = models.models()?.into_iter().map(Item::Quantized);
         let snapshots = models.snapshots(&hub)?.into_iter().map(Item::Snapshot);
-        let items = quantized.chain(snapshots).collect();
+        let kernels = models.kernels()?.into_iter().map(Item::Kernels);
+        let items = quantized.chain(snapshots).chain(kernels).collect();
         Ok(Self { models, hub, items })
     }
 
@@ -185,6 +194,7 @@ impl Inventory {
             match item {
                 Item::Quantized(model) => self.models.remove_model(model)?,
                 Item::Snapshot(used) => self.models.remove_snapshot(&self.hub, used)?,
+                Item::Kernels(kernels) => self.models.remove_kernels(kernels)?,
             }
             freed += item.bytes();
             writeln!(stdout(), "removed {}", item.id())?;
@@ -219,11 +229,16 @@ impl Inventory {
                 "path": snapshot.folder,
             }))
         };
+        let kernels = |item: &Item| {
+            let Item::Kernels(CompiledKernels { id, bytes, written, path }) = item else { return None };
+            Some(json!({ "id": id, "bytes": bytes, "written": unix_seconds(*written), "path": path }))
+        };
         json!({
             "folder": self.models.folder(),
             "quantized": self.items.iter().filter_map(quantized).collect::<Vec<_>>(),
             "hub_folder": self.hub.folder(),
             "snapshots": self.items.iter().filter_map(snapshot).collect::<Vec<_>>(),
+            "kernels": self.items.iter().filter_map(kernels).collect::<Vec<_>>(),
         })
     }
 

@@ -21,6 +21,7 @@ mod recipe;
 pub(crate) mod run;
 mod sampling;
 mod template;
+pub(crate) mod verify_kernels;
 
 /// The commands of `metal-marlin`.
 #[derive(Debug, clap::Subcommand)]
@@ -35,6 +36,7 @@ pub(crate) enum Command {
     Bench(bench::Args),
     Cache(cache::Args),
     Doctor(doctor::Args),
+    VerifyKernels(verify_kernels::Args),
     Completions(completions::Args),
     Man(man::Args),
 }
@@ -53,6 +55,7 @@ impl Command {
             Self::Bench(args) => bench::run(args),
             Self::Cache(args) => cache::run(args),
             Self::Doctor(args) => doctor::run(args),
+            Self::VerifyKernels(args) => verify_kernels::run(args),
             Self::Completions(args) => completions::run(args),
             Self::Man(args) => man::run(args),
         }

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use super::pack::Packer;
 use super::{GpuLinear, Part, Shape};
 use crate::gpu::device::{Gpu, Storage};
-use crate::gpu::pipeline::{Binding, Kernel, Pipeline};
+use crate::gpu::pipeline::Pipeline;
 use crate::gpu::recorder::Recorder;
 use crate::gpu::{GpuArithmetic, GpuBuffer};
 use crate::{Activation, KernelError, StepLimits};
@@ -21,34 +22,16 @@ enum Epilogue {
 
 /// Records linears.
 pub(in crate::gpu) struct LinearEncoder {
-    arithmetic: GpuArithmetic,
-    pack_input: Arc<Pipeline>,
-    packed: PackedInput,
-}
-
-/// The input of linears in half precision; empty where it stays as it is.
-struct PackedInput {
-    pairs: Storage,
-    scales: Storage,
+    packer: Packer,
 }
 
 impl LinearEncoder {
     pub(in crate::gpu) fn bytes(limits: &StepLimits, arithmetic: GpuArithmetic) -> usize {
-        PackedInput::sizes(limits, arithmetic).iter().sum()
+        Packer::bytes(limits, arithmetic)
     }
 
     pub(in crate::gpu) fn new(gpu: &Gpu, limits: &StepLimits) -> Result<Self, KernelError> {
-        let bindings = vec![
-            Binding::read("x", "f32"),
-            Binding::write("packed", "vec4<u32>"),
-            Binding::write("packed_scales", "f32"),
-        ];
-        let files = vec![include_str!("../shaders/pack.wgsl"), include_str!("../shaders/pack_input.wgsl")];
-        Ok(Self {
-            arithmetic: gpu.arithmetic,
-            pack_input: gpu.pipeline(&Kernel { name: "pack_input", prelude: String::new(), bindings, files })?,
-            packed: PackedInput::new(gpu, limits)?,
-        })
+        Ok(Self { packer: Packer::new(gpu, limits)? })
     }
 
     pub(in crate::gpu) fn store(
@@ -117,14 +100,10 @@ impl LinearEncoder {
         }
     }
 
-    /// Prepares the input of linears, where their arithmetic asks for it.
+    /// Prepares the input of a linear.
     fn pack(&self, recorder: &mut Recorder, x: &GpuBuffer, linear: &GpuLinear) {
         assert_eq!(x.width, linear.cols, "an input of the linear's columns");
-        if self.arithmetic == GpuArithmetic::Half {
-            let buffers = [&x.storage, &self.packed.pairs, &self.packed.scales];
-            let workgroups = [x.width.div_ceil(32).div_ceil(64), x.rows, 1];
-            recorder.dispatch(&self.pack_input, buffers, &[x.width as u32], workgroups);
-        }
+        self.packer.pack(recorder, x);
     }
 
     /// Runs one part of a linear on its prepared input.
@@ -139,10 +118,7 @@ impl LinearEncoder {
         first: usize,
         epilogue: Epilogue,
     ) {
-        let packed = [&self.packed.pairs, &self.packed.scales];
-        let exact = [&x.storage];
-        let input: &[&Storage] = if self.arithmetic == GpuArithmetic::Half { &packed } else { &exact };
-        let buffers = part.buffers.iter().chain(input.iter().copied()).chain([&out.storage]);
+        let buffers = part.buffers.iter().chain(self.packer.input(x)).chain([&out.storage]);
         let of_step = [x.rows as u32, first as u32, out.width as u32, epilogue as u32];
         recorder.dispatch(kernel, buffers, &with_shape::<7>(&part.shape, &of_step), workgroups);
     }
@@ -174,23 +150,4 @@ fn with_shape<const N: usize>(shape: &Shape, rest: &[u32]) -> [u32; N] {
     first.copy_from_slice(&shape);
     last.copy_from_slice(rest);
     words
-}
-
-impl PackedInput {
-    /// Bytes of pairs and of scales.
-    fn sizes(limits: &StepLimits, arithmetic: GpuArithmetic) -> [usize; 2] {
-        match arithmetic {
-            GpuArithmetic::Exact => [0, 0],
-            GpuArithmetic::Half => {
-                let units = limits.width.div_ceil(32).saturating_mul(limits.tokens);
-                [64, 4].map(|bytes| units.saturating_mul(bytes))
-            }
-        }
-    }
-
-    fn new(gpu: &Gpu, limits: &StepLimits) -> Result<Self, KernelError> {
-        let [pairs, scales] = Self::sizes(limits, gpu.arithmetic);
-        let what = "the packed input of linears";
-        Ok(Self { pairs: gpu.storage(what, pairs)?, scales: gpu.storage(what, scales)? })
-    }
 }

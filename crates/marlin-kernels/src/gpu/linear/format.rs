@@ -211,50 +211,68 @@ impl DeviceFormat {
         }
     }
 
-    /// The module that stands before a kernel.
+    /// The module that stands before a kernel. Fetching stands apart from decoding, so that a kernel can do other work in between.
     pub(super) fn module(&self) -> String {
-        let quad = |name: &str| match self.arithmetic {
-            GpuArithmetic::Exact => format!("{name}[index]"),
-            GpuArithmetic::Half => {
-                format!("vec4<f32>(unpack2x16float({name}[index].x), unpack2x16float({name}[index].y))")
-            }
+        let quads = match self.arithmetic {
+            GpuArithmetic::Exact => ("vec4<f32>", "quad"),
+            GpuArithmetic::Half => ("vec2<u32>", "vec4<f32>(unpack2x16float(quad.x), unpack2x16float(quad.y))"),
         };
-        let scales = match self.scale {
-            Scale::None => "vec4<f32>(1.0)".into(),
-            Scale::Quads => quad("scales"),
-            Scale::E8M0 => "e8m0_quad(scales[index])".into(),
-            Scale::E4M3 => "e4m3_quad(scales[index])".into(),
+        let (scales, scale) = match self.scale {
+            Scale::None => ("u32", "vec4<f32>(1.0)"),
+            Scale::Quads => quads,
+            Scale::E8M0 => ("u32", "e8m0_quad(quad)"),
+            Scale::E4M3 => ("u32", "e4m3_quad(quad)"),
         };
-        let offsets = if self.offset == Offset::None { "vec4<f32>(0.0)".into() } else { quad("offsets") };
+        let (offsets, offset) = if self.offset == Offset::None { ("u32", "vec4<f32>()") } else { quads };
+        let fetch = |buffer: &str, exists: bool| if exists { format!("{buffer}[index]") } else { "0u".into() };
         format!(
             "const WORDS = {}u;\nconst SCALED = {};\nconst ZEROED = {};\nconst BIASED = {};\nconst GROUP = {}u;\nconst HALVED = {};\n\
-             fn quad_scales(index: u32) -> vec4<f32> {{ return {scales}; }}\n\
-             fn quad_offsets(index: u32) -> vec4<f32> {{ return {offsets}; }}\n\
-             {}",
+             alias Scales = {scales};\nalias Offsets = {offsets};\n\
+             fn fetch_scales(index: u32) -> Scales {{ return {}; }}\n\
+             fn decode_scales(quad: Scales) -> vec4<f32> {{ return {scale}; }}\n\
+             fn fetch_offsets(index: u32) -> Offsets {{ return {}; }}\n\
+             fn decode_offsets(quad: Offsets) -> vec4<f32> {{ return {offset}; }}\n\
+             {}{}",
             self.unit_words(),
             self.scale != Scale::None,
             self.offset == Offset::Zero,
             self.offset == Offset::Bias,
             self.group.unwrap_or(u32::MAX),
             self.group.is_some_and(|cols| !cols.is_multiple_of(UNIT as u32)),
-            self.unit_codes(),
+            fetch("scales", self.scale != Scale::None),
+            fetch("offsets", self.offset != Offset::None),
+            self.fetch_codes(),
+            self.decode_codes(),
+        )
+    }
+
+    /// A unit's codes as they are stored, and the function that fetches them.
+    fn fetch_codes(&self) -> String {
+        let (vector, width) = self.vector();
+        let vectors = self.unit_words() / width;
+        let mut members: Vec<_> = (0..vectors).map(|i| format!("v{i}: {vector}")).collect();
+        let mut values: Vec<_> = (0..vectors).map(|i| format!("codes[{vectors}u * index + {i}u]")).collect();
+        if self.is_sparse {
+            members.push("kept: u32".into());
+            values.push("sparse_index[index]".into());
+        }
+        format!(
+            "struct Codes {{ {} }}\n\
+             fn fetch_codes(shape: Shape, row: u32, unit: u32) -> Codes {{\n\
+             let index = row * units_of(shape) + unit;\nreturn Codes({});\n}}\n",
+            members.join(", "),
+            values.join(", "),
         )
     }
 
     /// The function that decodes a unit. Written out pair by pair, so that compilers keep its results in registers.
-    fn unit_codes(&self) -> String {
-        let mut code =
-            String::from("fn unit_codes(shape: Shape, row: u32, unit: u32, zeros: vec2<f32>) -> array<pair, 16> {\n");
+    fn decode_codes(&self) -> String {
+        let mut code = String::from("fn decode_codes(codes: Codes, zeros: vec2<f32>) -> array<pair, 16> {\n");
         let (_, width) = self.vector();
-        let vectors = self.unit_words() / width;
-        // Writing to a string does not fail.
-        let _ = writeln!(code, "let start = (row * units_of(shape) + unit) * {vectors}u;");
-        for vector in 0..vectors {
-            let _ = writeln!(code, "let v{vector} = codes[start + {vector}u];");
-        }
         for word in 0..self.unit_words() {
             let component = if width == 1 { String::new() } else { format!("[{}]", word % width) };
-            let _ = writeln!(code, "let w{word} = v{}{component};", word / width);
+            // Writing to a string does not fail.
+            let _ = writeln!(code, "let w{word} = codes.v{}{component};", word / width);
         }
         if let Element::Uint(bits) | Element::Int(bits) = self.element {
             // Integers become the last bits of 1024 in half precision, from which it is subtracted with the zero point.
@@ -274,13 +292,12 @@ impl DeviceFormat {
 
     /// Spreads the 8 stored pairs of a 2:4 sparse unit over its 16 pairs.
     fn write_sparse(&self, code: &mut String) {
-        let _ = writeln!(code, "let kept = sparse_index[row * units_of(shape) + unit];");
         for octet in 0..4 {
             let _ = writeln!(code, "let a{octet} = {};", self.pair(2 * octet, octet < 2));
             let _ = writeln!(code, "let b{octet} = {};", self.pair(2 * octet + 1, octet < 2));
             let _ = writeln!(
                 code,
-                "let k{octet} = (vec2<u32>(kept) >> vec2<u32>({}u, {}u)) & vec2<u32>(15u);",
+                "let k{octet} = (vec2<u32>(codes.kept) >> vec2<u32>({}u, {}u)) & vec2<u32>(15u);",
                 8 * octet,
                 8 * octet + 4
             );

@@ -3,6 +3,8 @@
 mod encode;
 mod format;
 mod layout;
+mod pack;
+mod tile;
 
 use std::sync::Arc;
 
@@ -12,6 +14,8 @@ use rayon::prelude::*;
 pub(super) use self::encode::{LinearEncoder, embed};
 use self::format::DeviceFormat;
 use self::layout::{QUAD, Rows, UNIT};
+use self::pack::Packing;
+use self::tile::Tile;
 use super::GpuArithmetic;
 use super::device::{Gpu, Storage};
 use super::pipeline::{Binding, Kernel, Pipeline};
@@ -55,13 +59,22 @@ pub(super) struct PartKernels {
 struct LinearKernels {
     /// By [`ROW_BLOCKS`].
     few_rows: [Arc<Pipeline>; ROW_BLOCKS.len()],
-    many_rows: Arc<Pipeline>,
+    many_rows: ManyRows,
+}
+
+/// Kernels for many rows of the input.
+#[derive(Debug)]
+enum ManyRows {
+    /// Without matrix units.
+    Plain(Arc<Pipeline>),
+    /// With them; by rows of tiles, at least one.
+    Tiles(Vec<(Tile, Arc<Pipeline>)>),
 }
 
 /// Rows of the input that a workgroup of the kernel for few rows takes; more rows go to the kernel for many.
 const ROW_BLOCKS: [usize; 4] = [1, 2, 4, 8];
-/// Rows and outputs of a workgroup of the kernel for many rows.
-const TILE: usize = 64;
+/// Rows and outputs of a workgroup of the plain kernel for many rows.
+const PLAIN_TILE: usize = 64;
 
 /// A workgroup of the kernel for few rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -202,13 +215,13 @@ impl<'a> Source<'a> {
 impl Part {
     /// The kernel for `m` rows of input, and its workgroups.
     pub(super) fn kernel(&self, m: usize) -> (&Arc<Pipeline>, [usize; 3]) {
-        self.kernels.choose(&self.kernels.plain, m, self.shape.rows as usize)
+        self.kernels.plain.choose(self.kernels.few_rows_tile, m, self.shape.rows as usize, 1)
     }
 
     /// The same for a gate and the matrix that it gates.
     pub(super) fn gated_kernel(&self, m: usize) -> Option<(&Arc<Pipeline>, [usize; 3])> {
         let kernels = self.kernels.gated.as_ref()?;
-        Some(self.kernels.choose(kernels, m, self.shape.rows as usize / 2))
+        Some(kernels.choose(self.kernels.few_rows_tile, m, self.shape.rows as usize, 2))
     }
 
     fn load(
@@ -335,32 +348,57 @@ impl PartKernels {
             few_rows_tile,
         })
     }
-
-    /// The kernel for `m` rows of input and so many outputs, and its workgroups.
-    fn choose<'a>(&self, kernels: &'a LinearKernels, m: usize, outputs: usize) -> (&'a Arc<Pipeline>, [usize; 3]) {
-        match ROW_BLOCKS.iter().position(|block| m <= *block) {
-            Some(block) => (&kernels.few_rows[block], [outputs.div_ceil(self.few_rows_tile.rows()), 1, 1]),
-            None => (&kernels.many_rows, [outputs.div_ceil(TILE), m.div_ceil(TILE), 1]),
-        }
-    }
 }
 
 impl LinearKernels {
+    /// The kernel for `m` rows of input and so many rows of weights, of which `of_output` make an output, and its workgroups.
+    fn choose(
+        &self,
+        few_rows_tile: FewRowsTile,
+        m: usize,
+        rows: usize,
+        of_output: usize,
+    ) -> (&Arc<Pipeline>, [usize; 3]) {
+        if let Some(block) = ROW_BLOCKS.iter().position(|block| m <= *block) {
+            return (&self.few_rows[block], [(rows / of_output).div_ceil(few_rows_tile.rows()), 1, 1]);
+        }
+        match &self.many_rows {
+            ManyRows::Plain(kernel) => (kernel, [(rows / of_output).div_ceil(PLAIN_TILE), m.div_ceil(PLAIN_TILE), 1]),
+            ManyRows::Tiles(tiles) => {
+                let (tile, kernel) = tiles.iter().find(|(tile, _)| tile.holds(m)).unwrap_or(&tiles[tiles.len() - 1]);
+                (kernel, tile.workgroups(m, rows))
+            }
+        }
+    }
+
     fn new(gpu: &Gpu, format: &DeviceFormat, tile: FewRowsTile, is_gated: bool) -> Result<Self, KernelError> {
         let few_rows = |rows: usize| {
             let FewRowsTile { lanes, quads } = tile;
             let constants = format!(
                 "const MB = {rows}u;\nconst LANES = {lanes}u;\nconst QUADS = {quads}u;\nconst GATED = {is_gated};\n"
             );
-            gpu.pipeline(&linear(format, "linear_rows", constants, include_str!("../shaders/linear_rows.wgsl")))
+            let file = include_str!("../shaders/linear_rows.wgsl");
+            gpu.pipeline(&linear(format, "linear_rows", Packing::of(format.arithmetic, None, rows), constants, file))
         };
         let [one, two, four, eight] = ROW_BLOCKS;
-        let constants = format!("const GATED = {is_gated};\n");
-        let many_rows = linear(format, "linear_tile", constants, include_str!("../shaders/linear_tile.wgsl"));
         Ok(Self {
             few_rows: [few_rows(one)?, few_rows(two)?, few_rows(four)?, few_rows(eight)?],
-            many_rows: gpu.pipeline(&many_rows)?,
+            many_rows: ManyRows::new(gpu, format, is_gated)?,
         })
+    }
+}
+
+impl ManyRows {
+    fn new(gpu: &Gpu, format: &DeviceFormat, is_gated: bool) -> Result<Self, KernelError> {
+        if let Some(matrices) = gpu.matrices {
+            let tiles = tile::tiles(matrices.size, gpu.caps.workgroup_memory as usize);
+            let kernel = |tile: Tile| Ok((tile, gpu.pipeline(&tile.kernel(format, matrices, is_gated))?));
+            return Ok(Self::Tiles(tiles.map(kernel).collect::<Result<_, KernelError>>()?));
+        }
+        let constants = format!("const GATED = {is_gated};\n");
+        let file = include_str!("../shaders/linear_tile_plain.wgsl");
+        let packing = Packing::of(format.arithmetic, None, PLAIN_TILE);
+        Ok(Self::Plain(gpu.pipeline(&linear(format, "linear_tile_plain", packing, constants, file))?))
     }
 }
 
@@ -374,20 +412,22 @@ fn weights(format: &DeviceFormat) -> Vec<&'static str> {
 }
 
 /// A kernel of a linear.
-fn linear(format: &DeviceFormat, name: &'static str, constants: String, file: &'static str) -> Kernel {
+fn linear(
+    format: &DeviceFormat,
+    name: &'static str,
+    packing: Packing,
+    constants: String,
+    file: &'static str,
+) -> Kernel {
     let mut bindings = format.bindings();
-    let mut files = weights(format);
-    match format.arithmetic {
-        GpuArithmetic::Exact => {
-            bindings.push(Binding::read("x", "f32"));
-            files.push(include_str!("../shaders/input_exact.wgsl"));
-        }
-        GpuArithmetic::Half => {
-            bindings.extend([Binding::read("x", "vec4<u32>"), Binding::read("x_scales", "f32")]);
-            files.push(include_str!("../shaders/input_half.wgsl"));
-        }
-    }
+    bindings.extend(packing.bindings());
     bindings.push(Binding::write("out", "f32"));
+    let mut files = weights(format);
+    match packing {
+        Packing::None => files.push(include_str!("../shaders/input_exact.wgsl")),
+        Packing::Units => files.push(include_str!("../shaders/input_half.wgsl")),
+        Packing::Rows => {}
+    }
     files.extend([include_str!("../shaders/epilogue.wgsl"), file]);
     Kernel { name, prelude: format.module() + &constants, bindings, files }
 }

@@ -1,65 +1,173 @@
-// out[m, first + n] = epilogue(x[m, :] · W[n, :]) for many rows m: tiles of 64 × 64 outputs, 32 columns of x and W at a time in workgroup
-// memory, 4 × 4 outputs an invocation.
+// out[m, first + n] = epilogue(x[m, :] · W[n, :]) for many rows m, on matrices of SIZE × SIZE that one of the mma modules multiplies. A workgroup
+// computes TILE_M × TILE_N sums. It steps along K by TILE_K columns, which it unpacks into workgroup memory while the next ones are on their
+// way into registers. Its subgroups of 32 are PARTS_M × PARTS_N, each with ROWS × 2 PAIRS matrices of sums, times SPLITS that divide the
+// columns of each step among themselves.
+//
+// Of a gated linear, matrices of W's rows alternate between gate and the rows that it gates, so that pairs of matrices hold what belongs
+// together.
+//
+// Lines between `@for i < COUNT` and `@end` stand COUNT times, with a number for `@i`: compilers of drivers keep separate variables in
+// registers, but not arrays of them.
 
-const TILE = 64u;
-// One more than the pairs of a unit, so that a pair's values lie in different banks.
-const STRIDE = 17u;
-var<workgroup> x_tile: array<vec2<f32>, TILE * STRIDE>;
-var<workgroup> w_tile: array<vec2<f32>, TILE * STRIDE>;
+const STRIDE = TILE_K + ROW_PADDING; // of rows in workgroup memory, which thereby begin in different banks
+const X_HALVES = BUFFERS * TILE_M * STRIDE;
+const W_HALVES = BUFFERS * TILE_N * STRIDE;
+const PARTS = PARTS_M * PARTS_N;
+const INVOCATIONS = 32u * PARTS * SPLITS;
 
-// An invocation's sums of the tile whose first row is `first_row`.
-fn sum_tile(shape: Shape, first_row: u32, first_m: u32, local: vec2<u32>) -> array<f32, 16> {
-    let index = 16u * local.y + local.x;
-    let units = units_of(shape);
-    var sums: array<f32, 16>;
-    for (var unit = 0u; unit < units; unit++) {
-        workgroupBarrier();
-        if (index < TILE) {
-            var weights = unit_weights(shape, min(first_row + index, shape.rows - 1u), unit);
-            for (var p = 0u; p < 16u; p++) {
-                w_tile[index * STRIDE + p] = vec2<f32>(weights[p]);
-            }
-        } else if (index < 2u * TILE) {
-            let row = index - TILE;
-            let m = min(first_m + row, params.m - 1u);
-            var values = input_unit(shape, m, unit);
-            let scale = input_scale(shape, m, unit);
-            for (var p = 0u; p < 16u; p++) {
-                x_tile[row * STRIDE + p] = vec2<f32>(values[p]) * scale;
-            }
-        }
-        workgroupBarrier();
-        for (var p = 0u; p < 16u; p++) {
-            var w: array<vec2<f32>, 4>;
-            for (var c = 0u; c < 4u; c++) {
-                w[c] = w_tile[(local.x + 16u * c) * STRIDE + p];
-            }
-            for (var r = 0u; r < 4u; r++) {
-                let value = x_tile[(local.y + 16u * r) * STRIDE + p];
-                for (var c = 0u; c < 4u; c++) {
-                    sums[4u * r + c] = fma(value.x, w[c].x, fma(value.y, w[c].y, sums[4u * r + c]));
-                }
-            }
-        }
-    }
-    return sums;
+// A pair of matrices side by side for each subgroup.
+const SUMS_STRIDE = 2u * SIZE;
+const SUMS = SIZE * SUMS_STRIDE;
+var<workgroup> sums: array<f32, PARTS * SPLITS * SUMS>;
+
+// An invocation's place among the 32 that share a matrix.
+var<private> lane: u32;
+
+// Four pairs of columns.
+struct Octet {
+    low: vec4<f16>,
+    high: vec4<f16>,
 }
 
-@compute @workgroup_size(16, 16)
-fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
-    let shape = params.shape;
-    let first_row = workgroup.x * TILE;
-    let first_m = workgroup.y * TILE;
-    var sums = sum_tile(shape, first_row, first_m, local.xy);
-    var others: array<f32, 16>;
+// The row of W that is row r of a tile whose outputs begin at `first`; beyond the last one it is repeated.
+fn weight_row(shape: Shape, first: u32, r: u32) -> u32 {
     if (GATED) {
-        others = sum_tile(shape, first_row + output_rows(shape), first_m, local.xy);
+        let output = first + r / (2u * SIZE) * SIZE + r % SIZE;
+        return min(output, output_rows(shape) - 1u) + select(0u, output_rows(shape), r % (2u * SIZE) >= SIZE);
     }
-    for (var i = 0u; i < 16u; i++) {
-        let m = first_m + local.y + 16u * (i / 4u);
-        let row = first_row + local.x + 16u * (i % 4u);
+    return min(first + r, shape.rows - 1u);
+}
+
+// The octet of x that is the i-th of the tile in a step. Rows are padded to PADDED columns.
+fn fetch_x(shape: Shape, first_m: u32, step: u32, i: u32) -> Octet {
+    let m = min(first_m + i / (TILE_K / 8u), params.m - 1u);
+    return x[m * ((shape.k + PADDED - 1u) / PADDED * (PADDED / 8u)) + step * (TILE_K / 8u) + i % (TILE_K / 8u)];
+}
+
+// The unit of W that is the i-th of the tile in a step. Beyond the last one it is repeated, where x is 0.
+fn unit_of_step(shape: Shape, step: u32, i: u32) -> u32 {
+    return min(step * (TILE_K / 32u) + i % (TILE_K / 32u), units_of(shape) - 1u);
+}
+
+fn put_weights(at: u32, w: array<pair, 16>) {
+    put_w(at, Octet(vec4<f16>(w[0], w[1]), vec4<f16>(w[2], w[3])));
+    put_w(at + 8u, Octet(vec4<f16>(w[4], w[5]), vec4<f16>(w[6], w[7])));
+    put_w(at + 16u, Octet(vec4<f16>(w[8], w[9]), vec4<f16>(w[10], w[11])));
+    put_w(at + 24u, Octet(vec4<f16>(w[12], w[13]), vec4<f16>(w[14], w[15])));
+}
+
+// Stores the outputs of a pair of matrices, whose sums begin at `at` for the first split. The splits share the work.
+fn store_pair(shape: Shape, at: u32, split: u32, first_m: u32, first: u32) {
+    let width = select(2u * SIZE, SIZE, GATED);
+    for (var i = 32u * split + lane; i < SIZE * width; i += 32u * SPLITS) {
+        let m = first_m + i / width;
+        let row = first + i % width;
         if (m < params.m && row < output_rows(shape)) {
-            store_row(m, row, sums[i], others[i]);
+            var sum = 0.0;
+            var other = 0.0;
+            for (var s = 0u; s < SPLITS; s++) {
+                let from_split = at + s * PARTS * SUMS + i / width * SUMS_STRIDE + i % width;
+                sum += sums[from_split];
+                if (GATED) {
+                    other += sums[from_split + SIZE];
+                }
+            }
+            let scale = x_scales[m];
+            store_row(m, row, sum * scale, other * scale);
         }
     }
+}
+
+@compute @workgroup_size(INVOCATIONS)
+fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) index: u32) {
+    let shape = params.shape;
+    let first_m = workgroup.y * TILE_M;
+    let first = workgroup.x * select(TILE_N, TILE_N / 2u, GATED);
+    lane = index % 32u;
+    let subgroup = index / 32u;
+    let split = subgroup / PARTS;
+    // Where the subgroup's share of the tile begins.
+    let part_m = subgroup % PARTS / PARTS_N * (TILE_M / PARTS_M);
+    let part_n = subgroup % PARTS_N * (TILE_N / PARTS_N);
+    let part_k = split * (TILE_K / SPLITS);
+    let steps = (shape.k + TILE_K - 1u) / TILE_K;
+
+@for i < X_OCTETS
+    var x_@i = fetch_x(shape, first_m, 0u, index + @iu * INVOCATIONS);
+@end
+@for i < W_UNITS
+    let row_@i = weight_row(shape, first, (index + @iu * INVOCATIONS) / (TILE_K / 32u));
+    let unit_@i = unit_of_step(shape, 0u, index + @iu * INVOCATIONS);
+    var codes_@i = fetch_codes(shape, row_@i, unit_@i);
+    var groups_@i = fetch_groups(shape, row_@i / 4u, unit_@i);
+@end
+
+    // Cooperative matrices are made of what is in memory.
+    for (var i = lane; i < SUMS; i += 32u) {
+        sums[subgroup * SUMS + i] = 0.0;
+    }
+    workgroupBarrier();
+    let zero = load_sums(subgroup * SUMS);
+@for r < ROWS
+@for p < PAIRS
+    var even_@r_@p = zero;
+    var odd_@r_@p = zero;
+@end
+@end
+
+    for (var step = 0u; step < steps; step++) {
+        let buffer = step % BUFFERS;
+        if (BUFFERS == 1u) {
+            // The step before has been multiplied.
+            workgroupBarrier();
+        }
+@for i < X_OCTETS
+        let x_place_@i = index + @iu * INVOCATIONS;
+        put_x((buffer * TILE_M + x_place_@i / (TILE_K / 8u)) * STRIDE + x_place_@i % (TILE_K / 8u) * 8u, x_@i);
+@end
+@for i < W_UNITS
+        let w_place_@i = index + @iu * INVOCATIONS;
+        put_weights(
+            (buffer * TILE_N + w_place_@i / (TILE_K / 32u)) * STRIDE + w_place_@i % (TILE_K / 32u) * 32u,
+            decode_weights(codes_@i, decode_groups(groups_@i), row_@i % 4u),
+        );
+@end
+        workgroupBarrier();
+        let next = min(step + 1u, steps - 1u);
+@for i < X_OCTETS
+        x_@i = fetch_x(shape, first_m, next, x_place_@i);
+@end
+@for i < W_UNITS
+        let next_unit_@i = unit_of_step(shape, next, w_place_@i);
+        codes_@i = fetch_codes(shape, row_@i, next_unit_@i);
+        groups_@i = fetch_groups(shape, row_@i / 4u, next_unit_@i);
+@end
+        let from_x = (buffer * TILE_M + part_m) * STRIDE + part_k;
+        let from_w = (buffer * TILE_N + part_n) * STRIDE + part_k;
+@for k < DEPTH
+@for r < ROWS
+        let x_@k_@r = load_x(from_x + @ru * SIZE * STRIDE + @ku * SIZE);
+@end
+@for p < PAIRS
+        let even_w_@k_@p = load_w(from_w + 2u * @pu * SIZE * STRIDE + @ku * SIZE);
+        let odd_w_@k_@p = load_w(from_w + (2u * @pu + 1u) * SIZE * STRIDE + @ku * SIZE);
+@for r < ROWS
+        even_@r_@p = multiply_add(x_@k_@r, even_w_@k_@p, even_@r_@p);
+        odd_@r_@p = multiply_add(x_@k_@r, odd_w_@k_@p, odd_@r_@p);
+@end
+@end
+@end
+    }
+
+    let pair_width = select(2u * SIZE, SIZE, GATED);
+    let first_of_part = first + select(part_n, part_n / 2u, GATED);
+@for r < ROWS
+@for p < PAIRS
+    workgroupBarrier();
+    store_sums(subgroup * SUMS, even_@r_@p);
+    store_sums(subgroup * SUMS + SIZE, odd_@r_@p);
+    workgroupBarrier();
+    store_pair(shape, subgroup % PARTS * SUMS, split, first_m + part_m + @ru * SIZE, first_of_part + @pu * pair_width);
+@end
+@end
 }

@@ -1,5 +1,6 @@
 // Packed weights `[rows, K]`, unpacked 32 columns ("a unit") at a time, in the order of pairs: pair p holds columns c and c + 4, c = 8 (p / 4) + p % 4.
-// The constants, `unit_codes`, `quad_scales` and `quad_offsets` come from the format's module.
+// The constants, and what
+// fetches and decodes codes, scales and offsets, come from the format's module.
 
 struct Shape {
     // Columns.
@@ -17,43 +18,55 @@ struct Groups {
     high_offsets: vec4<f32>,
 }
 
+// The same as they are stored.
+struct PackedGroups {
+    low_scales: Scales,
+    high_scales: Scales,
+    low_offsets: Offsets,
+    high_offsets: Offsets,
+}
+
 fn units_of(shape: Shape) -> u32 {
     return (shape.k + 31u) / 32u;
 }
 
-fn groups_of(shape: Shape, quad: u32, unit: u32) -> Groups {
-    var groups: Groups;
+fn fetch_groups(shape: Shape, quad: u32, unit: u32) -> PackedGroups {
     let first = quad * shape.groups;
+    let low = first + 32u * unit / GROUP;
     if (HALVED) {
-        let low = first + 32u * unit / GROUP;
         // Half a unit may lie beyond the last group.
         let high = first + min((32u * unit + 16u) / GROUP, shape.groups - 1u);
-        groups.low_scales = quad_scales(low);
-        groups.high_scales = quad_scales(high);
-        groups.low_offsets = quad_offsets(low);
-        groups.high_offsets = quad_offsets(high);
-    } else {
-        let index = first + 32u * unit / GROUP;
-        groups.low_scales = quad_scales(index);
-        groups.high_scales = groups.low_scales;
-        groups.low_offsets = quad_offsets(index);
-        groups.high_offsets = groups.low_offsets;
+        return PackedGroups(fetch_scales(low), fetch_scales(high), fetch_offsets(low), fetch_offsets(high));
     }
-    return groups;
+    let scales = fetch_scales(low);
+    let offsets = fetch_offsets(low);
+    return PackedGroups(scales, scales, offsets, offsets);
 }
 
-// The codes' values of the i-th row of a quad, less their zero points.
-fn unit_of_quad(shape: Shape, groups: Groups, quad: u32, i: u32, unit: u32) -> array<pair, 16> {
-    let row = min(4u * quad + i, shape.rows - 1u);
-    if (ZEROED) {
-        return unit_codes(shape, row, unit, vec2<f32>(groups.low_offsets[i], groups.high_offsets[i]));
+fn decode_groups(groups: PackedGroups) -> Groups {
+    let low_scales = decode_scales(groups.low_scales);
+    let low_offsets = decode_offsets(groups.low_offsets);
+    if (HALVED) {
+        return Groups(low_scales, decode_scales(groups.high_scales), low_offsets, decode_offsets(groups.high_offsets));
     }
-    return unit_codes(shape, row, unit, vec2<f32>());
+    return Groups(low_scales, low_scales, low_offsets, low_offsets);
+}
+
+fn groups_of(shape: Shape, quad: u32, unit: u32) -> Groups {
+    return decode_groups(fetch_groups(shape, quad, unit));
+}
+
+// The values of the i-th row of a quad, less their zero points.
+fn decode_unit(codes: Codes, groups: Groups, i: u32) -> array<pair, 16> {
+    if (ZEROED) {
+        return decode_codes(codes, vec2<f32>(groups.low_offsets[i], groups.high_offsets[i]));
+    }
+    return decode_codes(codes, vec2<f32>());
 }
 
 // The weights of the i-th row of a quad, but for the row's factor.
-fn weights_of_quad(shape: Shape, groups: Groups, quad: u32, i: u32, unit: u32) -> array<pair, 16> {
-    let c = unit_of_quad(shape, groups, quad, i, unit);
+fn decode_weights(codes: Codes, groups: Groups, i: u32) -> array<pair, 16> {
+    let c = decode_unit(codes, groups, i);
     if (!SCALED) {
         return c;
     }
@@ -73,6 +86,18 @@ fn weights_of_quad(shape: Shape, groups: Groups, quad: u32, i: u32, unit: u32) -
         c[0] * s, c[1] * s, c[2] * s, c[3] * s, c[4] * s, c[5] * s, c[6] * s, c[7] * s,
         c[8] * t, c[9] * t, c[10] * t, c[11] * t, c[12] * t, c[13] * t, c[14] * t, c[15] * t,
     );
+}
+
+fn codes_of_quad(shape: Shape, quad: u32, i: u32, unit: u32) -> Codes {
+    return fetch_codes(shape, min(4u * quad + i, shape.rows - 1u), unit);
+}
+
+fn unit_of_quad(shape: Shape, groups: Groups, quad: u32, i: u32, unit: u32) -> array<pair, 16> {
+    return decode_unit(codes_of_quad(shape, quad, i, unit), groups, i);
+}
+
+fn weights_of_quad(shape: Shape, groups: Groups, quad: u32, i: u32, unit: u32) -> array<pair, 16> {
+    return decode_weights(codes_of_quad(shape, quad, i, unit), groups, i);
 }
 
 // The weights of a row, but for its factor.

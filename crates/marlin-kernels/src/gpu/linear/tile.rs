@@ -1,0 +1,231 @@
+//! The kernel for many rows on matrix units: its tiles, and its text.
+
+use std::fmt::Write as _;
+
+use super::format::DeviceFormat;
+use super::layout::UNIT;
+use super::pack::{PADDED, Packing};
+use crate::gpu::MatrixSize;
+use crate::gpu::device::Matrices;
+use crate::gpu::pipeline::Kernel;
+
+/// Invocations that share a matrix.
+const SUBGROUP: usize = 32;
+/// Halves that rows in workgroup memory are padded by.
+const ROW_PADDING: usize = 8;
+
+/// The share of a product that a workgroup computes, and how.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Tile {
+    /// Rows of x.
+    m: usize,
+    /// Rows of W; of a gated linear, half of them gate the other half.
+    n: usize,
+    /// Columns that lie in workgroup memory at once.
+    k: usize,
+    /// Subgroups along the rows of x, and along those of W.
+    parts: [usize; 2],
+    /// Times so many subgroups, which divide columns among themselves.
+    splits: usize,
+    /// Places for columns in workgroup memory. With two, one is filled while the other is multiplied, and a step has one barrier, not two.
+    buffers: usize,
+}
+
+impl Tile {
+    const fn new([m, n, k]: [usize; 3], parts: [usize; 2], splits: usize, buffers: usize) -> Self {
+        Self { m, n, k, parts, splits, buffers }
+    }
+}
+
+/// Tiles for 16 × 16 matrices, by rows of input; of each the first that fits into workgroup memory. With few rows, time goes into waiting for
+/// weights at each step: deep tiles take fewer steps, and split columns among subgroups. With many, it goes into unpacking weights.
+const SIXTEEN: &[&[Tile]] = &[
+    &[Tile::new([16, 32, 256], [1, 1], 4, 1), Tile::new([16, 32, 128], [1, 1], 4, 1)],
+    &[Tile::new([32, 64, 128], [1, 2], 2, 1), Tile::new([32, 64, 64], [1, 2], 2, 1)],
+    &[Tile::new([64, 64, 128], [2, 2], 1, 1), Tile::new([64, 64, 64], [2, 2], 1, 1)],
+    &[Tile::new([128, 128, 64], [2, 2], 1, 1), Tile::new([128, 128, 32], [2, 2], 1, 1)],
+];
+
+/// Tiles for 8 × 8 matrices: Apple's GPUs have 32 KiB of workgroup memory, and registers for sums of 32 × 64 a subgroup.
+const EIGHT: &[&[Tile]] = &[
+    &[Tile::new([16, 32, 128], [1, 1], 4, 1)],
+    &[Tile::new([32, 64, 64], [2, 2], 1, 1)],
+    &[Tile::new([64, 64, 32], [2, 1], 1, 1)],
+];
+
+/// The tiles of a device, by rows of input.
+pub(super) fn tiles(size: MatrixSize, workgroup_memory: usize) -> impl Iterator<Item = Tile> {
+    let table = match size {
+        MatrixSize::Eight => EIGHT,
+        MatrixSize::Sixteen => SIXTEEN,
+    };
+    let fits = move |tile: &&Tile| tile.workgroup_bytes(size) <= workgroup_memory;
+    table.iter().filter_map(move |alternatives| alternatives.iter().find(fits).copied())
+}
+
+impl Tile {
+    /// Whether `m` rows of input fill no more than one tile.
+    pub(super) fn holds(&self, m: usize) -> bool {
+        m <= self.m
+    }
+
+    /// Workgroups of a product of `m` rows of input and `n` rows of weights.
+    pub(super) fn workgroups(&self, m: usize, n: usize) -> [usize; 3] {
+        [n.div_ceil(self.n), m.div_ceil(self.m), 1]
+    }
+
+    fn invocations(&self) -> usize {
+        let [m, n] = self.parts;
+        SUBGROUP * m * n * self.splits
+    }
+
+    fn workgroup_bytes(&self, size: MatrixSize) -> usize {
+        let halves = self.buffers * (self.m + self.n) * (self.k + ROW_PADDING);
+        let sums = self.invocations() / SUBGROUP * 2 * size.rows() * size.rows();
+        2 * halves + 4 * sums
+    }
+
+    /// How often lines of `linear_tile.wgsl` stand there.
+    fn counts(&self, size: MatrixSize) -> [(&'static str, usize); 5] {
+        let [parts_m, parts_n] = self.parts;
+        [
+            ("X_OCTETS", self.m * self.k / 8 / self.invocations()),
+            ("W_UNITS", self.n * self.k / UNIT / self.invocations()),
+            ("ROWS", self.m / parts_m / size.rows()),
+            ("PAIRS", self.n / parts_n / size.rows() / 2),
+            ("DEPTH", self.k / self.splits / size.rows()),
+        ]
+    }
+
+    /// The kernel of a format.
+    pub(super) fn kernel(&self, format: &DeviceFormat, matrices: Matrices, is_gated: bool) -> Kernel {
+        let Self { m, n, k, parts: [parts_m, parts_n], splits, buffers } = self;
+        let size = matrices.size.rows();
+        let constants = format!(
+            "const SIZE = {size}u;\nconst TILE_M = {m}u;\nconst TILE_N = {n}u;\nconst TILE_K = {k}u;\n\
+             const PARTS_M = {parts_m}u;\nconst PARTS_N = {parts_n}u;\nconst SPLITS = {splits}u;\nconst BUFFERS = {buffers}u;\n\
+             const PADDED = {PADDED}u;\nconst ROW_PADDING = {ROW_PADDING}u;\nconst GATED = {is_gated};\n"
+        );
+        let program = repeated(include_str!("../shaders/linear_tile.wgsl"), &self.counts(matrices.size));
+        let mma = match (matrices.is_emulated, matrices.size) {
+            (true, _) => include_str!("../shaders/mma_emulated.wgsl"),
+            (false, MatrixSize::Eight) => include_str!("../shaders/mma_8x8.wgsl"),
+            (false, MatrixSize::Sixteen) => include_str!("../shaders/mma_16x16.wgsl"),
+        };
+        super::linear(format, "linear_tile", Packing::Rows, constants + &program, mma)
+    }
+}
+
+/// Writes out the loops of a text, so that compilers see separate variables: lines between `@for i < COUNT` and `@end` stand as often as
+/// `counts` says of COUNT, with a number for `@i`.
+fn repeated(text: &str, counts: &[(&str, usize)]) -> String {
+    let mut written = String::new();
+    let mut lines = text.lines();
+    while let Some(line) = lines.next() {
+        let Some((variable, name)) = line.strip_prefix("@for ").and_then(|rest| rest.split_once(" < ")) else {
+            // Writing to a string does not fail.
+            let _ = writeln!(written, "{line}");
+            continue;
+        };
+        let mut depth = 1;
+        let mut body = String::new();
+        for line in lines.by_ref() {
+            depth += usize::from(line.starts_with("@for "));
+            depth -= usize::from(line == "@end");
+            if depth == 0 {
+                break;
+            }
+            let _ = writeln!(body, "{line}");
+        }
+        let count = counts.iter().find(|(count, _)| *count == name).map_or(0, |(_, count)| *count);
+        for i in 0..count {
+            written += &repeated(&body.replace(&format!("@{variable}"), &i.to_string()), counts);
+        }
+    }
+    written
+}
+
+#[cfg(test)]
+mod tests {
+    use marlin_format::{Format, Scheme};
+    use naga::back::spv;
+    use naga::valid::{Capabilities, ValidationFlags, Validator};
+
+    use super::*;
+    use crate::gpu::GpuArithmetic;
+    use crate::gpu::device::MATRICES_WORKGROUP_MEMORY;
+
+    fn table() -> impl Iterator<Item = (MatrixSize, &'static Tile)> {
+        let of = |size, table: &'static [&'static [Tile]]| {
+            table.iter().flat_map(|alternatives| alternatives.iter()).map(move |tile| (size, tile))
+        };
+        of(MatrixSize::Eight, EIGHT).chain(of(MatrixSize::Sixteen, SIXTEEN))
+    }
+
+    #[test]
+    fn invocations_divide_tiles_evenly() {
+        for (size, tile) in table() {
+            let [parts_m, parts_n] = tile.parts;
+            let [x_octets, w_units, rows, pairs, depth] = tile.counts(size).map(|(_, count)| count);
+            assert_eq!(x_octets * tile.invocations() * 8, tile.m * tile.k, "{tile:?}");
+            assert_eq!(w_units * tile.invocations() * UNIT, tile.n * tile.k, "{tile:?}");
+            assert_eq!(rows * size.rows() * parts_m, tile.m, "{tile:?}");
+            assert_eq!(pairs * 2 * size.rows() * parts_n, tile.n, "{tile:?}");
+            assert_eq!(depth * size.rows() * tile.splits, tile.k, "{tile:?}");
+            assert!(PADDED.is_multiple_of(tile.k), "{tile:?}");
+        }
+    }
+
+    #[test]
+    fn every_device_has_tiles_for_all_rows() {
+        for size in [MatrixSize::Eight, MatrixSize::Sixteen] {
+            let of = |memory| tiles(size, memory as usize).map(|tile| tile.m).collect::<Vec<_>>();
+            let smallest = of(MATRICES_WORKGROUP_MEMORY);
+            assert_eq!(smallest, of(MATRICES_WORKGROUP_MEMORY * 2));
+            assert!(smallest.is_sorted() && !smallest.is_empty());
+        }
+    }
+
+    #[test]
+    fn loops_are_written_out() {
+        let text = "a\n@for i < TWO\nb@i\n@for j < THREE\nc@i_@j + @ju\n@end\n@end\nd\n";
+        let written = repeated(text, &[("TWO", 2), ("THREE", 3)]);
+        assert_eq!(written, "a\nb0\nc0_0 + 0u\nc0_1 + 1u\nc0_2 + 2u\nb1\nc1_0 + 0u\nc1_1 + 1u\nc1_2 + 2u\nd\n");
+    }
+
+    /// Vulkan's drivers see what naga makes of WGSL. That Metal's kernels translate is tested for all of them together.
+    #[test]
+    fn kernels_for_cooperative_matrices_become_spirv() {
+        const COOPERATIVE_MATRIX_MUL_ADD: u32 = 4459;
+        let schemes =
+            [Format::Fp4, Format::Int4, Format::Int8].map(|format| format.scheme(None).expect("its usual groups"));
+        let matrices = Matrices { size: MatrixSize::Sixteen, is_emulated: false };
+        for scheme in schemes.into_iter().chain([Scheme::BF16, Scheme::NVFP4, Scheme::MXFP4]) {
+            let format = DeviceFormat::of(&scheme, GpuArithmetic::Half);
+            for (tile, is_gated) in SIXTEEN.iter().flat_map(|tiles| tiles.iter()).zip([false, true].into_iter().cycle())
+            {
+                let source = tile.kernel(&format, matrices, is_gated).source();
+                let module = naga::front::wgsl::parse_str(&source).map_err(|error| error.emit_to_string(&source));
+                let module = module.unwrap_or_else(|error| panic!("{tile:?} for {scheme}: {error}"));
+                let info = Validator::new(ValidationFlags::all(), Capabilities::all()).validate(&module);
+                let info =
+                    info.unwrap_or_else(|error| panic!("{tile:?} for {scheme}: {}", error.emit_to_string(&source)));
+                let words = spv::write_vec(&module, &info, &spv::Options::default(), None);
+                let words = words.unwrap_or_else(|error| panic!("{tile:?} for {scheme}: {error}"));
+                let opcodes = instructions(&words);
+                assert!(opcodes.contains(&COOPERATIVE_MATRIX_MUL_ADD), "{tile:?} for {scheme}");
+            }
+        }
+    }
+
+    /// The opcodes of a SPIR-V module: after a header of five words, each instruction begins with its length and its opcode.
+    fn instructions(words: &[u32]) -> Vec<u32> {
+        let mut opcodes = Vec::new();
+        let mut at = 5;
+        while let Some(word) = words.get(at) {
+            opcodes.push(word & 0xffff);
+            at += (word >> 16).max(1) as usize;
+        }
+        opcodes
+    }
+}

@@ -1,0 +1,40 @@
+// Matrix units that multiply 16 × 16 halves and sum in single precision: VK_KHR_cooperative_matrix. Tiles are vectors of four halves, which
+// drivers load and store at once.
+
+var<workgroup> x_tile: array<vec4<f16>, X_HALVES / 4u>;
+var<workgroup> w_tile: array<vec4<f16>, W_HALVES / 4u>;
+
+alias XMatrix = coop_mat16x16<f16, A>;
+alias WMatrix = coop_mat16x16<f16, B>;
+alias SumMatrix = coop_mat16x16<f32, C>;
+
+fn put_x(at: u32, octet: Octet) {
+    x_tile[at / 4u] = octet.low;
+    x_tile[at / 4u + 1u] = octet.high;
+}
+
+fn put_w(at: u32, octet: Octet) {
+    w_tile[at / 4u] = octet.low;
+    w_tile[at / 4u + 1u] = octet.high;
+}
+
+// Rows of x lie one after the other, those of W are columns of the factor.
+fn load_x(at: u32) -> XMatrix {
+    return coopLoadT<XMatrix>(&x_tile[at / 4u], STRIDE / 4u);
+}
+
+fn load_w(at: u32) -> WMatrix {
+    return coopLoad<WMatrix>(&w_tile[at / 4u], STRIDE / 4u);
+}
+
+fn multiply_add(x: XMatrix, w: WMatrix, sum: SumMatrix) -> SumMatrix {
+    return coopMultiplyAdd(x, w, sum);
+}
+
+fn load_sums(at: u32) -> SumMatrix {
+    return coopLoadT<SumMatrix>(&sums[at], SUMS_STRIDE);
+}
+
+fn store_sums(at: u32, sum: SumMatrix) {
+    coopStoreT(sum, &sums[at], SUMS_STRIDE);
+}
