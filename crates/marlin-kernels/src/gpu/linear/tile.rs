@@ -107,12 +107,7 @@ impl Tile {
              const PADDED = {PADDED}u;\nconst ROW_PADDING = {ROW_PADDING}u;\nconst GATED = {is_gated};\n"
         );
         let program = repeated(include_str!("../shaders/linear_tile.wgsl"), &self.counts(matrices.size));
-        let mma = match (matrices.is_emulated, matrices.size) {
-            (true, _) => include_str!("../shaders/mma_emulated.wgsl"),
-            (false, MatrixSize::Eight) => include_str!("../shaders/mma_8x8.wgsl"),
-            (false, MatrixSize::Sixteen) => include_str!("../shaders/mma_16x16.wgsl"),
-        };
-        super::linear(format, "linear_tile", Packing::Rows, constants + &program, mma)
+        super::linear(format, "linear_tile", Packing::Rows, constants + &program, matrices.module())
     }
 }
 
