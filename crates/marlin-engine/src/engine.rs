@@ -1,13 +1,14 @@
 //! The engine: requests in, events out, one step at a time.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
 
 use marlin_checkpoint::Tokenizer;
-use marlin_kernels::SampleRow;
+use marlin_kernels::{SampleRow, SamplingId};
 use marlin_model::{LanguageModel, ModelInfo, StepBatch};
 
-use crate::scheduler::Scheduler;
+use crate::scheduler::{Part, Scheduler};
 use crate::sequence::{Room, Sequence};
 use crate::{EngineError, FinishReason, SamplingParams, StopConditions};
 
@@ -82,7 +83,7 @@ pub struct Finish {
 
 /// Runs many requests on one model.
 ///
-/// Each [`Engine::step`] is one call of the model in which all running requests take part. What a request generates
+/// Each [`Engine::step`] starts one call of the model in which all running requests take part. What a request generates
 /// does not depend on what else runs.
 pub struct Engine {
     model: Box<dyn LanguageModel>,
@@ -91,10 +92,20 @@ pub struct Engine {
     scheduler: Scheduler,
     kv_blocks: usize,
     next_id: u64,
+    /// Steps under way, the oldest first.
+    started: VecDeque<Started>,
     // Kept from step to step for their memory.
     batch: StepBatch,
     rows: Vec<SampleRow<'static>>,
     sampled: Vec<u32>,
+    spare_parts: Vec<Part>,
+}
+
+/// A step that was started and whose tokens were not read yet.
+struct Started {
+    /// `None` if no sequence gets a token.
+    sampling: Option<SamplingId>,
+    parts: Vec<Part>,
 }
 
 impl Engine {
@@ -109,9 +120,11 @@ impl Engine {
             scheduler,
             kv_blocks,
             next_id: 0,
+            started: VecDeque::new(),
             batch: StepBatch::default(),
             rows: Vec::new(),
             sampled: Vec::new(),
+            spare_parts: Vec::new(),
         }
     }
 
@@ -152,48 +165,76 @@ impl Engine {
         self.scheduler.remove(request, self.model.kv())
     }
 
-    /// Runs one step and appends an event for each token that came of it.
+    /// Starts the next step, and appends an event for each token of the last one that has come to an end.
     ///
-    /// If the model fails, no request has advanced. If it gives one request logits that are not finite, that request ends
-    /// with an event that says so, and the others go on.
+    /// On a device that works by itself, that is the step before: while its tokens are read, the device is at the next. A request that
+    /// turns out to have ended takes part in that step in vain.
+    ///
+    /// If the model fails, the steps under way are forgotten, and no request has advanced. If it gives one request logits that are
+    /// not finite, that request ends with an event that says so, and the others go on.
     pub fn step(&mut self, events: &mut Vec<Event>) -> Result<(), EngineError> {
         self.scheduler.admit();
-        if self.is_idle() {
-            return Ok(());
+        let result = self.advance(events);
+        if self.scheduler.is_idle() {
+            self.started.clear();
         }
-        if let Err(error) = self.run_model() {
-            self.scheduler.roll_back(self.model.kv());
-            return Err(error);
-        }
-        self.deliver(events)
+        result
     }
 
-    /// Schedules a step, runs the model and samples a token for each sequence that is complete.
-    fn run_model(&mut self) -> Result<(), EngineError> {
-        self.scheduler.schedule(self.model.kv(), &mut self.batch)?;
+    fn advance(&mut self, events: &mut Vec<Event>) -> Result<(), EngineError> {
+        let tokens = self.start_step().and_then(|has_started| {
+            let under_way = usize::from(has_started && self.model.info().overlaps);
+            if self.started.len() > under_way { self.finish_step().map(Some) } else { Ok(None) }
+        });
+        match tokens {
+            Ok(Some(parts)) => self.deliver(parts, events),
+            Ok(None) => Ok(()),
+            Err(error) => {
+                self.started.clear();
+                self.scheduler.roll_back(self.model.kv());
+                Err(error)
+            }
+        }
+    }
+
+    /// Schedules a step and starts it: the model, and the choice of a token for each sequence that is complete. Tells whether there was
+    /// anything to do.
+    fn start_step(&mut self) -> Result<bool, EngineError> {
+        let mut parts = std::mem::take(&mut self.spare_parts);
+        self.scheduler.schedule(self.model.kv(), &mut self.batch, &mut parts)?;
+        if parts.is_empty() {
+            self.spare_parts = parts;
+            return Ok(false);
+        }
         self.model.forward(&self.batch)?;
 
         let mut rows = recycle(std::mem::take(&mut self.rows));
-        rows.extend(self.scheduler.sampling().map(|sequence| {
-            let index = sequence.generated();
-            sequence.sampler.row(index)
-        }));
-        self.sampled.clear();
-        self.sampled.resize(rows.len(), 0);
-        let result = if rows.is_empty() { Ok(()) } else { self.model.sample(&rows, &mut self.sampled) };
+        let members = self.scheduler.members(&parts);
+        rows.extend(members.filter_map(|(sequence, part)| Some(sequence.choose(part.row?))));
+        let sampling = if rows.is_empty() { None } else { Some(self.model.sample(&rows)) };
         self.rows = recycle(rows);
-        Ok(result?)
+        self.started.push_back(Started { sampling: sampling.transpose()?, parts });
+        Ok(true)
     }
 
-    /// Hands every sampled token to its sequence; finished sequences leave.
-    fn deliver(&mut self, events: &mut Vec<Event>) -> Result<(), EngineError> {
-        let mut sampled = self.sampled.iter();
+    /// Waits for the oldest step under way and reads its tokens.
+    fn finish_step(&mut self) -> Result<Vec<Part>, EngineError> {
+        let Some(Started { sampling, parts }) = self.started.pop_front() else { return Ok(Vec::new()) };
+        self.sampled.clear();
+        self.sampled.resize(parts.iter().filter(|part| part.row.is_some()).count(), SampleRow::NOT_FINITE);
+        if let Some(sampling) = sampling {
+            self.model.sampled(sampling, &mut self.sampled)?;
+        }
+        Ok(parts)
+    }
+
+    /// Hands every token that was read to its sequence; finished sequences leave.
+    fn deliver(&mut self, parts: Vec<Part>, events: &mut Vec<Event>) -> Result<(), EngineError> {
         let mut failure = None;
-        self.scheduler.retire(self.model.kv(), |sequence| {
-            let token = if sequence.is_complete() { sampled.next() } else { None };
-            sequence.commit();
-            let Some(&token) = token else { return false };
-            match sequence.accept(token, &self.eos_tokens, &self.tokenizer) {
+        self.scheduler.end_step(self.model.kv(), &parts, |sequence, part| {
+            sequence.commit(part.computed);
+            let Some(row) = part.row else { return false };
+            match sequence.accept(self.sampled[row as usize], &self.eos_tokens, &self.tokenizer) {
                 Ok(event) => {
                     let is_finished = event.finish.is_some();
                     events.push(event);
@@ -206,6 +247,7 @@ impl Engine {
                 }
             }
         });
+        self.spare_parts = parts;
         failure.map_or(Ok(()), Err)
     }
 

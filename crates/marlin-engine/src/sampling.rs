@@ -1,6 +1,7 @@
 //! How a request chooses its tokens.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use marlin_checkpoint::GenerationConfig;
 use marlin_kernels::{SampleRow, TokenCount};
@@ -104,7 +105,7 @@ pub(crate) struct Sampler {
 }
 
 impl Sampler {
-    pub(crate) fn new(params: SamplingParams, prompt: &[u32]) -> Result<Self, EngineError> {
+    pub(crate) fn new(mut params: SamplingParams, prompt: &[u32]) -> Result<Self, EngineError> {
         let seed = params.seed.map_or_else(getrandom::u64, Ok)?;
         let mut counts = TokenCounts::default();
         if params.has_penalties() {
@@ -112,14 +113,16 @@ impl Sampler {
                 counts.saw(token);
             }
         }
+        params.logit_bias = summed(&params.logit_bias);
         // The key is spelt out, so that a seed means the same in every version of rand_chacha.
         let mut key = [0; 32];
         key[..8].copy_from_slice(&seed.to_le_bytes());
         Ok(Self { params, random: ChaCha8Rng::from_seed(key), counts })
     }
 
-    /// How to choose the next token.
-    pub(crate) fn row(&mut self, generated: usize) -> SampleRow<'_> {
+    /// How to choose the token after `generated` others, the last of which may be known as a row of the last sampling only.
+    pub(crate) fn row(&mut self, generated: usize, last_sampled: Option<u32>) -> SampleRow<'_> {
+        let last_sampled = last_sampled.filter(|_| self.params.has_penalties());
         let params = &self.params;
         SampleRow {
             temperature: params.temperature,
@@ -131,6 +134,7 @@ impl Sampler {
             presence_penalty: params.presence_penalty,
             frequency_penalty: params.frequency_penalty,
             counts: &self.counts.counts,
+            last_sampled,
             bias: &params.logit_bias,
         }
     }
@@ -141,6 +145,22 @@ impl Sampler {
             self.counts.saw(token).generated += 1;
         }
     }
+}
+
+/// Biases with each token once.
+fn summed(biases: &[(u32, f32)]) -> Vec<(u32, f32)> {
+    let mut sums: Vec<(u32, f32)> = Vec::with_capacity(biases.len());
+    let mut places: HashMap<u32, usize> = HashMap::new();
+    for &(token, bias) in biases {
+        match places.entry(token) {
+            Entry::Occupied(place) => sums[*place.get()].1 += bias,
+            Entry::Vacant(place) => {
+                place.insert(sums.len());
+                sums.push((token, bias));
+            }
+        }
+    }
+    sums
 }
 
 /// The random number of the `index`-th generated token, in [0, 1): a function of seed and index alone, so that neither
@@ -212,23 +232,30 @@ mod tests {
         let seeded = |seed| SamplingParams { seed: Some(seed), ..SamplingParams::default() };
         let mut first = Sampler::new(seeded(1), &[]).unwrap();
         let mut again = Sampler::new(seeded(1), &[5]).unwrap();
-        let forwards: Vec<f32> = (0..100).map(|i| first.row(i).uniform).collect();
-        let backwards: Vec<f32> = (0..100).rev().map(|i| again.row(i).uniform).collect();
+        let forwards: Vec<f32> = (0..100).map(|i| first.row(i, None).uniform).collect();
+        let backwards: Vec<f32> = (0..100).rev().map(|i| again.row(i, None).uniform).collect();
         assert!(forwards.iter().eq(backwards.iter().rev()));
         assert!(forwards.iter().all(|u| (0.0..1.0).contains(u)));
         let mean = forwards.iter().sum::<f32>() / 100.0;
         assert!((mean - 0.5).abs() < 0.15, "{mean}");
 
         let mut other = Sampler::new(seeded(2), &[]).unwrap();
-        assert_ne!(other.row(0).uniform, forwards[0]);
+        assert_ne!(other.row(0, None).uniform, forwards[0]);
     }
 
     #[test]
     fn a_seed_means_the_same_in_every_version() {
         // Key stream of ChaCha8 for the all-zero key and nonce (Strombergson's test vectors, TC1): 3e00ef2f 895f40d6 …
         let mut sampler = Sampler::new(SamplingParams { seed: Some(0), ..SamplingParams::default() }, &[]).unwrap();
-        assert_eq!(sampler.row(0).uniform, (0x2fef_003e >> 8) as f32 / 16_777_216.0);
-        assert_eq!(sampler.row(1).uniform, (0xd640_5f89_u32 >> 8) as f32 / 16_777_216.0);
+        assert_eq!(sampler.row(0, None).uniform, (0x2fef_003e >> 8) as f32 / 16_777_216.0);
+        assert_eq!(sampler.row(1, None).uniform, (0xd640_5f89_u32 >> 8) as f32 / 16_777_216.0);
+    }
+
+    #[test]
+    fn biases_of_one_token_add_up() {
+        let logit_bias = vec![(7, 1.0), (3, 0.5), (7, -4.0)];
+        let mut sampler = Sampler::new(SamplingParams { logit_bias, ..SamplingParams::default() }, &[]).unwrap();
+        assert_eq!(sampler.row(0, None).bias, [(7, -3.0), (3, 0.5)]);
     }
 
     #[test]
@@ -238,6 +265,6 @@ mod tests {
         sampler.accept(9);
         sampler.accept(9);
         let count = |token, generated| TokenCount { token, generated };
-        assert_eq!(sampler.row(3).counts, [count(3, 0), count(4, 1), count(9, 2)]);
+        assert_eq!(sampler.row(3, None).counts, [count(3, 0), count(4, 1), count(9, 2)]);
     }
 }

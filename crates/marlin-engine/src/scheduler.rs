@@ -2,10 +2,31 @@
 
 use std::collections::VecDeque;
 
-use marlin_model::{KvPool, LogitRows, ModelError, StepBatch};
+use marlin_model::{KvPool, ModelError, StepBatch};
 
 use crate::engine::RequestId;
 use crate::sequence::Sequence;
+
+/// A sequence's part in a step.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Part {
+    pub(crate) request: RequestId,
+    /// Tokens that it has computed when the step is done.
+    pub(crate) computed: usize,
+    /// The row of the step's logits that its next token comes from, if one does.
+    pub(crate) row: Option<u32>,
+}
+
+/// The part of a request among those that are left; parts and those who ask come in the order of arrival.
+fn part_of<'a>(parts: &mut std::slice::Iter<'a, Part>, request: RequestId) -> Option<&'a Part> {
+    while let Some(part) = parts.as_slice().first().filter(|part| part.request <= request) {
+        parts.next();
+        if part.request == request {
+            return Some(part);
+        }
+    }
+    None
+}
 
 /// Sequences in order of arrival.
 ///
@@ -55,40 +76,59 @@ impl Scheduler {
 
     /// Fills a step: every decoding sequence brings its one token, and what is left goes to prompts, in chunks if
     /// need be.
-    pub(crate) fn schedule(&mut self, kv: &mut KvPool, batch: &mut StepBatch) -> Result<(), ModelError> {
+    pub(crate) fn schedule(
+        &mut self,
+        kv: &mut KvPool,
+        batch: &mut StepBatch,
+        parts: &mut Vec<Part>,
+    ) -> Result<(), ModelError> {
         batch.clear();
-        let is_decoding = |sequence: &Sequence| sequence.pending().len() == 1;
-        let mut prefill_tokens = self.step_tokens - self.running.iter().filter(|s| is_decoding(s)).count();
+        parts.clear();
+        let mut prefill_tokens = self.step_tokens - self.running.iter().filter(|s| s.pending() == 1).count();
         for sequence in &mut self.running {
-            let tokens = if is_decoding(sequence) { 1 } else { sequence.pending().len().min(prefill_tokens) };
-            if tokens == 0 {
-                continue;
+            let tokens = match sequence.pending() {
+                tokens @ (0 | 1) => tokens,
+                tokens => {
+                    let tokens = tokens.min(prefill_tokens);
+                    prefill_tokens -= tokens;
+                    tokens
+                }
+            };
+            if tokens > 0 {
+                let row = sequence.take_part(tokens, kv, batch)?;
+                parts.push(Part { request: sequence.id, computed: sequence.kv.len(), row });
             }
-            if !is_decoding(sequence) {
-                prefill_tokens -= tokens;
-            }
-            kv.append(&mut sequence.kv, tokens)?;
-            let logits = if sequence.is_complete() { LogitRows::Last } else { LogitRows::None };
-            batch.push(&sequence.kv, &sequence.pending()[..tokens], logits);
         }
         Ok(())
     }
 
-    /// The sequences that get a token from the step under way, in the order of its logit rows.
-    pub(crate) fn sampling(&mut self) -> impl Iterator<Item = &mut Sequence> {
-        self.running.iter_mut().filter(|sequence| sequence.is_complete())
+    /// The running sequences that have a part in a step, with their parts.
+    pub(crate) fn members<'a>(&'a mut self, parts: &'a [Part]) -> impl Iterator<Item = (&'a mut Sequence, &'a Part)> {
+        let mut parts = parts.iter();
+        self.running.iter_mut().filter_map(move |sequence| {
+            let part = part_of(&mut parts, sequence.id)?;
+            Some((sequence, part))
+        })
     }
 
-    /// Forgets the step under way, which failed: as if it had not been scheduled.
+    /// Forgets the steps under way, one of which failed: as if they had not been scheduled.
     pub(crate) fn roll_back(&mut self, kv: &mut KvPool) {
-        for sequence in &mut self.running {
-            let computed = sequence.computed();
-            kv.truncate(&mut sequence.kv, computed);
-        }
+        self.running.iter_mut().for_each(|sequence| sequence.roll_back(kv));
     }
 
-    /// Ends the step under way: `is_finished` is asked once for every running sequence, and those that are leave.
-    pub(crate) fn retire(&mut self, kv: &mut KvPool, is_finished: impl FnMut(&mut Sequence) -> bool) {
+    /// Ends a step: `is_finished` is asked once for every running sequence that has a part in it, and those that are leave.
+    pub(crate) fn end_step(
+        &mut self,
+        kv: &mut KvPool,
+        parts: &[Part],
+        mut is_finished: impl FnMut(&mut Sequence, &Part) -> bool,
+    ) {
+        let mut parts = parts.iter();
+        self.retire(kv, |sequence| part_of(&mut parts, sequence.id).is_some_and(|part| is_finished(sequence, part)));
+    }
+
+    /// Running sequences for which `is_finished` leave.
+    fn retire(&mut self, kv: &mut KvPool, is_finished: impl FnMut(&mut Sequence) -> bool) {
         for sequence in self.running.extract_if(.., is_finished) {
             self.unreserved_blocks += sequence.kv_blocks;
             kv.release(sequence.kv);

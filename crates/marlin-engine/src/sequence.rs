@@ -1,8 +1,8 @@
 //! One request on its way: its tokens, their place in the KV cache, and what is still to come.
 
 use marlin_checkpoint::Tokenizer;
-use marlin_kernels::SampleRow;
-use marlin_model::KvSequence;
+use marlin_kernels::{SampleRow, Step};
+use marlin_model::{KvPool, KvSequence, LogitRows, ModelError, StepBatch};
 
 use crate::engine::{Event, Finish, Request, RequestId};
 use crate::sampling::Sampler;
@@ -21,8 +21,12 @@ pub(crate) struct Sequence {
     prompt_tokens: usize,
     /// `tokens` never grows beyond this: prompt and max_tokens, or the context.
     most_tokens: usize,
-    /// Tokens that steps have put into the KV cache; `kv` is longer only during a step.
+    /// Tokens that finished steps have put into the KV cache; `kv` is longer while steps are under way.
     computed: usize,
+    /// Tokens that were chosen after `tokens`, but not read yet: one more than those that steps under way have taken up.
+    unread: usize,
+    /// Row of the last of them in the last sampling.
+    unread_row: u32,
     stop: StopConditions,
     text: TextStream,
 }
@@ -44,44 +48,78 @@ impl Sequence {
             prompt_tokens: prompt.len(),
             most_tokens: room.tokens,
             computed: 0,
+            unread: 0,
+            unread_row: 0,
             text: TextStream::new(tokenizer, &prompt, std::mem::take(&mut stop.strings))?,
             stop,
             tokens: prompt,
         })
     }
 
-    /// Tokens whose keys and values are still to be computed: what is left of the prompt, or the last token generated.
-    pub(crate) fn pending(&self) -> &[u32] {
-        &self.tokens[self.computed..]
+    /// How many tokens no step has taken up yet: what is left of the prompt, or the last token, which need not be read for that.
+    pub(crate) fn pending(&self) -> usize {
+        let is_last = self.chosen() == self.stop.max_tokens || self.tokens.len() + self.unread == self.most_tokens;
+        if self.unread > 0 && is_last {
+            return 0;
+        }
+        self.tokens.len() + self.unread - self.kv.len()
     }
 
-    /// Whether the step under way brings the whole sequence, so that its next token can be chosen.
-    pub(crate) fn is_complete(&self) -> bool {
-        self.kv.len() == self.tokens.len()
+    /// Adds the next `count` of its pending tokens to a step. Gives the row of the step's logits that its next token comes from, if the
+    /// step completes it.
+    pub(crate) fn take_part(
+        &mut self,
+        count: usize,
+        kv: &mut KvPool,
+        batch: &mut StepBatch,
+    ) -> Result<Option<u32>, ModelError> {
+        let start = self.kv.len();
+        kv.append(&mut self.kv, count)?;
+        let is_complete = self.kv.len() == self.tokens.len() + self.unread;
+        let logits = if is_complete { LogitRows::Last } else { LogitRows::None };
+        let unread = [Step::SAMPLED + self.unread_row];
+        let tokens = self.tokens.get(start..start + count).unwrap_or(&unread);
+        let rows = batch.push(&self.kv, tokens, logits);
+        Ok(is_complete.then_some(rows.start as u32))
     }
 
-    /// Tokens that steps have put into the KV cache.
-    pub(crate) fn computed(&self) -> usize {
-        self.computed
+    /// How its next token is chosen. It is row `row` of the sampling that is about to start.
+    pub(crate) fn choose(&mut self, row: u32) -> SampleRow<'_> {
+        let last_sampled = (self.unread > 0).then_some(self.unread_row);
+        let index = self.chosen();
+        (self.unread, self.unread_row) = (self.unread + 1, row);
+        self.sampler.row(index, last_sampled)
     }
 
-    /// The step under way has succeeded.
-    pub(crate) fn commit(&mut self) {
-        self.computed = self.kv.len();
+    /// The oldest step under way, which had brought it to `computed` tokens, has succeeded.
+    pub(crate) fn commit(&mut self, computed: usize) {
+        self.computed = computed;
     }
 
-    /// Tokens generated so far.
-    pub(crate) fn generated(&self) -> usize {
+    /// Forgets the steps under way.
+    pub(crate) fn roll_back(&mut self, kv: &mut KvPool) {
+        kv.truncate(&mut self.kv, self.computed);
+        self.unread = 0;
+    }
+
+    /// Tokens generated and read so far.
+    fn generated(&self) -> usize {
         self.tokens.len() - self.prompt_tokens
     }
 
-    /// Takes what was sampled for it: its next token, or that there is none.
+    /// Tokens generated so far, read or not.
+    fn chosen(&self) -> usize {
+        self.generated() + self.unread
+    }
+
+    /// Takes what was sampled for it in the oldest step under way: its next token, or that there is none.
     pub(crate) fn accept(
         &mut self,
         sampled: u32,
         eos_tokens: &[u32],
         tokenizer: &Tokenizer,
     ) -> Result<Event, EngineError> {
+        self.unread -= 1;
         let token = Some(sampled).filter(|&token| token != SampleRow::NOT_FINITE);
         let mut text = String::new();
         let reason = if let Some(token) = token {

@@ -2,7 +2,7 @@
 
 use marlin_format::{PackedMatrix, Scheme};
 
-use crate::{KernelError, KvLayout, KvType, SampleRow, Step};
+use crate::{KernelError, KvLayout, KvType, SampleRow, SamplingId, Step};
 
 /// A device: it holds weights, activations and KV blocks, and hands out encoders.
 ///
@@ -20,6 +20,9 @@ pub trait Backend: MemoryUse + Send + Sync + Sized + 'static {
     type KvCache: Send;
     /// Runs or records operations.
     type Encoder: Encoder<Self> + Send;
+
+    /// Operations run while the host goes on, and not at once when they are called.
+    const OVERLAPS: bool;
 
     /// What this device is, for reports.
     fn info(&self) -> DeviceInfo;
@@ -75,6 +78,8 @@ pub struct StepLimits {
     pub width: usize,
     /// Size of the vocabulary.
     pub vocabulary: usize,
+    /// Rows of logits in a step.
+    pub logit_rows: usize,
 }
 
 /// One matrix of a fused linear, with its bias.
@@ -101,6 +106,22 @@ pub(crate) fn check_parts(parts: &[LinearPart<'_>]) -> Result<usize, KernelError
         }
     }
     Ok(first)
+}
+
+/// What a linear multiplies, row by row.
+#[derive(Debug)]
+pub enum Input<'a, B: Backend> {
+    /// Rows as they are.
+    Rows(&'a B::Buffer),
+    /// Their RMS norms, `x / sqrt(mean(x²) + eps) · weight`.
+    Normed {
+        /// `[T, K]`.
+        x: &'a B::Buffer,
+        /// `[K]`.
+        weight: &'a B::Vector,
+        /// Added to the mean square.
+        eps: f32,
+    },
 }
 
 /// The gate's non-linearity in a gated MLP.
@@ -164,13 +185,13 @@ pub trait Encoder<B: Backend> {
     fn soft_cap(&mut self, x: &mut B::Buffer, cap: f32);
 
     /// `out = x · Wᵀ + bias`.
-    fn linear(&mut self, x: &B::Buffer, linear: &B::Linear, out: &mut B::Buffer);
+    fn linear(&mut self, x: Input<'_, B>, linear: &B::Linear, out: &mut B::Buffer);
 
     /// `out += x · Wᵀ + bias`: a projection back into the residual stream.
     fn linear_add(&mut self, x: &B::Buffer, linear: &B::Linear, out: &mut B::Buffer);
 
     /// `gate_up` has two parts of equal N: `out = activation(x · Gᵀ) ⊙ (x · Uᵀ)`, width N.
-    fn linear_gated(&mut self, x: &B::Buffer, gate_up: &B::Linear, activation: Activation, out: &mut B::Buffer);
+    fn linear_gated(&mut self, x: Input<'_, B>, gate_up: &B::Linear, activation: Activation, out: &mut B::Buffer);
 
     /// Prepares attention: on rows `[q heads | k heads | v heads]` normalises each Q and K head if asked, rotates Q and K in the half-split
     /// layout (dimension i with i + rotary/2, `rotary` = width of `angles`, even; the rest passes through), leaves Q in
@@ -199,20 +220,29 @@ pub trait Encoder<B: Backend> {
     /// `out[l] = x[logit row l]`; sets `out` to L rows.
     fn select_logit_rows(&mut self, x: &B::Buffer, out: &mut B::Buffer);
 
-    /// Chooses one token per row of `logits` (see [`SampleRow`]), or gives [`SampleRow::NOT_FINITE`]; the logits are consumed.
-    /// `rows`, `tokens` and the rows of `logits` are as many.
+    /// Starts whatever is recorded and the choice of one token per row of `logits` (see [`SampleRow`]); the logits are consumed. The
+    /// tokens stay on the device: the next step may take them ([`Step::SAMPLED`]) before [`Encoder::sampled`] reads them.
+    /// `rows` and the rows of `logits` are as many.
+    fn sample(&mut self, logits: &mut B::Buffer, rows: &[SampleRow<'_>]) -> SamplingId;
+
+    /// Waits for a sampling, one of the last two, and reads its tokens or [`SampleRow::NOT_FINITE`]; `tokens` are as many as its rows.
     ///
     /// # Errors
-    /// The device failed, now or in what was recorded.
-    fn sample(&mut self, logits: &mut B::Buffer, rows: &[SampleRow<'_>], tokens: &mut [u32])
-    -> Result<(), KernelError>;
+    /// The device failed, or the sampling is too old.
+    fn sampled(&mut self, sampling: SamplingId, tokens: &mut [u32]) -> Result<(), KernelError>;
 
     /// Copies KV blocks `(from, to)` in every layer (copy on write), one pair after the other.
     fn copy_kv_blocks(&mut self, kv: &mut B::KvCache, pairs: &[(u32, u32)]);
 
+    /// Starts whatever is recorded, without waiting for it.
+    ///
+    /// # Errors
+    /// The device failed before.
+    fn start(&mut self) -> Result<(), KernelError>;
+
     /// Runs whatever is recorded and waits for it.
     fn submit(&mut self) -> Result<(), KernelError>;
 
-    /// Reads the rows of a buffer after [`Encoder::submit`]; `out` has rows × width values.
+    /// Runs whatever is recorded and reads the rows of a buffer; `out` has rows × width values.
     fn read(&mut self, buffer: &B::Buffer, out: &mut [f32]) -> Result<(), KernelError>;
 }

@@ -37,7 +37,10 @@ pub enum KernelError {
     #[error(transparent)]
     Format(#[from] marlin_format::FormatError),
     /// The device is out of memory.
-    #[error("{what} needs {bytes} bytes, which {device} cannot give; choose a smaller context or a smaller format")]
+    #[error(
+        "{what} needs {}, which {device} cannot give; choose a smaller context or a smaller format",
+        size_in_words(*bytes as u64)
+    )]
     OutOfMemory {
         /// What was to be allocated.
         what: String,
@@ -49,4 +52,14 @@ pub enum KernelError {
     /// The device cannot be used as asked.
     #[error("{0}")]
     Device(String),
+}
+
+/// `1.50 GiB`, or the number of bytes where that says more.
+pub(crate) fn size_in_words(bytes: u64) -> String {
+    const MIB: f64 = (1u64 << 20) as f64;
+    match bytes as f64 / MIB {
+        mib if mib >= 1024.0 => format!("{:.2} GiB", mib / 1024.0),
+        mib if mib >= 1.0 => format!("{mib:.1} MiB"),
+        _ => format!("{bytes} bytes"),
+    }
 }

@@ -6,10 +6,11 @@ use bytemuck::Zeroable;
 use half::f16;
 
 use crate::kv_codes::KvCodes;
+use crate::sampling::host::token_of;
 use crate::{KernelError, KvLayout, KvType, Step};
 
 /// Activations `[rows, width]` in host memory, row-major.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct HostBuffer {
     values: Vec<f32>,
     capacity: usize,
@@ -190,13 +191,18 @@ pub(crate) struct HostStep {
 }
 
 impl HostStep {
-    /// Takes over a step, reusing the memory of the one before.
-    pub(crate) fn begin(&mut self, step: &Step<'_>) {
+    /// Takes over a step, reusing the memory of the one before; `sampled` are the tokens of the last sampling.
+    pub(crate) fn begin(&mut self, step: &Step<'_>, sampled: &[u32]) {
         let copy = |to: &mut Vec<u32>, from: &[u32]| {
             to.clear();
             to.extend_from_slice(from);
         };
         copy(&mut self.tokens, step.tokens);
+        for token in self.tokens.iter_mut().filter(|token| **token >= Step::SAMPLED) {
+            let row = *token - Step::SAMPLED;
+            // Where there was no choice, any token will do.
+            *token = token_of(sampled, Some(row)).unwrap_or(0);
+        }
         copy(&mut self.positions, step.positions);
         copy(&mut self.logit_rows, step.logit_rows);
         copy(&mut self.sequence_offsets, step.sequence_offsets);

@@ -23,10 +23,10 @@ pub mod gpu;
 pub mod reference;
 
 pub use backend::{
-    Activation, AttentionShape, Backend, DeviceInfo, Encoder, LinearPart, MemoryUse, QkNorm, StepLimits,
+    Activation, AttentionShape, Backend, DeviceInfo, Encoder, Input, LinearPart, MemoryUse, QkNorm, StepLimits,
 };
 pub use error::KernelError;
 pub use host::{HostBuffer, HostKvCache};
 pub use kv::{KvLayer, KvLayout, KvType};
-pub use sampling::{SampleRow, TokenCount};
+pub use sampling::{SampleRow, SamplingId, TokenCount};
 pub use step::{Step, StepError};

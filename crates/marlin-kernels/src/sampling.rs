@@ -4,6 +4,8 @@ pub(crate) mod host;
 
 use std::cmp::Ordering;
 
+use crate::KernelError;
+
 /// How to choose the next token of one sequence.
 ///
 /// Order of operations: `bias` is added; penalties are applied (repetition, then presence and frequency); at temperature 0 the
@@ -38,8 +40,48 @@ pub struct SampleRow<'a> {
     pub frequency_penalty: f32,
     /// Tokens seen so far, each id once; ids are below the vocabulary.
     pub counts: &'a [TokenCount],
-    /// Added to the logits of these ids, which are below the vocabulary.
+    /// A row of the sampling before, whose token was generated once more than `counts` says: the device may know it before the
+    /// host does.
+    pub last_sampled: Option<u32>,
+    /// Added to the logits of these ids, each of which occurs once and is below the vocabulary.
     pub bias: &'a [(u32, f32)],
+}
+
+/// Names one call of [`Encoder::sample`](crate::Encoder::sample), to read its tokens by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SamplingId(pub u64);
+
+/// Samplings are numbered, and the tokens of so many of them are kept: while one is read, the next may be under way.
+pub(crate) const KEPT_SAMPLINGS: usize = 2;
+
+/// Numbers samplings.
+#[derive(Debug, Default)]
+pub(crate) struct SamplingIds {
+    next: u64,
+}
+
+impl SamplingIds {
+    /// A new sampling, and the place of its tokens among those kept.
+    pub(crate) fn next(&mut self) -> (SamplingId, usize) {
+        let id = SamplingId(self.next);
+        self.next += 1;
+        (id, Self::place(id))
+    }
+
+    /// The place of a sampling's tokens, unless they are no longer kept.
+    pub(crate) fn find(&self, id: SamplingId) -> Result<usize, KernelError> {
+        if id.0 < self.next && self.next - id.0 <= KEPT_SAMPLINGS as u64 {
+            return Ok(Self::place(id));
+        }
+        Err(KernelError::Device(format!(
+            "the tokens of sampling {} are not kept: of {} samplings the last {KEPT_SAMPLINGS} are",
+            id.0, self.next
+        )))
+    }
+
+    fn place(id: SamplingId) -> usize {
+        (id.0 % KEPT_SAMPLINGS as u64) as usize
+    }
 }
 
 /// A token that has occurred.
@@ -52,20 +94,38 @@ pub struct TokenCount {
 }
 
 impl SampleRow<'_> {
+    /// The most likely token, without bias or penalties.
+    pub const GREEDY: SampleRow<'static> = SampleRow {
+        temperature: 0.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        uniform: 0.0,
+        repetition_penalty: 1.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        counts: &[],
+        last_sampled: None,
+        bias: &[],
+    };
+
     /// Stands for a token where the logits allow no choice; no vocabulary reaches this id.
     pub const NOT_FINITE: u32 = u32::MAX;
 
     /// Adds the bias, applies the penalties and replaces NaN by −∞: the part of sampling that is plain f32 arithmetic on a few
-    /// logits and therefore the same on every device in host memory.
-    pub(crate) fn adjust(&self, logits: &mut [f32]) {
+    /// logits and therefore the same on every device in host memory. `last` is the token of `last_sampled`, if it is one.
+    pub(crate) fn adjust(&self, logits: &mut [f32], last: Option<u32>) {
         for &(token, bias) in self.bias {
             logits[token as usize] += bias;
         }
-        for seen in self.counts {
+        let unseen = last.filter(|&last| self.counts.iter().all(|seen| seen.token != last));
+        let unseen = unseen.map(|token| TokenCount { token, generated: 0 });
+        for seen in self.counts.iter().chain(&unseen) {
+            let generated = seen.generated + u32::from(last == Some(seen.token));
             let logit = &mut logits[seen.token as usize];
             *logit = if *logit > 0.0 { *logit / self.repetition_penalty } else { *logit * self.repetition_penalty };
-            if seen.generated > 0 {
-                *logit -= self.presence_penalty + self.frequency_penalty * seen.generated as f32;
+            if generated > 0 {
+                *logit -= self.presence_penalty + self.frequency_penalty * generated as f32;
             }
         }
         for logit in logits.iter_mut().filter(|logit| logit.is_nan()) {

@@ -8,7 +8,7 @@ use crate::{KvLayout, StepLimits};
 /// tokens a sequence brings and which rows' logits are wanted.
 #[derive(Debug, Clone, Copy)]
 pub struct Step<'a> {
-    /// Token ids, `[T]`.
+    /// Token ids, `[T]`, or [`Step::SAMPLED`] + a row of the last sampling, for the token that was chosen there.
     pub tokens: &'a [u32],
     /// Position of each token in its sequence, `[T]`; consecutive within a sequence.
     pub positions: &'a [u32],
@@ -58,6 +58,9 @@ pub enum StepError {
 }
 
 impl<'a> Step<'a> {
+    /// From here on, a token id is a row of the last sampling ([`Encoder::sample`](crate::Encoder::sample)). No vocabulary reaches this id.
+    pub const SAMPLED: u32 = 1 << 31;
+
     /// Number of sequences.
     pub fn sequences(&self) -> usize {
         self.sequence_offsets.len() - 1
@@ -73,8 +76,14 @@ impl<'a> Step<'a> {
         &self.block_tables[self.table_offsets[s] as usize..self.table_offsets[s + 1] as usize]
     }
 
-    /// Checks everything kernels rely on, so that they need not.
-    pub fn validate(&self, limits: &StepLimits, layout: &KvLayout, blocks: usize) -> Result<(), StepError> {
+    /// Checks everything kernels rely on, so that they need not. `sampled` is the number of rows of the last sampling.
+    pub fn validate(
+        &self,
+        limits: &StepLimits,
+        layout: &KvLayout,
+        blocks: usize,
+        sampled: usize,
+    ) -> Result<(), StepError> {
         let tokens = self.tokens.len();
         let malformed = |what: String| Err(StepError::Malformed(what));
         if tokens > limits.tokens {
@@ -92,8 +101,16 @@ impl<'a> Step<'a> {
                 self.table_offsets.len() - 1
             ));
         }
-        if let Some(row) = self.tokens.iter().position(|&t| t as usize >= limits.vocabulary) {
-            return Err(StepError::Token { row, token: self.tokens[row], vocabulary: limits.vocabulary });
+        for (row, &token) in self.tokens.iter().enumerate() {
+            match token.checked_sub(Self::SAMPLED) {
+                Some(chosen) if chosen as usize >= sampled => {
+                    return malformed(format!("row {row} takes the token of row {chosen} of a sampling of {sampled}"));
+                }
+                None if token as usize >= limits.vocabulary => {
+                    return Err(StepError::Token { row, token, vocabulary: limits.vocabulary });
+                }
+                _ => {}
+            }
         }
         if let Some(&block) = self.block_tables.iter().find(|&&b| b as usize >= blocks) {
             return malformed(format!("block {block} of a pool of {blocks}"));
@@ -139,7 +156,7 @@ mod tests {
     use super::*;
     use crate::KvLayer;
 
-    const LIMITS: StepLimits = StepLimits { tokens: 8, context: 20, width: 1, vocabulary: 100 };
+    const LIMITS: StepLimits = StepLimits { tokens: 8, context: 20, width: 1, vocabulary: 100, logit_rows: 8 };
     const BLOCKS: usize = 6;
 
     /// Two sequences: three tokens from position 3 on, one at position 9; blocks of 4 tokens.
@@ -154,7 +171,7 @@ mod tests {
 
     fn validate(step: Step<'_>) -> Result<(), StepError> {
         let layer = KvLayer { heads: 1, key_dim: 1, value_dim: 1, window: None };
-        step.validate(&LIMITS, &KvLayout { block_tokens: 4, layers: vec![layer] }, BLOCKS)
+        step.validate(&LIMITS, &KvLayout { block_tokens: 4, layers: vec![layer] }, BLOCKS, 2)
     }
 
     #[test]

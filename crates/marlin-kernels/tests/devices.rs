@@ -5,7 +5,7 @@ use marlin_kernels::cpu::{CpuBackend, CpuOptions, SimdLevel};
 use marlin_kernels::reference::ReferenceBackend;
 use marlin_kernels::{Backend, Encoder, KernelError, KvLayer, KvLayout, KvType, LinearPart, StepLimits};
 
-const LIMITS: StepLimits = StepLimits { tokens: 4, context: 8, width: 8, vocabulary: 8 };
+const LIMITS: StepLimits = StepLimits { tokens: 4, context: 8, width: 8, vocabulary: 8, logit_rows: 4 };
 
 fn zeros(rows: usize, cols: usize, bias: Option<usize>) -> LinearPart<'static> {
     let weight = PackedMatrix::from_dense_bytes(Scheme::F32, rows, cols, vec![0; rows * cols * 4]).unwrap();

@@ -132,8 +132,8 @@ mod tests {
             assert_eq!(batch.push(&b, &[20], LogitRows::LastN(2)), 6..7);
             assert_eq!(batch.push(&b, &[20], LogitRows::None), 7..7);
             let step = batch.as_step();
-            let limits = StepLimits { tokens: 16, context: 8, width: 1, vocabulary: 23 };
-            step.validate(&limits, &layout, 8).unwrap();
+            let limits = StepLimits { tokens: 16, context: 8, width: 1, vocabulary: 23, logit_rows: 16 };
+            step.validate(&limits, &layout, 8, 0).unwrap();
             assert_eq!(step.positions, [4, 5, 0, 1, 2, 0, 1, 2, 2, 2]);
             assert_eq!(step.sequence_offsets, [0, 2, 5, 5, 8, 9, 10]);
             assert_eq!((step.table(0), step.table(1)), (a.blocks(), b.blocks()));

@@ -67,12 +67,10 @@ pub enum ModelError {
         limit: usize,
     },
     /// Sampling parameters for another number of rows than the last step had logits.
-    #[error("{rows} sampling rows and {tokens} tokens for {logits} rows of logits")]
+    #[error("{rows} sampling rows for {logits} rows of logits; they must be as many, and at least one")]
     SampleRows {
         /// Sampling rows given.
         rows: usize,
-        /// Room for tokens given.
-        tokens: usize,
         /// Rows of logits there are.
         logits: usize,
     },

@@ -1,6 +1,6 @@
 //! A loaded model, whatever its family and device.
 
-use marlin_kernels::{DeviceInfo, KvLayout, KvType, SampleRow};
+use marlin_kernels::{DeviceInfo, KvLayout, KvType, SampleRow, SamplingId};
 
 use crate::{KvPool, ModelError, StepBatch};
 
@@ -15,15 +15,24 @@ pub trait LanguageModel: Send {
     /// The blocks of the KV cache.
     fn kv(&mut self) -> &mut KvPool;
 
-    /// Runs a step; afterwards logits of its logit rows are on the device. Pending block copies of the pool run first.
+    /// Starts a step, which leaves logits of its logit rows on the device. Pending block copies of the pool run first.
     /// A batch that does not fit [`ModelInfo`] is refused before anything runs. One of no tokens does nothing.
+    ///
+    /// A device that works by itself may still be at it when this returns: what reads waits for it, and what starts queues behind it.
     fn forward(&mut self, batch: &StepBatch) -> Result<(), ModelError>;
 
     /// Reads the logits of the last step, `[L, vocabulary]` row-major, into `out` (resized to fit).
     fn read_logits(&mut self, out: &mut Vec<f32>) -> Result<(), ModelError>;
 
-    /// Chooses a token for each logit row of the last step; consumes its logits, so that there are none to read afterwards.
-    fn sample(&mut self, rows: &[SampleRow<'_>], tokens: &mut [u32]) -> Result<(), ModelError>;
+    /// Waits for the steps that were started.
+    fn wait(&mut self) -> Result<(), ModelError>;
+
+    /// Starts the choice of a token for each logit row of the last step; consumes its logits, so that there are none to read
+    /// afterwards. The next step may take the tokens before they are read, see [`marlin_kernels::Step::SAMPLED`].
+    fn sample(&mut self, rows: &[SampleRow<'_>]) -> Result<SamplingId, ModelError>;
+
+    /// Waits for one of the last two samplings and reads its tokens, one for each of its rows.
+    fn sampled(&mut self, sampling: SamplingId, tokens: &mut [u32]) -> Result<(), ModelError>;
 }
 
 /// Sizes and names of a loaded model.
@@ -49,6 +58,8 @@ pub struct ModelInfo {
     pub weight_bytes: u64,
     /// The device it runs on.
     pub device: DeviceInfo,
+    /// The device works while the host goes on, so that it pays to start a step before the tokens of the last one are read.
+    pub overlaps: bool,
 }
 
 /// How much room to make when a model is loaded.

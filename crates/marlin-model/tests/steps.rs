@@ -6,7 +6,7 @@ mod common;
 use common::{Device, Golden, Model, golden, options, packed, packed_in, same_bits, schemes};
 use marlin_format::Format;
 use marlin_kernels::cpu::Arithmetic;
-use marlin_kernels::{KvType, StepError};
+use marlin_kernels::{KvType, SampleRow, StepError};
 use marlin_model::{KvSequence, LoadOptions, LogitRows, ModelError, StepBatch};
 
 /// Grouped heads, biases and several shards; a window; a llama3 rope.
@@ -215,8 +215,8 @@ fn steps_that_do_not_fit_are_refused_and_harm_nothing() {
 
     let error = model.model.kv().append(&mut sequence, 63).unwrap_err();
     assert!(matches!(error, ModelError::OutOfBlocks { needed: 2, free: 1, blocks: 3, .. }), "{error}");
-    let error = model.model.sample(&[common::GREEDY], &mut [0]).unwrap_err();
-    assert!(matches!(error, ModelError::SampleRows { rows: 1, tokens: 1, logits: 0 }), "{error}");
+    let error = model.model.sample(&[SampleRow::GREEDY]).unwrap_err();
+    assert!(matches!(error, ModelError::SampleRows { rows: 1, logits: 0 }), "{error}");
 
     // What was refused has left no trace.
     model.truncate(&mut sequence, 33);

@@ -1,6 +1,6 @@
 //! Evaluation of models whose distributions are known.
 
-use marlin_kernels::{DeviceInfo, KvLayer, KvLayout, KvType, SampleRow};
+use marlin_kernels::{DeviceInfo, KvLayer, KvLayout, KvType, SampleRow, SamplingId};
 use marlin_model::{KvPool, LanguageModel, ModelError, ModelInfo, StepBatch};
 use marlin_quantize::{ModelLogits, QuantizeError, RecordedLogits, Windows, evaluate};
 
@@ -31,6 +31,7 @@ impl<F: Fn(u32, u32) -> [f32; VOCABULARY] + Send> Fake<F> {
             kv_type: KvType::F32,
             weight_bytes: 0,
             device: DeviceInfo { name: "fake".into(), detail: String::new() },
+            overlaps: false,
         };
         // Just enough for one window: blocks that are not given back are missed at once.
         Self { info, pool: KvPool::new(kv_layout, 4), logits, rows: Vec::new(), steps: Vec::new() }
@@ -60,7 +61,15 @@ impl<F: Fn(u32, u32) -> [f32; VOCABULARY] + Send> LanguageModel for Fake<F> {
         Ok(())
     }
 
-    fn sample(&mut self, _: &[SampleRow<'_>], _: &mut [u32]) -> Result<(), ModelError> {
+    fn wait(&mut self) -> Result<(), ModelError> {
+        Ok(())
+    }
+
+    fn sample(&mut self, _: &[SampleRow<'_>]) -> Result<SamplingId, ModelError> {
+        unreachable!("an evaluation does not sample")
+    }
+
+    fn sampled(&mut self, _: SamplingId, _: &mut [u32]) -> Result<(), ModelError> {
         unreachable!("an evaluation does not sample")
     }
 }

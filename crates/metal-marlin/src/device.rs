@@ -78,12 +78,22 @@ impl Device {
         }
     }
 
+    /// The GPU, if it is one.
+    pub fn gpu(&self) -> Option<&GpuBackend> {
+        match self {
+            Self::Cpu(_) => None,
+            Self::Gpu(backend) => Some(backend),
+        }
+    }
+
+    /// Bytes that the device's driver lets a program have; `None` if there is no such limit, or it is not known.
+    pub fn memory(&self) -> Option<u64> {
+        self.gpu().and_then(|gpu| gpu.caps().memory)
+    }
+
     /// Whether it uses the machine's memory, and not its own.
     pub fn shares_memory(&self) -> bool {
-        match self {
-            Self::Cpu(_) => true,
-            Self::Gpu(backend) => backend.caps().shares_memory,
-        }
+        self.gpu().is_none_or(|gpu| gpu.caps().shares_memory)
     }
 
     /// Loads a checkpoint's model.

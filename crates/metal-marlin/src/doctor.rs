@@ -6,7 +6,7 @@ use marlin_format::Format;
 use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
 use marlin_kernels::gpu::{GpuAdapter, GpuArithmetic, GpuBackend, GpuOptions, adapters};
 use marlin_kernels::reference::ReferenceBackend;
-use marlin_kernels::{Backend, Encoder, KernelError, LinearPart, Step, StepLimits};
+use marlin_kernels::{Backend, Encoder, Input, KernelError, LinearPart, Step, StepLimits};
 use marlin_model::{LoadOptions, LogitRows, StepBatch};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -34,17 +34,19 @@ pub struct Report {
     memory: Option<Memory>,
     /// Threads, and bytes a second that they read.
     read_bandwidth: Vec<(usize, Spread)>,
-    model_folders: Vec<ModelFolder>,
+    caches_on_disk: Vec<CacheFolder>,
     checks: Vec<Check>,
 }
 
-/// A cache of models.
+/// What the program keeps on disk.
 #[derive(Debug)]
-struct ModelFolder {
-    /// Which models.
+struct CacheFolder {
+    /// `models` or `kernels`.
+    of: &'static str,
+    /// Which of them.
     holds: &'static str,
     /// How many.
-    models: usize,
+    entries: usize,
     /// What they take on disk.
     bytes: u64,
     path: PathBuf,
@@ -84,7 +86,7 @@ pub fn examine() -> Report {
         caches: machine::caches(),
         memory: machine::memory(),
         read_bandwidth,
-        model_folders: model_folders(),
+        caches_on_disk: caches_on_disk(),
         checks,
     }
 }
@@ -166,7 +168,7 @@ fn linear<B: Backend>(backend: &B, parts: &[LinearPart<'_>], input: &[f32]) -> R
     backend.upload(&mut x, TOKENS, input)?;
     // What is not written stays NaN.
     backend.upload(&mut out, TOKENS, &[f32::NAN; TOKENS * ROWS])?;
-    let limits = StepLimits { tokens: TOKENS, context: TOKENS, width: COLS, vocabulary: 1 };
+    let limits = StepLimits { tokens: TOKENS, context: TOKENS, width: COLS, vocabulary: 1, logit_rows: TOKENS };
     let mut encoder = backend.encoder(&limits)?;
     let positions: [u32; TOKENS] = std::array::from_fn(|position| position as u32);
     encoder.begin(&Step {
@@ -177,28 +179,41 @@ fn linear<B: Backend>(backend: &B, parts: &[LinearPart<'_>], input: &[f32]) -> R
         table_offsets: &[0, 0],
         logit_rows: &[],
     });
-    encoder.linear(&x, &linear, &mut out);
+    encoder.linear(Input::Rows(&x), &linear, &mut out);
     encoder.submit()?;
     let mut values = vec![0.0; TOKENS * ROWS];
     encoder.read(&out, &mut values)?;
     Ok(values)
 }
 
-/// The caches of models that exist.
-fn model_folders() -> Vec<ModelFolder> {
-    let hub = HubCache::from_env().ok().map(|cache| ModelFolder {
+/// The caches that exist.
+fn caches_on_disk() -> Vec<CacheFolder> {
+    let hub = HubCache::from_env().ok().map(|cache| CacheFolder {
+        of: "models",
         holds: "fetched from the Hub",
-        models: cache.models().map_or(0, |models| models.len()),
+        entries: cache.models().map_or(0, |models| models.len()),
         bytes: cache.bytes(),
         path: cache.folder().to_owned(),
     });
-    let quantized = ModelCache::from_env().ok().map(|cache| ModelFolder {
+    let own = ModelCache::from_env().ok();
+    let quantized = own.as_ref().map(|cache| CacheFolder {
+        of: "models",
         holds: "quantised on the fly",
-        models: cache.models().map_or(0, |models| models.len()),
+        entries: cache.models().map_or(0, |models| models.len()),
         bytes: cache.bytes(),
         path: cache.folder().to_owned(),
     });
-    [hub, quantized].into_iter().flatten().filter(|folder| folder.path.is_dir()).collect()
+    let kernels = own.as_ref().map(|cache| {
+        let files = cache.kernels().unwrap_or_default();
+        CacheFolder {
+            of: "kernels",
+            holds: "compiled for GPUs",
+            entries: files.len(),
+            bytes: files.iter().map(|file| file.bytes).sum(),
+            path: cache.kernels_folder(),
+        }
+    });
+    [hub, quantized, kernels].into_iter().flatten().filter(|folder| folder.path.is_dir()).collect()
 }
 
 /// An error and its causes in one line.
@@ -256,8 +271,8 @@ impl Report {
         for device in &self.devices {
             lines.push(("device", device.clone()));
         }
-        for ModelFolder { holds, models, bytes, path } in &self.model_folders {
-            lines.push(("models", format!("{models} {holds}, {} in {}", format_size(*bytes), path.display())));
+        for CacheFolder { of, holds, entries, bytes, path } in &self.caches_on_disk {
+            lines.push((of, format!("{entries} {holds}, {} in {}", format_size(*bytes), path.display())));
         }
         let mut text: String = lines.iter().map(|(name, value)| format!("{name:<10} {value}\n")).collect();
         text.push('\n');
@@ -278,7 +293,11 @@ impl Report {
             let detail = check.result.as_ref().unwrap_or_else(|error| error);
             json!({ "name": check.name, "ok": check.result.is_ok(), "detail": detail })
         };
-        let model_folder = |ModelFolder { holds, models, bytes, path }: &ModelFolder| json!({"holds": holds, "models": models, "bytes": bytes, "path": path});
+        let folders = |wanted: &str| -> Vec<Value> {
+            let folders = self.caches_on_disk.iter().filter(|folder| folder.of == wanted);
+            let folder = |CacheFolder { of, holds, entries, bytes, path }: &CacheFolder| json!({"holds": holds, *of: entries, "bytes": bytes, "path": path});
+            folders.map(folder).collect()
+        };
         let bandwidth =
             |(threads, rate): &(usize, Spread)| json!({ "threads": threads, "bytes_per_second": rate.to_json() });
         json!({
@@ -296,7 +315,8 @@ impl Report {
             "memory_available_bytes": self.memory.map(|memory| memory.available),
             "read_bandwidth": self.read_bandwidth.iter().map(bandwidth).collect::<Vec<_>>(),
             "devices": self.devices,
-            "model_folders": self.model_folders.iter().map(model_folder).collect::<Vec<_>>(),
+            "model_folders": folders("models"),
+            "kernel_folders": folders("kernels"),
             "checks": self.checks.iter().map(check).collect::<Vec<_>>(),
             "ok": self.failures().is_empty(),
         })
@@ -336,7 +356,7 @@ mod tests {
             caches: Vec::new(),
             memory: None,
             read_bandwidth: Vec::new(),
-            model_folders: Vec::new(),
+            caches_on_disk: Vec::new(),
             checks: vec![check("good", Ok("fine".to_owned())), check("bad", Err("off".to_owned()))],
         };
         assert_eq!(report.failures(), ["bad"]);

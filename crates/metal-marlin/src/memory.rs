@@ -23,10 +23,11 @@ pub struct MemoryOptions {
 }
 
 impl MemoryOptions {
-    /// The memory given, or else what is available; `None` if the system does not tell, as of memory that a GPU has of its
-    /// own.
+    /// The memory given, or else what is available to the device: what it has of its own, or of the machine's memory what the system has
+    /// left and the device's driver recommends. `None` if neither tells.
     pub fn budget(&self, device: &Device) -> Option<u64> {
-        self.memory.or_else(|| if device.shares_memory() { available() } else { None })
+        let of_machine = || if device.shares_memory() { available() } else { None };
+        self.memory.or_else(|| [of_machine(), device.memory()].into_iter().flatten().min())
     }
 }
 

@@ -289,7 +289,8 @@ impl ModelCache {
         ids.retain(|id| Path::new(id).extension().is_some_and(|extension| extension == PIPELINE_CACHE_EXTENSION));
         let file = |id: String| {
             let path = folder.join(&id);
-            CompiledKernels { id, bytes: hub::bytes_of(&path), written: modified(&path), path }
+            let bytes = fs::metadata(&path).map_or(0, |found| found.len());
+            CompiledKernels { id, bytes, written: modified(&path), path }
         };
         Ok(ids.into_iter().map(file).collect())
     }

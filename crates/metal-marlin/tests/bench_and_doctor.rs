@@ -77,7 +77,10 @@ fn every_output_has_a_line_for_each_test() {
     let csv = tiny(&[&options[..], &["--output", "csv"]].concat());
     let lines: Vec<&str> = csv.lines().collect();
     assert_eq!(lines.len(), 1 + 3, "{csv}");
-    assert!(lines[0].starts_with("version,platform,model,") && lines[0].ends_with(",share_of_read_bandwidth"), "{csv}");
+    assert!(
+        lines[0].starts_with("version,platform,model,") && lines[0].ends_with(",max_predicted_tokens_per_second"),
+        "{csv}"
+    );
     assert!(
         lines[3].contains(",\"tiny\",true,\"int8 row\",\"bf16\",") && lines[3].contains(",\"tg3 @ d4\",3,4,2,"),
         "{csv}"

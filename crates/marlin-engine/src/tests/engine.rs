@@ -10,7 +10,8 @@ use super::fake_model::{FakeModel, Sizes, VOCABULARY, Wire, next_token};
 use super::tokenizers::byte_level;
 use crate::{Engine, EngineError, Event, FinishReason, Request, RequestId, SamplingParams, StopConditions};
 
-const ROOMY: Sizes = Sizes { context: 64, step_tokens: 16, logit_rows: 8, block_tokens: 4, blocks: 64 };
+const ROOMY: Sizes =
+    Sizes { context: 64, step_tokens: 16, logit_rows: 8, block_tokens: 4, blocks: 64, overlaps: false };
 
 /// Ids 0..256 are bytes, then three pieces, then the end-of-sequence token.
 const EOS: u32 = 259;
@@ -65,7 +66,7 @@ fn expected(prompt: &[u32], count: usize) -> Vec<u32> {
     let mut history = prompt.to_vec();
     let mut sampler = crate::sampling::Sampler::new(SamplingParams::greedy(), &[]).unwrap();
     for index in 0..count {
-        history.push(next_token(&history, &sampler.row(index)));
+        history.push(next_token(&history, &sampler.row(index, None), None));
     }
     history.split_off(prompt.len())
 }
@@ -88,6 +89,34 @@ fn a_prompt_is_prefilled_in_chunks_beside_decoding_sequences() {
     assert_eq!(outputs[&long].tokens, expected(&long_prompt, 3));
     assert_eq!(outputs[&long].reason, Some(FinishReason::Length));
     assert_eq!(engine.used_kv_blocks(), 0);
+}
+
+#[test]
+fn a_device_that_overlaps_gets_the_next_step_before_the_last_one_is_read() {
+    let (mut engine, wire) = engine(Sizes { overlaps: true, ..ROOMY });
+    let steps = |wire: &Mutex<Wire>| wire.lock().unwrap().steps.len();
+    let first = engine.add(greedy(&[1, 2, 3], 4)).unwrap();
+    let mut events = Vec::new();
+    for started in 1..=4 {
+        engine.step(&mut events).unwrap();
+        assert_eq!((steps(&wire), events.len()), (started, started - 1));
+    }
+    // Its last token is never fed back, so nothing is left to start.
+    engine.step(&mut events).unwrap();
+    assert_eq!((steps(&wire), events.len(), engine.is_idle()), (4, 4, true));
+    assert_eq!(gather(&events)[&first].tokens, expected(&[1, 2, 3], 4));
+
+    // A token that ends a request is read when the next step is under way.
+    let tokens = expected(&[4, 5], 3);
+    let mut request = greedy(&[4, 5], 9);
+    request.stop.tokens = vec![tokens[2]];
+    let second = engine.add(request).unwrap();
+    let outputs = finish(&mut engine);
+    assert_eq!(
+        (&outputs[&second].tokens, &outputs[&second].reason),
+        (&tokens, &Some(FinishReason::StopToken(tokens[2])))
+    );
+    assert_eq!((steps(&wire), engine.used_kv_blocks()), (4 + 4, 0));
 }
 
 #[test]
@@ -197,11 +226,17 @@ fn cancelling_frees_blocks_at_once() {
 
 #[test]
 fn after_a_failure_the_same_step_can_be_run_again() {
-    let (mut engine, wire) = engine(ROOMY);
+    [false, true].into_iter().for_each(run_through_failures);
+}
+
+fn run_through_failures(overlaps: bool) {
+    let (mut engine, wire) = engine(Sizes { overlaps, ..ROOMY });
     let prompt: Vec<u32> = (0..20).collect();
     let id = engine.add(greedy(&prompt, 6)).unwrap();
     let mut events = Vec::new();
-    for failing in [false, true, false, true].into_iter().cycle() {
+    // Where steps overlap, the call after a failure delivers nothing yet.
+    let calls: &[bool] = if overlaps { &[false, false, true] } else { &[false, true] };
+    for &failing in calls.iter().cycle() {
         if engine.is_idle() {
             break;
         }
@@ -293,11 +328,12 @@ proptest! {
         logit_rows in 1..8usize,
         block_tokens in 1..9usize,
         spare_blocks in 0..40usize,
+        overlaps in any::<bool>(),
     ) {
         // The smallest pool that any of the requests can run in, or a larger one.
         let context = 48;
         let blocks = usize::div_ceil(context - 1, block_tokens) + spare_blocks;
-        let sizes = Sizes { context, step_tokens, logit_rows, block_tokens, blocks };
+        let sizes = Sizes { context, step_tokens, logit_rows, block_tokens, blocks, overlaps };
         let (mut together, _) = engine(sizes);
         let mut ids: Vec<Option<RequestId>> = vec![None; visits.len()];
         let mut cancelled = vec![false; visits.len()];
@@ -334,4 +370,5 @@ proptest! {
     }
 }
 
-const ROOMY_ALONE: Sizes = Sizes { context: 48, step_tokens: 1000, logit_rows: 1, block_tokens: 1000, blocks: 1 };
+const ROOMY_ALONE: Sizes =
+    Sizes { context: 48, step_tokens: 1000, logit_rows: 1, block_tokens: 1000, blocks: 1, overlaps: false };

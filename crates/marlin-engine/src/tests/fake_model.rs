@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use marlin_kernels::{DeviceInfo, KernelError, KvLayout, KvType, SampleRow, StepLimits};
+use marlin_kernels::{DeviceInfo, KernelError, KvLayout, KvType, SampleRow, SamplingId, Step, StepLimits, TokenCount};
 use marlin_model::{KvPool, LanguageModel, ModelError, ModelInfo, StepBatch};
 
 /// Its vocabulary: the bytes, a few pieces, one special token.
@@ -17,6 +17,8 @@ pub(super) struct Sizes {
     pub(super) logit_rows: usize,
     pub(super) block_tokens: usize,
     pub(super) blocks: usize,
+    /// Let a step start before the tokens of the last one are read.
+    pub(super) overlaps: bool,
 }
 
 /// What tests see and steer while the engine owns the model.
@@ -28,7 +30,7 @@ pub(super) struct Wire {
     pub(super) fail_forward: bool,
     /// Give histories with this token logits that are not finite.
     pub(super) poison: Option<u32>,
-    /// Fail the next sampling.
+    /// Fail the next time that tokens are read.
     pub(super) fail_sample: bool,
 }
 
@@ -41,6 +43,8 @@ pub(super) struct FakeModel {
     slots: HashMap<usize, (u32, u32)>,
     /// What the last step's logit rows have seen.
     histories: Vec<Vec<u32>>,
+    /// The tokens of all samplings.
+    samplings: Vec<Vec<u32>>,
     wire: Arc<Mutex<Wire>>,
 }
 
@@ -59,23 +63,37 @@ impl FakeModel {
             kv_type: KvType::F16,
             weight_bytes: 0,
             device: DeviceInfo { name: "fake".into(), detail: String::new() },
+            overlaps: sizes.overlaps,
         };
         let kv = KvPool::new(layout, sizes.blocks);
-        (Self { info, sizes, kv, slots: HashMap::new(), histories: Vec::new(), wire: wire.clone() }, wire)
+        (
+            Self {
+                info,
+                sizes,
+                kv,
+                slots: HashMap::new(),
+                histories: Vec::new(),
+                samplings: Vec::new(),
+                wire: wire.clone(),
+            },
+            wire,
+        )
     }
 }
 
-/// The token that follows `history`, given the random number and the counts of a row.
-pub(super) fn next_token(history: &[u32], row: &SampleRow<'_>) -> u32 {
+/// The token that follows `history`, given the random number and the counts of a row, and the token of its `last_sampled`.
+pub(super) fn next_token(history: &[u32], row: &SampleRow<'_>, last: Option<u32>) -> u32 {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     let mut mix = |value: u32| hash = (hash ^ u64::from(value)).wrapping_mul(0x0100_0000_01b3).rotate_left(23);
     history.iter().for_each(|&token| mix(token));
     if row.temperature > 0.0 {
         mix(row.uniform.to_bits());
     }
-    for count in row.counts {
+    let unseen = last.filter(|&last| row.counts.iter().all(|count| count.token != last));
+    let unseen = unseen.map(|token| TokenCount { token, generated: 0 });
+    for count in row.counts.iter().chain(&unseen) {
         mix(count.token);
-        mix(count.generated);
+        mix(count.generated + u32::from(last == Some(count.token)));
     }
     (hash >> 20) as u32 % VOCABULARY as u32
 }
@@ -91,9 +109,10 @@ impl LanguageModel for FakeModel {
 
     fn forward(&mut self, batch: &StepBatch) -> Result<(), ModelError> {
         let step = batch.as_step();
-        let Sizes { context, step_tokens, logit_rows, block_tokens, blocks } = self.sizes;
-        let limits = StepLimits { tokens: step_tokens, context, width: 1, vocabulary: VOCABULARY };
-        step.validate(&limits, &self.info.kv_layout, blocks)?;
+        let Sizes { context, step_tokens, logit_rows, block_tokens, blocks, .. } = self.sizes;
+        let limits = StepLimits { tokens: step_tokens, context, width: 1, vocabulary: VOCABULARY, logit_rows };
+        let last_sampled = self.samplings.last().map_or(&[][..], |tokens| tokens);
+        step.validate(&limits, &self.info.kv_layout, blocks, last_sampled.len())?;
         assert!(!step.tokens.is_empty(), "an empty step");
         assert!(step.logit_rows.len() <= logit_rows, "more logits than there is room for");
 
@@ -102,7 +121,11 @@ impl LanguageModel for FakeModel {
         };
         for s in 0..step.sequences() {
             for row in step.rows(s) {
-                self.slots.insert(slot(s, step.positions[row]), (step.tokens[row], step.positions[row]));
+                let token = match step.tokens[row].checked_sub(Step::SAMPLED) {
+                    Some(row) => last_sampled[row as usize],
+                    None => step.tokens[row],
+                };
+                self.slots.insert(slot(s, step.positions[row]), (token, step.positions[row]));
             }
         }
         self.histories.clear();
@@ -124,14 +147,28 @@ impl LanguageModel for FakeModel {
         unreachable!("the engine samples on the device")
     }
 
-    fn sample(&mut self, rows: &[SampleRow<'_>], tokens: &mut [u32]) -> Result<(), ModelError> {
-        assert_eq!((rows.len(), tokens.len()), (self.histories.len(), self.histories.len()));
-        let mut wire = self.wire.lock().unwrap();
-        for ((history, row), token) in self.histories.iter().zip(rows).zip(tokens) {
-            let is_poisoned = wire.poison.is_some_and(|poison| history.contains(&poison));
-            *token = if is_poisoned { SampleRow::NOT_FINITE } else { next_token(history, row) };
-        }
-        fail(&mut wire.fail_sample)
+    fn wait(&mut self) -> Result<(), ModelError> {
+        Ok(())
+    }
+
+    fn sample(&mut self, rows: &[SampleRow<'_>]) -> Result<SamplingId, ModelError> {
+        assert_eq!(rows.len(), self.histories.len());
+        let poison = self.wire.lock().unwrap().poison;
+        let last_sampled = self.samplings.last();
+        let choose = |(history, row): (&Vec<u32>, &SampleRow<'_>)| {
+            let last = row.last_sampled.map(|row| last_sampled.unwrap()[row as usize]);
+            let is_poisoned = poison.is_some_and(|poison| history.contains(&poison));
+            if is_poisoned { SampleRow::NOT_FINITE } else { next_token(history, row, last) }
+        };
+        let tokens = self.histories.iter().zip(rows).map(choose).collect();
+        self.samplings.push(tokens);
+        Ok(SamplingId(self.samplings.len() as u64 - 1))
+    }
+
+    fn sampled(&mut self, sampling: SamplingId, tokens: &mut [u32]) -> Result<(), ModelError> {
+        assert!(self.samplings.len() as u64 - sampling.0 <= 2, "a device keeps two samplings");
+        tokens.copy_from_slice(&self.samplings[sampling.0 as usize]);
+        fail(&mut self.wire.lock().unwrap().fail_sample)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
-use crate::{Activation, AttentionShape, Backend, Encoder, KvLayer, KvLayout, KvType, LinearPart};
+use crate::{Activation, AttentionShape, Backend, Encoder, Input, KvLayer, KvLayout, KvType, LinearPart};
 use marlin_format::{Format, Grouping, Scheme};
 
 use super::Table;
@@ -88,8 +88,8 @@ fn linear(backend: &CpuBackend, scheme: Scheme, batches: &[Range<usize>]) -> Vec
         let mut encoder = backend.encoder(&limits(rows, k)).expect("an encoder");
         let mut both = poisoned(backend, rows, 2 * n);
         let mut gated = poisoned(backend, rows, n);
-        encoder.linear(&x, &linear, &mut both);
-        encoder.linear_gated(&x, &linear, Activation::Silu, &mut gated);
+        encoder.linear(Input::Rows(&x), &linear, &mut both);
+        encoder.linear_gated(Input::Rows(&x), &linear, Activation::Silu, &mut gated);
         let (both, gated) =
             (read::<CpuBackend>(&mut encoder, &both, rows * 2 * n), read::<CpuBackend>(&mut encoder, &gated, rows * n));
         for row in 0..rows {

@@ -1,7 +1,7 @@
 //! Rows of the packed linears: format × epilogue, each over all shape classes.
 
-use crate::{Activation, Backend, Encoder, LinearPart};
-use marlin_format::{PackedMatrix, Scheme};
+use crate::{Activation, Backend, Encoder, Input, LinearPart, SampleRow, Step, StepLimits};
+use marlin_format::{Format, PackedMatrix, Scheme};
 
 use super::matrices::{has_columns, random, schemes};
 use super::support::{Case, Ragged, Rng, limits, mean_square, poisoned, read, upload};
@@ -14,7 +14,7 @@ const K: [usize; 7] = [1, 31, 32, 33, 65, 128, 300];
 
 /// Around the borders of blocks of 64 rows of M, which pass over the weights one after the other.
 const BLOCKS_M: [usize; 4] = [63, 64, 65, 129];
-/// Those that meet [`BLOCKS_M`]: one scheme for each kind of inner loop, and one that is converted.
+/// Those that meet [`BLOCKS_M`] and norms: one scheme for each kind of inner loop, and one that is converted.
 const BLOCKS_SCHEMES: [&str; 9] = ["fp4", "int4", "int8", "fp8", "bf16", "fp4-2of4", "int4-2of4", "fp8-2of4", "q4-k"];
 
 /// N, K and M around the borders of tiles of 16 to 128 rows, and of columns that are passed over in steps of 32 to 256.
@@ -23,6 +23,9 @@ const TILES: [[usize; 3]; 7] =
 
 /// The magnitude of outlier channels.
 const OUTLIER: f32 = 1e5;
+
+/// Added to the mean square of normalised rows.
+const NORM_EPS: f32 = 1e-6;
 
 /// How much larger the error of a product of two sums is: twice for independent sums, more where an input row is large, for
 /// both of them.
@@ -62,11 +65,15 @@ pub(crate) fn add_rows_of_many<B: Backend>(table: &mut Table, device: &Device<B>
                 row_blocks(device, scheme, epilogue)
             });
         }
+        if BLOCKS_SCHEMES.contains(&name.as_str()) {
+            table.add(device, format!("linear-normed/{name}"), move |device| normed(device, scheme));
+        }
         table.add(device, format!("linear-tiles/{name}"), move |device| tiles(device, scheme, Epilogue::Store));
         table.add(device, format!("linear-tiles-gated/{name}"), move |device| {
             tiles(device, scheme, Epilogue::Gated(Activation::Silu))
         });
     }
+    table.add(device, "mlp/fp4".into(), mlp);
 }
 
 /// All pairs of N and K; each with two values of M, which meet every N and every K.
@@ -91,6 +98,19 @@ fn some_shapes<B: Backend>(device: &Device<B>, scheme: Scheme, epilogue: Epilogu
         let parts: Vec<_> =
             (0..epilogue.parts()).map(|_| with_bias(random(scheme, n, k, &mut rng), &mut rng)).collect();
         check_linear(device, &parts, m, epilogue, &mut rng)?;
+    }
+    Ok(())
+}
+
+/// Inputs that are normalised first. The last K is more than a norm's invocations take at once on a GPU.
+fn normed<B: Backend>(device: &Device<B>, scheme: Scheme) -> Result<(), String> {
+    let mut rng = Rng(6);
+    for (i, k) in K.into_iter().chain([1088]).filter(|&k| has_columns(&scheme, k)).enumerate() {
+        let parts = [32, 32].map(|n| with_bias(random(scheme, n, k, &mut rng), &mut rng));
+        for m in [1, M[i % M.len()]] {
+            check_normed(device, &parts[..1], m, Epilogue::Store, &mut rng)?;
+            check_normed(device, &parts, m, Epilogue::Gated(Activation::Silu), &mut rng)?;
+        }
     }
     Ok(())
 }
@@ -131,6 +151,53 @@ fn fused<B: Backend>(device: &Device<B>) -> Result<(), String> {
     Ok(())
 }
 
+/// The linears of a gated MLP, one of which takes what the other gives, and gives it to be normalised.
+fn mlp<B: Backend>(device: &Device<B>) -> Result<(), String> {
+    let scheme = Format::Fp4.scheme(None).expect("its usual groups");
+    let mut rng = Rng(7);
+    for (hidden, intermediate) in [(64, 96), (128, 36), (32, 1088), (1088, 32)] {
+        for m in [1, 2, 8, 9] {
+            let mut part = |n, k| LinearPart { weight: random(scheme, n, k, &mut rng), bias: None };
+            let gate_up = [part(intermediate, hidden), part(intermediate, hidden)];
+            let down = [part(hidden, intermediate)];
+            let norm = (0..hidden).map(|_| 0.5 + rng.uniform()).collect();
+            let case = Mlp { gate_up, down, norm, x: rng.normals(m * hidden), m };
+            // Errors of one linear are inputs of the next.
+            let bound = 4.0 * PRODUCT * device.bounds.linear;
+            device.check(&case, bound, &format!("hidden={hidden},intermediate={intermediate},m={m}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Twice `x += down(gate_up(norm(x)))`.
+struct Mlp<'a> {
+    gate_up: [LinearPart<'a>; 2],
+    down: [LinearPart<'a>; 1],
+    norm: Vec<f32>,
+    /// `[m, hidden]`.
+    x: Vec<f32>,
+    m: usize,
+}
+
+impl Case for Mlp<'_> {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<f32> {
+        let (hidden, intermediate) = (self.norm.len(), self.gate_up[0].weight.rows);
+        let gate_up = backend.load_linear(&self.gate_up).expect("matrices that fit together");
+        let down = backend.load_linear(&self.down).expect("a matrix");
+        let norm = backend.load_vector(&self.norm).expect("a vector");
+        let mut encoder = backend.encoder(&limits(self.m, hidden.max(intermediate))).expect("an encoder");
+        let mut x = upload(backend, hidden, &self.x);
+        let mut gated = poisoned(backend, self.m, intermediate);
+        for _ in 0..2 {
+            let normed = Input::Normed { x: &x, weight: &norm, eps: NORM_EPS };
+            encoder.linear_gated(normed, &gate_up, Activation::Silu, &mut gated);
+            encoder.linear_add(&gated, &down, &mut x);
+        }
+        read::<B>(&mut encoder, &x, self.m * hidden)
+    }
+}
+
 fn with_bias(weight: PackedMatrix<'static>, rng: &mut Rng) -> LinearPart<'static> {
     let bias = Some(rng.normals(weight.rows));
     LinearPart { weight, bias }
@@ -144,6 +211,29 @@ fn check_linear<B: Backend>(
     epilogue: Epilogue,
     rng: &mut Rng,
 ) -> Result<(), String> {
+    check_input(device, parts, m, epilogue, None, rng)
+}
+
+/// The same of the norms of activations.
+fn check_normed<B: Backend>(
+    device: &Device<B>,
+    parts: &[LinearPart<'_>],
+    m: usize,
+    epilogue: Epilogue,
+    rng: &mut Rng,
+) -> Result<(), String> {
+    let weight = (0..parts[0].weight.cols).map(|_| 0.5 + rng.uniform()).collect();
+    check_input(device, parts, m, epilogue, Some(weight), rng)
+}
+
+fn check_input<B: Backend>(
+    device: &Device<B>,
+    parts: &[LinearPart<'_>],
+    m: usize,
+    epilogue: Epilogue,
+    norm: Option<Vec<f32>>,
+    rng: &mut Rng,
+) -> Result<(), String> {
     let k = parts[0].weight.cols;
     let n: Vec<String> = parts.iter().map(|part| part.weight.rows.to_string()).collect();
     for outliers in [false, true] {
@@ -153,8 +243,9 @@ fn check_linear<B: Backend>(
             x.iter_mut().skip(channel).step_by(k).for_each(|x| *x = OUTLIER * x.signum());
         }
         let residual = rng.normals(m * parts.iter().map(|part| part.weight.rows).sum::<usize>());
-        let case = Linear { parts, x, m, epilogue, residual };
-        let what = format!("n={},k={k},m={m}{}", n.join("+"), if outliers { " with outliers" } else { "" });
+        let case = Linear { parts, x, m, norm: norm.clone(), epilogue, residual };
+        let normed = if norm.is_some() { " normed" } else { "" };
+        let what = format!("n={},k={k},m={m}{normed}{}", n.join("+"), if outliers { " with outliers" } else { "" });
         // The mean of few squares strays far from what is expected of it.
         let outputs = m * parts.iter().map(|part| part.weight.rows).sum::<usize>();
         let factor = if matches!(epilogue, Epilogue::Gated(_)) { PRODUCT } else { 1.0 };
@@ -183,6 +274,8 @@ struct Linear<'a> {
     /// `[m, K]`.
     x: Vec<f32>,
     m: usize,
+    /// The weights of a norm that `x` goes through first.
+    norm: Option<Vec<f32>>,
     epilogue: Epilogue,
     /// What [`Epilogue::Add`] adds to, `[m, N]`.
     residual: Vec<f32>,
@@ -196,12 +289,17 @@ impl Case for Linear<'_> {
         let linear = backend.load_linear(self.parts).expect("matrices that fit together");
         let mut encoder = backend.encoder(&limits(self.m, k)).expect("an encoder");
         let mut out = poisoned(backend, self.m, n);
+        let norm = self.norm.as_ref().map(|norm| backend.load_vector(norm).expect("a vector"));
         // The first pass leaves NaN in whatever scratch memory the second one uses.
         for x in [&vec![f32::NAN; self.x.len()], &self.x] {
             let x = upload(backend, k, x);
+            let input = match &norm {
+                None => Input::Rows(&x),
+                Some(weight) => Input::Normed { x: &x, weight, eps: NORM_EPS },
+            };
             match self.epilogue {
-                Epilogue::Store => encoder.linear(&x, &linear, &mut out),
-                Epilogue::Gated(activation) => encoder.linear_gated(&x, &linear, activation, &mut out),
+                Epilogue::Store => encoder.linear(input, &linear, &mut out),
+                Epilogue::Gated(activation) => encoder.linear_gated(input, &linear, activation, &mut out),
                 Epilogue::Add => {
                     // What is recorded runs after uploads otherwise.
                     encoder.submit().expect("a submission");
@@ -216,6 +314,7 @@ impl Case for Linear<'_> {
     /// The mean square of outputs if terms had random signs: a single output may be small by cancellation, and all of them where
     /// the weights of an outlier channel are 0.
     fn energy(&self, _: &[f32]) -> f64 {
+        let input = self.input();
         let square = |values: &[f32]| mean_square(values.iter().map(|&value| f64::from(value)));
         let sums = self.parts.iter().map(|part| {
             let mut weights = vec![0.0; part.weight.rows * part.weight.cols];
@@ -223,7 +322,7 @@ impl Case for Linear<'_> {
                 part.weight.decode_row(row, weights);
             }
             let bias = part.bias.as_deref().map_or(0.0, square);
-            square(&weights) * square(&self.x) * part.weight.cols as f64 + bias
+            square(&weights) * square(&input) * part.weight.cols as f64 + bias
         });
         let sums: Vec<f64> = sums.collect();
         let mean = sums.iter().sum::<f64>() / sums.len() as f64;
@@ -235,16 +334,31 @@ impl Case for Linear<'_> {
     }
 }
 
+impl Linear<'_> {
+    /// What is multiplied, `[m, K]`.
+    fn input(&self) -> Vec<f32> {
+        let Some(weight) = &self.norm else {
+            return self.x.clone();
+        };
+        let rows = self.x.chunks_exact(weight.len()).flat_map(|row| {
+            let scale = (mean_square(row.iter().map(|&x| f64::from(x))) + f64::from(NORM_EPS)).sqrt().recip();
+            row.iter().zip(weight).map(move |(&x, &weight)| (f64::from(x) * scale * f64::from(weight)) as f32)
+        });
+        rows.collect()
+    }
+}
+
 fn embed<B: Backend>(device: &Device<B>, scheme: Scheme) -> Result<(), String> {
     let mut rng = Rng(4);
     for k in K.into_iter().filter(|&k| has_columns(&scheme, k)) {
         let vocabulary = 19;
         let table = random(scheme, vocabulary, k, &mut rng);
         let tokens = [18, 0, 7, 8, 7].map(|token| token as u32).to_vec();
-        let mut case = Embed { table: [LinearPart { weight: table, bias: None }], tokens, scale: 1.0 };
-        for scale in [1.0, 55.5] {
-            case.scale = scale;
-            device.check(&case, device.bounds.embed, &format!("k={k}, scale={scale}"))?;
+        let mut case =
+            Embed { table: [LinearPart { weight: table, bias: None }], tokens, scale: 1.0, is_sampled: false };
+        for (scale, is_sampled) in [(1.0, false), (55.5, true)] {
+            (case.scale, case.is_sampled) = (scale, is_sampled);
+            device.check(&case, device.bounds.embed, &format!("k={k}, scale={scale}, sampled={is_sampled}"))?;
         }
     }
     Ok(())
@@ -254,14 +368,26 @@ struct Embed<'a> {
     table: [LinearPart<'a>; 1],
     tokens: Vec<u32>,
     scale: f32,
+    /// The step takes its tokens from a sampling, which chooses the same ones.
+    is_sampled: bool,
 }
 
 impl Case for Embed<'_> {
     fn run<B: Backend>(&self, backend: &B) -> Vec<f32> {
         let k = self.table[0].weight.cols;
         let table = backend.load_linear(&self.table).expect("a table");
-        let step = Ragged::of_tokens(self.tokens.clone(), 0);
-        let mut encoder = backend.encoder(&limits(self.tokens.len(), k)).expect("an encoder");
+        let count = self.tokens.len();
+        let mut step = Ragged::of_tokens(self.tokens.clone(), 0);
+        let limits = StepLimits { logit_rows: count, vocabulary: self.table[0].weight.rows, ..limits(count, k) };
+        let mut encoder = backend.encoder(&limits).expect("an encoder");
+        if self.is_sampled {
+            let logits = self.tokens.iter().flat_map(|&token| {
+                (0..limits.vocabulary).map(move |other| if other == token as usize { 1.0 } else { 0.0 })
+            });
+            let mut logits = upload(backend, limits.vocabulary, &logits.collect::<Vec<f32>>());
+            encoder.sample(&mut logits, &vec![SampleRow::GREEDY; count]);
+            step.tokens = (0..count as u32).map(|row| Step::SAMPLED + row).collect();
+        }
         let mut out = poisoned(backend, self.tokens.len(), k);
         encoder.begin(&step.step());
         encoder.embed(&table, self.scale, &mut out);

@@ -109,8 +109,11 @@ impl Table {
             Arithmetic::Exact => ("", 1e-12),
             Arithmetic::Int8 => ("-int8", 1e-4),
         };
-        let device =
-            Device::new(format!("cpu-{simd}{suffix}"), CpuBackend::new(options)?, Bounds { linear, embed: 1e-13 });
+        let device = Device::new(
+            format!("cpu-{simd}{suffix}"),
+            CpuBackend::new(options)?,
+            Bounds { linear, embed: 1e-13, share: 0.0 },
+        );
         self.add_device(&device, arithmetic == Arithmetic::Exact);
         if arithmetic == Arithmetic::Exact {
             attention::add_odd_rows(self, &device);
@@ -128,8 +131,8 @@ impl Table {
         // Half precision rounds activations, scales and weights by up to 2^-11 of themselves, and each of a pair's 16 sums; an outlier's
         // product carries its whole error.
         let bounds = match arithmetic {
-            GpuArithmetic::Exact => Bounds { linear: 1e-12, embed: 1e-13 },
-            GpuArithmetic::Half => Bounds { linear: 5e-6, embed: 5e-7 },
+            GpuArithmetic::Exact => Bounds { linear: 1e-12, embed: 1e-13, share: 1e-5 },
+            GpuArithmetic::Half => Bounds { linear: 5e-6, embed: 5e-7, share: 1e-5 },
         };
         let device = Device::new(label, GpuBackend::new(options)?, bounds);
         match matrices {
@@ -145,8 +148,10 @@ impl Table {
     /// Adds the rows of a device that computes nothing, which compare nothing.
     #[cfg(test)]
     pub(crate) fn add_imaginary(&mut self, backend: GpuBackend) -> Arc<GpuBackend> {
-        let device =
-            Device { compares: false, ..Device::new("imaginary".into(), backend, Bounds { linear: 0.0, embed: 0.0 }) };
+        let device = Device {
+            compares: false,
+            ..Device::new("imaginary".into(), backend, Bounds { linear: 0.0, embed: 0.0, share: 0.0 })
+        };
         self.add_device(&device, true);
         device.backend
     }
@@ -232,6 +237,8 @@ struct Bounds {
     linear: f64,
     /// Of rows of an embedding table.
     embed: f64,
+    /// How far a share of probabilities may be off when a token is chosen by it.
+    share: f32,
 }
 
 /// A backend in one of its variants, as a row sees it.
@@ -275,7 +282,7 @@ mod tests {
         let options = CpuOptions { threads: Some(1), arithmetic: Arithmetic::Int8, simd: Some(SimdLevel::Portable) };
         let backend = CpuBackend::new(options).unwrap();
         let mut table = Table::default();
-        table.add_device(&Device::new("cpu".into(), backend, Bounds { linear, embed: 1e-13 }), false);
+        table.add_device(&Device::new("cpu".into(), backend, Bounds { linear, embed: 1e-13, share: 0.0 }), false);
         outcome(table, "linear/int4/cpu")
     }
 

@@ -1,23 +1,16 @@
-//! Rows of sampling: every parameter by itself, and all of them together. The same tokens must be chosen.
+//! Rows of sampling: every parameter by itself, and all of them together. The same tokens must be chosen, but for shares of probabilities
+//! that are borderline.
 
-use crate::{Backend, Encoder, SampleRow, TokenCount};
+use crate::reference::ReferenceBackend;
+use crate::sampling::by_falling_logit;
+use crate::sampling::host::token_of;
+use crate::{Backend, Encoder, SampleRow, StepLimits, TokenCount};
 
-use super::support::{Case, Rng, limits, read, upload};
+use super::support::{Rng, limits, upload};
 use super::{Device, Table};
 
 /// The neutral settings, but for a temperature.
-const PLAIN: SampleRow<'static> = SampleRow {
-    temperature: 1.0,
-    top_k: 0,
-    top_p: 1.0,
-    min_p: 0.0,
-    uniform: 0.0,
-    repetition_penalty: 1.0,
-    presence_penalty: 0.0,
-    frequency_penalty: 0.0,
-    counts: &[],
-    bias: &[],
-};
+const PLAIN: SampleRow<'static> = SampleRow { temperature: 1.0, ..SampleRow::GREEDY };
 
 const COUNTS: [TokenCount; 4] = [
     TokenCount { token: 0, generated: 0 },
@@ -62,15 +55,18 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
         ),
     ];
     for (name, row) in settings {
-        table.add(device, format!("sample/{name}"), move |device| sample(device, row));
+        table.add(device, format!("sample/{name}"), move |device| sample(device, row, false));
+        if !row.counts.is_empty() {
+            table.add(device, format!("sample/{name}-after-another"), move |device| sample(device, row, true));
+        }
     }
 }
 
-fn sample<B: Backend>(device: &Device<B>, row: SampleRow<'static>) -> Result<(), String> {
+fn sample<B: Backend>(device: &Device<B>, row: SampleRow<'static>, follows: bool) -> Result<(), String> {
     for vocabulary in [7, 127, 129, 5000] {
         for (what, distort) in DISTORTIONS {
-            let case = Sample { row, vocabulary, distort };
-            device.check(&case, 0.0, &format!("{vocabulary} tokens, {what}"))?;
+            let case = Sample::new(row, follows, vocabulary, distort);
+            case.check(device).map_err(|error| format!("{vocabulary} tokens, {what}: {error}"))?;
         }
     }
     Ok(())
@@ -97,34 +93,85 @@ fn allows_choice(logits: &[f32]) -> bool {
     !logits.iter().any(|&x| x.is_nan() || x == f32::INFINITY) && logits.iter().any(|&x| x != f32::NEG_INFINITY)
 }
 
+/// Rows of a sampling.
+const ROWS: usize = 33;
+
+/// A sampling, and perhaps one before it that it follows on.
 struct Sample {
-    row: SampleRow<'static>,
     vocabulary: usize,
-    distort: Distort,
+    logits: Vec<f32>,
+    rows: Vec<SampleRow<'static>>,
+    follows: bool,
 }
 
-impl Case for Sample {
-    fn run<B: Backend>(&self, backend: &B) -> Vec<f32> {
+impl Sample {
+    fn new(row: SampleRow<'static>, follows: bool, vocabulary: usize, distort: Distort) -> Self {
         let mut rng = Rng(30);
-        let rows = 33;
-        let distort = |i| (self.distort)(i / self.vocabulary, i % self.vocabulary, rng.normal());
-        let values: Vec<f32> = (0..rows * self.vocabulary).map(distort).collect();
+        let distort = |i| distort(i / vocabulary, i % vocabulary, rng.normal());
+        let logits = (0..ROWS * vocabulary).map(distort).collect();
         let largest_below_one = 1.0 - f32::EPSILON / 2.0;
-        let uniforms = [0.0, largest_below_one].into_iter().chain((2..rows).map(|_| rng.uniform()));
-        let settings: Vec<SampleRow<'_>> = uniforms.map(|uniform| SampleRow { uniform, ..self.row }).collect();
-        let mut encoder = backend.encoder(&limits(rows, self.vocabulary)).expect("an encoder");
-        let mut logits = upload(backend, self.vocabulary, &values);
-        let mut tokens = vec![SampleRow::NOT_FINITE - 1; rows];
-        encoder.sample(&mut logits, &settings, &mut tokens).expect("a choice");
-        // Nothing to read, but the device must have come to an end.
-        read::<B>(&mut encoder, &logits, rows * self.vocabulary);
-        for (&token, logits) in tokens.iter().zip(values.chunks_exact(self.vocabulary)) {
-            if allows_choice(logits) {
-                assert!((token as usize) < self.vocabulary, "{token} is no token of the vocabulary");
+        let uniforms = [0.0, largest_below_one].into_iter().chain((2..ROWS).map(|_| rng.uniform()));
+        // Each row after the first takes account of its neighbour's token.
+        let last_sampled = |index: usize| index.checked_sub(1).filter(|_| follows).map(|neighbour| neighbour as u32);
+        let row = |(index, uniform)| SampleRow { uniform, last_sampled: last_sampled(index), ..row };
+        Self { vocabulary, logits, rows: uniforms.enumerate().map(row).collect(), follows }
+    }
+
+    /// The tokens that a device chooses: of the sampling before, and of this one.
+    fn run<B: Backend>(&self, backend: &B, rows: &[SampleRow<'_>]) -> [Vec<u32>; 2] {
+        let limits = StepLimits { logit_rows: ROWS, ..limits(ROWS, self.vocabulary) };
+        let mut encoder = backend.encoder(&limits).expect("an encoder");
+        let mut logits = upload(backend, self.vocabulary, &self.logits);
+        let before = self.follows.then(|| {
+            let sampling = encoder.sample(&mut logits, &[SampleRow::GREEDY; ROWS]);
+            encoder.start().expect("a start");
+            backend.upload(&mut logits, ROWS, &self.logits).expect("values that fill it");
+            sampling
+        });
+        let sampling = encoder.sample(&mut logits, rows);
+        let mut tokens = [vec![SampleRow::NOT_FINITE - 1; ROWS], vec![SampleRow::NOT_FINITE - 1; ROWS]];
+        if let Some(before) = before {
+            encoder.sampled(before, &mut tokens[0]).expect("tokens of the sampling before");
+        }
+        encoder.sampled(sampling, &mut tokens[1]).expect("a choice");
+        tokens
+    }
+
+    /// In the order of tokens, what the device chooses lies between what the reference chooses by slightly smaller and by slightly larger
+    /// shares.
+    fn check<B: Backend>(&self, device: &Device<B>) -> Result<(), String> {
+        let [before, found] = self.run(&*device.backend, &self.rows);
+        if !device.compares {
+            return Ok(());
+        }
+        let share = device.bounds.share;
+        let choose = |change: f32| {
+            let row = |row: &SampleRow<'static>| SampleRow {
+                uniform: (row.uniform + change).clamp(0.0, 1.0 - f32::EPSILON / 2.0),
+                top_p: row.top_p + change,
+                min_p: row.min_p * (1.0 - change),
+                ..*row
+            };
+            self.run(&ReferenceBackend, &self.rows.iter().map(row).collect::<Vec<_>>())
+        };
+        let [[expected_before, first], [_, last]] = [choose(-share), choose(share)];
+        if self.follows && before != expected_before {
+            return Err(format!("the sampling before chose {before:?}, expected {expected_before:?}"));
+        }
+        for (index, row) in self.rows.iter().enumerate() {
+            let mut logits = self.logits[index * self.vocabulary..][..self.vocabulary].to_vec();
+            let (found, range) = (found[index], first[index]..=last[index]);
+            let is_right = if allows_choice(&logits) && (found as usize) < self.vocabulary {
+                row.adjust(&mut logits, token_of(&before, row.last_sampled));
+                let order = by_falling_logit(&logits);
+                order(range.start(), &found).is_le() && order(&found, range.end()).is_le()
             } else {
-                assert_eq!(token, SampleRow::NOT_FINITE, "a token of logits that allow no choice");
+                !allows_choice(&logits) && found == SampleRow::NOT_FINITE
+            };
+            if !is_right {
+                return Err(format!("row {index} gets token {found}, expected one of those from {range:?}: {row:?}"));
             }
         }
-        tokens.iter().map(|&token| token as f32).collect()
+        Ok(())
     }
 }

@@ -95,7 +95,7 @@ impl Rng {
 
 /// Limits that just fit.
 pub(crate) fn limits(tokens: usize, width: usize) -> StepLimits {
-    StepLimits { tokens, context: 1 << 20, width, vocabulary: 1 << 20 }
+    StepLimits { tokens, context: 1 << 20, width, vocabulary: 1 << 20, logit_rows: 0 }
 }
 
 /// A buffer with these rows.

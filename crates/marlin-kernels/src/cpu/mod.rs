@@ -26,9 +26,10 @@ use self::disjoint::Disjoint;
 use self::linear::{Activations, Epilogue, TiledLinear};
 use self::threads::Threads;
 use crate::host::HostStep;
+use crate::sampling::host::{HostSamplings, token_of};
 use crate::{
-    Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, KernelError, KvLayout, KvType,
-    LinearPart, MemoryUse, QkNorm, SampleRow, Step, StepLimits,
+    Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, Input, KernelError, KvLayout,
+    KvType, LinearPart, MemoryUse, QkNorm, SampleRow, SamplingId, Step, StepLimits,
 };
 
 const NAME: &str = "cpu";
@@ -63,9 +64,12 @@ pub struct CpuEncoder {
     simd: SimdLevel,
     step: HostStep,
     activations: Activations,
+    /// The norms of a linear's input, `[tokens, width]`.
+    normed: Vec<f32>,
     attention: Attention,
     /// Token ids to sort, `[threads, vocabulary]`.
-    sampling: Vec<Mutex<Vec<u32>>>,
+    token_ids: Vec<Mutex<Vec<u32>>>,
+    samplings: HostSamplings,
 }
 
 impl CpuBackend {
@@ -102,7 +106,8 @@ impl MemoryUse for CpuBackend {
 
     fn encoder_bytes(&self, limits: &StepLimits) -> usize {
         let sampling = self.threads.count().saturating_mul(limits.vocabulary).saturating_mul(size_of::<u32>());
-        Activations::bytes(limits.tokens, limits.width).saturating_add(sampling)
+        let normed = limits.tokens.saturating_mul(limits.width).saturating_mul(size_of::<f32>());
+        Activations::bytes(limits.tokens, limits.width).saturating_add(normed).saturating_add(sampling)
     }
 }
 
@@ -112,6 +117,8 @@ impl Backend for CpuBackend {
     type Vector = Vec<f32>;
     type KvCache = HostKvCache;
     type Encoder = CpuEncoder;
+
+    const OVERLAPS: bool = false;
 
     fn info(&self) -> DeviceInfo {
         let arithmetic = match self.arithmetic {
@@ -150,22 +157,42 @@ impl Backend for CpuBackend {
             simd: self.simd,
             step: HostStep::default(),
             activations: Activations::new(limits.tokens, limits.width)?,
+            normed: crate::host::allocate("the norms of a linear's input", &[limits.tokens, limits.width], NAME)?,
             attention: Attention::new(&self.threads),
-            sampling: (0..self.threads.count()).map(|_| ids()).collect::<Result<_, _>>()?,
+            token_ids: (0..self.threads.count()).map(|_| ids()).collect::<Result<_, _>>()?,
+            samplings: HostSamplings::default(),
         })
     }
 }
 
 impl CpuEncoder {
-    fn apply(&mut self, x: &HostBuffer, linear: &CpuLinear, out: &mut [f32], epilogue: Epilogue) {
-        assert_eq!(x.width(), linear.0.cols(), "an input as wide as the linear's columns");
-        linear.0.apply(x.values(), x.rows(), out, epilogue, &mut self.activations, &self.threads);
+    fn apply(
+        &mut self,
+        x: Input<'_, CpuBackend>,
+        linear: &CpuLinear,
+        width: usize,
+        out: &mut HostBuffer,
+        epilogue: Epilogue,
+    ) {
+        let (Input::Rows(rows) | Input::Normed { x: rows, .. }) = x;
+        assert_eq!(rows.width(), linear.0.cols(), "an input as wide as the linear's columns");
+        let values = match x {
+            Input::Rows(x) => x.values(),
+            Input::Normed { x, weight, eps } => {
+                assert_eq!(weight.len(), x.width(), "a norm weight for each value of a row");
+                let normed = &mut self.normed[..x.values().len()];
+                rows::rms_norm(x.values(), weight, eps, normed, self.simd, &self.threads);
+                normed
+            }
+        };
+        let out = out.output(rows.rows(), width);
+        linear.0.apply(values, rows.rows(), out, epilogue, &mut self.activations, &self.threads);
     }
 }
 
 impl Encoder<CpuBackend> for CpuEncoder {
     fn begin(&mut self, step: &Step<'_>) {
-        self.step.begin(step);
+        self.step.begin(step, self.samplings.last());
         self.attention.begin(&self.step);
     }
 
@@ -204,20 +231,23 @@ impl Encoder<CpuBackend> for CpuEncoder {
         rows::soft_cap(x, cap, &self.threads);
     }
 
-    fn linear(&mut self, x: &HostBuffer, linear: &CpuLinear, out: &mut HostBuffer) {
-        let out = out.output(x.rows(), linear.0.rows());
-        self.apply(x, linear, out, Epilogue::Store);
+    fn linear(&mut self, x: Input<'_, CpuBackend>, linear: &CpuLinear, out: &mut HostBuffer) {
+        self.apply(x, linear, linear.0.rows(), out, Epilogue::Store);
     }
 
     fn linear_add(&mut self, x: &HostBuffer, linear: &CpuLinear, out: &mut HostBuffer) {
         assert_eq!(out.rows(), x.rows(), "the residual stream has a row for each input row");
-        let out = out.output(x.rows(), linear.0.rows());
-        self.apply(x, linear, out, Epilogue::Add);
+        self.apply(Input::Rows(x), linear, linear.0.rows(), out, Epilogue::Add);
     }
 
-    fn linear_gated(&mut self, x: &HostBuffer, gate_up: &CpuLinear, activation: Activation, out: &mut HostBuffer) {
-        let out = out.output(x.rows(), gate_up.0.part_rows()[0]);
-        self.apply(x, gate_up, out, Epilogue::Gated(activation));
+    fn linear_gated(
+        &mut self,
+        x: Input<'_, CpuBackend>,
+        gate_up: &CpuLinear,
+        activation: Activation,
+        out: &mut HostBuffer,
+    ) {
+        self.apply(x, gate_up, gate_up.0.part_rows()[0], out, Epilogue::Gated(activation));
     }
 
     fn rope_store_kv(
@@ -252,30 +282,35 @@ impl Encoder<CpuBackend> for CpuEncoder {
         }
     }
 
-    fn sample(
-        &mut self,
-        logits: &mut HostBuffer,
-        rows: &[SampleRow<'_>],
-        tokens: &mut [u32],
-    ) -> Result<(), KernelError> {
-        assert!(rows.len() == logits.rows() && tokens.len() == logits.rows(), "one choice per row of logits");
+    fn sample(&mut self, logits: &mut HostBuffer, rows: &[SampleRow<'_>]) -> SamplingId {
+        assert_eq!(rows.len(), logits.rows(), "one choice per row of logits");
+        let (id, before, tokens) = self.samplings.begin(rows.len());
         let width = logits.width();
-        let lanes = self.sampling.len().min(rows.len());
+        let lanes = self.token_ids.len().min(rows.len());
         let logits = Disjoint::new(logits.values_mut());
         let tokens = Disjoint::new(tokens);
         self.threads.run(lanes, &|lane| {
-            let mut ids = self.sampling[lane].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let mut ids = self.token_ids[lane].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             for row in (lane..rows.len()).step_by(lanes) {
                 // SAFETY: each row belongs to one lane.
                 let (logits, token) = unsafe { (logits.slice(row * width, width), tokens.slice(row, 1)) };
-                token[0] = crate::sampling::host::sample(&rows[row], logits, &mut ids);
+                let last = token_of(before, rows[row].last_sampled);
+                token[0] = crate::sampling::host::sample(&rows[row], logits, last, &mut ids);
             }
         });
-        Ok(())
+        id
+    }
+
+    fn sampled(&mut self, sampling: SamplingId, tokens: &mut [u32]) -> Result<(), KernelError> {
+        self.samplings.read(sampling, tokens)
     }
 
     fn copy_kv_blocks(&mut self, kv: &mut HostKvCache, pairs: &[(u32, u32)]) {
         kv.copy_blocks(pairs);
+    }
+
+    fn start(&mut self) -> Result<(), KernelError> {
+        Ok(())
     }
 
     fn submit(&mut self) -> Result<(), KernelError> {

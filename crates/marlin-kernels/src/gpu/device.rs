@@ -7,9 +7,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::disk_cache::DiskCache;
+use super::memory;
 use super::pipeline::{Kernel, Pipeline};
 use super::registry::KernelVariant;
 use crate::KernelError;
+use crate::error::size_in_words;
 
 /// Which GPU, and how its kernels are compiled.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -70,6 +72,9 @@ pub struct GpuCaps {
     pub timestamps: bool,
     /// Compiled kernels can be kept on disk.
     pub pipeline_cache: bool,
+    /// Bytes of its memory that a program should take at most, as of when it was opened: what other programs left of a Vulkan device's own
+    /// memory, what Metal recommends as a working set. `None` if it does not tell.
+    pub memory: Option<u64>,
 }
 
 impl GpuCaps {
@@ -87,6 +92,7 @@ impl GpuCaps {
             matrices: vec![MatrixSize::Eight],
             timestamps: true,
             pipeline_cache: false,
+            memory: None,
         }
     }
 
@@ -103,7 +109,14 @@ impl GpuCaps {
             matrices: matrices(adapter, features),
             timestamps: features.contains(TIMESTAMPS),
             pipeline_cache: features.contains(PIPELINE_CACHE),
+            memory: memory::budget(adapter),
         }
+    }
+
+    /// Its name, and how much memory it had to give.
+    fn in_words(&self) -> String {
+        let memory = self.memory.map(|bytes| format!(" (with {} free when it was opened)", size_in_words(bytes)));
+        format!("{}{}", self.name, memory.unwrap_or_default())
     }
 
     /// The features of a device of these capabilities that kernels use.
@@ -149,6 +162,8 @@ pub(super) struct Gpu {
     /// By source.
     pipelines: Mutex<HashMap<String, Slot>>,
     pub(super) disk_cache: Option<DiskCache>,
+    /// Kernels that encoders recorded.
+    pub(super) recorded: AtomicU64,
     /// The first thing that went wrong since it was last asked for.
     failure: Arc<Mutex<Option<String>>>,
     /// Why the device is gone for good, if it is.
@@ -209,8 +224,8 @@ const PIPELINE_CACHE: wgpu::Features = wgpu::Features::PIPELINE_CACHE;
 /// Bytes of a binding, at most: kernels count words and values in 32 bits.
 const MAX_BINDING: u64 = (1 << 31) - 4;
 
-/// Bytes of workgroup memory that the largest kernel takes, the one for tiles of 64 by 64.
-const WORKGROUP_MEMORY: u32 = 2 * 64 * 33 * 4;
+/// Bytes of workgroup memory that the largest kernel takes of those that every device runs.
+const WORKGROUP_MEMORY: u32 = super::sampling::WORKGROUP_MEMORY;
 
 /// Bytes of workgroup memory that all tiles of matrices can do with.
 pub(super) const MATRICES_WORKGROUP_MEMORY: u32 = 32 << 10;
@@ -246,12 +261,11 @@ pub fn adapters() -> Vec<GpuAdapter> {
     enumerate(&instance()).iter().map(adapter).collect()
 }
 
-fn instance() -> wgpu::Instance {
+pub(super) fn instance() -> wgpu::Instance {
     wgpu::Instance::new(wgpu::InstanceDescriptor {
         backends: wgpu::Backends::METAL | wgpu::Backends::VULKAN,
-        // Beyond this share of what the driver says is free, a buffer is an error and not a slow machine.
         memory_budget_thresholds: wgpu::MemoryBudgetThresholds {
-            for_resource_creation: Some(97),
+            for_resource_creation: Some(memory::USABLE_PERCENT as u8),
             for_device_loss: None,
         },
         ..wgpu::InstanceDescriptor::new_without_display_handle()
@@ -259,7 +273,7 @@ fn instance() -> wgpu::Instance {
 }
 
 /// Discrete GPUs first, software last.
-fn enumerate(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
+pub(super) fn enumerate(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
     let mut adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
     adapters.sort_by_key(|adapter| match adapter.get_info().device_type {
         wgpu::DeviceType::DiscreteGpu => 0,
@@ -362,6 +376,7 @@ impl Gpu {
             checked: options.checked,
             pipelines: Mutex::default(),
             disk_cache,
+            recorded: AtomicU64::new(0),
             failure,
             loss,
             next_id: AtomicU64::new(0),
@@ -413,7 +428,7 @@ impl Gpu {
 
     /// Memory on the device, zeroed.
     pub(super) fn storage(&self, what: &str, bytes: usize) -> Result<Storage, KernelError> {
-        let out_of_memory = || KernelError::OutOfMemory { what: what.into(), bytes, device: self.caps.name.clone() };
+        let out_of_memory = || KernelError::OutOfMemory { what: what.into(), bytes, device: self.caps.in_words() };
         // An empty buffer cannot be bound; kernels see vectors of 16 bytes.
         let size = (bytes.max(16) as u64).checked_next_multiple_of(16).ok_or_else(out_of_memory)?;
         if size > self.caps.max_binding {
@@ -456,12 +471,20 @@ impl Gpu {
         failure.map_or(Ok(()), |failure| Err(KernelError::Device(format!("{}: {failure}", self.caps.name))))
     }
 
-    /// Waits for everything that was submitted and reads the beginning of a buffer that can be mapped.
-    pub(super) fn read_mapped(&self, readback: &wgpu::Buffer, out: &mut [u8]) -> Result<(), KernelError> {
+    /// Waits for a submission, or for all, and reads the beginning of a buffer that can be mapped.
+    pub(super) fn read_mapped(
+        &self,
+        readback: &wgpu::Buffer,
+        submission: Option<wgpu::SubmissionIndex>,
+        out: &mut [u8],
+    ) -> Result<(), KernelError> {
         let bytes = out.len() as u64;
         // If it cannot be mapped, `get_mapped_range` fails.
         readback.map_async(wgpu::MapMode::Read, ..bytes, |_| ());
-        self.wait()?;
+        if let Err(error) = self.wait_for(submission) {
+            readback.unmap();
+            return Err(error);
+        }
         let mapped = readback.get_mapped_range(..bytes);
         let mapped = mapped.map_err(|error| KernelError::Device(format!("cannot read from the device: {error}")))?;
         out.copy_from_slice(&mapped);
@@ -472,8 +495,14 @@ impl Gpu {
 
     /// Waits for everything that was submitted.
     pub(super) fn wait(&self) -> Result<(), KernelError> {
+        self.wait_for(None)
+    }
+
+    /// Waits for a submission and what came before it; for all if it is `None`.
+    fn wait_for(&self, submission: Option<wgpu::SubmissionIndex>) -> Result<(), KernelError> {
         // wgpu panics if the device fails while it is waited for.
-        let poll = AssertUnwindSafe(|| self.device.poll(wgpu::PollType::wait_indefinitely()));
+        let poll_type = wgpu::PollType::Wait { submission_index: submission, timeout: None };
+        let poll = AssertUnwindSafe(|| self.device.poll(poll_type));
         let waited = panic::catch_unwind(poll).map_err(|_| {
             remember(&self.loss, "the device failed".into());
             KernelError::Device(format!("{} failed; use the CPU instead", self.caps.name))

@@ -93,7 +93,7 @@ mod tests {
     use crate::gpu::{GpuBackend, GpuOptions};
     use crate::{Backend, StepLimits};
 
-    const LIMITS: StepLimits = StepLimits { tokens: 1, context: 1, width: 1, vocabulary: 1 };
+    const LIMITS: StepLimits = StepLimits { tokens: 1, context: 1, width: 1, vocabulary: 1, logit_rows: 1 };
 
     #[test]
     fn only_whole_files_of_the_same_driver_are_used() {

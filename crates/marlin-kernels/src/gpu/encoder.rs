@@ -8,13 +8,10 @@ use super::device::Gpu;
 use super::linear::{GpuLinear, LinearEncoder, embed};
 use super::pipeline::{Binding, Kernel, Pipeline};
 use super::recorder::Recorder;
+use super::sampling::Sampler;
 use super::step::StepBuffers;
-use super::{GpuArithmetic, GpuBackend, GpuBuffer, GpuKvCache, GpuVector};
-use crate::sampling::host::sample;
-use crate::{Activation, AttentionShape, Encoder, KernelError, QkNorm, SampleRow, Step, StepLimits};
-
-/// Workgroups along one axis, at most.
-const MAX_WORKGROUPS: usize = 65535;
+use super::{GpuArithmetic, GpuBackend, GpuBuffer, GpuKvCache, GpuVector, MAX_WORKGROUPS};
+use crate::{Activation, AttentionShape, Encoder, Input, KernelError, QkNorm, SampleRow, SamplingId, Step, StepLimits};
 
 /// Records operations, and runs them when it is told to.
 pub struct GpuEncoder {
@@ -24,11 +21,9 @@ pub struct GpuEncoder {
     attention: AttentionEncoder,
     recorder: Recorder,
     step: StepBuffers,
+    sampler: Sampler,
     /// Where the host reads.
     readback: Option<wgpu::Buffer>,
-    /// The host's side of sampling: logits, and token ids to sort.
-    logits: Vec<f32>,
-    ids: Vec<u32>,
     /// Cosines and sines of a step.
     angles: Vec<f32>,
 }
@@ -48,9 +43,13 @@ impl std::fmt::Debug for GpuEncoder {
 
 impl GpuEncoder {
     pub(super) fn bytes(limits: &StepLimits, arithmetic: GpuArithmetic) -> usize {
-        StepBuffers::bytes(limits)
-            .saturating_add(LinearEncoder::bytes(limits, arithmetic))
-            .saturating_add(AttentionEncoder::bytes(limits))
+        let parts = [
+            StepBuffers::bytes(limits),
+            LinearEncoder::bytes(limits, arithmetic),
+            AttentionEncoder::bytes(limits),
+            Sampler::bytes(limits),
+        ];
+        parts.into_iter().fold(0, usize::saturating_add)
     }
 
     pub(super) fn new(gpu: Arc<Gpu>, limits: &StepLimits) -> Result<Self, KernelError> {
@@ -66,9 +65,8 @@ impl GpuEncoder {
             attention: AttentionEncoder::new(&gpu, limits)?,
             recorder: Recorder::new(gpu.clone()),
             step: StepBuffers::new(&gpu, limits)?,
+            sampler: Sampler::new(&gpu, limits)?,
             readback: None,
-            logits: Vec::new(),
-            ids: Vec::new(),
             angles: Vec::new(),
             gpu,
         })
@@ -78,26 +76,14 @@ impl GpuEncoder {
 impl Kernels {
     fn new(gpu: &Gpu) -> Result<Self, KernelError> {
         let (read, write) = (Binding::read, Binding::write);
-        let of_files = |name, prelude: &str, bindings: &[Binding], files: &[&'static str]| {
-            let (prelude, bindings) = (prelude.into(), bindings.to_vec());
-            gpu.pipeline(&Kernel { name, prelude, bindings, files: files.to_vec() })
-        };
-        let kernel = |name, prelude: &str, bindings: &[Binding], file| of_files(name, prelude, bindings, &[file]);
-        let reduce = include_str!("shaders/reduce.wgsl");
-        let rms_norm = |adds: bool| {
-            let bindings = [read("x", "f32"), read("weight", "f32"), write("out", "f32")];
-            of_files(
-                "rms_norm",
-                &format!("const ADDS = {adds};\n"),
-                &bindings,
-                &[reduce, include_str!("shaders/rms_norm.wgsl")],
-            )
+        let kernel = |name, bindings: &[Binding], file| {
+            gpu.pipeline(&Kernel { name, prelude: String::new(), bindings: bindings.to_vec(), files: vec![file] })
         };
         let select = [read("x", "f32"), read("logit_rows", "u32"), write("out", "f32")];
         Ok(Self {
-            rms_norm: [rms_norm(false)?, rms_norm(true)?],
-            soft_cap: kernel("soft_cap", "", &[write("x", "f32")], include_str!("shaders/soft_cap.wgsl"))?,
-            select_rows: kernel("select_rows", "", &select, include_str!("shaders/select_rows.wgsl"))?,
+            rms_norm: [gpu.pipeline(&Kernel::rms_norm(false))?, gpu.pipeline(&Kernel::rms_norm(true))?],
+            soft_cap: kernel("soft_cap", &[write("x", "f32")], include_str!("shaders/soft_cap.wgsl"))?,
+            select_rows: kernel("select_rows", &select, include_str!("shaders/select_rows.wgsl"))?,
         })
     }
 }
@@ -112,7 +98,7 @@ impl Encoder<GpuBackend> for GpuEncoder {
     }
 
     fn embed(&mut self, table: &GpuLinear, scale: f32, out: &mut GpuBuffer) {
-        embed(&mut self.recorder, table, &self.step.tokens, self.step.rows, scale, out);
+        embed(&mut self.recorder, table, [&self.step.tokens, &self.sampler.sampled], self.step.rows, scale, out);
     }
 
     fn rope_angles(&mut self, inv_freq: &GpuVector, scaling: f32, out: &mut GpuBuffer) {
@@ -137,25 +123,33 @@ impl Encoder<GpuBackend> for GpuEncoder {
 
     fn rms_norm_add(&mut self, x: &GpuBuffer, weight: &GpuVector, eps: f32, out: &mut GpuBuffer) {
         assert_eq!((out.rows, out.width), (x.rows, x.width), "the residual stream has a value for each input value");
+        out.written();
         self.rms_norm_into(1, x, weight, eps, out);
     }
 
     fn soft_cap(&mut self, x: &mut GpuBuffer, cap: f32) {
+        x.written();
         let count = x.rows * x.width;
         let workgroups = count.div_ceil(256).min(MAX_WORKGROUPS);
         let parameters = [count as u32, cap.to_bits()];
         self.recorder.dispatch(&self.kernels.soft_cap, [&x.storage], &parameters, [workgroups, 1, 1]);
     }
 
-    fn linear(&mut self, x: &GpuBuffer, linear: &GpuLinear, out: &mut GpuBuffer) {
+    fn linear(&mut self, x: Input<'_, GpuBackend>, linear: &GpuLinear, out: &mut GpuBuffer) {
         self.linear.store(&mut self.recorder, x, linear, out);
     }
 
     fn linear_add(&mut self, x: &GpuBuffer, linear: &GpuLinear, out: &mut GpuBuffer) {
-        self.linear.add(&mut self.recorder, x, linear, out);
+        self.linear.add(&mut self.recorder, Input::Rows(x), linear, out);
     }
 
-    fn linear_gated(&mut self, x: &GpuBuffer, gate_up: &GpuLinear, activation: Activation, out: &mut GpuBuffer) {
+    fn linear_gated(
+        &mut self,
+        x: Input<'_, GpuBackend>,
+        gate_up: &GpuLinear,
+        activation: Activation,
+        out: &mut GpuBuffer,
+    ) {
         self.linear.gated(&mut self.recorder, x, gate_up, activation, out);
     }
 
@@ -190,28 +184,21 @@ impl Encoder<GpuBackend> for GpuEncoder {
         self.recorder.dispatch(&self.kernels.select_rows, buffers, &[x.width as u32], workgroups);
     }
 
-    fn sample(
-        &mut self,
-        logits: &mut GpuBuffer,
-        rows: &[SampleRow<'_>],
-        tokens: &mut [u32],
-    ) -> Result<(), KernelError> {
-        assert!(rows.len() == logits.rows && tokens.len() == logits.rows, "one choice per row of logits");
-        let mut values = std::mem::take(&mut self.logits);
-        values.resize(logits.rows * logits.width, 0.0);
-        let read = self.read(logits, &mut values);
-        self.ids.resize(logits.width, 0);
-        if read.is_ok() {
-            for ((row, token), values) in rows.iter().zip(tokens).zip(values.chunks_exact_mut(logits.width.max(1))) {
-                *token = sample(row, values, &mut self.ids);
-            }
-        }
-        self.logits = values;
-        read
+    fn sample(&mut self, logits: &mut GpuBuffer, rows: &[SampleRow<'_>]) -> SamplingId {
+        self.sampler.sample(&self.gpu, &mut self.recorder, logits, rows)
+    }
+
+    fn sampled(&mut self, sampling: SamplingId, tokens: &mut [u32]) -> Result<(), KernelError> {
+        self.sampler.read(&self.gpu, sampling, tokens)
     }
 
     fn copy_kv_blocks(&mut self, kv: &mut GpuKvCache, pairs: &[(u32, u32)]) {
         self.attention.copy_blocks(&mut self.recorder, kv, pairs);
+    }
+
+    fn start(&mut self) -> Result<(), KernelError> {
+        self.recorder.flush();
+        self.gpu.check()
     }
 
     fn submit(&mut self) -> Result<(), KernelError> {
@@ -227,7 +214,6 @@ impl Encoder<GpuBackend> for GpuEncoder {
         if out.is_empty() {
             return self.submit();
         }
-        self.recorder.flush();
         let bytes = size_of_val(out) as u64;
         // Kept for the next time only if nothing goes wrong.
         let kept = self.readback.take().filter(|readback| readback.size() >= bytes);
@@ -239,10 +225,8 @@ impl Encoder<GpuBackend> for GpuEncoder {
                 mapped_at_creation: false,
             })
         });
-        let mut commands = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        commands.copy_buffer_to_buffer(&buffer.storage.buffer, 0, &readback, 0, bytes);
-        self.gpu.queue.submit([commands.finish()]);
-        self.gpu.read_mapped(&readback, bytemuck::cast_slice_mut(out))?;
+        let copied = self.recorder.flush_and_copy(&buffer.storage, &readback, bytes);
+        self.gpu.read_mapped(&readback, Some(copied), bytemuck::cast_slice_mut(out))?;
         self.readback = Some(readback);
         Ok(())
     }

@@ -10,15 +10,18 @@ mod disk_cache;
 mod encoder;
 mod kv;
 mod linear;
+mod memory;
 mod msl;
 mod pipeline;
 mod recorder;
 mod registry;
+mod sampling;
 mod step;
 mod timing;
 mod unroll;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use marlin_format::Scheme;
 
@@ -33,6 +36,9 @@ pub use registry::{KernelVariant, kernels};
 use self::device::{Gpu, Storage};
 use crate::{Backend, DeviceInfo, KernelError, KvLayout, KvType, LinearPart, MemoryUse, StepLimits};
 
+/// Workgroups along one axis, at most.
+const MAX_WORKGROUPS: usize = 65535;
+
 /// A GPU.
 #[derive(Debug)]
 pub struct GpuBackend {
@@ -46,6 +52,8 @@ pub struct GpuBuffer {
     rows: usize,
     width: usize,
     capacity: usize,
+    /// How often it was written: whether what was made of it is still true.
+    version: u64,
 }
 
 /// A vector on the device, and the host's copy of it.
@@ -73,6 +81,11 @@ impl GpuBackend {
     pub fn caps(&self) -> &GpuCaps {
         &self.gpu.caps
     }
+
+    /// How many kernels its encoders recorded so far.
+    pub fn kernels_recorded(&self) -> u64 {
+        self.gpu.recorded.load(Ordering::Relaxed)
+    }
 }
 
 impl MemoryUse for GpuBackend {
@@ -92,6 +105,8 @@ impl Backend for GpuBackend {
     type KvCache = GpuKvCache;
     type Encoder = GpuEncoder;
 
+    const OVERLAPS: bool = true;
+
     fn info(&self) -> DeviceInfo {
         let GpuCaps { name, driver, subgroup: [least, most], .. } = &self.gpu.caps;
         DeviceInfo { name: "gpu".into(), detail: format!("{name}, {driver}, subgroups of {least} to {most}") }
@@ -107,7 +122,13 @@ impl Backend for GpuBackend {
 
     fn buffer(&self, rows: usize, width: usize) -> Result<GpuBuffer, KernelError> {
         let bytes = rows.saturating_mul(width).saturating_mul(size_of::<f32>());
-        Ok(GpuBuffer { storage: self.gpu.storage("an activation buffer", bytes)?, rows: 0, width, capacity: rows })
+        Ok(GpuBuffer {
+            storage: self.gpu.storage("an activation buffer", bytes)?,
+            rows: 0,
+            width,
+            capacity: rows,
+            version: 0,
+        })
     }
 
     fn upload(&self, buffer: &mut GpuBuffer, rows: usize, values: &[f32]) -> Result<(), KernelError> {
@@ -115,7 +136,7 @@ impl Backend for GpuBackend {
         if rows > capacity || rows.checked_mul(width) != Some(values.len()) {
             return Err(KernelError::BufferShape { found: values.len(), rows, width, capacity });
         }
-        buffer.rows = rows;
+        buffer.output(rows, width);
         self.gpu.write(&buffer.storage, 0, bytemuck::cast_slice(values));
         self.gpu.check()
     }
@@ -138,5 +159,11 @@ impl GpuBuffer {
         assert_eq!(self.width, width, "an output buffer of this width");
         assert!(rows <= self.capacity, "{rows} rows for a buffer of {}", self.capacity);
         self.rows = rows;
+        self.written();
+    }
+
+    /// Its values change.
+    fn written(&mut self) {
+        self.version += 1;
     }
 }

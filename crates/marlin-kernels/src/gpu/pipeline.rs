@@ -42,6 +42,20 @@ impl Binding {
 }
 
 impl Kernel {
+    /// The kernel of RMS norms; it adds them to its output if it `adds`.
+    pub(super) fn rms_norm(adds: bool) -> Self {
+        Self {
+            name: "rms_norm",
+            prelude: format!("const ADDS = {adds};\n"),
+            bindings: vec![Binding::read("x", "f32"), Binding::read("weight", "f32"), Binding::write("out", "f32")],
+            files: vec![
+                include_str!("shaders/reduce.wgsl"),
+                include_str!("shaders/norm.wgsl"),
+                include_str!("shaders/rms_norm.wgsl"),
+            ],
+        }
+    }
+
     /// The whole WGSL, its loops unrolled.
     pub(super) fn source(&self) -> String {
         let mut source = String::from("enable f16;\n");

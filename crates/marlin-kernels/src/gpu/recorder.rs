@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::device::{Gpu, Storage};
 use super::pipeline::Pipeline;
@@ -10,6 +11,10 @@ use crate::KernelError;
 
 /// Storage buffers of a kernel, at most.
 const MAX_BINDINGS: usize = 10;
+
+/// Kernels that are started together: enough to make a submission worth while, and few enough that the device works on the first while
+/// the next are recorded. On an H200, 400 kernels took 1.4 to 1.9 ms in one submission and 1.03 ms in eight.
+const PIECE: usize = 50;
 
 /// Kernels that are recorded and not yet started, and the bind groups of all that ever were: a step finds those of the step before.
 pub(super) struct Recorder {
@@ -27,6 +32,7 @@ pub(super) struct Recorder {
 struct Recording {
     pass: wgpu::ComputePass<'static>,
     commands: wgpu::CommandEncoder,
+    dispatches: usize,
 }
 
 impl Recorder {
@@ -66,20 +72,36 @@ impl Recorder {
             })
         });
         let recording = self.recording.get_or_insert_with(|| Recording::new(&self.gpu, self.timing.as_mut()));
+        recording.dispatches += 1;
         self.dispatches += 1;
+        self.gpu.recorded.fetch_add(1, Ordering::Relaxed);
         recording.pass.set_pipeline(&pipeline.pipeline);
         recording.pass.set_bind_group(0, &*bind_group, &[]);
         recording.pass.set_immediates(0, bytemuck::cast_slice(parameters));
         let [x, y, z] = workgroups.map(|count| u32::try_from(count).expect("few workgroups"));
         recording.pass.dispatch_workgroups(x, y, z);
+        if recording.dispatches == PIECE {
+            self.flush();
+        }
     }
 
     /// Starts what is recorded.
     pub(super) fn flush(&mut self) {
-        if let Some(Recording { pass, commands }) = self.recording.take() {
+        if let Some(Recording { pass, commands, .. }) = self.recording.take() {
             drop(pass);
             self.gpu.queue.submit([commands.finish()]);
         }
+    }
+
+    /// Starts what is recorded, and after it a copy of the first bytes of a buffer to one that the host can read.
+    pub(super) fn flush_and_copy(&mut self, from: &Storage, to: &wgpu::Buffer, bytes: u64) -> wgpu::SubmissionIndex {
+        let new = || self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        let mut commands = self.recording.take().map_or_else(new, |Recording { pass, commands, .. }| {
+            drop(pass);
+            commands
+        });
+        commands.copy_buffer_to_buffer(&from.buffer, 0, to, 0, bytes);
+        self.gpu.queue.submit([commands.finish()])
     }
 
     /// Times the passes that are recorded until [`Recorder::stop_timing`].
@@ -102,6 +124,6 @@ impl Recording {
         let timestamp_writes = timing.and_then(Timing::next_pass);
         let descriptor = wgpu::ComputePassDescriptor { label: None, timestamp_writes };
         let pass = commands.begin_compute_pass(&descriptor).forget_lifetime();
-        Self { pass, commands }
+        Self { pass, commands, dispatches: 0 }
     }
 }

@@ -33,7 +33,7 @@ const WIDTHS: [usize; 8] = [64, 256, 576, 1024, 2560, 4096, 9728, 28672];
 /// Rows of them.
 const ROWS: usize = 8;
 /// The least of which an encoder can be made.
-const LIMITS: StepLimits = StepLimits { tokens: 1, context: 1, width: 1, vocabulary: 1 };
+const LIMITS: StepLimits = StepLimits { tokens: 1, context: 1, width: 1, vocabulary: 1, logit_rows: 1 };
 
 /// The kernels that a device of these capabilities runs for matrices of these schemes, each of which has a name, in the order of
 /// their names.
@@ -123,6 +123,8 @@ fn tell_apart(variants: &mut [KernelVariant]) {
 fn settings(kernel: &Kernel) -> BTreeMap<&str, &str> {
     let lines = kernel.prelude.lines();
     let constants = lines.filter_map(|line| line.strip_prefix("const ")?.strip_suffix(';')?.split_once(" = "));
+    // Numbers without their type.
+    let constants = constants.map(|(name, value)| (name, value.trim_end_matches(['u', 'i'])));
     constants.chain(kernel.bindings.iter().map(|binding| (binding.name, binding.element))).collect()
 }
 

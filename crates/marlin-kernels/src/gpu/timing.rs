@@ -59,7 +59,7 @@ impl Timing {
         commands.copy_buffer_to_buffer(&resolved, 0, &readback, 0, bytes);
         gpu.queue.submit([commands.finish()]);
         let mut stamps = vec![0u64; 2 * self.passes as usize];
-        gpu.read_mapped(&readback, bytemuck::cast_slice_mut(&mut stamps))?;
+        gpu.read_mapped(&readback, None, bytemuck::cast_slice_mut(&mut stamps))?;
         let ticks = stamps[stamps.len() - 1].saturating_sub(stamps[0]);
         Ok(ticks as f64 * f64::from(gpu.queue.get_timestamp_period()) * 1e-9)
     }

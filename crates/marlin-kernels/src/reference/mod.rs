@@ -9,13 +9,16 @@ mod sample;
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Cow;
+
 use half::f16;
 use marlin_format::{FormatError, Scheme};
 
 use crate::host::{HostStep, KvData, KvPlane, visible};
+use crate::sampling::host::{HostSamplings, token_of};
 use crate::{
-    Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, KernelError, KvLayout, KvType,
-    LinearPart, MemoryUse, QkNorm, SampleRow, Step, StepLimits,
+    Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, Input, KernelError, KvLayout,
+    KvType, LinearPart, MemoryUse, QkNorm, SampleRow, SamplingId, Step, StepLimits,
 };
 
 const NAME: &str = "reference";
@@ -36,6 +39,7 @@ pub struct ReferenceLinear {
 #[derive(Debug, Default)]
 pub struct ReferenceEncoder {
     step: HostStep,
+    samplings: HostSamplings,
 }
 
 impl MemoryUse for ReferenceBackend {
@@ -57,6 +61,8 @@ impl Backend for ReferenceBackend {
     type Vector = Vec<f32>;
     type KvCache = HostKvCache;
     type Encoder = ReferenceEncoder;
+
+    const OVERLAPS: bool = false;
 
     fn info(&self) -> DeviceInfo {
         DeviceInfo { name: NAME.into(), detail: "plain loops, f64 sums, 1 thread".into() }
@@ -117,7 +123,7 @@ impl ReferenceLinear {
 
 impl Encoder<ReferenceBackend> for ReferenceEncoder {
     fn begin(&mut self, step: &Step<'_>) {
-        self.step.begin(step);
+        self.step.begin(step, self.samplings.last());
     }
 
     fn embed(&mut self, table: &ReferenceLinear, scale: f32, out: &mut HostBuffer) {
@@ -166,7 +172,8 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
         }
     }
 
-    fn linear(&mut self, x: &HostBuffer, linear: &ReferenceLinear, out: &mut HostBuffer) {
+    fn linear(&mut self, x: Input<'_, ReferenceBackend>, linear: &ReferenceLinear, out: &mut HostBuffer) {
+        let x = rows(x);
         out.output(x.rows(), linear.rows());
         for t in 0..x.rows() {
             for (n, y) in out.row_mut(t).iter_mut().enumerate() {
@@ -186,11 +193,12 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
 
     fn linear_gated(
         &mut self,
-        x: &HostBuffer,
+        x: Input<'_, ReferenceBackend>,
         gate_up: &ReferenceLinear,
         activation: Activation,
         out: &mut HostBuffer,
     ) {
+        let x = rows(x);
         let half = gate_up.rows() / 2;
         out.output(x.rows(), half);
         for t in 0..x.rows() {
@@ -274,21 +282,25 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
         }
     }
 
-    fn sample(
-        &mut self,
-        logits: &mut HostBuffer,
-        rows: &[SampleRow<'_>],
-        tokens: &mut [u32],
-    ) -> Result<(), KernelError> {
-        assert!(rows.len() == logits.rows() && tokens.len() == logits.rows(), "one choice per row of logits");
+    fn sample(&mut self, logits: &mut HostBuffer, rows: &[SampleRow<'_>]) -> SamplingId {
+        assert_eq!(rows.len(), logits.rows(), "one choice per row of logits");
+        let (id, before, tokens) = self.samplings.begin(rows.len());
         for (l, (row, token)) in rows.iter().zip(tokens).enumerate() {
-            *token = sample::sample(row, logits.row_mut(l));
+            *token = sample::sample(row, logits.row_mut(l), token_of(before, row.last_sampled));
         }
-        Ok(())
+        id
+    }
+
+    fn sampled(&mut self, sampling: SamplingId, tokens: &mut [u32]) -> Result<(), KernelError> {
+        self.samplings.read(sampling, tokens)
     }
 
     fn copy_kv_blocks(&mut self, kv: &mut HostKvCache, pairs: &[(u32, u32)]) {
         kv.copy_blocks(pairs);
+    }
+
+    fn start(&mut self) -> Result<(), KernelError> {
+        Ok(())
     }
 
     fn submit(&mut self) -> Result<(), KernelError> {
@@ -297,6 +309,18 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
 
     fn read(&mut self, buffer: &HostBuffer, out: &mut [f32]) -> Result<(), KernelError> {
         buffer.read(out)
+    }
+}
+
+/// The rows that a linear multiplies.
+fn rows(x: Input<'_, ReferenceBackend>) -> Cow<'_, HostBuffer> {
+    match x {
+        Input::Rows(x) => Cow::Borrowed(x),
+        Input::Normed { x, weight, eps } => {
+            let mut normed = x.clone();
+            normed.values_mut().chunks_exact_mut(weight.len()).for_each(|row| rms_norm(row, weight, eps));
+            Cow::Owned(normed)
+        }
     }
 }
 

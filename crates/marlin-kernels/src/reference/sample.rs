@@ -3,12 +3,12 @@
 use crate::SampleRow;
 use crate::sampling::{allow_choice, argmax, by_falling_logit};
 
-/// Chooses a token of one row of logits.
-pub(super) fn sample(row: &SampleRow<'_>, logits: &mut [f32]) -> u32 {
+/// Chooses a token of one row of logits; `last` is the token of `last_sampled`.
+pub(super) fn sample(row: &SampleRow<'_>, logits: &mut [f32], last: Option<u32>) -> u32 {
     if !allow_choice(logits) {
         return SampleRow::NOT_FINITE;
     }
-    row.adjust(logits);
+    row.adjust(logits, last);
     let (most_likely, largest) = argmax(logits);
     if row.is_greedy(largest) {
         return most_likely;

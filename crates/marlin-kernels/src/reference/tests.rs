@@ -5,7 +5,7 @@ use marlin_format::{PackedMatrix, Scheme};
 use super::*;
 use crate::{KvLayer, TokenCount};
 
-const LIMITS: StepLimits = StepLimits { tokens: 8, context: 64, width: 8, vocabulary: 8 };
+const LIMITS: StepLimits = StepLimits { tokens: 8, context: 64, width: 8, vocabulary: 8, logit_rows: 8 };
 
 fn buffer(width: usize, values: &[f32]) -> HostBuffer {
     let rows = values.len() / width;
@@ -48,7 +48,7 @@ fn linears() {
     let x = buffer(2, &[1.0, 2.0, -1.0, 0.5]);
     let fused = linear(2, &[(&[3.0, 4.0], Some(&[100.0])), (&[1.0, -1.0, 0.0, 2.0], None)]);
     let mut out = ReferenceBackend.buffer(2, 3).unwrap();
-    encoder.linear(&x, &fused, &mut out);
+    encoder.linear(Input::Rows(&x), &fused, &mut out);
     assert_eq!(out.values(), [111.0, -1.0, 4.0, 99.0, -1.5, 1.0]);
     encoder.linear_add(&x, &fused, &mut out);
     assert_eq!(out.values(), [222.0, -2.0, 8.0, 198.0, -3.0, 2.0]);
@@ -56,9 +56,9 @@ fn linears() {
     // Row 0: gate 2, up 3; row 1: gate 0.5, up −0.5. SiLU(2) = 2 / (1 + e⁻²); GELU's tanh form at 2 is 1.954597694.
     let gate_up = linear(2, &[(&[0.0, 1.0], None), (&[1.0, 1.0], None)]);
     let mut out = ReferenceBackend.buffer(2, 1).unwrap();
-    encoder.linear_gated(&x, &gate_up, Activation::Silu, &mut out);
+    encoder.linear_gated(Input::Rows(&x), &gate_up, Activation::Silu, &mut out);
     assert_close(out.values(), &[3.0 * 1.761_594_2, -0.5 * 0.311_229_67]);
-    encoder.linear_gated(&x, &gate_up, Activation::GeluTanh, &mut out);
+    encoder.linear_gated(Input::Rows(&x), &gate_up, Activation::GeluTanh, &mut out);
     assert_close(out.values(), &[3.0 * 1.954_597_7, -0.5 * 0.345_714]);
 }
 
@@ -163,21 +163,10 @@ fn qk_norm_spares_values() {
 /// Probabilities 0.5, 0.3, 0.2 of tokens 2, 0, 1.
 fn sampled(row: SampleRow<'_>, uniform: f32) -> u32 {
     let mut logits = [0.3f32.ln() + 7.0, 0.2f32.ln() + 7.0, 0.5f32.ln() + 7.0];
-    sample::sample(&SampleRow { uniform, ..row }, &mut logits)
+    sample::sample(&SampleRow { uniform, ..row }, &mut logits, None)
 }
 
-const PLAIN: SampleRow<'static> = SampleRow {
-    temperature: 1.0,
-    top_k: 0,
-    top_p: 1.0,
-    min_p: 0.0,
-    uniform: 0.0,
-    repetition_penalty: 1.0,
-    presence_penalty: 0.0,
-    frequency_penalty: 0.0,
-    counts: &[],
-    bias: &[],
-};
+const PLAIN: SampleRow<'static> = SampleRow { temperature: 1.0, ..SampleRow::GREEDY };
 
 #[test]
 fn sampling_follows_the_probabilities() {
@@ -212,7 +201,7 @@ fn penalties_and_bias_move_logits() {
         ..PLAIN
     };
     let mut logits = [4.0, -1.0, 2.0, f32::NAN];
-    row.adjust(&mut logits);
+    row.adjust(&mut logits, None);
     assert_eq!(logits, [2.0, -4.0 - 0.5 - 0.75, 12.0, f32::NEG_INFINITY]);
 }
 
@@ -221,9 +210,9 @@ fn sampling_survives_logits_that_are_not_finite() {
     let nan = f32::NAN;
     let infinity = f32::INFINITY;
     for mut logits in [[nan, nan], [-5.0, nan], [0.0, infinity], [-infinity, -infinity]] {
-        assert_eq!(sample::sample(&PLAIN, &mut logits), SampleRow::NOT_FINITE, "{logits:?}");
+        assert_eq!(sample::sample(&PLAIN, &mut logits, None), SampleRow::NOT_FINITE, "{logits:?}");
     }
-    assert_eq!(sample::sample(&PLAIN, &mut [-infinity, -5.0]), 1);
+    assert_eq!(sample::sample(&PLAIN, &mut [-infinity, -5.0], None), 1);
     let biased = SampleRow { bias: &[(0, infinity), (1, infinity)], ..PLAIN };
-    assert_eq!(sample::sample(&biased, &mut [-infinity, 0.0, 1.0]), 1);
+    assert_eq!(sample::sample(&biased, &mut [-infinity, 0.0, 1.0], None), 1);
 }

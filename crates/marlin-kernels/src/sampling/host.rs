@@ -1,17 +1,57 @@
-//! Sampling without sorting the vocabulary.
+//! Sampling without sorting the vocabulary, and the tokens of devices whose memory is the host's.
 
-use crate::SampleRow;
-use crate::sampling::{allow_choice, argmax, by_falling_logit};
+use crate::sampling::{KEPT_SAMPLINGS, SamplingIds, allow_choice, argmax, by_falling_logit};
+use crate::{KernelError, SampleRow, SamplingId};
+
+/// The tokens of the last samplings, in host memory.
+#[derive(Debug, Default)]
+pub(crate) struct HostSamplings {
+    ids: SamplingIds,
+    tokens: [Vec<u32>; KEPT_SAMPLINGS],
+    last: usize,
+}
+
+impl HostSamplings {
+    /// Begins a sampling of `rows` rows: its id, the tokens of the sampling before, and where its own go.
+    pub(crate) fn begin(&mut self, rows: usize) -> (SamplingId, &[u32], &mut [u32]) {
+        let (id, place) = self.ids.next();
+        let [first, second] = &mut self.tokens;
+        let (tokens, before) = if place == 0 { (first, second) } else { (second, first) };
+        tokens.clear();
+        tokens.resize(rows, SampleRow::NOT_FINITE);
+        self.last = place;
+        (id, before, tokens)
+    }
+
+    /// The tokens of the last sampling.
+    pub(crate) fn last(&self) -> &[u32] {
+        &self.tokens[self.last]
+    }
+
+    /// Copies the tokens of a sampling.
+    pub(crate) fn read(&self, id: SamplingId, out: &mut [u32]) -> Result<(), KernelError> {
+        let tokens = &self.tokens[self.ids.find(id)?];
+        assert_eq!(tokens.len(), out.len(), "a token for each row of the sampling");
+        out.copy_from_slice(tokens);
+        Ok(())
+    }
+}
+
+/// The token of row `row` of a sampling, if it is one.
+pub(crate) fn token_of(tokens: &[u32], row: Option<u32>) -> Option<u32> {
+    row.map(|row| tokens[row as usize]).filter(|&token| token != SampleRow::NOT_FINITE)
+}
 
 /// Tokens sorted at first; each further stretch is as long as all before it.
 const FIRST_STRETCH: usize = 128;
 
-/// Chooses a token of one row of logits; `ids` is scratch of at least as many entries as there are logits.
-pub(crate) fn sample(row: &SampleRow<'_>, logits: &mut [f32], ids: &mut [u32]) -> u32 {
+/// Chooses a token of one row of logits; `last` is the token of `last_sampled`, `ids` scratch of at least as many entries as there are
+/// logits.
+pub(crate) fn sample(row: &SampleRow<'_>, logits: &mut [f32], last: Option<u32>, ids: &mut [u32]) -> u32 {
     if !allow_choice(logits) {
         return SampleRow::NOT_FINITE;
     }
-    row.adjust(logits);
+    row.adjust(logits, last);
     let (most_likely, largest) = argmax(logits);
     if row.is_greedy(largest) {
         return most_likely;

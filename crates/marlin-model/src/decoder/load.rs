@@ -25,6 +25,14 @@ pub fn load_model<B: Backend>(
     checkpoint: &Checkpoint,
     options: &LoadOptions,
 ) -> Result<Box<dyn LanguageModel>, ModelError> {
+    Ok(Box::new(load_decoder(backend, checkpoint, options)?))
+}
+
+pub(super) fn load_decoder<B: Backend>(
+    backend: &B,
+    checkpoint: &Checkpoint,
+    options: &LoadOptions,
+) -> Result<Decoder<B>, ModelError> {
     let (architecture, spec) = families::spec(checkpoint)?;
     let sizes = Sizes::new(&spec, options, checkpoint.name())?;
 
@@ -41,7 +49,7 @@ pub fn load_model<B: Backend>(
     let rope = |rope: &crate::rope::Rope| {
         Ok::<_, ModelError>(Rope { inv_freq: backend.load_vector(&rope.inv_freq)?, scaling: rope.scaling })
     };
-    Ok(Box::new(Decoder::<B> {
+    Ok(Decoder {
         rms_norm_eps: spec.rms_norm_eps,
         embedding_scale: spec.embedding_scale,
         logit_cap: spec.logit_cap,
@@ -55,6 +63,7 @@ pub fn load_model<B: Backend>(
         encoder: backend.encoder(&limits)?,
         workspace: workspace(backend, &spec, options.step_tokens, sizes.logit_rows)?,
         logit_rows: 0,
+        sampled_rows: 0,
         info: ModelInfo {
             architecture,
             vocabulary: spec.vocab_size,
@@ -66,9 +75,10 @@ pub fn load_model<B: Backend>(
             kv_type: options.kv_type,
             weight_bytes: checkpoint.weight_bytes(),
             device: backend.info(),
+            overlaps: B::OVERLAPS,
         },
         limits,
-    }))
+    })
 }
 
 /// Load options, checked against the model and filled in.
@@ -102,6 +112,7 @@ impl Sizes {
             context: self.context,
             width: spec.widest_input(),
             vocabulary: spec.vocab_size,
+            logit_rows: self.logit_rows,
         }
     }
 }
@@ -113,15 +124,14 @@ pub(crate) fn kv_blocks(layout: &KvLayout, context: usize, sequences: usize) -> 
 
 /// Rows and width of each buffer of a [`Workspace`], in the order of its fields, without the angles; the last is that of the
 /// logits.
-pub(crate) fn workspace_shapes(spec: &DecoderSpec, step_tokens: usize, logit_rows: usize) -> [(usize, usize); 8] {
+pub(crate) fn workspace_shapes(spec: &DecoderSpec, step_tokens: usize, logit_rows: usize) -> [(usize, usize); 7] {
     let (hidden, attention) = (spec.hidden_size, &spec.attention);
     [
         (step_tokens, hidden),
-        (step_tokens, hidden),
+        (if spec.block_output_norms { step_tokens } else { 0 }, hidden),
         (step_tokens, attention.q_width() + 2 * attention.kv_width()),
         (step_tokens, attention.q_width()),
         (step_tokens, spec.mlp.intermediate_size),
-        (logit_rows, hidden),
         (logit_rows, hidden),
         (logit_rows, spec.vocab_size),
     ]
@@ -139,11 +149,11 @@ fn workspace<B: Backend>(
     logit_rows: usize,
 ) -> Result<Workspace<B>, ModelError> {
     let shapes = workspace_shapes(spec, step_tokens, logit_rows);
-    let [hidden, normed, qkv, attention, gated, last_hidden, last_normed, logits] =
+    let [hidden, block_output, qkv, attention, gated, last_hidden, logits] =
         shapes.map(|(rows, width)| backend.buffer(rows, width));
     Ok(Workspace {
         hidden: hidden?,
-        normed: normed?,
+        block_output: block_output?,
         angles: angle_shapes(spec, step_tokens)
             .map(|(rows, width)| backend.buffer(rows, width))
             .collect::<Result<_, _>>()?,
@@ -151,7 +161,6 @@ fn workspace<B: Backend>(
         attention: attention?,
         gated: gated?,
         last_hidden: last_hidden?,
-        last_normed: last_normed?,
         logits: logits?,
     })
 }

@@ -1,11 +1,13 @@
 //! A decoder-only transformer on a backend.
 
 mod load;
+#[cfg(test)]
+mod tests;
 
 pub use load::load_model;
 pub(crate) use load::{Sizes, angle_shapes, kv_blocks, workspace_shapes};
 
-use marlin_kernels::{Activation, AttentionShape, Backend, Encoder, QkNorm, SampleRow, StepLimits};
+use marlin_kernels::{Activation, AttentionShape, Backend, Encoder, Input, QkNorm, SampleRow, SamplingId, StepLimits};
 
 use crate::{KvPool, LanguageModel, ModelError, ModelInfo, StepBatch};
 
@@ -28,6 +30,8 @@ struct Decoder<B: Backend> {
     workspace: Workspace<B>,
     /// Rows of logits the last step left on the device.
     logit_rows: usize,
+    /// Rows of the last sampling.
+    sampled_rows: usize,
 }
 
 /// A kind of rotary embedding.
@@ -78,8 +82,8 @@ struct OutputProjection<B: Backend> {
 struct Workspace<B: Backend> {
     /// The residual stream, `[T, hidden]`.
     hidden: B::Buffer,
-    /// The input of a block, or its output if that is normalised, `[T, hidden]`.
-    normed: B::Buffer,
+    /// The output of a block before its norm, `[T, hidden]`; empty if blocks have none.
+    block_output: B::Buffer,
     /// Cosines and sines of each rope, `[T, rotated dimensions]`.
     angles: Vec<B::Buffer>,
     /// `[T, q heads | k heads | v heads]`.
@@ -90,8 +94,6 @@ struct Workspace<B: Backend> {
     gated: B::Buffer,
     /// Rows of the residual stream whose logits are wanted, `[L, hidden]`.
     last_hidden: B::Buffer,
-    /// Their norm, `[L, hidden]`.
-    last_normed: B::Buffer,
     /// `[L, vocabulary]`.
     logits: B::Buffer,
 }
@@ -112,7 +114,7 @@ impl<B: Backend> LanguageModel for Decoder<B> {
             return Ok(());
         }
         self.encode(batch);
-        self.encoder.submit()?;
+        self.encoder.start()?;
         self.pool.finish_copies();
         self.logit_rows = batch.logit_rows();
         Ok(())
@@ -126,22 +128,26 @@ impl<B: Backend> LanguageModel for Decoder<B> {
         Ok(())
     }
 
-    fn sample(&mut self, rows: &[SampleRow<'_>], tokens: &mut [u32]) -> Result<(), ModelError> {
-        let logits = self.logit_rows;
-        if rows.len() != logits || tokens.len() != logits {
-            return Err(ModelError::SampleRows { rows: rows.len(), tokens: tokens.len(), logits });
+    fn wait(&mut self) -> Result<(), ModelError> {
+        Ok(self.encoder.submit()?)
+    }
+
+    fn sample(&mut self, rows: &[SampleRow<'_>]) -> Result<SamplingId, ModelError> {
+        if rows.is_empty() || rows.len() != self.logit_rows {
+            return Err(ModelError::SampleRows { rows: rows.len(), logits: self.logit_rows });
         }
-        if logits > 0 {
-            self.logit_rows = 0;
-            self.encoder.sample(&mut self.workspace.logits, rows, tokens)?;
-        }
-        Ok(())
+        (self.sampled_rows, self.logit_rows) = (self.logit_rows, 0);
+        Ok(self.encoder.sample(&mut self.workspace.logits, rows))
+    }
+
+    fn sampled(&mut self, sampling: SamplingId, tokens: &mut [u32]) -> Result<(), ModelError> {
+        Ok(self.encoder.sampled(sampling, tokens)?)
     }
 }
 
 impl<B: Backend> Decoder<B> {
     fn check(&self, batch: &StepBatch) -> Result<(), ModelError> {
-        batch.as_step().validate(&self.limits, self.pool.layout(), self.pool.blocks())?;
+        batch.as_step().validate(&self.limits, self.pool.layout(), self.pool.blocks(), self.sampled_rows)?;
         let (found, limit) = (batch.logit_rows(), self.info.logit_rows);
         if found > limit {
             return Err(ModelError::TooManyLogitRows { found, limit });
@@ -159,16 +165,14 @@ impl<B: Backend> Decoder<B> {
             encoder.rope_angles(&rope.inv_freq, rope.scaling, angles);
         }
         for (index, layer) in self.layers.iter().enumerate() {
-            encoder.rms_norm(&work.hidden, &layer.attn_norm, *eps, &mut work.normed);
-            layer.self_attn.encode(encoder, work, kv_cache, index, *eps);
-            encoder.rms_norm(&work.hidden, &layer.mlp_norm, *eps, &mut work.normed);
-            layer.mlp.encode(encoder, work, *eps);
+            layer.self_attn.encode(encoder, work, &layer.attn_norm, kv_cache, index, *eps);
+            layer.mlp.encode(encoder, work, &layer.mlp_norm, *eps);
         }
         if batch.logit_rows() > 0 {
             encoder.select_logit_rows(&work.hidden, &mut work.last_hidden);
-            encoder.rms_norm(&work.last_hidden, &self.norm, *eps, &mut work.last_normed);
             let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
-            encoder.linear(&work.last_normed, head, &mut work.logits);
+            let normed = Input::Normed { x: &work.last_hidden, weight: &self.norm, eps: *eps };
+            encoder.linear(normed, head, &mut work.logits);
             if let Some(cap) = self.logit_cap {
                 encoder.soft_cap(&mut work.logits, cap);
             }
@@ -177,46 +181,49 @@ impl<B: Backend> Decoder<B> {
 }
 
 impl<B: Backend> Attention<B> {
-    /// Adds the attention of `normed` to `hidden`.
+    /// Adds the attention of the normalised `hidden` to it.
     fn encode(
         &self,
         encoder: &mut B::Encoder,
         work: &mut Workspace<B>,
+        input_norm: &B::Vector,
         kv_cache: &mut B::KvCache,
         layer: usize,
         eps: f32,
     ) {
         let norm = self.qk_norm.as_ref().map(|norms| QkNorm { q: &norms.q_norm, k: &norms.k_norm, eps });
-        encoder.linear(&work.normed, &self.qkv_proj, &mut work.qkv);
+        let normed = Input::Normed { x: &work.hidden, weight: input_norm, eps };
+        encoder.linear(normed, &self.qkv_proj, &mut work.qkv);
         encoder.rope_store_kv(&mut work.qkv, &self.shape, norm, &work.angles[self.rope], kv_cache, layer);
         encoder.attention(&work.qkv, &self.shape, kv_cache, layer, &mut work.attention);
-        self.o_proj.encode(encoder, &work.attention, &mut work.normed, &mut work.hidden, eps);
+        self.o_proj.encode(encoder, &work.attention, &mut work.block_output, &mut work.hidden, eps);
     }
 }
 
 impl<B: Backend> Mlp<B> {
-    /// Adds the MLP of `normed` to `hidden`.
-    fn encode(&self, encoder: &mut B::Encoder, work: &mut Workspace<B>, eps: f32) {
-        encoder.linear_gated(&work.normed, &self.gate_up_proj, self.activation, &mut work.gated);
-        self.down_proj.encode(encoder, &work.gated, &mut work.normed, &mut work.hidden, eps);
+    /// Adds the MLP of the normalised `hidden` to it.
+    fn encode(&self, encoder: &mut B::Encoder, work: &mut Workspace<B>, input_norm: &B::Vector, eps: f32) {
+        let normed = Input::Normed { x: &work.hidden, weight: input_norm, eps };
+        encoder.linear_gated(normed, &self.gate_up_proj, self.activation, &mut work.gated);
+        self.down_proj.encode(encoder, &work.gated, &mut work.block_output, &mut work.hidden, eps);
     }
 }
 
 impl<B: Backend> OutputProjection<B> {
-    /// Adds the projection of `x` to `hidden`; `scratch` takes it before it is normalised.
+    /// Adds the projection of `x` to `hidden`; `unnormed` takes it before it is normalised.
     fn encode(
         &self,
         encoder: &mut B::Encoder,
         x: &B::Buffer,
-        scratch: &mut B::Buffer,
+        unnormed: &mut B::Buffer,
         hidden: &mut B::Buffer,
         eps: f32,
     ) {
         match &self.norm {
             None => encoder.linear_add(x, &self.linear, hidden),
             Some(norm) => {
-                encoder.linear(x, &self.linear, scratch);
-                encoder.rms_norm_add(scratch, norm, eps, hidden);
+                encoder.linear(Input::Rows(x), &self.linear, unnormed);
+                encoder.rms_norm_add(unnormed, norm, eps, hidden);
             }
         }
     }

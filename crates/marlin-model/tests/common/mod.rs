@@ -210,25 +210,12 @@ impl Model {
         self.model.kv().append(sequence, tokens.len())?;
         self.batch.push(sequence, tokens, LogitRows::Last);
         self.model.forward(&self.batch)?;
+        let sampling = self.model.sample(&[SampleRow::GREEDY])?;
         let mut next = [0];
-        self.model.sample(&[GREEDY], &mut next)?;
+        self.model.sampled(sampling, &mut next)?;
         Ok(next[0])
     }
 }
-
-/// Greedy sampling.
-pub(crate) const GREEDY: SampleRow<'static> = SampleRow {
-    temperature: 0.0,
-    top_k: 0,
-    top_p: 1.0,
-    min_p: 0.0,
-    uniform: 0.0,
-    repetition_penalty: 1.0,
-    presence_penalty: 0.0,
-    frequency_penalty: 0.0,
-    counts: &[],
-    bias: &[],
-};
 
 /// Largest difference relative to the largest logit.
 pub(crate) fn max_error(found: &[f32], wanted: &[f32]) -> f32 {

@@ -21,6 +21,7 @@ pub(super) fn run(
     tests: &[Test],
     repetitions: usize,
     weights_per_token: f64,
+    recorded: &dyn Fn() -> Option<u64>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Vec<Measurement>, ModelError> {
     let mut runner = Runner { batch: StepBatch::new(), rng: ChaCha8Rng::seed_from_u64(0), model };
@@ -39,7 +40,9 @@ pub(super) fn run(
         let missing = depth - sequence.len();
         runner.prefill(&mut sequence, missing, LogitRows::None)?;
         let mut samples = Vec::with_capacity(repetitions);
+        let recorded_before = recorded();
         for _ in 0..repetitions {
+            runner.model.wait()?;
             let started = Instant::now();
             match test {
                 Test::Prefill(tokens) => runner.prefill(&mut sequence, tokens, LogitRows::Last)?,
@@ -49,6 +52,7 @@ pub(super) fn run(
                     }
                 }
             }
+            runner.model.wait()?;
             samples.push(test.tokens() as f64 / started.elapsed().as_secs_f64());
             runner.model.kv().truncate(&mut sequence, depth);
             done += 1;
@@ -60,8 +64,13 @@ pub(super) fn run(
                 Some(BytesPerToken { weights: weights_per_token, kv: kv_per_token(runner.model.info(), depth, tokens) })
             }
         };
+        let kernels = recorded().zip(recorded_before).map(|(after, before)| {
+            let steps = repetitions * if bytes.is_some() { test.tokens() } else { 1 };
+            (after - before) as f64 / steps as f64
+        });
         // There is at least one repetition.
-        measurements.extend(Spread::of(&samples).map(|rate| Measurement { test, rate, samples, bytes }));
+        let measurement = |rate| Measurement { test, rate, samples: samples.clone(), bytes, kernels };
+        measurements.extend(Spread::of(&samples).map(measurement));
     }
     runner.model.kv().release(sequence);
     Ok(measurements)
@@ -121,6 +130,7 @@ mod tests {
             kv_type: KvType::F16,
             weight_bytes: 0,
             device: DeviceInfo { name: String::new(), detail: String::new() },
+            overlaps: false,
         };
         // 32 bytes a token and layer; 11 and 12 tokens are seen in the first layer, 3 in the second.
         assert_eq!(kv_per_token(&info, 10, 2), 32.0 * (11.5 + 3.0));

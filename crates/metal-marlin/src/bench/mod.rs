@@ -14,10 +14,11 @@ use marlin_checkpoint::{Checkpoint, CheckpointError, Storage};
 use marlin_format::FormatError;
 use marlin_kernels::KvType;
 use marlin_kernels::cpu::SimdLevel;
+use marlin_kernels::gpu::GpuBackend;
 use marlin_model::{LoadOptions, ModelError, ModelInfo};
 use marlin_quantize::{Footprint, TensorRole};
 
-use crate::machine::{self, BandwidthProbe};
+use crate::machine::{self, AppleChip, BandwidthProbe};
 use crate::stats::Spread;
 use crate::{DeviceOptions, LoadError, load};
 
@@ -134,6 +135,8 @@ pub struct Measurement {
     pub rate: Spread,
     /// Of a decode test.
     pub bytes: Option<BytesPerToken>,
+    /// Kernels that a GPU ran for a decoded token, or for a prompt.
+    pub kernels: Option<f64>,
 }
 
 /// A model, a machine, and how fast the one ran on the other.
@@ -157,6 +160,8 @@ pub struct Report {
     pub load: Duration,
     /// The most memory the process had from the beginning of the load, in bytes, if the system tells.
     pub peak_memory: Option<u64>,
+    /// The chip of the GPU it ran on, if it is one whose speed can be predicted.
+    pub chip: Option<AppleChip>,
     /// Whether the model's memory is the machine's, whose bandwidth is measured.
     pub shares_memory: bool,
     /// Bytes a second that as many threads read from memory, before and after the tests.
@@ -208,6 +213,13 @@ impl std::fmt::Display for Test {
     }
 }
 
+impl Measurement {
+    /// Tokens a second that the chip should reach in a decode test, with its smallest and with its largest GPU.
+    pub fn prediction(&self, chip: &AppleChip) -> Option<[f64; 2]> {
+        Some(chip.tokens_per_second(self.bytes?.total(), self.kernels?))
+    }
+}
+
 impl BytesPerToken {
     /// Weights and KV cache.
     pub fn total(&self) -> f64 {
@@ -245,7 +257,9 @@ pub fn run(
     let load = started.elapsed();
     drop(checkpoint);
 
-    let measurements = measure::run(loaded.as_mut(), &tests, plan.repetitions.max(1), weights_per_token, progress)?;
+    let recorded = || opened.gpu().map(GpuBackend::kernels_recorded);
+    let repetitions = plan.repetitions.max(1);
+    let measurements = measure::run(loaded.as_mut(), &tests, repetitions, weights_per_token, &recorded, progress)?;
     let peak_memory = machine::peak_memory().filter(|_| counts_peak);
     let info = loaded.info().clone();
     drop(loaded);
@@ -260,6 +274,7 @@ pub fn run(
         simd: SimdLevel::detect(),
         load,
         peak_memory,
+        chip: opened.gpu().and_then(|gpu| AppleChip::of_gpu(&gpu.caps().name)),
         shares_memory: opened.shares_memory(),
         read_bandwidth: probe.rate().ok_or(BenchError::Nothing)?,
         read_buffer: probe.bytes(),

@@ -82,9 +82,19 @@ impl Report {
         Some((rate, self.shares_memory.then(|| rate / self.read_bandwidth.median)))
     }
 
-    const COLUMNS: [&str; 7] = ["test", "threads", "tokens/s", "min to max", "MB/token", "GB/s", "of memory"];
+    /// The last one only where a speed is predicted.
+    const COLUMNS: [&str; 8] =
+        ["test", "threads", "tokens/s", "min to max", "MB/token", "GB/s", "of memory", "predicted"];
 
-    fn cells(&self, measurement: &Measurement) -> [String; 7] {
+    fn columns(&self) -> usize {
+        Self::COLUMNS.len() - usize::from(self.chip.is_none())
+    }
+
+    fn prediction(&self, measurement: &Measurement) -> Option<[f64; 2]> {
+        measurement.prediction(self.chip.as_ref()?)
+    }
+
+    fn cells(&self, measurement: &Measurement) -> [String; 8] {
         let rate = measurement.rate;
         let (bytes, per_second, share) = match (measurement.bytes, self.bandwidth(measurement)) {
             (Some(bytes), Some((per_second, share))) => (
@@ -102,6 +112,9 @@ impl Report {
             bytes,
             per_second,
             share,
+            self.prediction(measurement).map_or_else(String::new, |[least, most]| {
+                if least == most { format!("{least:.1}") } else { format!("{least:.1} to {most:.1}") }
+            }),
         ]
     }
 
@@ -112,7 +125,7 @@ impl Report {
         let mut text = format!("{}\n\n", self.facts().join("\n"));
         for row in &rows {
             let mut line = format!("{:<width$}", row[0], width = width(0));
-            for (column, cell) in row.iter().enumerate().skip(1) {
+            for (column, cell) in row.iter().enumerate().take(self.columns()).skip(1) {
                 line += &format!("  {cell:>width$}", width = width(column));
             }
             text += line.trim_end();
@@ -127,9 +140,11 @@ impl Report {
         for fact in self.facts() {
             text += &format!("- {fact}\n");
         }
-        text += &format!("\n{}| --- |{}\n", line(&Self::COLUMNS.map(str::to_owned)), " ---: |".repeat(6));
+        let columns = self.columns();
+        let headings = line(&Self::COLUMNS.map(str::to_owned)[..columns]);
+        text += &format!("\n{headings}| --- |{}\n", " ---: |".repeat(columns - 1));
         for measurement in &self.measurements {
-            text += &line(&self.cells(measurement));
+            text += &line(&self.cells(measurement)[..columns]);
         }
         text
     }
@@ -140,7 +155,8 @@ impl Report {
         for (index, measurement) in self.measurements.iter().enumerate() {
             let (bytes, bandwidth) = (measurement.bytes, self.bandwidth(measurement));
             let [linears, embedding] = &self.formats;
-            let fields: [(&str, Value); 24] = [
+            let prediction = self.prediction(measurement);
+            let fields: [(&str, Value); 27] = [
                 ("version", json!(VERSION)),
                 ("platform", json!(Self::platform())),
                 ("model", json!(self.model)),
@@ -165,6 +181,9 @@ impl Report {
                 ("max_tokens_per_second", json!(measurement.rate.max)),
                 ("bytes_per_token", json!(bytes.map(|bytes| bytes.total()))),
                 ("share_of_read_bandwidth", json!(bandwidth.and_then(|(_, share)| share))),
+                ("kernels", json!(measurement.kernels)),
+                ("min_predicted_tokens_per_second", json!(prediction.map(|[least, _]| least))),
+                ("max_predicted_tokens_per_second", json!(prediction.map(|[_, most]| most))),
             ];
             if index == 0 {
                 text += &format!("{}\n", fields.each_ref().map(|(name, _)| *name).join(","));
@@ -193,6 +212,8 @@ impl Report {
                 "kv_bytes_per_token": measurement.bytes.map(|bytes| bytes.kv),
                 "bytes_per_second": bandwidth.map(|(rate, _)| rate),
                 "share_of_read_bandwidth": bandwidth.and_then(|(_, share)| share),
+                "kernels": measurement.kernels,
+                "predicted_tokens_per_second": self.prediction(measurement).map(|[min, max]| json!({"min": min, "max": max})),
             })
         };
         json!({

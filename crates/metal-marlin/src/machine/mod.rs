@@ -1,11 +1,13 @@
 //! What the machine is and has. Linux tells through /proc and /sys; elsewhere less is known.
 
+mod apple;
 mod bandwidth;
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
+pub use apple::AppleChip;
 pub use bandwidth::BandwidthProbe;
 
 /// Main memory in bytes.

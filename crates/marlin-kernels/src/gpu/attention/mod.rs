@@ -94,6 +94,7 @@ impl AttentionEncoder {
         for norm in norm.iter().flat_map(|norm| [norm.q, norm.k]) {
             assert_eq!(norm.values.len(), shape.head_dim, "a norm over a head");
         }
+        qkv.written();
         let variant = StoreVariant { kv_type: kv.kv_type, normed: norm.is_some() };
         let kernel = match self.store.get(gpu, variant, StoreVariant::kernel) {
             Ok(kernel) => kernel,

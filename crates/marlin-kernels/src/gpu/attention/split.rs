@@ -137,7 +137,7 @@ impl Scratch {
     fn sizes(limits: &StepLimits) -> [usize; 2] {
         let most_splits = limits.context.div_ceil(split_positions(limits.context)).max(1);
         let row = limits.width.max(KV_UNIT).saturating_mul(most_splits);
-        let rows = limits.tokens.min(tuning::SCRATCH_ROWS).max(1);
+        let rows = limits.tokens.clamp(1, tuning::SCRATCH_ROWS);
         let sums = rows.saturating_mul(row).min(tuning::SCRATCH_BYTES / size_of::<f32>()).max(row);
         [sums, sums / KV_UNIT]
     }

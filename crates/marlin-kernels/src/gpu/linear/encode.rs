@@ -1,14 +1,11 @@
 //! Records linears, and prepares their input.
 
-use std::sync::Arc;
-
-use super::pack::Packer;
-use super::{GpuLinear, Part, Shape};
+use super::pack::{Packer, Prepared, rows};
+use super::{GpuLinear, LinearKernels, Part, Shape};
 use crate::gpu::device::{Gpu, Storage};
-use crate::gpu::pipeline::Pipeline;
 use crate::gpu::recorder::Recorder;
-use crate::gpu::{GpuArithmetic, GpuBuffer};
-use crate::{Activation, KernelError, StepLimits};
+use crate::gpu::{GpuArithmetic, GpuBackend, GpuBuffer};
+use crate::{Activation, Input, KernelError, StepLimits};
 
 /// What becomes of a linear's sums; numbered as in `epilogue.wgsl`.
 #[derive(Debug, Clone, Copy)]
@@ -35,100 +32,103 @@ impl LinearEncoder {
     }
 
     pub(in crate::gpu) fn store(
-        &self,
+        &mut self,
         recorder: &mut Recorder,
-        x: &GpuBuffer,
+        x: Input<'_, GpuBackend>,
         linear: &GpuLinear,
         out: &mut GpuBuffer,
     ) {
-        out.output(x.rows, linear.outputs());
-        self.run(recorder, x, linear, out, |_| (Epilogue::Store, 0));
+        out.output(rows(&x).rows, linear.outputs());
+        self.run(recorder, &x, linear, out, |part| (&part.kernels.plain, Epilogue::Store, part.first));
     }
 
-    pub(in crate::gpu) fn add(&self, recorder: &mut Recorder, x: &GpuBuffer, linear: &GpuLinear, out: &mut GpuBuffer) {
+    pub(in crate::gpu) fn add(
+        &mut self,
+        recorder: &mut Recorder,
+        x: Input<'_, GpuBackend>,
+        linear: &GpuLinear,
+        out: &mut GpuBuffer,
+    ) {
+        out.written();
         assert_eq!(
             (out.rows, out.width),
-            (x.rows, linear.outputs()),
+            (rows(&x).rows, linear.outputs()),
             "the residual stream has a value for each output"
         );
-        self.run(recorder, x, linear, out, |_| (Epilogue::Add, 0));
+        self.run(recorder, &x, linear, out, |part| (&part.kernels.plain, Epilogue::Add, part.first));
     }
 
     pub(in crate::gpu) fn gated(
-        &self,
+        &mut self,
         recorder: &mut Recorder,
-        x: &GpuBuffer,
+        x: Input<'_, GpuBackend>,
         gate_up: &GpuLinear,
         activation: Activation,
         out: &mut GpuBuffer,
     ) {
         assert!(matches!(gate_up.rows[..], [gate, up] if gate == up), "a gate and as large a matrix");
         let half = gate_up.outputs() / 2;
-        out.output(x.rows, half);
+        out.output(rows(&x).rows, half);
         let gate = match activation {
             Activation::Silu => Epilogue::GateSilu,
             Activation::GeluTanh => Epilogue::GateGeluTanh,
         };
-        let Some(part) = gate_up.as_gated() else {
-            return self.run(recorder, x, gate_up, out, |matrix| match matrix {
-                0 => (Epilogue::Store, 0),
-                _ => (gate, half),
-            });
-        };
-        if let Some(kernel) = part.gated_kernel(x.rows).filter(|_| x.rows > 0) {
-            self.pack(recorder, x, gate_up);
-            self.dispatch(recorder, part, kernel, x, out, 0, gate);
-        }
+        self.run(recorder, &x, gate_up, out, |part| match (&part.kernels.gated, part.matrix) {
+            (Some(kernels), _) => (kernels, gate, part.first),
+            (None, 0) => (&part.kernels.plain, Epilogue::Store, part.first),
+            (None, _) => (&part.kernels.plain, gate, part.first - half),
+        });
     }
 
-    /// Runs the parts of a linear, each with an epilogue that may depend on its matrix, into columns that do, too.
-    fn run(
-        &self,
+    /// Runs the parts of a linear, each with the kernels, the epilogue and the first output that `of_part` gives.
+    fn run<'a>(
+        &mut self,
         recorder: &mut Recorder,
-        x: &GpuBuffer,
-        linear: &GpuLinear,
+        x: &Input<'_, GpuBackend>,
+        linear: &'a GpuLinear,
         out: &GpuBuffer,
-        epilogue: impl Fn(usize) -> (Epilogue, usize),
+        of_part: impl Fn(&'a Part) -> (&'a LinearKernels, Epilogue, usize),
     ) {
-        if x.rows == 0 {
+        assert_eq!(rows(x).width, linear.cols, "an input of the linear's columns");
+        let m = out.rows;
+        if m == 0 {
             return;
         }
-        self.pack(recorder, x, linear);
+        let eps = match x {
+            Input::Rows(_) => 0.0,
+            Input::Normed { x, weight, eps } => {
+                assert_eq!(weight.values.len(), x.width, "a weight for each value of a row");
+                *eps
+            }
+        };
+        let normalises = |part: &'a Part| of_part(part).0.few_rows.normalises(m);
+        let prepared = match x {
+            Input::Normed { .. } if linear.parts.iter().all(normalises) => Prepared::Unpacked,
+            _ => {
+                let packs_output = linear.parts.iter().any(|part| of_part(part).0.packs_output(m));
+                self.packer.prepare(recorder, x, packs_output)
+            }
+        };
         for part in &linear.parts {
-            let (epilogue, base) = epilogue(part.matrix);
-            self.dispatch(recorder, part, part.kernel(x.rows), x, out, part.first - base, epilogue);
+            let (kernels, epilogue, first) = of_part(part);
+            let (kernel, workgroups) = kernels.choose(m, prepared);
+            let packs_output = kernels.packs_output(m);
+            let output = self.packer.output().filter(|_| packs_output);
+            let buffers = part.buffers.iter().chain(self.packer.input(prepared, x)).chain([&out.storage]).chain(output);
+            let of_step = [m as u32, first as u32, out.width as u32, epilogue as u32, eps.to_bits()];
+            recorder.dispatch(kernel, buffers, &with_shape::<8>(&part.shape, &of_step), workgroups);
+            if packs_output {
+                self.packer.output_is_packed(out);
+            }
         }
-    }
-
-    /// Prepares the input of a linear.
-    fn pack(&self, recorder: &mut Recorder, x: &GpuBuffer, linear: &GpuLinear) {
-        assert_eq!(x.width, linear.cols, "an input of the linear's columns");
-        self.packer.pack(recorder, x);
-    }
-
-    /// Runs one part of a linear on its prepared input.
-    #[expect(clippy::too_many_arguments, reason = "those of the operation, and where it is recorded")]
-    fn dispatch(
-        &self,
-        recorder: &mut Recorder,
-        part: &Part,
-        (kernel, workgroups): (&Arc<Pipeline>, [usize; 3]),
-        x: &GpuBuffer,
-        out: &GpuBuffer,
-        first: usize,
-        epilogue: Epilogue,
-    ) {
-        let buffers = part.buffers.iter().chain(self.packer.input(x)).chain([&out.storage]);
-        let of_step = [x.rows as u32, first as u32, out.width as u32, epilogue as u32];
-        recorder.dispatch(kernel, buffers, &with_shape::<7>(&part.shape, &of_step), workgroups);
     }
 }
 
-/// Looks up rows of a table for `rows` tokens.
+/// Looks up rows of a table for `rows` tokens, some of which may be rows of the last sampling.
 pub(in crate::gpu) fn embed(
     recorder: &mut Recorder,
     table: &GpuLinear,
-    tokens: &Storage,
+    [tokens, sampled]: [&Storage; 2],
     rows: usize,
     scale: f32,
     out: &mut GpuBuffer,
@@ -137,7 +137,7 @@ pub(in crate::gpu) fn embed(
     for part in &table.parts {
         let parameters = with_shape::<5>(&part.shape, &[part.first as u32, scale.to_bits()]);
         let units = table.cols.div_ceil(32);
-        let buffers = part.buffers.iter().chain([tokens, &out.storage]);
+        let buffers = part.buffers.iter().chain([tokens, sampled, &out.storage]);
         recorder.dispatch(&part.kernels.embed, buffers, &parameters, [units.div_ceil(64), out.rows, 1]);
     }
 }

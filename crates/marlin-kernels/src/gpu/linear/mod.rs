@@ -1,10 +1,11 @@
 //! Packed matrices on a device.
 
 mod encode;
+mod few_rows;
 mod format;
 mod layout;
+mod many_rows;
 mod pack;
-mod tile;
 
 use std::sync::Arc;
 
@@ -12,10 +13,11 @@ use marlin_format::{FormatError, Grouping, PackedMatrix, Scheme};
 use rayon::prelude::*;
 
 pub(super) use self::encode::{LinearEncoder, embed};
+use self::few_rows::FewRows;
 use self::format::DeviceFormat;
 use self::layout::{QUAD, Rows, UNIT};
-use self::pack::Packing;
-use self::tile::Tile;
+use self::many_rows::ManyRows;
+use self::pack::{Packing, Prepared};
 use super::GpuArithmetic;
 use super::device::{Gpu, Storage};
 use super::pipeline::{Binding, Kernel, Pipeline};
@@ -50,55 +52,13 @@ pub(super) struct PartKernels {
     /// Of a part that is a gate and as large a matrix.
     gated: Option<LinearKernels>,
     pub(super) embed: Arc<Pipeline>,
-    /// How the kernels for few rows divide their work.
-    few_rows_tile: FewRowsTile,
 }
 
 /// Kernels by the rows of the input.
 #[derive(Debug)]
 struct LinearKernels {
-    /// By [`ROW_BLOCKS`].
-    few_rows: [Arc<Pipeline>; ROW_BLOCKS.len()],
+    few_rows: FewRows,
     many_rows: ManyRows,
-}
-
-/// Kernels for many rows of the input.
-#[derive(Debug)]
-enum ManyRows {
-    /// Without matrix units.
-    Plain(Arc<Pipeline>),
-    /// With them; by rows of tiles, at least one.
-    Tiles(Vec<(Tile, Arc<Pipeline>)>),
-}
-
-/// Rows of the input that a workgroup of the kernel for few rows takes; more rows go to the kernel for many.
-const ROW_BLOCKS: [usize; 4] = [1, 2, 4, 8];
-/// Rows and outputs of a workgroup of the plain kernel for many rows.
-const PLAIN_TILE: usize = 64;
-
-/// A workgroup of the kernel for few rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct FewRowsTile {
-    /// Invocations that share a quad of rows.
-    lanes: usize,
-    /// Quads of a workgroup.
-    quads: usize,
-}
-
-impl FewRowsTile {
-    /// Short rows keep fewer invocations busy.
-    fn of(cols: usize) -> Self {
-        match cols.div_ceil(UNIT) {
-            0..=16 => Self { lanes: 8, quads: 16 },
-            17..=95 => Self { lanes: 16, quads: 8 },
-            _ => Self { lanes: 32, quads: 4 },
-        }
-    }
-
-    /// Output rows of a workgroup.
-    fn rows(self) -> usize {
-        self.quads * QUAD
-    }
 }
 
 /// What kernels are told of a part; the order of `Shape` in `weights.wgsl`.
@@ -140,14 +100,6 @@ impl GpuLinear {
             matrix += together;
         }
         Ok(linear)
-    }
-
-    /// The part that a gate and as large a matrix make, if they are one.
-    pub(super) fn as_gated(&self) -> Option<&Part> {
-        match &self.parts[..] {
-            [part] if part.kernels.gated.is_some() => Some(part),
-            _ => None,
-        }
     }
 
     /// All rows.
@@ -213,17 +165,6 @@ impl<'a> Source<'a> {
 }
 
 impl Part {
-    /// The kernel for `m` rows of input, and its workgroups.
-    pub(super) fn kernel(&self, m: usize) -> (&Arc<Pipeline>, [usize; 3]) {
-        self.kernels.plain.choose(self.kernels.few_rows_tile, m, self.shape.rows as usize, 1)
-    }
-
-    /// The same for a gate and the matrix that it gates.
-    pub(super) fn gated_kernel(&self, m: usize) -> Option<(&Arc<Pipeline>, [usize; 3])> {
-        let kernels = self.kernels.gated.as_ref()?;
-        Some(kernels.choose(self.kernels.few_rows_tile, m, self.shape.rows as usize, 2))
-    }
-
     fn load(
         gpu: &Gpu,
         format: &DeviceFormat,
@@ -285,7 +226,7 @@ impl Part {
             .collect();
         buffers.push(gpu.storage_of("row factors", &affine)?);
         let is_gated = matches!(&sources[..], [(_, gate), (_, up)] if gate.matrix.rows == up.matrix.rows);
-        Ok(Self { shape, matrix, first, buffers, kernels: PartKernels::new(gpu, format, cols, is_gated)? })
+        Ok(Self { shape, matrix, first, buffers, kernels: PartKernels::new(gpu, format, &shape, is_gated)? })
     }
 }
 
@@ -338,67 +279,32 @@ impl<'a> Upload<'a> {
 }
 
 impl PartKernels {
-    fn new(gpu: &Gpu, format: &DeviceFormat, cols: usize, is_gated: bool) -> Result<Self, KernelError> {
-        let few_rows_tile = FewRowsTile::of(cols);
-        let kernels = |is_gated| LinearKernels::new(gpu, format, few_rows_tile, is_gated);
+    fn new(gpu: &Gpu, format: &DeviceFormat, shape: &Shape, is_gated: bool) -> Result<Self, KernelError> {
+        let (cols, rows) = (shape.k as usize, shape.rows as usize);
         Ok(Self {
-            plain: kernels(false)?,
-            gated: is_gated.then(|| kernels(true)).transpose()?,
+            plain: LinearKernels::new(gpu, format, cols, rows, false)?,
+            gated: is_gated.then(|| LinearKernels::new(gpu, format, cols, rows / 2, true)).transpose()?,
             embed: gpu.pipeline(&embed_kernel(format))?,
-            few_rows_tile,
         })
     }
 }
 
 impl LinearKernels {
-    /// The kernel for `m` rows of input and so many rows of weights, of which `of_output` make an output, and its workgroups.
-    fn choose(
-        &self,
-        few_rows_tile: FewRowsTile,
-        m: usize,
-        rows: usize,
-        of_output: usize,
-    ) -> (&Arc<Pipeline>, [usize; 3]) {
-        if let Some(block) = ROW_BLOCKS.iter().position(|block| m <= *block) {
-            return (&self.few_rows[block], [(rows / of_output).div_ceil(few_rows_tile.rows()), 1, 1]);
-        }
-        match &self.many_rows {
-            ManyRows::Plain(kernel) => (kernel, [(rows / of_output).div_ceil(PLAIN_TILE), m.div_ceil(PLAIN_TILE), 1]),
-            ManyRows::Tiles(tiles) => {
-                let (tile, kernel) = tiles.iter().find(|(tile, _)| tile.holds(m)).unwrap_or(&tiles[tiles.len() - 1]);
-                (kernel, tile.workgroups(m, rows))
-            }
-        }
-    }
-
-    fn new(gpu: &Gpu, format: &DeviceFormat, tile: FewRowsTile, is_gated: bool) -> Result<Self, KernelError> {
-        let few_rows = |rows: usize| {
-            let FewRowsTile { lanes, quads } = tile;
-            let constants = format!(
-                "const MB = {rows}u;\nconst LANES = {lanes}u;\nconst QUADS = {quads}u;\nconst GATED = {is_gated};\n"
-            );
-            let file = include_str!("../shaders/linear_rows.wgsl");
-            gpu.pipeline(&linear(format, "linear_rows", Packing::of(format.arithmetic, None, rows), constants, file))
-        };
-        let [one, two, four, eight] = ROW_BLOCKS;
+    fn new(gpu: &Gpu, format: &DeviceFormat, cols: usize, outputs: usize, is_gated: bool) -> Result<Self, KernelError> {
         Ok(Self {
-            few_rows: [few_rows(one)?, few_rows(two)?, few_rows(four)?, few_rows(eight)?],
-            many_rows: ManyRows::new(gpu, format, is_gated)?,
+            few_rows: FewRows::new(gpu, format, cols, outputs, is_gated)?,
+            many_rows: ManyRows::new(gpu, format, outputs, is_gated)?,
         })
     }
-}
 
-impl ManyRows {
-    fn new(gpu: &Gpu, format: &DeviceFormat, is_gated: bool) -> Result<Self, KernelError> {
-        if let Some(matrices) = gpu.matrices {
-            let tiles = tile::tiles(matrices.size, gpu.caps.workgroup_memory as usize);
-            let kernel = |tile: Tile| Ok((tile, gpu.pipeline(&tile.kernel(format, matrices, is_gated))?));
-            return Ok(Self::Tiles(tiles.map(kernel).collect::<Result<_, KernelError>>()?));
-        }
-        let constants = format!("const GATED = {is_gated};\n");
-        let file = include_str!("../shaders/linear_tile_plain.wgsl");
-        let packing = Packing::of(format.arithmetic, None, PLAIN_TILE);
-        Ok(Self::Plain(gpu.pipeline(&linear(format, "linear_tile_plain", packing, constants, file))?))
+    /// The kernel for `m` rows of input, and its workgroups.
+    fn choose(&self, m: usize, prepared: Prepared) -> (&Arc<Pipeline>, [usize; 3]) {
+        self.few_rows.choose(m, prepared).unwrap_or_else(|| self.many_rows.choose(m))
+    }
+
+    /// Whether the kernel for `m` rows packs its output.
+    fn packs_output(&self, m: usize) -> bool {
+        self.few_rows.packs_output(m)
     }
 }
 
@@ -417,25 +323,21 @@ fn linear(
     name: &'static str,
     packing: Packing,
     constants: String,
-    file: &'static str,
+    of_kernel: &[&'static str],
 ) -> Kernel {
     let mut bindings = format.bindings();
     bindings.extend(packing.bindings());
     bindings.push(Binding::write("out", "f32"));
     let mut files = weights(format);
-    match packing {
-        Packing::None => files.push(include_str!("../shaders/input_exact.wgsl")),
-        Packing::Units => files.push(include_str!("../shaders/input_half.wgsl")),
-        Packing::Rows => {}
-    }
-    files.extend([include_str!("../shaders/epilogue.wgsl"), file]);
+    files.extend([packing.file(), include_str!("../shaders/epilogue.wgsl")]);
+    files.extend(of_kernel);
     Kernel { name, prelude: format.module() + &constants, bindings, files }
 }
 
 /// The kernel that looks up rows of a table.
 fn embed_kernel(format: &DeviceFormat) -> Kernel {
     let mut bindings = format.bindings();
-    bindings.extend([Binding::read("tokens", "u32"), Binding::write("out", "f32")]);
+    bindings.extend([Binding::read("tokens", "u32"), Binding::read("sampled", "u32"), Binding::write("out", "f32")]);
     let mut files = weights(format);
     files.push(include_str!("../shaders/embed.wgsl"));
     Kernel { name: "embed", prelude: format.module(), bindings, files }

@@ -1,17 +1,14 @@
-//! The input of linears in half precision.
+//! The input of linears, as their kernels have it.
 
 use std::sync::Arc;
 
-use super::ROW_BLOCKS;
-use crate::gpu::GpuArithmetic;
-use crate::gpu::GpuBuffer;
-use crate::gpu::device::{Gpu, Matrices, Storage};
+use super::few_rows::FEW_ROWS;
+use super::layout::UNIT;
+use crate::gpu::device::{Gpu, Storage};
 use crate::gpu::pipeline::{Binding, Kernel, Pipeline};
 use crate::gpu::recorder::Recorder;
-use crate::{KernelError, StepLimits};
-
-/// Columns that packed rows are padded to a multiple of, with zeros.
-pub(super) const PADDED: usize = 512;
+use crate::gpu::{GpuArithmetic, GpuBackend, GpuBuffer};
+use crate::{Input, KernelError, StepLimits};
 
 /// How a linear's kernel has its input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,18 +17,17 @@ pub(super) enum Packing {
     None,
     /// In pairs of halves, 32 columns sharing a power of two.
     Units,
-    /// In pairs of halves, a row sharing a power of two.
+    /// In pairs of halves, a row sharing a power of two, padded with zeros to a multiple of [`PADDED`].
     Rows,
+    /// As it is, one row with the weights of its norm, to be normalised and packed into units.
+    Normed,
 }
 
 impl Packing {
-    /// That of `m` rows.
-    pub(super) fn of(arithmetic: GpuArithmetic, matrices: Option<Matrices>, m: usize) -> Self {
-        let is_few = ROW_BLOCKS.last().is_some_and(|few| m <= *few);
-        match (arithmetic, matrices) {
-            (GpuArithmetic::Exact, _) => Self::None,
-            (GpuArithmetic::Half, Some(_)) if !is_few => Self::Rows,
-            (GpuArithmetic::Half, _) => Self::Units,
+    pub(super) fn of(arithmetic: GpuArithmetic) -> Self {
+        match arithmetic {
+            GpuArithmetic::Exact => Self::None,
+            GpuArithmetic::Half => Self::Units,
         }
     }
 
@@ -41,82 +37,305 @@ impl Packing {
             Self::None => vec![Binding::read("x", "f32")],
             Self::Units => vec![Binding::read("x", "vec4<u32>"), Binding::read("x_scales", "f32")],
             Self::Rows => vec![Binding::read("x", "Octet"), Binding::read("x_scales", "f32")],
+            Self::Normed => vec![Binding::read("x", "vec4<f32>"), Binding::read("norm_weight", "vec4<f32>")],
+        }
+    }
+
+    /// The functions by which a kernel reads it.
+    pub(super) fn file(self) -> &'static str {
+        match self {
+            Self::None => include_str!("../shaders/input_exact.wgsl"),
+            Self::Units => include_str!("../shaders/input_half.wgsl"),
+            Self::Rows => include_str!("../shaders/input_rows.wgsl"),
+            Self::Normed => include_str!("../shaders/input_normed.wgsl"),
         }
     }
 }
 
-/// Packs the input of linears, and keeps it until the next is packed.
-pub(super) struct Packer {
-    arithmetic: GpuArithmetic,
-    matrices: Option<Matrices>,
-    units: Arc<Pipeline>,
-    rows: Arc<Pipeline>,
+/// Where a linear's kernels find its input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Prepared {
+    /// Where it was, with the weights of its norm: kernels pack it for themselves.
+    Unpacked,
+    /// In single precision, normalised if it must be.
+    Exact,
+    /// Packed beforehand.
+    Packed,
+    /// Packed by the linear whose output it is.
+    Output,
+}
+
+/// Normalises and packs the input of linears.
+#[expect(clippy::large_enum_variant, reason = "an encoder has one")]
+pub(super) enum Packer {
+    /// Inputs stay in single precision.
+    Exact {
+        rms_norm: Arc<Pipeline>,
+        /// Normalised rows.
+        normed: Storage,
+    },
+    /// Inputs become halves.
+    Half {
+        kernels: PackKernels,
+        packed: Packed,
+        /// What gated linears of few rows pack themselves, while they read `packed`.
+        output: Packed,
+    },
+}
+
+/// Kernels that pack rows.
+pub(super) struct PackKernels {
+    units: ByInput,
+    /// Where there are matrix units, for more than [`FEW_ROWS`].
+    rows: Option<ByInput>,
+}
+
+/// Of rows as they are, and of their norms; the second of each is for rows of whole vectors.
+type ByInput = [[Arc<Pipeline>; 2]; 2];
+
+/// Packed rows.
+pub(super) struct Packed {
     halves: Storage,
     scales: Storage,
+    /// What they were made of.
+    source: Option<Source>,
 }
+
+/// What an input was when it was packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Source {
+    buffer: u64,
+    version: u64,
+    /// Weights and epsilon of its norm.
+    norm: Option<(u64, u32)>,
+}
+
+/// Values of a vector that kernels load at once.
+pub(super) const VECTOR: usize = 4;
 
 impl Packer {
     /// Bytes of scratch memory.
     pub(super) fn bytes(limits: &StepLimits, arithmetic: GpuArithmetic) -> usize {
-        Self::sizes(limits, arithmetic).iter().sum()
-    }
-
-    /// Bytes of halves and of scales.
-    fn sizes(limits: &StepLimits, arithmetic: GpuArithmetic) -> [usize; 2] {
-        if arithmetic == GpuArithmetic::Exact {
-            return [0, 0];
+        match arithmetic {
+            GpuArithmetic::Exact => normed_bytes(limits),
+            GpuArithmetic::Half => {
+                let sizes = [limits.tokens, output_rows(limits)].map(|rows| Packed::sizes(rows, limits.width));
+                sizes.as_flattened().iter().sum()
+            }
         }
-        let padded = limits.width.div_ceil(PADDED) * PADDED;
-        let units = limits.width.div_ceil(32);
-        [2 * padded, 4 * units].map(|bytes| bytes.saturating_mul(limits.tokens))
     }
 
     pub(super) fn new(gpu: &Gpu, limits: &StepLimits) -> Result<Self, KernelError> {
-        let kernel = |name, prelude: String, file| {
-            let bindings = vec![
-                Binding::read("x", "f32"),
-                Binding::write("packed", "vec4<u32>"),
-                Binding::write("packed_scales", "f32"),
-            ];
-            let files = vec![include_str!("../shaders/pack.wgsl"), file];
-            gpu.pipeline(&Kernel { name, prelude, bindings, files })
-        };
-        let [halves, scales] = Self::sizes(limits, gpu.arithmetic);
-        let what = "the packed input of linears";
-        Ok(Self {
-            arithmetic: gpu.arithmetic,
-            matrices: gpu.matrices,
-            units: kernel("pack_input", String::new(), include_str!("../shaders/pack_input.wgsl"))?,
-            rows: kernel(
-                "pack_rows",
-                format!("const PADDED = {PADDED}u;\n"),
-                include_str!("../shaders/pack_rows.wgsl"),
-            )?,
-            halves: gpu.storage(what, halves)?,
-            scales: gpu.storage(what, scales)?,
+        Ok(match gpu.arithmetic {
+            GpuArithmetic::Exact => Self::Exact {
+                rms_norm: gpu.pipeline(&Kernel::rms_norm(false))?,
+                normed: gpu.storage("the normalised input of linears", normed_bytes(limits))?,
+            },
+            GpuArithmetic::Half => Self::Half {
+                kernels: PackKernels::new(gpu)?,
+                packed: Packed::new(gpu, limits.tokens, limits.width)?,
+                output: Packed::new(gpu, output_rows(limits), limits.width)?,
+            },
         })
     }
 
-    /// Packs the input of linears as their kernels for so many rows want it.
-    pub(super) fn pack(&self, recorder: &mut Recorder, x: &GpuBuffer) {
-        let (kernel, workgroups) = match self.packing(x.rows) {
-            Packing::None => return,
-            Packing::Units => (&self.units, [x.width.div_ceil(32).div_ceil(64), x.rows, 1]),
-            Packing::Rows => (&self.rows, [x.rows, 1, 1]),
-        };
-        recorder.dispatch(kernel, [&x.storage, &self.halves, &self.scales], &[x.width as u32], workgroups);
+    /// Prepares the input of a linear, which may pack its output.
+    pub(super) fn prepare(
+        &mut self,
+        recorder: &mut Recorder,
+        input: &Input<'_, GpuBackend>,
+        packs_output: bool,
+    ) -> Prepared {
+        match self {
+            Self::Exact { rms_norm, normed } => {
+                if let Input::Normed { x, weight, eps } = input {
+                    let parameters = [x.width as u32, eps.to_bits()];
+                    recorder.dispatch(rms_norm, [&x.storage, &weight.storage, normed], &parameters, [x.rows, 1, 1]);
+                }
+                Prepared::Exact
+            }
+            Self::Half { kernels, packed, output } => {
+                let source = Some(Source::of(input));
+                if output.source == source && !packs_output {
+                    return Prepared::Output;
+                }
+                if packed.source != source {
+                    kernels.pack(recorder, input, packed);
+                    packed.source = source;
+                }
+                Prepared::Packed
+            }
+        }
     }
 
-    /// The buffers of a linear's input, after it was packed.
-    pub(super) fn input<'a>(&'a self, x: &'a GpuBuffer) -> impl Iterator<Item = &'a Storage> + Clone {
-        let [first, second] = match self.packing(x.rows) {
-            Packing::None => [Some(&x.storage), None],
-            Packing::Units | Packing::Rows => [Some(&self.halves), Some(&self.scales)],
+    /// The buffers of a prepared input.
+    pub(super) fn input<'a>(
+        &'a self,
+        prepared: Prepared,
+        input: &Input<'a, GpuBackend>,
+    ) -> impl Iterator<Item = &'a Storage> + Clone {
+        let [first, second] = match (self, prepared, input) {
+            (_, Prepared::Unpacked, Input::Normed { x, weight, .. }) => [Some(&x.storage), Some(&weight.storage)],
+            (Self::Exact { normed, .. }, _, Input::Normed { .. }) => [Some(normed), None],
+            (Self::Half { output, .. }, Prepared::Output, _) => output.buffers().map(Some),
+            (Self::Half { packed, .. }, Prepared::Packed, _) => packed.buffers().map(Some),
+            (_, _, input) => [Some(&rows(input).storage), None],
         };
         first.into_iter().chain(second)
     }
 
-    fn packing(&self, m: usize) -> Packing {
-        Packing::of(self.arithmetic, self.matrices, m)
+    /// Where linears pack their output; nowhere if they do not.
+    pub(super) fn output(&self) -> impl Iterator<Item = &Storage> + Clone {
+        let output = match self {
+            Self::Exact { .. } => None,
+            Self::Half { output, .. } => Some(output),
+        };
+        output.into_iter().flat_map(Packed::buffers)
+    }
+
+    /// A linear has packed its output.
+    pub(super) fn output_is_packed(&mut self, out: &GpuBuffer) {
+        if let Self::Half { output, .. } = self {
+            output.source = Some(Source::of(&Input::Rows(out)));
+        }
+    }
+}
+
+/// The rows of an input, before a norm.
+pub(super) fn rows<'a>(input: &Input<'a, GpuBackend>) -> &'a GpuBuffer {
+    let (Input::Rows(x) | Input::Normed { x, .. }) = *input;
+    x
+}
+
+/// Rows of the outputs that linears pack.
+fn output_rows(limits: &StepLimits) -> usize {
+    limits.tokens.min(FEW_ROWS)
+}
+
+fn normed_bytes(limits: &StepLimits) -> usize {
+    limits.tokens.saturating_mul(limits.width).saturating_mul(size_of::<f32>())
+}
+
+impl PackKernels {
+    fn new(gpu: &Gpu) -> Result<Self, KernelError> {
+        let by_input = |kernel: &dyn Fn(bool, bool) -> Kernel| {
+            let kernel = |is_normed, is_aligned| gpu.pipeline(&kernel(is_normed, is_aligned));
+            Ok::<_, KernelError>([
+                [kernel(false, false)?, kernel(false, true)?],
+                [kernel(true, false)?, kernel(true, true)?],
+            ])
+        };
+        Ok(Self {
+            units: by_input(&pack_units_kernel)?,
+            rows: gpu.matrices.map(|_| by_input(&pack_rows_kernel)).transpose()?,
+        })
+    }
+
+    fn pack(&self, recorder: &mut Recorder, input: &Input<'_, GpuBackend>, packed: &Packed) {
+        let GpuBuffer { rows, width, storage, .. } = rows(input);
+        let by_rows = self.rows.as_ref().filter(|_| *rows > FEW_ROWS);
+        let (norm, eps) = match input {
+            Input::Rows(_) => (None, 0.0),
+            Input::Normed { weight, eps, .. } => (Some(&weight.storage), *eps),
+        };
+        let of_row = match (by_rows, norm) {
+            (None, None) => width.div_ceil(UNIT).div_ceil(PACK_UNITS),
+            _ => 1,
+        };
+        let is_aligned = width.is_multiple_of(VECTOR);
+        let kernel = &by_rows.unwrap_or(&self.units)[usize::from(norm.is_some())][usize::from(is_aligned)];
+        let buffers = [storage].into_iter().chain(norm).chain(packed.buffers());
+        recorder.dispatch(kernel, buffers, &[*width as u32, eps.to_bits()], [of_row, *rows, 1]);
+    }
+}
+
+/// Units that a workgroup of `pack_input.wgsl` packs at once: a quarter of its invocations.
+const PACK_UNITS: usize = 32;
+
+/// Columns that packed rows are padded to a multiple of.
+pub(super) const PADDED: usize = 512;
+
+/// The kernel that packs units of rows, or of their norms.
+fn pack_units_kernel(is_normed: bool, is_aligned: bool) -> Kernel {
+    let files = [include_str!("../shaders/pack_row.wgsl"), include_str!("../shaders/pack_input.wgsl")];
+    pack_kernel("pack_input", is_normed, is_aligned, &files)
+}
+
+/// The kernel that packs whole rows, or their norms.
+fn pack_rows_kernel(is_normed: bool, is_aligned: bool) -> Kernel {
+    pack_kernel("pack_rows", is_normed, is_aligned, &[include_str!("../shaders/pack_rows.wgsl")])
+}
+
+fn pack_kernel(name: &'static str, is_normed: bool, is_aligned: bool, of_kernel: &[&'static str]) -> Kernel {
+    let element = if is_aligned { "vec4<f32>" } else { "f32" };
+    let mut bindings = vec![Binding::read("x", element)];
+    if is_normed {
+        bindings.push(Binding::read("norm_weight", element));
+    }
+    bindings.extend([Binding::write("packed", "vec4<u32>"), Binding::write("packed_scales", "f32")]);
+    let mut files = vec![
+        include_str!("../shaders/pack.wgsl"),
+        include_str!("../shaders/reduce.wgsl"),
+        include_str!("../shaders/norm.wgsl"),
+    ];
+    files.extend(of_kernel);
+    let prelude =
+        format!("const NORMED = {is_normed};\nconst PADDED = {PADDED}u;\n{}", four_functions(is_normed, is_aligned));
+    Kernel { name, prelude, bindings, files }
+}
+
+/// The functions by which `pack_row.wgsl` reads four columns of x, and multiplies them by the weights of a norm.
+pub(super) fn four_functions(is_normed: bool, is_aligned: bool) -> String {
+    let four = |buffer: &str, start: &str| {
+        if is_aligned {
+            return format!("if (column >= k) {{ return vec4<f32>(); }} return {buffer}[({start} + column) / 4u];");
+        }
+        let value = |i: usize| format!("{buffer}[{start} + min(column + {i}u, k - 1u)]");
+        format!(
+            "return select(vec4<f32>(), vec4<f32>({}, {}, {}, {}), vec4<u32>(column) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(k));",
+            value(0),
+            value(1),
+            value(2),
+            value(3),
+        )
+    };
+    let weighted = if is_normed {
+        format!(
+            "fn weight_four(column: u32, k: u32) -> vec4<f32> {{ {} }}\n\
+             fn weighted(x: vec4<f32>, column: u32, k: u32) -> vec4<f32> {{ return x * weight_four(column, k); }}\n",
+            four("norm_weight", "0u")
+        )
+    } else {
+        "fn weighted(x: vec4<f32>, column: u32, k: u32) -> vec4<f32> { return x; }\n".into()
+    };
+    format!("fn x_four(row: u32, column: u32, k: u32) -> vec4<f32> {{ {} }}\n{weighted}", four("x", "row * k"))
+}
+
+impl Packed {
+    /// Bytes of halves and of scales, however rows are packed.
+    fn sizes(rows: usize, width: usize) -> [usize; 2] {
+        let units = (width.div_ceil(PADDED) * (PADDED / UNIT)).saturating_mul(rows);
+        [2 * UNIT, size_of::<f32>()].map(|bytes| units.saturating_mul(bytes))
+    }
+
+    fn new(gpu: &Gpu, rows: usize, width: usize) -> Result<Self, KernelError> {
+        let [halves, scales] = Self::sizes(rows, width);
+        let what = "the packed input of linears";
+        Ok(Self { halves: gpu.storage(what, halves)?, scales: gpu.storage(what, scales)?, source: None })
+    }
+
+    fn buffers(&self) -> [&Storage; 2] {
+        [&self.halves, &self.scales]
+    }
+}
+
+impl Source {
+    fn of(input: &Input<'_, GpuBackend>) -> Self {
+        let norm = match input {
+            Input::Rows(_) => None,
+            Input::Normed { weight, eps, .. } => Some((weight.storage.id, eps.to_bits())),
+        };
+        let GpuBuffer { storage, version, .. } = rows(input);
+        Self { buffer: storage.id, version: *version, norm }
     }
 }

@@ -7,6 +7,20 @@ struct Params {
 }
 var<immediate> params: Params;
 
+// Token ids from here on are rows of the last sampling.
+const SAMPLED = 0x80000000u;
+const NOT_FINITE = 0xffffffffu;
+
+fn token_at(t: u32) -> u32 {
+    let token = tokens[t];
+    if (token < SAMPLED) {
+        return token;
+    }
+    let chosen = sampled[token - SAMPLED];
+    // Where there was no choice, any token will do.
+    return select(chosen, 0u, chosen == NOT_FINITE);
+}
+
 fn put(t: u32, column: u32, value: f32) {
     if (column < params.shape.k) {
         out[t * params.shape.k + column] = value * params.scale;
@@ -18,7 +32,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let shape = params.shape;
     let t = workgroup.y;
     let unit = workgroup.x * 64u + local.x;
-    let row = tokens[t] - params.first_token;
+    let row = token_at(t) - params.first_token;
     // A token before the first becomes a very large row.
     if (row >= shape.rows || 32u * unit >= shape.k) {
         return;

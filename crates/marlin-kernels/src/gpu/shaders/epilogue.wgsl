@@ -8,6 +8,8 @@ struct Params {
     first: u32,
     width: u32,
     epilogue: u32,
+    // Of the norm that the input goes through, if it does.
+    eps: f32,
 }
 var<immediate> params: Params;
 
@@ -39,25 +41,26 @@ fn activated(gate: f32) -> f32 {
     return gelu_tanh(gate);
 }
 
-// Takes the sum of a row; of a gated linear, that of the gate and `other` of the row it gates.
-fn store_row(m: u32, row: u32, sum: f32, other: f32) {
+// Takes the sum of a row; of a gated linear, that of the gate and `other` of the row it gates. Gives what is stored.
+fn store_row(m: u32, row: u32, sum: f32, other: f32) -> f32 {
     let index = m * params.width + params.first + row;
     if (GATED) {
-        out[index] = activated(finish(row, sum)) * finish(row + output_rows(params.shape), other);
-        return;
+        let gated = activated(finish(row, sum)) * finish(row + output_rows(params.shape), other);
+        out[index] = gated;
+        return gated;
     }
-    let value = finish(row, sum);
+    var value = finish(row, sum);
     switch params.epilogue {
         case ADD: {
-            out[index] += value;
+            value += out[index];
         }
         case GATE_SILU, GATE_GELU_TANH: {
-            out[index] = activated(out[index]) * value;
+            value *= activated(out[index]);
         }
-        default: {
-            out[index] = value;
-        }
+        default: {}
     }
+    out[index] = value;
+    return value;
 }
 
 const STORE = 0u;

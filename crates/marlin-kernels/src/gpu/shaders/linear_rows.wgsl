@@ -1,8 +1,12 @@
-// out[m, first + n] = epilogue(x[m, :] · W[n, :]) for few rows m. LANES invocations share four rows of W, a quad, and step along K unit by unit, so
-// that each weight is read once for all MB rows of x. Products of a unit are summed in the device's arithmetic, units in single precision.
+// out[m, first + n] = epilogue(x[m, :] · W[n, :]) for few rows m. Four rows of W, a quad, are shared by LANES neighbouring invocations times SPLITS, which
+// step along K unit by unit, so that each weight is read once for all MB rows of x, while the next ones are on their way. Products of a unit are summed
+// in the device's arithmetic, units in single precision. Of a gated linear, quads of the gate and of what it gates are summed together.
 
-const SIZE = LANES * QUADS;
-var<workgroup> partial: array<vec4<f32>, SIZE>;
+const INVOCATIONS = LANES * QUADS * SPLITS;
+const OUTPUTS = 4u * QUADS;
+
+// Sums of quads that are still to be summed up, PARTS for each.
+var<workgroup> parts: array<vec4<f32>, PARTS * MATRICES * ROWS_AT_ONCE * QUADS>;
 
 // The first 8 pairs of a unit.
 fn dot_low(w: array<pair, 16>, x: array<pair, 16>) -> pair {
@@ -19,87 +23,134 @@ fn dot_unit(w: array<pair, 16>, x: array<pair, 16>, low_scale: f32, high_scale: 
     if (HALVED && !BIASED) {
         let low = vec2<f32>(dot_low(w, x));
         let high = vec2<f32>(dot_high(w, x, pair()));
-        return (low.x + low.y) * low_scale + (high.x + high.y) * high_scale;
+        return fma(low.x + low.y, low_scale, (high.x + high.y) * high_scale);
     }
     let sum = vec2<f32>(dot_high(w, x, dot_low(w, x)));
     return select((sum.x + sum.y) * low_scale, sum.x + sum.y, BIASED);
 }
 
-fn row_of_quad(shape: Shape, groups: Groups, quad: u32, i: u32, unit: u32) -> array<pair, 16> {
+// Weights without their scales, unless biases are added to them.
+fn decode_row(codes: Codes, groups: Groups, i: u32) -> array<pair, 16> {
     if (BIASED) {
-        return weights_of_quad(shape, groups, quad, i, unit);
+        return decode_weights(codes, groups, i);
     }
-    return unit_of_quad(shape, groups, quad, i, unit);
+    return decode_unit(codes, groups, i);
 }
 
-// An invocation's share of the sums of a quad, for MB rows of x from `first_m` on.
-fn sum_quad(shape: Shape, quad: u32, first_m: u32, lane: u32) -> array<vec4<f32>, MB> {
-    var sums: array<vec4<f32>, MB>;
-    let units = units_of(shape);
-    for (var unit = lane; unit < units; unit += LANES) {
-        let g = groups_of(shape, quad, unit);
-        let w0 = row_of_quad(shape, g, quad, 0u, unit);
-        let w1 = row_of_quad(shape, g, quad, 1u, unit);
-        let w2 = row_of_quad(shape, g, quad, 2u, unit);
-        let w3 = row_of_quad(shape, g, quad, 3u, unit);
-        for (var b = 0u; b < MB; b++) {
-            let m = min(first_m + b, params.m - 1u);
-            let x = input_unit(shape, m, unit);
-            let dots = vec4<f32>(
-                dot_unit(w0, x, g.low_scales.x, g.high_scales.x),
-                dot_unit(w1, x, g.low_scales.y, g.high_scales.y),
-                dot_unit(w2, x, g.low_scales.z, g.high_scales.z),
-                dot_unit(w3, x, g.low_scales.w, g.high_scales.w),
-            );
-            sums[b] = fma(dots, vec4<f32>(input_scale(shape, m, unit)), sums[b]);
+fn part_at(part: u32, matrix: u32, b: u32, quad: u32) -> u32 {
+    return ((part * MATRICES + matrix) * ROWS_AT_ONCE + b) * QUADS + quad;
+}
+
+// Puts an invocation's sums of a quad where those of the others are.
+fn put_sums(matrix: u32, b: u32, index: u32, sums: vec4<f32>) {
+    let lane = index % LANES;
+    let quad = index / LANES % QUADS;
+    let split = index / (LANES * QUADS);
+    let sum = sum_of_lanes(sums);
+    if (PARTS > SPLITS) {
+        parts[part_at(split * LANES + lane, matrix, b, quad)] = sum;
+    } else if (lane == 0u) {
+        parts[part_at(split, matrix, b, quad)] = sum;
+    }
+}
+
+fn total(matrix: u32, b: u32, output: u32) -> f32 {
+    var sum = 0.0;
+    for (var part = 0u; part < PARTS; part++) {
+        sum += parts[part_at(part, matrix, b, output / 4u)][output % 4u];
+    }
+    return sum;
+}
+
+// Stores the outputs of ROWS_AT_ONCE rows of x, an invocation one after the other.
+fn finish_rows(shape: Shape, first: u32, first_m: u32, index: u32) {
+    for (var i = index; i < ROWS_AT_ONCE * OUTPUTS; i += INVOCATIONS) {
+        let b = i / OUTPUTS;
+        let output = i % OUTPUTS;
+        let m = first_m + b;
+        let row = first + output;
+        var value = 0.0;
+        if (m < params.m && row < output_rows(shape)) {
+            var other = 0.0;
+            if (GATED) {
+                other = total(1u, b, output);
+            }
+            value = store_row(m, row, total(0u, b, output), other);
         }
+        keep_output(i, value);
     }
-    return sums;
+    pack_kept(first, first_m, index);
 }
 
-// The sum over the LANES invocations of a quad, in a fixed order; the first of them gets it.
-fn reduce_lanes(index: u32, lane: u32, value: vec4<f32>) -> vec4<f32> {
-    workgroupBarrier();
-    partial[index] = value;
-    for (var step = LANES / 2u; step > 0u; step /= 2u) {
-        workgroupBarrier();
-        if (lane < step) {
-            partial[index] += partial[index + step];
-        }
-    }
-    workgroupBarrier();
-    return partial[index - lane];
-}
-
-@compute @workgroup_size(LANES, QUADS)
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(local_invocation_id) local: vec3<u32>,
-    @builtin(local_invocation_index) index: u32,
-) {
+@compute @workgroup_size(INVOCATIONS)
+fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) index: u32) {
     let shape = params.shape;
-    let lane = local.x;
-    let quads = (output_rows(shape) + 3u) / 4u;
-    let wanted = workgroup.x * QUADS + local.y;
-    // All take part in the reductions.
-    let quad = min(wanted, quads - 1u);
+    let units = units_of(shape);
     let first_m = workgroup.y * MB;
-    let row = 4u * quad + lane;
-    let stores = lane < 4u && wanted < quads && row < output_rows(shape);
+    // Quads beyond the last one repeat it.
+    let quad_0 = min(workgroup.x * QUADS + index / LANES % QUADS, (output_rows(shape) + 3u) / 4u - 1u);
+    let quad_1 = quad_0 + output_rows(shape) / 4u;
+@for b < MB
+    let m_@b = min(first_m + @bu, params.m - 1u);
+@end
+    var unit = index / (LANES * QUADS) * LANES + index % LANES;
+    let first_unit = min(unit, units - 1u);
+@for q < MATRICES
+    var groups_@q = fetch_groups(shape, quad_@q, first_unit);
+@for i < 4
+    var codes_@q_@i = codes_of_quad(shape, quad_@q, @iu, first_unit);
+@end
+@for b < MB
+    var sums_@q_@b = vec4<f32>();
+@end
+@end
+    prepare_input(shape, index);
 
-    let sums = sum_quad(shape, quad, first_m, lane);
-    var others: array<vec4<f32>, MB>;
-    if (GATED) {
-        others = sum_quad(shape, quad + output_rows(shape) / 4u, first_m, lane);
+    // All take as many steps: beyond the last unit they repeat it, times 0.
+    for (var first = 0u; first < units; first += LANES * SPLITS) {
+        let here = min(unit, units - 1u);
+        let next = min(unit + LANES * SPLITS, units - 1u);
+@for q < MATRICES
+        let next_groups_@q = fetch_groups(shape, quad_@q, next);
+@for i < 4
+        let next_codes_@q_@i = codes_of_quad(shape, quad_@q, @iu, next);
+@end
+@end
+@for q < MATRICES
+        let g_@q = decode_groups(groups_@q);
+@for i < 4
+        let w_@q_@i = decode_row(codes_@q_@i, g_@q, @iu);
+@end
+@for b < MB
+        let x_@q_@b = input_unit(shape, m_@b, here);
+        let scale_@q_@b = select(0.0, input_scale(shape, m_@b, here), unit < units);
+        let dots_@q_@b = vec4<f32>(
+            dot_unit(w_@q_0, x_@q_@b, g_@q.low_scales.x, g_@q.high_scales.x),
+            dot_unit(w_@q_1, x_@q_@b, g_@q.low_scales.y, g_@q.high_scales.y),
+            dot_unit(w_@q_2, x_@q_@b, g_@q.low_scales.z, g_@q.high_scales.z),
+            dot_unit(w_@q_3, x_@q_@b, g_@q.low_scales.w, g_@q.high_scales.w),
+        );
+        sums_@q_@b = fma(dots_@q_@b, vec4<f32>(scale_@q_@b), sums_@q_@b);
+@end
+        groups_@q = next_groups_@q;
+@for i < 4
+        codes_@q_@i = next_codes_@q_@i;
+@end
+@end
+        unit += LANES * SPLITS;
     }
-    for (var b = 0u; b < MB; b++) {
-        let sum = reduce_lanes(index, lane, sums[b])[lane % 4u];
-        var other = 0.0;
-        if (GATED) {
-            other = reduce_lanes(index, lane, others[b])[lane % 4u];
-        }
-        if (stores && first_m + b < params.m) {
-            store_row(first_m + b, row, sum, other);
-        }
+
+@for b < MB
+    if (@bu > 0u && @bu % ROWS_AT_ONCE == 0u) {
+        // The rows before are done.
+        workgroupBarrier();
     }
+@for q < MATRICES
+    put_sums(@qu, @bu % ROWS_AT_ONCE, index, sums_@q_@b);
+@end
+    if (@bu % ROWS_AT_ONCE == ROWS_AT_ONCE - 1u) {
+        workgroupBarrier();
+        finish_rows(shape, workgroup.x * OUTPUTS, first_m + @bu + 1u - ROWS_AT_ONCE, index);
+    }
+@end
 }

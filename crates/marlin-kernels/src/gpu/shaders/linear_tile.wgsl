@@ -5,9 +5,6 @@
 //
 // Of a gated linear, matrices of W's rows alternate between gate and the rows that it gates, so that pairs of matrices hold what belongs
 // together.
-//
-// Lines between `@for i < COUNT` and `@end` stand COUNT times, with a number for `@i`: compilers of drivers keep separate variables in
-// registers, but not arrays of them.
 
 const STRIDE = TILE_K + ROW_PADDING; // of rows in workgroup memory, which thereby begin in different banks
 const X_HALVES = BUFFERS * TILE_M * STRIDE;
@@ -23,12 +20,6 @@ var<workgroup> sums: array<f32, PARTS * SPLITS * SUMS>;
 // An invocation's place among the 32 that share a matrix.
 var<private> lane: u32;
 
-// Four pairs of columns.
-struct Octet {
-    low: vec4<f16>,
-    high: vec4<f16>,
-}
-
 // The row of W that is row r of a tile whose outputs begin at `first`; beyond the last one it is repeated.
 fn weight_row(shape: Shape, first: u32, r: u32) -> u32 {
     if (GATED) {
@@ -38,10 +29,10 @@ fn weight_row(shape: Shape, first: u32, r: u32) -> u32 {
     return min(first + r, shape.rows - 1u);
 }
 
-// The octet of x that is the i-th of the tile in a step. Rows are padded to PADDED columns.
+// The octet of x that is the i-th of the tile in a step.
 fn fetch_x(shape: Shape, first_m: u32, step: u32, i: u32) -> Octet {
     let m = min(first_m + i / (TILE_K / 8u), params.m - 1u);
-    return x[m * ((shape.k + PADDED - 1u) / PADDED * (PADDED / 8u)) + step * (TILE_K / 8u) + i % (TILE_K / 8u)];
+    return input_octet(shape, m, step * (TILE_K / 8u) + i % (TILE_K / 8u));
 }
 
 // The unit of W that is the i-th of the tile in a step. Beyond the last one it is repeated, where x is 0.
@@ -72,7 +63,7 @@ fn store_pair(shape: Shape, at: u32, split: u32, first_m: u32, first: u32) {
                     other += sums[from_split + SIZE];
                 }
             }
-            let scale = x_scales[m];
+            let scale = input_scale(m);
             store_row(m, row, sum * scale, other * scale);
         }
     }

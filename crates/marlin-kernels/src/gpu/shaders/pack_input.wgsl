@@ -1,35 +1,36 @@
-// Prepares the input of linears in half precision: pairs of columns c and c + 4, divided by a power of two that 32 columns share.
+// Prepares the input of linears in half precision. If NORMED, it is the RMS norm of x: one workgroup takes a row, and what the row's norm divides by
+// becomes part of its scales. Otherwise workgroups share a row.
 
 struct Params {
     k: u32,
+    eps: f32,
 }
 var<immediate> params: Params;
 
-fn value_at(start: u32, column: u32) -> f32 {
-    return select(0.0, x[start + min(column, params.k - 1u)], column < params.k);
+fn put_octet(row: u32, at: u32, octets: u32, pairs: vec4<u32>) {
+    packed[row * octets + at] = pairs;
 }
 
-fn four_at(start: u32, column: u32) -> vec4<f32> {
-    return vec4<f32>(value_at(start, column), value_at(start, column + 1u), value_at(start, column + 2u), value_at(start, column + 3u));
+fn put_power(row: u32, unit: u32, units: u32, power: f32) {
+    packed_scales[row * units + unit] = power;
 }
 
-@compute @workgroup_size(64)
-fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
-    let units = (params.k + 31u) / 32u;
-    let unit = workgroup.x * 64u + local.x;
-    if (unit >= units) {
-        return;
+@compute @workgroup_size(SIZE)
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let row = workgroup.y;
+    let squares = pack_octets(row, params.k, workgroup.x * SIZE, workgroups.x * SIZE, lane);
+    if (NORMED) {
+        let factor = norm_factor(reduce_sum(lane, squares), params.k, params.eps);
+        let units = (params.k + 31u) / 32u;
+        // Each invocation finds the scales that it has written.
+        for (var at = lane; at < 4u * units; at += SIZE) {
+            if (at % 4u == 0u) {
+                packed_scales[row * units + at / 4u] *= factor;
+            }
+        }
     }
-    let m = workgroup.y;
-    var values: array<vec4<f32>, 8>;
-    var largest = vec4<f32>();
-    for (var i = 0u; i < 8u; i++) {
-        values[i] = four_at(m * params.k, 32u * unit + 4u * i);
-        largest = max(largest, abs(values[i]));
-    }
-    let power = power_above(max(max(largest.x, largest.y), max(largest.z, largest.w)));
-    for (var i = 0u; i < 4u; i++) {
-        packed[(m * units + unit) * 4u + i] = octet(values[2u * i], values[2u * i + 1u], power);
-    }
-    packed_scales[m * units + unit] = power;
 }

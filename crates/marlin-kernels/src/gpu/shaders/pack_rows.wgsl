@@ -1,47 +1,39 @@
-// Prepares the input of linears on matrix units: pairs of columns c and c + 4, divided by a power of two that a row shares, so that a row's sums
-// need no scale before their end. Rows are padded with zeros to PADDED columns. A workgroup takes a row.
+// Prepares the input of linears on matrix units: pairs in half precision, divided by a power of two that a row shares, so that sums need no
+// scale before their end. Rows are padded with zeros to a multiple of PADDED columns. If NORMED, it is the RMS norm of x, and what the norm
+// divides by becomes part of the row's scale. A workgroup takes a row.
 
 struct Params {
     k: u32,
+    eps: f32,
 }
 var<immediate> params: Params;
 
 const SIZE = 256u;
-var<workgroup> largest_of: array<f32, SIZE>;
-
-fn four_at(start: u32, column: u32) -> vec4<f32> {
-    let k = params.k;
-    if (column + 4u <= k) {
-        let s = start + column;
-        return vec4<f32>(x[s], x[s + 1u], x[s + 2u], x[s + 3u]);
-    }
-    let columns = vec4<u32>(column, column + 1u, column + 2u, column + 3u);
-    let inside = vec4<u32>(start) + min(columns, vec4<u32>(k - 1u));
-    return select(vec4<f32>(), vec4<f32>(x[inside.x], x[inside.y], x[inside.z], x[inside.w]), columns < vec4<u32>(k));
-}
 
 @compute @workgroup_size(SIZE)
-fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) index: u32) {
-    let m = workgroup.x;
-    let start = m * params.k;
-    let octets = (params.k + PADDED - 1u) / PADDED * (PADDED / 8u);
+fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+    let row = workgroup.y;
+    let k = params.k;
+    var squares = vec4<f32>();
     var largest = vec4<f32>();
-    for (var i = index; 8u * i < params.k; i += SIZE) {
-        largest = max(largest, max(abs(four_at(start, 8u * i)), abs(four_at(start, 8u * i + 4u))));
+    for (var column = 4u * lane; column < k; column += 4u * SIZE) {
+        let four = x_four(row, column, k);
+        squares = fma(four, four, squares);
+        largest = max(largest, abs(weighted(four, column, k)));
     }
-    largest_of[index] = max(max(largest.x, largest.y), max(largest.z, largest.w));
-    for (var step = SIZE / 2u; step > 0u; step /= 2u) {
-        workgroupBarrier();
-        if (index < step) {
-            largest_of[index] = max(largest_of[index], largest_of[index + step]);
-        }
+    let power = power_above(reduce_max(lane, max(max(largest.x, largest.y), max(largest.z, largest.w))));
+    let octets = (k + PADDED - 1u) / PADDED * (PADDED / 8u);
+    for (var i = lane; i < octets; i += SIZE) {
+        let column = 8u * i;
+        let low = weighted(x_four(row, column, k), column, k);
+        let high = weighted(x_four(row, column + 4u, k), column + 4u, k);
+        packed[row * octets + i] = octet(low, high, power);
     }
-    workgroupBarrier();
-    let power = power_above(largest_of[0]);
-    for (var i = index; i < octets; i += SIZE) {
-        packed[m * octets + i] = octet(four_at(start, 8u * i), four_at(start, 8u * i + 4u), power);
+    var scale = power;
+    if (NORMED) {
+        scale *= norm_factor(reduce_sum(lane, (squares.x + squares.y) + (squares.z + squares.w)), k, params.eps);
     }
-    if (index == 0u) {
-        packed_scales[m] = power;
+    if (lane == 0u) {
+        packed_scales[row] = scale;
     }
 }

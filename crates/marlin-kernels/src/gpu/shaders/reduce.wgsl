@@ -1,9 +1,12 @@
-// Sums and maxima over a workgroup of SIZE invocations, by a tree, so that their order is fixed. Every invocation gets the result.
+// Sums and maxima over the first SIZE invocations of a workgroup, by a tree, so that their order is fixed. Every invocation takes part and gets the
+// result.
 
 var<workgroup> partial: array<f32, SIZE>;
 
 fn reduce_sum(lane: u32, value: f32) -> f32 {
-    partial[lane] = value;
+    if (lane < SIZE) {
+        partial[lane] = value;
+    }
     for (var step = SIZE / 2u; step > 0u; step /= 2u) {
         workgroupBarrier();
         if (lane < step) {
@@ -17,7 +20,9 @@ fn reduce_sum(lane: u32, value: f32) -> f32 {
 }
 
 fn reduce_max(lane: u32, value: f32) -> f32 {
-    partial[lane] = value;
+    if (lane < SIZE) {
+        partial[lane] = value;
+    }
     for (var step = SIZE / 2u; step > 0u; step /= 2u) {
         workgroupBarrier();
         if (lane < step) {

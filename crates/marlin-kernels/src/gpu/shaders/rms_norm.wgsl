@@ -6,7 +6,7 @@ struct Params {
 }
 var<immediate> params: Params;
 
-const SIZE = 256u;
+const SIZE = 128u;
 
 @compute @workgroup_size(SIZE)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
@@ -15,7 +15,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     for (var i = local.x; i < params.width; i += SIZE) {
         sum = fma(x[start + i], x[start + i], sum);
     }
-    let scale = 1.0 / sqrt(reduce_sum(local.x, sum) / f32(params.width) + params.eps);
+    let scale = norm_factor(reduce_sum(local.x, sum), params.width, params.eps);
     for (var i = local.x; i < params.width; i += SIZE) {
         let normed = x[start + i] * scale * weight[i];
         out[start + i] = select(normed, out[start + i] + normed, ADDS);

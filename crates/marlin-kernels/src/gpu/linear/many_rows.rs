@@ -1,13 +1,15 @@
-//! The kernel for many rows on matrix units: its tiles, and its text.
+//! The kernels for many rows of input: tiles for matrix units, and what does without them.
 
 use std::fmt::Write as _;
+use std::sync::Arc;
 
 use super::format::DeviceFormat;
 use super::layout::UNIT;
 use super::pack::{PADDED, Packing};
+use crate::KernelError;
 use crate::gpu::MatrixSize;
-use crate::gpu::device::Matrices;
-use crate::gpu::pipeline::Kernel;
+use crate::gpu::device::{Gpu, Matrices};
+use crate::gpu::pipeline::{Kernel, Pipeline};
 
 /// Invocations that share a matrix.
 const SUBGROUP: usize = 32;
@@ -53,8 +55,50 @@ const EIGHT: &[&[Tile]] = &[
     &[Tile::new([64, 64, 32], [2, 1], 1, 1)],
 ];
 
+/// Rows and outputs of a workgroup of the kernel that does without matrix units.
+const PLAIN_TILE: usize = 64;
+
+/// The kernels of a part.
+#[derive(Debug)]
+pub(super) enum ManyRows {
+    /// Without matrix units, and how many outputs there are.
+    Plain(Arc<Pipeline>, usize),
+    /// With them: by rows of tiles, of which there is at least one, and how many rows of W there are.
+    Tiles(Vec<(Tile, Arc<Pipeline>)>, usize),
+}
+
+impl ManyRows {
+    /// The kernels of linears with so many outputs.
+    pub(super) fn new(gpu: &Gpu, format: &DeviceFormat, outputs: usize, is_gated: bool) -> Result<Self, KernelError> {
+        let Some(matrices) = gpu.matrices else {
+            return Ok(Self::Plain(gpu.pipeline(&plain_kernel(format, is_gated))?, outputs));
+        };
+        let kernel = |tile: Tile| Ok((tile, gpu.pipeline(&tile.kernel(format, matrices, is_gated))?));
+        let tiles = tiles(matrices.size, gpu.caps.workgroup_memory as usize).map(kernel);
+        Ok(Self::Tiles(tiles.collect::<Result<_, KernelError>>()?, if is_gated { 2 * outputs } else { outputs }))
+    }
+
+    /// The kernel for `m` rows of input, and its workgroups.
+    pub(super) fn choose(&self, m: usize) -> (&Arc<Pipeline>, [usize; 3]) {
+        match self {
+            Self::Plain(kernel, outputs) => (kernel, [outputs.div_ceil(PLAIN_TILE), m.div_ceil(PLAIN_TILE), 1]),
+            Self::Tiles(tiles, n) => {
+                let (tile, kernel) = tiles.iter().find(|(tile, _)| m <= tile.m).unwrap_or(&tiles[tiles.len() - 1]);
+                (kernel, [n.div_ceil(tile.n), m.div_ceil(tile.m), 1])
+            }
+        }
+    }
+}
+
+/// The kernel that does without matrix units.
+fn plain_kernel(format: &DeviceFormat, is_gated: bool) -> Kernel {
+    let constants = format!("const GATED = {is_gated};\n");
+    let file = include_str!("../shaders/linear_tile_plain.wgsl");
+    super::linear(format, "linear_tile_plain", Packing::of(format.arithmetic), constants, &[file])
+}
+
 /// The tiles of a device, by rows of input.
-pub(super) fn tiles(size: MatrixSize, workgroup_memory: usize) -> impl Iterator<Item = Tile> {
+fn tiles(size: MatrixSize, workgroup_memory: usize) -> impl Iterator<Item = Tile> {
     let table = match size {
         MatrixSize::Eight => EIGHT,
         MatrixSize::Sixteen => SIXTEEN,
@@ -64,16 +108,6 @@ pub(super) fn tiles(size: MatrixSize, workgroup_memory: usize) -> impl Iterator<
 }
 
 impl Tile {
-    /// Whether `m` rows of input fill no more than one tile.
-    pub(super) fn holds(&self, m: usize) -> bool {
-        m <= self.m
-    }
-
-    /// Workgroups of a product of `m` rows of input and `n` rows of weights.
-    pub(super) fn workgroups(&self, m: usize, n: usize) -> [usize; 3] {
-        [n.div_ceil(self.n), m.div_ceil(self.m), 1]
-    }
-
     fn invocations(&self) -> usize {
         let [m, n] = self.parts;
         SUBGROUP * m * n * self.splits
@@ -85,7 +119,7 @@ impl Tile {
         2 * halves + 4 * sums
     }
 
-    /// How often lines of `linear_tile.wgsl` stand there.
+    /// How often parts of `linear_tile.wgsl` are repeated.
     fn counts(&self, size: MatrixSize) -> [(&'static str, usize); 5] {
         let [parts_m, parts_n] = self.parts;
         [
@@ -98,46 +132,21 @@ impl Tile {
     }
 
     /// The kernel of a format.
-    pub(super) fn kernel(&self, format: &DeviceFormat, matrices: Matrices, is_gated: bool) -> Kernel {
+    fn kernel(&self, format: &DeviceFormat, matrices: Matrices, is_gated: bool) -> Kernel {
         let Self { m, n, k, parts: [parts_m, parts_n], splits, buffers } = self;
         let size = matrices.size.rows();
-        let constants = format!(
+        let mut constants = format!(
             "const SIZE = {size}u;\nconst TILE_M = {m}u;\nconst TILE_N = {n}u;\nconst TILE_K = {k}u;\n\
              const PARTS_M = {parts_m}u;\nconst PARTS_N = {parts_n}u;\nconst SPLITS = {splits}u;\nconst BUFFERS = {buffers}u;\n\
              const PADDED = {PADDED}u;\nconst ROW_PADDING = {ROW_PADDING}u;\nconst GATED = {is_gated};\n"
         );
-        let program = repeated(include_str!("../shaders/linear_tile.wgsl"), &self.counts(matrices.size));
-        super::linear(format, "linear_tile", Packing::Rows, constants + &program, matrices.module())
-    }
-}
-
-/// Writes out the loops of a text, so that compilers see separate variables: lines between `@for i < COUNT` and `@end` stand as often as
-/// `counts` says of COUNT, with a number for `@i`.
-fn repeated(text: &str, counts: &[(&str, usize)]) -> String {
-    let mut written = String::new();
-    let mut lines = text.lines();
-    while let Some(line) = lines.next() {
-        let Some((variable, name)) = line.strip_prefix("@for ").and_then(|rest| rest.split_once(" < ")) else {
+        for (name, count) in self.counts(matrices.size) {
             // Writing to a string does not fail.
-            let _ = writeln!(written, "{line}");
-            continue;
-        };
-        let mut depth = 1;
-        let mut body = String::new();
-        for line in lines.by_ref() {
-            depth += usize::from(line.starts_with("@for "));
-            depth -= usize::from(line == "@end");
-            if depth == 0 {
-                break;
-            }
-            let _ = writeln!(body, "{line}");
+            let _ = writeln!(constants, "const {name} = {count}u;");
         }
-        let count = counts.iter().find(|(count, _)| *count == name).map_or(0, |(_, count)| *count);
-        for i in 0..count {
-            written += &repeated(&body.replace(&format!("@{variable}"), &i.to_string()), counts);
-        }
+        let files = [matrices.module(), include_str!("../shaders/linear_tile.wgsl")];
+        super::linear(format, "linear_tile", Packing::Rows, constants, &files)
     }
-    written
 }
 
 #[cfg(test)]
@@ -179,13 +188,6 @@ mod tests {
             assert_eq!(smallest, of(MATRICES_WORKGROUP_MEMORY * 2));
             assert!(smallest.is_sorted() && !smallest.is_empty());
         }
-    }
-
-    #[test]
-    fn loops_are_written_out() {
-        let text = "a\n@for i < TWO\nb@i\n@for j < THREE\nc@i_@j + @ju\n@end\n@end\nd\n";
-        let written = repeated(text, &[("TWO", 2), ("THREE", 3)]);
-        assert_eq!(written, "a\nb0\nc0_0 + 0u\nc0_1 + 1u\nc0_2 + 2u\nb1\nc1_0 + 0u\nc1_1 + 1u\nc1_2 + 2u\nd\n");
     }
 
     /// Vulkan's drivers see what naga makes of WGSL. That Metal's kernels translate is tested for all of them together.

@@ -1,0 +1,246 @@
+//! The kernel for few rows of input: its tiles, its variants, and its text.
+
+use std::sync::Arc;
+
+use super::format::DeviceFormat;
+use super::layout::{QUAD, UNIT};
+use super::pack::{Packing, Prepared, VECTOR, four_functions};
+use crate::KernelError;
+use crate::gpu::GpuArithmetic;
+use crate::gpu::device::Gpu;
+use crate::gpu::pipeline::{Binding, Kernel, Pipeline};
+
+/// Rows of the input that a workgroup takes; more rows than the last go to the kernel for many.
+const ROW_BLOCKS: [usize; 3] = [1, 4, 8];
+/// No linear of so few rows needs another kernel.
+pub(super) const FEW_ROWS: usize = ROW_BLOCKS[ROW_BLOCKS.len() - 1];
+
+/// Bytes of workgroup memory in which partial sums meet; fewer rows at once fit into less.
+const PARTS_BYTES: usize = 8 << 10;
+
+/// With more workgroups than this, a norm for each of them costs more than a kernel for all.
+const MOST_NORMS: usize = 1024;
+/// Bytes of workgroup memory that a kernel may take which packs its input for itself.
+const NORMED_BYTES: usize = 16 << 10;
+
+/// Their room for units is a multiple of this, so that widths share kernels.
+const STAGED_UNITS: usize = 64;
+
+/// A workgroup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct FewRowsTile {
+    /// Neighbouring invocations that share a quad of rows. Subgroups are multiples of them.
+    lanes: usize,
+    /// Quads.
+    quads: usize,
+    /// Times so many lanes, which take turns at the units of a row.
+    splits: usize,
+}
+
+impl FewRowsTile {
+    const fn new(lanes: usize, quads: usize, splits: usize) -> Self {
+        Self { lanes, quads, splits }
+    }
+
+    /// Short rows keep fewer invocations busy. Gated linears pack their outputs, which takes whole units of them.
+    fn of(cols: usize, is_gated: bool) -> Self {
+        match (cols.div_ceil(UNIT), is_gated) {
+            (0..=16, _) => Self::new(8, 16, 1),
+            (17..=63, _) => Self::new(8, 8, 2),
+            (_, false) => Self::new(8, 4, 4),
+            (_, true) => Self::new(8, 8, 4),
+        }
+    }
+
+    fn outputs(self) -> usize {
+        self.quads * QUAD
+    }
+}
+
+/// The kernels of a part.
+#[derive(Debug)]
+pub(super) struct FewRows {
+    tile: FewRowsTile,
+    /// By [`ROW_BLOCKS`].
+    blocks: [Arc<Pipeline>; ROW_BLOCKS.len()],
+    /// For the norm of one row, where it is worth packing it in each workgroup.
+    normed: Option<Arc<Pipeline>>,
+    outputs: usize,
+    /// They pack their output.
+    packs_output: bool,
+}
+
+impl FewRows {
+    /// The kernels of linears with so many outputs.
+    pub(super) fn new(
+        gpu: &Gpu,
+        format: &DeviceFormat,
+        cols: usize,
+        outputs: usize,
+        is_gated: bool,
+    ) -> Result<Self, KernelError> {
+        let tile = FewRowsTile::of(cols, is_gated);
+        let variant = |rows, is_normed| {
+            let sums_subgroups = gpu.caps.subgroups && gpu.caps.subgroup[0] as usize >= tile.lanes;
+            Variant { tile, rows, is_gated, is_normed, sums_subgroups, cols }
+        };
+        let kernel = |variant: Variant| gpu.pipeline(&variant.kernel(format));
+        let normed = variant(1, true);
+        let is_worth_it = format.arithmetic == GpuArithmetic::Half
+            && cols.is_multiple_of(VECTOR)
+            && outputs.div_ceil(tile.outputs()) <= MOST_NORMS
+            && normed.workgroup_bytes() <= NORMED_BYTES;
+        let [one, four, eight] = ROW_BLOCKS.map(|rows| kernel(variant(rows, false)));
+        Ok(Self {
+            tile,
+            blocks: [one?, four?, eight?],
+            normed: is_worth_it.then(|| kernel(normed)).transpose()?,
+            outputs,
+            packs_output: packs_output(format, is_gated),
+        })
+    }
+
+    /// The kernel for `m` rows, and its workgroups; `None` if they are many.
+    pub(super) fn choose(&self, m: usize, prepared: Prepared) -> Option<(&Arc<Pipeline>, [usize; 3])> {
+        let block = ROW_BLOCKS.iter().position(|block| m <= *block)?;
+        let kernel = if prepared == Prepared::Unpacked { self.normed.as_ref()? } else { &self.blocks[block] };
+        Some((kernel, [self.outputs.div_ceil(self.tile.outputs()), 1, 1]))
+    }
+
+    /// Whether there is a kernel that normalises its `m` rows of input.
+    pub(super) fn normalises(&self, m: usize) -> bool {
+        m == 1 && self.normed.is_some()
+    }
+
+    /// Whether the kernel for `m` rows packs its output.
+    pub(super) fn packs_output(&self, m: usize) -> bool {
+        self.packs_output && m <= FEW_ROWS
+    }
+}
+
+/// Whether the next linear finds its input packed: what is gated goes into one.
+fn packs_output(format: &DeviceFormat, is_gated: bool) -> bool {
+    is_gated && format.arithmetic == GpuArithmetic::Half
+}
+
+/// A kernel to be made.
+#[derive(Debug, Clone, Copy)]
+struct Variant {
+    tile: FewRowsTile,
+    /// Rows of the input.
+    rows: usize,
+    is_gated: bool,
+    /// Normalises and packs its input.
+    is_normed: bool,
+    /// Subgroups sum over lanes.
+    sums_subgroups: bool,
+    cols: usize,
+}
+
+impl Variant {
+    /// Matrices that are multiplied together.
+    fn matrices(self) -> usize {
+        if self.is_gated { 2 } else { 1 }
+    }
+
+    /// Partial sums of an output that meet in workgroup memory.
+    fn parts(self) -> usize {
+        if self.sums_subgroups { self.tile.splits } else { self.tile.splits * self.tile.lanes }
+    }
+
+    /// Bytes of the partial sums of a row of input.
+    fn row_bytes(self) -> usize {
+        self.parts() * self.matrices() * self.tile.outputs() * size_of::<f32>()
+    }
+
+    /// Rows of input whose sums meet at once.
+    fn rows_at_once(self) -> usize {
+        let fits = |rows: &usize| rows * self.row_bytes() <= PARTS_BYTES;
+        (0..).map(|power| self.rows >> power).take_while(|rows| *rows > 1).find(fits).unwrap_or(1)
+    }
+
+    /// Units of the input that a workgroup has room for.
+    fn staged_units(self) -> usize {
+        self.cols.div_ceil(UNIT).next_multiple_of(STAGED_UNITS)
+    }
+
+    fn workgroup_bytes(self) -> usize {
+        let kept = if self.is_gated { self.rows_at_once() * self.tile.outputs() * size_of::<f32>() } else { 0 };
+        // Halves and a scale of each unit, and what 128 invocations reduce twice.
+        let staged = if self.is_normed { self.staged_units() * (2 * UNIT + 4) + 2 * 128 * 4 } else { 0 };
+        self.rows_at_once() * self.row_bytes() + kept + staged
+    }
+
+    fn kernel(self, format: &DeviceFormat) -> Kernel {
+        let FewRowsTile { lanes, quads, splits } = self.tile;
+        let (rows, parts, rows_at_once, matrices) = (self.rows, self.parts(), self.rows_at_once(), self.matrices());
+        let mut prelude = format!(
+            "const MB = {rows}u;\nconst LANES = {lanes}u;\nconst QUADS = {quads}u;\nconst SPLITS = {splits}u;\n\
+             const PARTS = {parts}u;\nconst ROWS_AT_ONCE = {rows_at_once}u;\nconst MATRICES = {matrices}u;\nconst GATED = {};\n",
+            self.is_gated
+        );
+        let mut files = Vec::new();
+        let packs_output = packs_output(format, self.is_gated);
+        if packs_output || self.is_normed {
+            files.push(include_str!("../shaders/pack.wgsl"));
+        }
+        let mut outputs = Vec::new();
+        if packs_output {
+            outputs.extend([Binding::write("packed_out", "vec4<u32>"), Binding::write("packed_out_scales", "f32")]);
+            prelude += &format!("const KEPT = {}u;\n", rows_at_once * self.tile.outputs());
+            files.extend([include_str!("../shaders/pack_output.wgsl"), include_str!("../shaders/pack_gated.wgsl")]);
+        } else {
+            prelude += "fn keep_output(i: u32, value: f32) {}\nfn pack_kept(first: u32, first_m: u32, index: u32) {}\n";
+        }
+        let packing = if self.is_normed {
+            prelude += &format!("const UNITS = {}u;\n{}", self.staged_units(), four_functions(true, true));
+            files.extend([
+                include_str!("../shaders/pack_row.wgsl"),
+                include_str!("../shaders/reduce.wgsl"),
+                include_str!("../shaders/norm.wgsl"),
+            ]);
+            Packing::Normed
+        } else {
+            prelude += "fn prepare_input(shape: Shape, index: u32) {}\n";
+            Packing::of(format.arithmetic)
+        };
+        if self.sums_subgroups {
+            files.push(include_str!("../shaders/lanes_subgroup.wgsl"));
+        } else {
+            prelude += "fn sum_of_lanes(value: vec4<f32>) -> vec4<f32> { return value; }\n";
+        }
+        files.push(include_str!("../shaders/linear_rows.wgsl"));
+        let mut kernel = super::linear(format, "linear_rows", packing, prelude, &files);
+        kernel.bindings.extend(outputs);
+        kernel
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn variants() -> impl Iterator<Item = Variant> {
+        let tiles = [1, 17, 64, 4096].into_iter().flat_map(|units| [false, true].map(|is_gated| (units, is_gated)));
+        let blocks = tiles.flat_map(|tile| ROW_BLOCKS.map(|rows| (tile, rows)));
+        blocks.flat_map(|((units, is_gated), rows)| {
+            [false, true].map(|sums_subgroups| {
+                let cols = units * UNIT;
+                let tile = FewRowsTile::of(cols, is_gated);
+                Variant { tile, rows, is_gated, is_normed: false, sums_subgroups, cols }
+            })
+        })
+    }
+
+    #[test]
+    fn workgroups_fit_every_device() {
+        for variant in variants() {
+            let FewRowsTile { lanes, quads, splits } = variant.tile;
+            // `pack_row.wgsl` takes 128 invocations, and no device must have more than 256.
+            assert!((128..=256).contains(&(lanes * quads * splits)), "{variant:?}");
+            assert!(variant.rows.is_multiple_of(variant.rows_at_once()), "{variant:?}");
+            assert!(variant.workgroup_bytes() <= 16 << 10, "{variant:?}");
+            assert!(!variant.is_gated || variant.tile.outputs().is_multiple_of(UNIT), "{variant:?}");
+        }
+    }
+}
