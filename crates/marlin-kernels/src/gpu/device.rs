@@ -132,7 +132,7 @@ impl GpuCaps {
 }
 
 /// The rows and columns of matrices that matrix units multiply at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum MatrixSize {
     /// 8 × 8, Metal's simdgroup matrices.
     Eight,
@@ -175,13 +175,22 @@ pub(super) struct Gpu {
 type Slot = Arc<OnceLock<Result<Arc<Pipeline>, String>>>;
 
 /// Matrix units that kernels are made for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Matrices {
     pub(super) size: MatrixSize,
     pub(super) is_emulated: bool,
 }
 
 impl Matrices {
+    /// The module that multiplies them.
+    pub(super) fn module(self) -> &'static str {
+        match (self.is_emulated, self.size) {
+            (true, _) => include_str!("shaders/mma_emulated.wgsl"),
+            (false, MatrixSize::Eight) => include_str!("shaders/mma_8x8.wgsl"),
+            (false, MatrixSize::Sixteen) => include_str!("shaders/mma_16x16.wgsl"),
+        }
+    }
+
     fn of(options: &GpuOptions, caps: &GpuCaps) -> Option<Self> {
         if options.arithmetic == GpuArithmetic::Exact || caps.workgroup_memory < MATRICES_WORKGROUP_MEMORY {
             return None;

@@ -82,6 +82,11 @@ impl GpuBackend {
         linear.duplicate(&self.gpu)
     }
 
+    /// Whether kernels for many rows multiply matrices, in the device's matrix units or emulated.
+    pub(crate) fn multiplies_matrices(&self) -> bool {
+        self.gpu.matrices.is_some()
+    }
+
     /// What the device can do.
     pub fn caps(&self) -> &GpuCaps {
         &self.gpu.caps
