@@ -7,9 +7,13 @@ use std::collections::HashSet;
 use common::{golden, options, packed, packed_in, schemes, sparse_schemes};
 use marlin_checkpoint::Checkpoint;
 use marlin_format::{Format, Scheme};
-use marlin_kernels::KvType;
 use marlin_kernels::gpu::{self, GpuArithmetic, GpuBackend, GpuCaps, GpuOptions, KernelVariant};
+use marlin_kernels::{KvType, SampleRow};
 use marlin_model::{LogitRows, StepBatch, load_model};
+
+/// Models with their widths of a head.
+const MODELS: [&str; 3] = ["llama-gqa4-bias-sharded", "qwen3-gqa2-tied", "gemma3-gqa2-linear-softcap-sharded"];
+const HEAD_DIMS: [usize; 3] = [8, 32, 16];
 
 /// Prefill and decode of models in every format, on an Apple GPU that computes nothing.
 #[test]
@@ -21,10 +25,10 @@ fn every_kernel_of_a_step_is_in_the_registry() {
         let backend = GpuBackend::imaginary(GpuCaps::apple(), GpuOptions { arithmetic, ..GpuOptions::default() });
         let backend = backend.expect("a device");
         for schemes in all.iter().map(|&scheme| vec![scheme]).chain([all.clone()]) {
-            for name in ["llama-gqa4-bias-sharded", "qwen3-gqa2-tied", "gemma3-gqa2-linear-softcap-sharded"] {
+            for name in MODELS {
                 let target = packed(&golden(name), &schemes);
                 let checkpoint = Checkpoint::open(&packed_in(&target)).expect("a checkpoint");
-                for kv_type in [KvType::F16, KvType::F32] {
+                for kv_type in KvType::ALL {
                     let mut model = load_model(&backend, &checkpoint, &options(kv_type)).expect("a model");
                     let mut sequence = model.kv().sequence();
                     for tokens in [40, 1, 4] {
@@ -33,15 +37,20 @@ fn every_kernel_of_a_step_is_in_the_registry() {
                         batch.push(&sequence, &vec![1; tokens], LogitRows::All);
                         model.forward(&batch).expect("a step");
                         model.read_logits(&mut Vec::new()).expect("logits");
+                        model.sample(&vec![SampleRow::GREEDY; tokens]).expect("a sampling");
                     }
                     model.kv().release(sequence);
                 }
             }
         }
-        let listed = gpu::kernels(&GpuCaps::apple(), arithmetic, &named).expect("kernels that compile");
+        let listed = gpu::kernels(&GpuCaps::apple(), arithmetic, &named, &HEAD_DIMS).expect("kernels that compile");
         let listed: HashSet<&str> = listed.iter().map(KernelVariant::source).collect();
         let compiled = backend.compiled();
-        for name in ["linear_rows", "linear_tile", "attention", "rms_norm"] {
+        let tile = match arithmetic {
+            GpuArithmetic::Exact => "linear_tile_plain",
+            GpuArithmetic::Half => "linear_tile",
+        };
+        for name in ["linear_rows", tile, "attention_split", "rms_norm", "sample_take"] {
             assert!(compiled.iter().any(|kernel| kernel.name() == name), "no {name} was compiled");
         }
         for kernel in compiled {

@@ -36,9 +36,9 @@ use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use self::attention::HEAD_DIMS;
 pub use self::matrices::schemes;
 
-pub(crate) use self::attention::HEAD_DIMS;
 pub(crate) use self::matrices::random;
 pub(crate) use self::support::Rng;
 use crate::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
@@ -144,6 +144,9 @@ impl Table {
                 }
             }
             GpuMatrices::Emulated(_) => linear::add_rows_of_many(self, &device),
+        }
+        if arithmetic == GpuArithmetic::Half && device.backend.multiplies_matrices() {
+            attention::add_tiled_rows(self, &device);
         }
         Ok(device.backend)
     }

@@ -1,9 +1,9 @@
 //! Records the operations of a step and runs them.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::attention::{AttentionEncoder, packs_heads};
+use super::attention::AttentionEncoder;
 use super::device::Gpu;
 use super::linear::{GpuLinear, LinearEncoder, embed};
 use super::pipeline::{Binding, Kernel, Pipeline};
@@ -48,6 +48,8 @@ impl GpuEncoder {
             LinearEncoder::bytes(gpu, limits),
             AttentionEncoder::bytes(limits),
             Sampler::bytes(limits),
+            // Where logits are read; tokens that are chosen on the device take next to nothing.
+            limits.logit_rows.saturating_mul(limits.vocabulary).saturating_mul(size_of::<f32>()),
         ];
         parts.into_iter().fold(0, usize::saturating_add)
     }
@@ -173,10 +175,8 @@ impl Encoder<GpuBackend> for GpuEncoder {
         layer: usize,
         out: &mut GpuBuffer,
     ) {
-        out.output(self.step.rows, shape.heads * shape.head_dim);
-        let packs = packs_heads(&self.gpu, shape.head_dim);
-        let packed = if packs { self.linear.pack_output(out) } else { None };
-        self.attention.attention(&self.gpu, &mut self.recorder, &self.step, qkv, shape, kv, layer, out, packed);
+        let Self { gpu, recorder, step, linear, .. } = self;
+        self.attention.attention(gpu, recorder, step, qkv, shape, kv, layer, out, linear);
     }
 
     fn select_logit_rows(&mut self, x: &GpuBuffer, out: &mut GpuBuffer) {
@@ -245,6 +245,26 @@ impl GpuEncoder {
         self.recorder.start_timing()?;
         record(self);
         self.recorder.stop_timing().map(Duration::from_secs_f64)
+    }
+
+    /// The time for what `record` records: by the device's clock, or, where it has none, by the host's until all of it has run.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn timed_or_waited(&mut self, record: impl FnOnce(&mut Self)) -> Result<Duration, KernelError> {
+        if self.gpu.caps.timestamps {
+            return self.timed(record);
+        }
+        self.submit()?;
+        let start = Instant::now();
+        record(self);
+        self.submit()?;
+        Ok(start.elapsed())
+    }
+
+    /// Where kernels are recorded.
+    pub(super) fn recorder(&mut self) -> &mut Recorder {
+        &mut self.recorder
     }
 
     /// How many kernels were recorded since the encoder was made.

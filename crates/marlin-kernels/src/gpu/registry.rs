@@ -1,7 +1,7 @@
 //! Every kernel that a device may be asked to run.
 //!
 //! No list is kept by hand: the constructors that make a device's kernels run on an imaginary device, which remembers what they ask it
-//! to compile. Of those that are compiled for a width of heads, the widths of the conformance table are listed.
+//! to compile.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use super::encoder::GpuEncoder;
 use super::linear::GpuLinear;
 use super::pipeline::Kernel;
 use super::{GpuArithmetic, GpuBackend, GpuCaps, GpuOptions};
-use crate::conformance::{HEAD_DIMS, Rng, random};
+use crate::conformance::{Rng, random};
 use crate::{KernelError, LinearPart, StepLimits};
 
 /// A kernel as a device compiles it.
@@ -35,8 +35,8 @@ const ROWS: usize = 8;
 /// The least of which an encoder can be made.
 const LIMITS: StepLimits = StepLimits { tokens: 1, context: 1, width: 1, vocabulary: 1, logit_rows: 1 };
 
-/// The kernels that a device of these capabilities runs for matrices of these schemes, each of which has a name, in the order of
-/// their names.
+/// The kernels that a device of these capabilities runs for matrices of these schemes, each of which has a name, and for heads of these
+/// widths, in the order of their names.
 ///
 /// # Errors
 /// If a kernel is no valid WGSL, or asks for more than the capabilities.
@@ -44,12 +44,13 @@ pub fn kernels(
     caps: &GpuCaps,
     arithmetic: GpuArithmetic,
     schemes: &[(String, Scheme)],
+    head_dims: &[usize],
 ) -> Result<Vec<KernelVariant>, KernelError> {
     let open = || Gpu::imaginary(caps.clone(), GpuOptions { arithmetic, ..GpuOptions::default() });
     let mut registry = Registry::default();
     let gpu = Arc::new(open()?);
     GpuEncoder::new(gpu.clone(), &LIMITS)?;
-    attention::compile(&gpu, &HEAD_DIMS)?;
+    attention::compile(&gpu, head_dims)?;
     registry.add(&gpu, None);
     for (name, scheme) in schemes {
         let gpu = open()?;
@@ -188,10 +189,10 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
-    use crate::conformance::{Table, schemes};
+    use crate::conformance::{HEAD_DIMS, Table, schemes};
 
     fn registry(caps: &GpuCaps, arithmetic: GpuArithmetic) -> Vec<KernelVariant> {
-        kernels(caps, arithmetic, &schemes()).expect("kernels that compile")
+        kernels(caps, arithmetic, &schemes(), &HEAD_DIMS).expect("kernels that compile")
     }
 
     fn options(arithmetic: GpuArithmetic) -> GpuOptions {

@@ -2,12 +2,15 @@
 
 mod split;
 mod store;
+mod tile;
 
 use std::sync::Arc;
 
 use self::split::{CombineVariant, SplitAttention, SplitVariant};
 use self::store::StoreVariant;
-use super::device::{Gpu, Storage};
+use self::tile::{TileAttention, TileVariant};
+use super::device::Gpu;
+use super::linear::LinearEncoder;
 use super::pipeline::{Binding, Kernel, Pipeline, Variants};
 use super::recorder::Recorder;
 use super::step::StepBuffers;
@@ -18,6 +21,7 @@ use crate::{AttentionShape, KernelError, KvType, QkNorm, StepLimits};
 pub(super) struct AttentionEncoder {
     store: Variants<StoreVariant>,
     split: SplitAttention,
+    tile: TileAttention,
     /// Of words, and of scales in half precision.
     copy_block: [Arc<Pipeline>; 2],
 }
@@ -33,6 +37,9 @@ pub(super) fn compile(gpu: &Gpu, head_dims: &[usize]) -> Result<(), KernelError>
                 }
             }
         }
+        for variant in KvType::ALL.into_iter().filter_map(|kv_type| TileVariant::new(gpu, kv_type, head_dim)) {
+            gpu.pipeline(&variant.kernel())?;
+        }
     }
     for (kv_type, normed) in KvType::ALL.into_iter().flat_map(|kv_type| [false, true].map(|normed| (kv_type, normed))) {
         gpu.pipeline(&StoreVariant { kv_type, normed }.kernel())?;
@@ -41,13 +48,22 @@ pub(super) fn compile(gpu: &Gpu, head_dims: &[usize]) -> Result<(), KernelError>
 }
 
 /// Whether heads of this width can be packed for a linear as attention writes them: they are whole units of it.
-pub(super) fn packs_heads(gpu: &Gpu, head_dim: usize) -> bool {
+fn packs_heads(gpu: &Gpu, head_dim: usize) -> bool {
     gpu.arithmetic == GpuArithmetic::Half && head_dim.is_multiple_of(32)
 }
 
 /// What kernels know of a token.
 const STEP_TOKEN: &str =
     "struct StepToken {\n    position: u32,\n    // Where its sequence's block table begins.\n    table: u32,\n}\n";
+
+/// What attention's kernels know of a token.
+const ATTENTION_TOKEN: &str = "struct AttentionToken {\n    row: u32,\n    position: u32,\n    // Where its sequence's block table begins.\n    \
+                               table: u32,\n}\n";
+
+/// Positions that a query looks back over, as kernels see it.
+fn window(shape: &AttentionShape) -> u32 {
+    shape.window.and_then(|window| u32::try_from(window).ok()).unwrap_or(u32::MAX)
+}
 
 impl AttentionEncoder {
     pub(super) fn bytes(limits: &StepLimits) -> usize {
@@ -63,6 +79,7 @@ impl AttentionEncoder {
         Ok(Self {
             store: Variants::default(),
             split: SplitAttention::new(gpu, limits)?,
+            tile: TileAttention::new(),
             copy_block: [copy_block("u32")?, copy_block("f16")?],
         })
     }
@@ -121,12 +138,21 @@ impl AttentionEncoder {
         shape: &AttentionShape,
         kv: &GpuKvCache,
         layer: usize,
-        out: &GpuBuffer,
-        packed: Option<[&Storage; 2]>,
+        out: &mut GpuBuffer,
+        linear: &mut LinearEncoder,
     ) {
+        out.output(step.rows, shape.heads * shape.head_dim);
         kv.layers[layer].check(shape);
         assert_eq!((qkv.rows, qkv.width), (step.rows, (shape.heads + 2 * shape.kv_heads) * shape.head_dim));
-        if let Err(error) = self.split.run(gpu, recorder, step, qkv, shape, kv, layer, out, packed) {
+        let tiled = self.tile.run(gpu, recorder, step, qkv, shape, kv, layer, out);
+        let split = tiled.and_then(|tiled| {
+            let tokens = if tiled { step.untiled } else { step.rows };
+            // The linear that follows finds its input packed, if all of it is.
+            let packs = !tiled && packs_heads(gpu, shape.head_dim);
+            let packed = if packs { linear.pack_output(out) } else { None };
+            self.split.run(gpu, recorder, step, tokens, qkv, shape, kv, layer, out, packed)
+        });
+        if let Err(error) = split {
             gpu.fail(&error);
         }
     }

@@ -58,7 +58,7 @@ impl FewRowsTile {
 }
 
 /// The kernels of a part.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct FewRows {
     tile: FewRowsTile,
     /// By rows of the input, which are [`ROW_BLOCKS`].
@@ -91,7 +91,10 @@ impl FewRows {
         };
         let kernel = |variant: Variant| gpu.pipeline(&variant.kernel(format));
         let normed = variant(1, true);
-        let blocks = ROW_BLOCKS.into_iter().filter(|rows| !gpu.batch_invariant || *rows == FEW_ROWS);
+        // In single precision larger blocks have more sums than registers.
+        let most = if format.arithmetic == GpuArithmetic::Exact { 4 } else { FEW_ROWS };
+        let is_made = |rows: &usize| *rows == most || *rows < most && !gpu.batch_invariant;
+        let blocks = ROW_BLOCKS.into_iter().filter(is_made);
         let is_worth_it = !gpu.batch_invariant
             && format.arithmetic == GpuArithmetic::Half
             && cols.is_multiple_of(VECTOR)

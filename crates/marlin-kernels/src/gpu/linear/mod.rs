@@ -47,7 +47,7 @@ pub(super) struct Part {
 }
 
 /// The kernels of a part's format.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct PartKernels {
     plain: LinearKernels,
     /// Of a part that is a gate and as large a matrix.
@@ -56,7 +56,7 @@ pub(super) struct PartKernels {
 }
 
 /// Kernels by the rows of the input.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct LinearKernels {
     few_rows: FewRows,
     many_rows: ManyRows,
@@ -101,6 +101,12 @@ impl GpuLinear {
             matrix += together;
         }
         Ok(linear)
+    }
+
+    /// The same in memory of its own.
+    pub(super) fn duplicate(&self, gpu: &Gpu) -> Result<Self, KernelError> {
+        let parts = self.parts.iter().map(|part| part.duplicate(gpu)).collect::<Result<_, _>>()?;
+        Ok(Self { parts, cols: self.cols, rows: self.rows.clone() })
     }
 
     /// All rows.
@@ -166,6 +172,11 @@ impl<'a> Source<'a> {
 }
 
 impl Part {
+    fn duplicate(&self, gpu: &Gpu) -> Result<Self, KernelError> {
+        let buffers = self.buffers.iter().map(|buffer| gpu.duplicate(buffer)).collect::<Result<_, _>>()?;
+        Ok(Self { buffers, kernels: self.kernels.clone(), ..*self })
+    }
+
     fn load(
         gpu: &Gpu,
         format: &DeviceFormat,
@@ -282,11 +293,12 @@ impl<'a> Upload<'a> {
 impl PartKernels {
     fn new(gpu: &Gpu, format: &DeviceFormat, shape: &Shape, is_gated: bool) -> Result<Self, KernelError> {
         let (cols, rows) = (shape.k as usize, shape.rows as usize);
-        Ok(Self {
-            plain: LinearKernels::new(gpu, format, cols, rows, false)?,
-            gated: is_gated.then(|| LinearKernels::new(gpu, format, cols, rows / 2, true)).transpose()?,
-            embed: gpu.pipeline(&embed_kernel(format))?,
-        })
+        // Drivers compile on the thread that asks them to.
+        let plain = || LinearKernels::new(gpu, format, cols, rows, false);
+        let gated = || is_gated.then(|| LinearKernels::new(gpu, format, cols, rows / 2, true)).transpose();
+        let embed = || gpu.pipeline(&embed_kernel(format));
+        let (plain, (gated, embed)) = rayon::join(plain, || rayon::join(gated, embed));
+        Ok(Self { plain: plain?, gated: gated?, embed: embed? })
     }
 }
 
