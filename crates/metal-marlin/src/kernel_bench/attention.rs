@@ -106,11 +106,7 @@ impl AttentionGroup {
         let kv = bench.backend.kv_cache(&layout, self.kv_type, blocks)?;
 
         let width = (heads + 2 * kv_heads) * head_dim;
-<<<<<<< HEAD
         let limits = StepLimits { tokens: rows, context: seen, width, vocabulary: 1, logit_rows: 0 };
-=======
-        let limits = StepLimits { tokens: rows, context: seen, width, vocabulary: 1, logit_rows: 1 };
->>>>>>> 564b09d
         let mut encoder = bench.backend.encoder(&limits)?;
         let mut rng = ChaCha8Rng::seed_from_u64(2);
         let values: Vec<f32> = (0..rows * width).map(|_| rng.next_u32() as i32 as f32 * (-31f32).exp2()).collect();

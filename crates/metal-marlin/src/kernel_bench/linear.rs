@@ -107,11 +107,7 @@ impl<B: Timed> Plans<B> for LinearGroup {
             if !names.iter().any(|(_, name)| bench.is_wanted(name)) {
                 continue;
             }
-<<<<<<< HEAD
             let limits = StepLimits { tokens: m, context: m, width: cols, vocabulary: 1, logit_rows: 0 };
-=======
-            let limits = StepLimits { tokens: m, context: m, width: cols, vocabulary: 1, logit_rows: 1 };
->>>>>>> 564b09d
             let mut encoder = bench.backend.encoder(&limits)?;
             let values: Vec<f32> = (0..m * cols).map(|_| rng.next_u32() as i32 as f32 * (-31f32).exp2()).collect();
             let mut inputs = Vec::new();

@@ -57,11 +57,7 @@ impl Timed for GpuBackend {
     fn probe(&self, quick: bool) -> Result<WarmProbe, KernelBenchError> {
         let (bytes, warm_up) = if quick { (8 << 20, Duration::ZERO) } else { (1 << 30, Duration::from_millis(500)) };
         let bytes = bytes.min(usize::try_from(self.caps().max_binding).unwrap_or(usize::MAX));
-<<<<<<< HEAD
         let encoder = self.encoder(&StepLimits { tokens: 1, context: 1, width: 1, vocabulary: 1, logit_rows: 0 })?;
-=======
-        let encoder = self.encoder(&StepLimits { tokens: 1, context: 1, width: 1, vocabulary: 1, logit_rows: 1 })?;
->>>>>>> 564b09d
         Ok(WarmProbe { probe: GpuProbe::new(self, bytes)?, encoder, warm_up })
     }
 
