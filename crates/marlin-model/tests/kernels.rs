@@ -7,8 +7,8 @@ use std::collections::HashSet;
 use common::{golden, options, packed, packed_in, schemes, sparse_schemes};
 use marlin_checkpoint::Checkpoint;
 use marlin_format::{Format, Scheme};
-use marlin_kernels::KvType;
 use marlin_kernels::gpu::{self, GpuArithmetic, GpuBackend, GpuCaps, GpuOptions, KernelVariant};
+use marlin_kernels::{KvType, SampleRow};
 use marlin_model::{LogitRows, StepBatch, load_model};
 use tempfile::TempDir;
 
@@ -39,6 +39,7 @@ fn every_kernel_of_a_step_is_in_the_registry() {
                     batch.push(&sequence, &vec![1; tokens], LogitRows::All);
                     model.forward(&batch).expect("a step");
                     model.read_logits(&mut Vec::new()).expect("logits");
+                    model.sample(&vec![SampleRow::GREEDY; tokens]).expect("a sampling");
                 }
                 model.kv().release(sequence);
             }
@@ -46,7 +47,11 @@ fn every_kernel_of_a_step_is_in_the_registry() {
         let listed = gpu::kernels(&GpuCaps::apple(), arithmetic, &named, &HEAD_DIMS).expect("kernels that compile");
         let listed: HashSet<&str> = listed.iter().map(KernelVariant::source).collect();
         let compiled = backend.compiled();
-        for name in ["embed", "linear_rows", "attention_split", "rope_store_kv"] {
+        let tile = match arithmetic {
+            GpuArithmetic::Exact => "linear_tile_plain",
+            GpuArithmetic::Half => "linear_tile",
+        };
+        for name in ["linear_rows", tile, "attention_split", "rms_norm", "sample_take"] {
             assert!(compiled.iter().any(|kernel| kernel.name() == name), "no {name} was compiled");
         }
         for kernel in compiled {

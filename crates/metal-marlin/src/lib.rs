@@ -18,6 +18,7 @@ mod bundled;
 pub mod device;
 pub mod doctor;
 pub mod hub;
+pub mod kernel_bench;
 pub mod load;
 pub mod machine;
 pub mod memory;

@@ -286,11 +286,12 @@ mod bundled {
             "| nvfp4 | MSE |",
             "| int2 g32 | RTN |",
             "| fp4 g128, 2:4 | MSE |",
+            "| fp8 | 8.",
         ] {
             assert!(page.contains(row), "{row}: {page}");
         }
-        // A heading, a rule, the original, and two rows for each of 17 dense and 3 sparse variants.
-        assert_eq!(page.lines().filter(|line| line.starts_with('|')).count(), 3 + 2 * 20);
+        // A heading, a rule, the original, and two rows for each of 17 dense and 3 sparse variants; and a table of five KV caches.
+        assert_eq!(page.lines().filter(|line| line.starts_with('|')).count(), 3 + 2 * 20 + 2 + 5);
     }
 
     #[test]

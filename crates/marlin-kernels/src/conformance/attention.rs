@@ -21,6 +21,16 @@ const BATCHES: [&[Range<usize>]; 5] = [
     &[300..301, 127..130, 7..8, 383..384],
 ];
 
+/// Ragged batches of which some sequences bring many tokens.
+const TILED_BATCHES: [&[Range<usize>]; 3] = [
+    // Less than a tile, a whole one, and more; decode between them.
+    &[0..16, 3..4, 5..69, 40..41, 0..70],
+    // A chunk far from the beginning, and a sequence that rests.
+    &[250..290, 0..0],
+    // Long enough for several tiles of queries and of keys; and one token.
+    &[0..200, 9..10],
+];
+
 /// Widths of heads: those of models, and one that is no power of two of anything.
 pub const HEAD_DIMS: [usize; 7] = [24, 64, 80, 96, 128, 192, 256];
 
@@ -52,6 +62,28 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
             }
         }
         table.add(device, format!("copy-kv-blocks/{suffix}"), move |device| copy_blocks(device, kv_type));
+    }
+}
+
+/// Rows of attention in half precision, for steps that bring many tokens of a sequence.
+pub(super) fn add_tiled_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
+    let heads = [(2, 2), (9, 1)].map(|heads| (heads, 64, None));
+    let dims = HEAD_DIMS.map(|dim| ((4, 2), dim, None));
+    let windows = [1, 16, 33, 200].map(|window| ((4, 2), 64, Some(window)));
+    for ((heads, kv_heads), dim, window) in heads.into_iter().chain(dims).chain(windows) {
+        let shape = shape(heads, kv_heads, dim, window);
+        let of = window.map_or(String::new(), |window| format!(",window={window}"));
+        table.add(device, format!("attention-tiled/heads={heads}:{kv_heads},dim={dim}{of}"), move |device| {
+            for kv_type in [KvType::F16, KvType::Fp8, KvType::Int8, KvType::Fp4] {
+                for batch in TILED_BATCHES {
+                    let case = Attention::new(shape, kv_type, 16, batch);
+                    // Queries, keys, values and weights are rounded by up to 2^-11 of themselves.
+                    let bound = bound(kv_type).max(1e-6);
+                    device.check(&case, bound, &format!("positions {batch:?}, {}", kv_type.name()))?;
+                }
+            }
+            Ok(())
+        });
     }
 }
 

@@ -46,12 +46,15 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
             });
         }
         table.add(device, format!("embed/{name}"), move |device| embed(device, scheme));
+        if !BLOCKS_SCHEMES.contains(&name.as_str()) {
+            add_tiles(table, device, &name, scheme);
+        }
     }
     table.add(device, "linear-fused/mixed".into(), fused);
     add_rows_of_many(table, device);
 }
 
-/// Rows whose inputs are of many rows.
+/// Rows whose inputs are of many rows, for one scheme of each kind.
 pub(crate) fn add_rows_of_many<B: Backend>(table: &mut Table, device: &Device<B>) {
     let epilogues = [
         ("store", Epilogue::Store),
@@ -59,21 +62,23 @@ pub(crate) fn add_rows_of_many<B: Backend>(table: &mut Table, device: &Device<B>
         ("gated-silu", Epilogue::Gated(Activation::Silu)),
         ("gated-gelutanh", Epilogue::Gated(Activation::GeluTanh)),
     ];
-    for (name, scheme) in schemes() {
-        for (epilogue_name, epilogue) in epilogues.into_iter().filter(|_| BLOCKS_SCHEMES.contains(&name.as_str())) {
+    for (name, scheme) in schemes().into_iter().filter(|(name, _)| BLOCKS_SCHEMES.contains(&name.as_str())) {
+        for (epilogue_name, epilogue) in epilogues {
             table.add(device, format!("linear-row-blocks-{epilogue_name}/{name}"), move |device| {
                 row_blocks(device, scheme, epilogue)
             });
         }
-        if BLOCKS_SCHEMES.contains(&name.as_str()) {
-            table.add(device, format!("linear-normed/{name}"), move |device| normed(device, scheme));
-        }
-        table.add(device, format!("linear-tiles/{name}"), move |device| tiles(device, scheme, Epilogue::Store));
-        table.add(device, format!("linear-tiles-gated/{name}"), move |device| {
-            tiles(device, scheme, Epilogue::Gated(Activation::Silu))
-        });
+        table.add(device, format!("linear-normed/{name}"), move |device| normed(device, scheme));
+        add_tiles(table, device, &name, scheme);
     }
     table.add(device, "mlp/fp4".into(), mlp);
+}
+
+fn add_tiles<B: Backend>(table: &mut Table, device: &Device<B>, name: &str, scheme: Scheme) {
+    table.add(device, format!("linear-tiles/{name}"), move |device| tiles(device, scheme, Epilogue::Store));
+    table.add(device, format!("linear-tiles-gated/{name}"), move |device| {
+        tiles(device, scheme, Epilogue::Gated(Activation::Silu))
+    });
 }
 
 /// All pairs of N and K; each with two values of M, which meet every N and every K.

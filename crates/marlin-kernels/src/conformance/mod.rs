@@ -139,6 +139,9 @@ impl Table {
             GpuMatrices::Device => self.add_device(&device, arithmetic == GpuArithmetic::Exact),
             GpuMatrices::Emulated(_) => linear::add_rows_of_many(self, &device),
         }
+        if arithmetic == GpuArithmetic::Half && device.backend.multiplies_matrices() {
+            attention::add_tiled_rows(self, &device);
+        }
         Ok(device.backend)
     }
 

@@ -132,7 +132,7 @@ impl GpuCaps {
 }
 
 /// The rows and columns of matrices that matrix units multiply at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum MatrixSize {
     /// 8 × 8, Metal's simdgroup matrices.
     Eight,
@@ -175,13 +175,22 @@ pub(super) struct Gpu {
 type Slot = Arc<OnceLock<Result<Arc<Pipeline>, String>>>;
 
 /// Matrix units that kernels are made for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Matrices {
     pub(super) size: MatrixSize,
     pub(super) is_emulated: bool,
 }
 
 impl Matrices {
+    /// The module that multiplies them.
+    pub(super) fn module(self) -> &'static str {
+        match (self.is_emulated, self.size) {
+            (true, _) => include_str!("shaders/mma_emulated.wgsl"),
+            (false, MatrixSize::Eight) => include_str!("shaders/mma_8x8.wgsl"),
+            (false, MatrixSize::Sixteen) => include_str!("shaders/mma_16x16.wgsl"),
+        }
+    }
+
     fn of(options: &GpuOptions, caps: &GpuCaps) -> Option<Self> {
         if options.arithmetic == GpuArithmetic::Exact || caps.workgroup_memory < MATRICES_WORKGROUP_MEMORY {
             return None;
@@ -443,6 +452,16 @@ impl Gpu {
         let storage = self.storage(what, size_of_val(values))?;
         self.write(&storage, 0, bytemuck::cast_slice(values));
         Ok(storage)
+    }
+
+    /// Memory with the same contents as another.
+    pub(super) fn duplicate(&self, storage: &Storage) -> Result<Storage, KernelError> {
+        let size = storage.buffer.size();
+        let copy = self.storage("a copy", size as usize)?;
+        let mut commands = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        commands.copy_buffer_to_buffer(&storage.buffer, 0, &copy.buffer, 0, size);
+        self.queue.submit([commands.finish()]);
+        Ok(copy)
     }
 
     /// Writes at once, before anything that is submitted later. Bytes are a multiple of 4.

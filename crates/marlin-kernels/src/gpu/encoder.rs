@@ -1,7 +1,7 @@
 //! Records the operations of a step and runs them.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::attention::AttentionEncoder;
 use super::device::Gpu;
@@ -243,6 +243,26 @@ impl GpuEncoder {
         self.recorder.start_timing()?;
         record(self);
         self.recorder.stop_timing().map(Duration::from_secs_f64)
+    }
+
+    /// The time for what `record` records: by the device's clock, or, where it has none, by the host's until all of it has run.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn timed_or_waited(&mut self, record: impl FnOnce(&mut Self)) -> Result<Duration, KernelError> {
+        if self.gpu.caps.timestamps {
+            return self.timed(record);
+        }
+        self.submit()?;
+        let start = Instant::now();
+        record(self);
+        self.submit()?;
+        Ok(start.elapsed())
+    }
+
+    /// Where kernels are recorded.
+    pub(super) fn recorder(&mut self) -> &mut Recorder {
+        &mut self.recorder
     }
 
     /// How many kernels were recorded since the encoder was made.

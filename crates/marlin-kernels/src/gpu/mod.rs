@@ -13,6 +13,7 @@ mod linear;
 mod memory;
 mod msl;
 mod pipeline;
+mod probe;
 mod recorder;
 mod registry;
 mod sampling;
@@ -31,6 +32,7 @@ pub use encoder::GpuEncoder;
 pub use kv::GpuKvCache;
 pub use linear::GpuLinear;
 pub use msl::{Msl, metal_kernels};
+pub use probe::{GpuProbe, ProbeRates};
 pub use registry::{KernelVariant, kernels};
 
 use self::device::{Gpu, Storage};
@@ -70,6 +72,19 @@ impl GpuBackend {
     /// If there is none, or it lacks what the kernels need.
     pub fn new(options: GpuOptions) -> Result<Self, KernelError> {
         Ok(Self { gpu: Arc::new(Gpu::open(options)?) })
+    }
+
+    /// A linear with the same weights in memory of its own.
+    ///
+    /// # Errors
+    /// There is not enough memory.
+    pub fn duplicate(&self, linear: &GpuLinear) -> Result<GpuLinear, KernelError> {
+        linear.duplicate(&self.gpu)
+    }
+
+    /// Whether kernels for many rows multiply matrices, in the device's matrix units or emulated.
+    pub(crate) fn multiplies_matrices(&self) -> bool {
+        self.gpu.matrices.is_some()
     }
 
     /// What the device can do.

@@ -160,10 +160,11 @@ impl<B: Backend> Decoder<B> {
         let Self { encoder, kv_cache, workspace: work, rms_norm_eps: eps, .. } = self;
         encoder.begin(&batch.as_step());
         encoder.copy_kv_blocks(kv_cache, self.pool.pending_copies());
-        encoder.embed(&self.embed_tokens, self.embedding_scale, &mut work.hidden);
+        // Angles come first: a device that uploads them would have to start what is recorded before.
         for (rope, angles) in self.ropes.iter().zip(&mut work.angles) {
             encoder.rope_angles(&rope.inv_freq, rope.scaling, angles);
         }
+        encoder.embed(&self.embed_tokens, self.embedding_scale, &mut work.hidden);
         for (index, layer) in self.layers.iter().enumerate() {
             layer.self_attn.encode(encoder, work, &layer.attn_norm, kv_cache, index, *eps);
             layer.mlp.encode(encoder, work, &layer.mlp_norm, *eps);

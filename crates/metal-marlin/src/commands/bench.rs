@@ -172,7 +172,7 @@ impl Args {
     }
 }
 
-fn repetitions(text: &str) -> Result<NonZeroUsize, String> {
+pub(super) fn repetitions(text: &str) -> Result<NonZeroUsize, String> {
     let found = text.parse().ok().filter(|n: &NonZeroUsize| n.get() <= MOST_REPETITIONS);
     found.ok_or_else(|| format!("must be a number from 1 to {MOST_REPETITIONS}"))
 }

@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 use marlin_checkpoint::Checkpoint;
 
 pub(crate) mod bench;
+pub(crate) mod bench_kernels;
 pub(crate) mod cache;
 pub(crate) mod chat;
 pub(crate) mod completions;
@@ -34,6 +35,7 @@ pub(crate) enum Command {
     Eval(eval::Args),
     Quality(quality::Args),
     Bench(bench::Args),
+    BenchKernels(bench_kernels::Args),
     Cache(cache::Args),
     Doctor(doctor::Args),
     VerifyKernels(verify_kernels::Args),
@@ -53,6 +55,7 @@ impl Command {
             Self::Eval(args) => eval::run(args),
             Self::Quality(args) => quality::run(args),
             Self::Bench(args) => bench::run(args),
+            Self::BenchKernels(args) => bench_kernels::run(args),
             Self::Cache(args) => cache::run(args),
             Self::Doctor(args) => doctor::run(args),
             Self::VerifyKernels(args) => verify_kernels::run(args),

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use marlin_checkpoint::Checkpoint;
 use marlin_format::{Format, FormatError, Grouping, ScaleSearch, Scheme};
+use marlin_kernels::KvType;
+use marlin_model::Planner;
 use marlin_quantize::{
     Divergence, Footprint, LogitSource, ModelLogits, Quality, QuantizeOptions, Recipe, RecordedLogits, Windows,
     embedding_scheme, evaluate, quantize,
@@ -105,10 +107,18 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let windows = windows(&[&source], &args.text, context, args.windows)?;
     let measure = Measure { source: &source, windows: &windows, context, threads: args.threads };
     let page = in_pool(args.threads, || -> anyhow::Result<String> {
-        let (baseline, rows) = measure.all()?;
-        Ok(page(&args, &measure, &baseline, &rows))
+        let measured = measure.all()?;
+        Ok(page(&args, &measure, &measured))
     })??;
     fs::write(&args.out, page).with_context(|| format!("cannot write {}", args.out.display()))
+}
+
+/// What a page is about.
+struct Measured {
+    baseline: Quality,
+    rows: Vec<Row>,
+    /// The unquantised model with each KV cache that is less exact than the baseline's: bits a value, perplexity, divergence.
+    kv: Vec<(KvType, f64, f64, Divergence)>,
 }
 
 /// What all measurements share.
@@ -120,10 +130,11 @@ struct Measure<'a> {
 }
 
 impl Measure<'_> {
-    /// The unquantised model and every variant.
-    fn all(&self) -> anyhow::Result<(Quality, Vec<Row>)> {
+    /// The unquantised model, every variant, and every KV cache.
+    fn all(&self) -> anyhow::Result<Measured> {
         let schemes = variants()?;
-        let variants = schemes.len() * METHODS.len();
+        let kv_types = KvType::ALL.into_iter().filter(|&kv_type| kv_type != usual_kv(true));
+        let variants = schemes.len() * METHODS.len() + kv_types.clone().count();
         let mut model = load_model(self.source, &self.device(true)?, usual_kv(true), self.context)?;
         let mut recorded = {
             let mut bar = Bar::counting("Measuring the original", "tokens");
@@ -146,17 +157,25 @@ impl Measure<'_> {
                 let out = folder.path().join("model");
                 let report = quantize(self.source, &out, &recipe, QuantizeOptions::default())?;
                 let quantized = Checkpoint::open(&out)?;
-                let (perplexity, exact) = self.compare(&quantized, true, &mut recorded)?;
+                let (perplexity, exact) = self.compare(&quantized, true, usual_kv(true), &mut recorded)?;
                 let int8 = match search {
                     ScaleSearch::AbsMax => None,
-                    ScaleSearch::Mse => Some(self.compare(&quantized, false, &mut recorded)?.1),
+                    ScaleSearch::Mse => Some(self.compare(&quantized, false, usual_kv(false), &mut recorded)?.1),
                 };
                 let name = recipe.linears.to_string();
                 rows.push(Row { name, method, footprint: report.after, perplexity, exact, int8 });
                 bar.set(rows.len() as u64, variants as u64);
             }
         }
-        Ok((baseline, rows))
+        let head_dim = Planner::new(self.device(true)?.memory_use(), self.source)?.shape().head_dim;
+        let mut kv = Vec::new();
+        for kv_type in kv_types {
+            let (perplexity, divergence) = self.compare(self.source, true, kv_type, &mut recorded)?;
+            let bits = (8 * kv_type.head_bytes(head_dim)) as f64 / head_dim as f64;
+            kv.push((kv_type, bits, perplexity, divergence));
+            bar.set((rows.len() + kv.len()) as u64, variants as u64);
+        }
+        Ok(Measured { baseline, rows, kv })
     }
 
     /// Perplexity and divergence of a variant.
@@ -164,9 +183,10 @@ impl Measure<'_> {
         &self,
         variant: &Checkpoint,
         exact: bool,
+        kv_type: KvType,
         baseline: &mut dyn LogitSource,
     ) -> anyhow::Result<(f64, Divergence)> {
-        let mut model = load_model(variant, &self.device(exact)?, usual_kv(exact), self.context)?;
+        let mut model = load_model(variant, &self.device(exact)?, kv_type, self.context)?;
         let mut logits = ModelLogits::new(model.as_mut());
         let quality = evaluate(&mut logits, Some(baseline), self.windows, |_| {})?;
         let divergence = quality.divergence.context("an evaluation against a baseline has a divergence")?;
@@ -179,7 +199,8 @@ impl Measure<'_> {
     }
 }
 
-fn page(args: &Args, measure: &Measure<'_>, baseline: &Quality, rows: &[Row]) -> String {
+fn page(args: &Args, measure: &Measure<'_>, measured: &Measured) -> String {
+    let Measured { baseline, rows, kv } = measured;
     let before = Footprint::of(measure.source);
     let model = name(&args.model);
     let mut page = format!(
@@ -229,6 +250,17 @@ fn page(args: &Args, measure: &Measure<'_>, baseline: &Quality, rows: &[Row]) ->
             row.exact.top1_agreement * 100.0,
             row.int8.map_or(String::new(), |int8| format!("{:.5}", int8.mean_kl)),
         );
+    }
+    page += "\n## KV caches\n\n\
+             The unquantised model with `--exact` and keys and values cached in each format (`--kv`); bits are of a value, scales\n\
+             counted. `metal-marlin eval MODEL --baseline MODEL --exact --kv fp8 --text TEXT` measures one.\n\n\
+             | KV cache | bits | perplexity | mean KL | p99 KL | top-1 |\n\
+             | --- | ---: | ---: | ---: | ---: | ---: |\n";
+    page += &format!("| f32 | 32 | {:.4} | 0 | 0 | 100 % |\n", baseline.perplexity());
+    for (kv_type, bits, perplexity, divergence) in kv {
+        let Divergence { mean_kl, p99_kl, top1_agreement, .. } = divergence;
+        let (name, top1) = (kv_type.name(), top1_agreement * 100.0);
+        page += &format!("| {name} | {bits} | {perplexity:.3} | {mean_kl:.7} | {p99_kl:.6} | {top1:.2} % |\n");
     }
     page
 }

@@ -2,11 +2,13 @@
 
 mod split;
 mod store;
+mod tile;
 
 use std::sync::Arc;
 
 use self::split::{SplitAttention, SplitVariant};
 use self::store::StoreVariant;
+use self::tile::{TileAttention, TileVariant};
 use super::device::Gpu;
 use super::pipeline::{Binding, Kernel, Pipeline, Variants};
 use super::recorder::Recorder;
@@ -18,6 +20,7 @@ use crate::{AttentionShape, KernelError, KvType, QkNorm, StepLimits};
 pub(super) struct AttentionEncoder {
     store: Variants<StoreVariant>,
     split: SplitAttention,
+    tile: TileAttention,
     /// Of words, and of scales in half precision.
     copy_block: [Arc<Pipeline>; 2],
 }
@@ -26,6 +29,9 @@ pub(super) struct AttentionEncoder {
 pub(super) fn compile(gpu: &Gpu, head_dims: &[usize]) -> Result<(), KernelError> {
     for &head_dim in head_dims {
         gpu.pipeline(&split::combine_kernel(head_dim))?;
+        for variant in KvType::ALL.into_iter().filter_map(|kv_type| TileVariant::new(gpu, kv_type, head_dim)) {
+            gpu.pipeline(&variant.kernel())?;
+        }
         for (kv_type, group) in KvType::ALL.into_iter().flat_map(|kv_type| [1, 2, 4].map(|group| (kv_type, group))) {
             gpu.pipeline(&SplitVariant::new(kv_type, head_dim, group).kernel())?;
         }
@@ -39,6 +45,15 @@ pub(super) fn compile(gpu: &Gpu, head_dims: &[usize]) -> Result<(), KernelError>
 /// What kernels know of a token.
 const STEP_TOKEN: &str =
     "struct StepToken {\n    position: u32,\n    // Where its sequence's block table begins.\n    table: u32,\n}\n";
+
+/// What attention's kernels know of a token.
+const ATTENTION_TOKEN: &str = "struct AttentionToken {\n    row: u32,\n    position: u32,\n    // Where its sequence's block table begins.\n    \
+                               table: u32,\n}\n";
+
+/// Positions that a query looks back over, as kernels see it.
+fn window(shape: &AttentionShape) -> u32 {
+    shape.window.and_then(|window| u32::try_from(window).ok()).unwrap_or(u32::MAX)
+}
 
 impl AttentionEncoder {
     pub(super) fn bytes(limits: &StepLimits) -> usize {
@@ -54,6 +69,7 @@ impl AttentionEncoder {
         Ok(Self {
             store: Variants::default(),
             split: SplitAttention::new(gpu, limits)?,
+            tile: TileAttention::new(),
             copy_block: [copy_block("u32")?, copy_block("f16")?],
         })
     }
@@ -117,7 +133,12 @@ impl AttentionEncoder {
         out.output(step.rows, shape.heads * shape.head_dim);
         kv.layers[layer].check(shape);
         assert_eq!((qkv.rows, qkv.width), (step.rows, (shape.heads + 2 * shape.kv_heads) * shape.head_dim));
-        if let Err(error) = self.split.run(gpu, recorder, step, qkv, shape, kv, layer, out) {
+        let tiled = self.tile.run(gpu, recorder, step, qkv, shape, kv, layer, out);
+        let split = tiled.and_then(|tiled| {
+            let tokens = if tiled { step.untiled } else { step.rows };
+            self.split.run(gpu, recorder, step, tokens, qkv, shape, kv, layer, out)
+        });
+        if let Err(error) = split {
             gpu.fail(&error);
         }
     }

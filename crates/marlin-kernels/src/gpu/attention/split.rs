@@ -1,7 +1,7 @@
 //! Attention of few queries at a time over many keys: each split of a sequence's positions by itself, then their sums put together.
 
-use super::STEP_TOKEN;
 use super::store::{KvPlanes, kv_constants};
+use super::{ATTENTION_TOKEN, window};
 use crate::gpu::device::{Gpu, Storage};
 use crate::gpu::kv::KV_UNIT;
 use crate::gpu::pipeline::{Binding, Kernel, Variants};
@@ -93,7 +93,7 @@ impl SplitVariant {
         let of_head = if heads == 1 { "heads" } else { "heads[h]" };
         let queries: Vec<_> = (0..heads).map(|h| format!("query_of(start, dim, count, {h}u)")).collect();
         let prelude = format!(
-            "{STEP_TOKEN}{}{constants}alias Heads = {heads_type};\n\
+            "{ATTENTION_TOKEN}{}{constants}alias Heads = {heads_type};\n\
              fn of_head(heads: Heads, h: u32) -> f32 {{ return {of_head}; }}\n\
              fn load_query(start: u32, dim: u32, count: u32) -> Heads {{ return Heads({}); }}\n",
             kv_constants(kv_type),
@@ -105,7 +105,7 @@ impl SplitVariant {
             read("qkv", "f32"),
             read("keys", planes.reads),
             read("values", planes.reads),
-            read("step_tokens", "StepToken"),
+            read("attention_tokens", "AttentionToken"),
             read("block_tables", "u32"),
             write("split_sums", "f32"),
             write("split_softmax", "vec2<f32>"),
@@ -121,11 +121,11 @@ impl SplitVariant {
 
 /// The kernel that puts splits together.
 pub(super) fn combine_kernel(head_dim: usize) -> Kernel {
-    let prelude = format!("{STEP_TOKEN}const DIM = {head_dim}u;\n");
+    let prelude = format!("{ATTENTION_TOKEN}const DIM = {head_dim}u;\n");
     let bindings = vec![
         Binding::read("split_sums", "vec4<f32>"),
         Binding::read("split_softmax", "vec2<f32>"),
-        Binding::read("step_tokens", "StepToken"),
+        Binding::read("attention_tokens", "AttentionToken"),
         Binding::write("out", "vec4<f32>"),
     ];
     let files = vec![include_str!("../shaders/attention_combine.wgsl"), include_str!("../shaders/reduce.wgsl")];
@@ -176,13 +176,14 @@ impl SplitAttention {
         })
     }
 
-    /// Attention of all rows of a step.
+    /// Attention of the first `tokens` of a step's tokens of attention.
     #[expect(clippy::too_many_arguments, reason = "those of the operation, and where it is recorded")]
     pub(super) fn run(
         &mut self,
         gpu: &Gpu,
         recorder: &mut Recorder,
         step: &StepBuffers,
+        tokens: usize,
         qkv: &GpuBuffer,
         shape: &AttentionShape,
         kv: &GpuKvCache,
@@ -191,24 +192,24 @@ impl SplitAttention {
     ) -> Result<(), KernelError> {
         let Self { split, scratch, kernels, combine } = self;
         let cache = &kv.layers[layer];
-        let window = shape.window.and_then(|window| u32::try_from(window).ok()).unwrap_or(u32::MAX);
+        let window = window(shape);
         let splits = |position: u32| {
             let begin = (position + 1).saturating_sub(window) as usize;
             position as usize / *split - begin / *split + 1
         };
-        let splits = step.positions.iter().map(|&position| splits(position)).max().unwrap_or(1);
+        let splits = step.attention_positions(tokens).map(splits).max().unwrap_or(1);
         let group = shape.heads / shape.kv_heads;
         let variant = SplitVariant::new(kv.kv_type, shape.head_dim, group);
         let kernel = kernels.get(gpu, variant, SplitVariant::kernel)?;
-        let most_rows = if splits == 1 { step.rows } else { scratch.rows(shape, splits) };
-        assert!(most_rows > 0 || step.rows == 0, "an encoder for inputs as wide as all heads");
+        let most = if splits == 1 { tokens } else { scratch.rows(shape, splits) };
+        assert!(most > 0 || tokens == 0, "an encoder for inputs as wide as all heads");
 
-        let StepBuffers { step_tokens, block_tables, .. } = step;
+        let StepBuffers { attention_tokens, block_tables, .. } = step;
         let (keys, values) = (&cache.keys.storage, &cache.values.storage);
         let (sums, softmax) = (&scratch.sums, &scratch.softmax);
-        for first_row in (0..step.rows).step_by(most_rows.max(1)) {
-            let rows = most_rows.min(step.rows - first_row);
-            let buffers = [&qkv.storage, keys, values, step_tokens, block_tables, sums, softmax, &out.storage];
+        for first in (0..tokens).step_by(most.max(1)) {
+            let count = most.min(tokens - first);
+            let buffers = [&qkv.storage, keys, values, attention_tokens, block_tables, sums, softmax, &out.storage];
             let parameters = [
                 shape.heads as u32,
                 shape.kv_heads as u32,
@@ -217,18 +218,18 @@ impl SplitAttention {
                 kv.block_tokens as u32,
                 kv.slots() as u32,
                 *split as u32,
-                first_row as u32,
+                first as u32,
             ];
-            let workgroups = [splits, shape.kv_heads * group.div_ceil(variant.heads), rows];
+            let workgroups = [splits, shape.kv_heads * group.div_ceil(variant.heads), count];
             let scales = cache.keys.scales.iter().chain(&cache.values.scales);
             recorder.dispatch(kernel, buffers.into_iter().chain(scales), &parameters, workgroups);
             if splits == 1 {
                 continue;
             }
             let combine = combine.get(gpu, shape.head_dim, combine_kernel)?;
-            let parameters = [shape.heads as u32, window, *split as u32, first_row as u32, splits as u32];
-            let buffers = [sums, softmax, step_tokens, &out.storage];
-            recorder.dispatch(combine, buffers, &parameters, [shape.heads, rows, 1]);
+            let parameters = [shape.heads as u32, window, *split as u32, first as u32, splits as u32];
+            let buffers = [sums, softmax, attention_tokens, &out.storage];
+            recorder.dispatch(combine, buffers, &parameters, [shape.heads, count, 1]);
         }
         Ok(())
     }

@@ -58,7 +58,7 @@ impl FewRowsTile {
 }
 
 /// The kernels of a part.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct FewRows {
     tile: FewRowsTile,
     /// By [`ROW_BLOCKS`].

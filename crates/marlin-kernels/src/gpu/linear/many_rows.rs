@@ -59,7 +59,7 @@ const EIGHT: &[&[Tile]] = &[
 const PLAIN_TILE: usize = 64;
 
 /// The kernels of a part.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) enum ManyRows {
     /// Without matrix units, and how many outputs there are.
     Plain(Arc<Pipeline>, usize),
@@ -144,12 +144,7 @@ impl Tile {
             // Writing to a string does not fail.
             let _ = writeln!(constants, "const {name} = {count}u;");
         }
-        let mma = match (matrices.is_emulated, matrices.size) {
-            (true, _) => include_str!("../shaders/mma_emulated.wgsl"),
-            (false, MatrixSize::Eight) => include_str!("../shaders/mma_8x8.wgsl"),
-            (false, MatrixSize::Sixteen) => include_str!("../shaders/mma_16x16.wgsl"),
-        };
-        let files = [mma, include_str!("../shaders/linear_tile.wgsl")];
+        let files = [matrices.module(), include_str!("../shaders/linear_tile.wgsl")];
         super::linear(format, "linear_tile", Packing::Rows, constants, &files)
     }
 }

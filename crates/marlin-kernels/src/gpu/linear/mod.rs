@@ -46,7 +46,7 @@ pub(super) struct Part {
 }
 
 /// The kernels of a part's format.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct PartKernels {
     plain: LinearKernels,
     /// Of a part that is a gate and as large a matrix.
@@ -55,7 +55,7 @@ pub(super) struct PartKernels {
 }
 
 /// Kernels by the rows of the input.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct LinearKernels {
     few_rows: FewRows,
     many_rows: ManyRows,
@@ -100,6 +100,12 @@ impl GpuLinear {
             matrix += together;
         }
         Ok(linear)
+    }
+
+    /// The same in memory of its own.
+    pub(super) fn duplicate(&self, gpu: &Gpu) -> Result<Self, KernelError> {
+        let parts = self.parts.iter().map(|part| part.duplicate(gpu)).collect::<Result<_, _>>()?;
+        Ok(Self { parts, cols: self.cols, rows: self.rows.clone() })
     }
 
     /// All rows.
@@ -165,6 +171,11 @@ impl<'a> Source<'a> {
 }
 
 impl Part {
+    fn duplicate(&self, gpu: &Gpu) -> Result<Self, KernelError> {
+        let buffers = self.buffers.iter().map(|buffer| gpu.duplicate(buffer)).collect::<Result<_, _>>()?;
+        Ok(Self { buffers, kernels: self.kernels.clone(), ..*self })
+    }
+
     fn load(
         gpu: &Gpu,
         format: &DeviceFormat,

@@ -7,8 +7,8 @@ struct Params {
     window: u32,
     // Positions of a split.
     split: u32,
-    // The first token of this dispatch.
-    first_row: u32,
+    // The first of attention_tokens of this dispatch.
+    first_token: u32,
     // Splits that each head has room for.
     splits: u32,
 }
@@ -28,8 +28,8 @@ var<workgroup> partial_sums: array<vec4<f32>, SIZE>;
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
     let lane = local.x;
     let head = workgroup.x;
-    let row = params.first_row + workgroup.y;
-    let end = step_tokens[row].position + 1u;
+    let token = attention_tokens[params.first_token + workgroup.y];
+    let end = token.position + 1u;
     let begin = end - min(end, params.window);
     let splits = (end - 1u) / params.split - begin / params.split + 1u;
     let first = (workgroup.y * params.heads + head) * params.splits;
@@ -64,6 +64,6 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         for (var other = 1u; other < min(GROUPS, splits); other++) {
             sum += partial_sums[other * VECTORS + lane];
         }
-        out[(row * params.heads + head) * VECTORS + lane] = sum;
+        out[(token.row * params.heads + head) * VECTORS + lane] = sum;
     }
 }

@@ -20,8 +20,8 @@ struct Params {
     slots: u32,
     // Positions of a split, whole tiles.
     split: u32,
-    // The first token of this dispatch.
-    first_row: u32,
+    // The first of attention_tokens of this dispatch.
+    first_token: u32,
 }
 var<immediate> params: Params;
 
@@ -62,8 +62,7 @@ fn main(
     @builtin(local_invocation_id) local: vec3<u32>,
 ) {
     let lane = local.x;
-    let row = params.first_row + workgroup.z;
-    let token = step_tokens[row];
+    let token = attention_tokens[params.first_token + workgroup.z];
     let end = token.position + 1u;
     let begin = end - min(end, params.window);
     let split = begin / params.split + workgroup.x;
@@ -79,7 +78,7 @@ fn main(
     let count = min(HEADS, group - first_in_group);
     let first_head = kv_head * group + first_in_group;
 
-    let start = (row * (params.heads + 2u * params.kv_heads) + first_head) * DIM;
+    let start = (token.row * (params.heads + 2u * params.kv_heads) + first_head) * DIM;
     for (var i = lane; i < QUERY_UNITS * 8u; i += SIZE) {
         query[i % 8u * QUERY_UNITS + i / 8u] = load_query(start, i, count);
     }
@@ -216,7 +215,7 @@ fn main(
         if (@hu < count) {
             let head = first_head + @hu;
             if (workgroups.x == 1u) {
-                out[(row * params.heads + head) * DIM + dim] = of_head(sum, @hu) * (1.0 / of_head(total, @hu));
+                out[(token.row * params.heads + head) * DIM + dim] = of_head(sum, @hu) * (1.0 / of_head(total, @hu));
             } else {
                 let at = (workgroup.z * params.heads + head) * workgroups.x + workgroup.x;
                 split_sums[at * DIM + dim] = of_head(sum, @hu);

@@ -137,11 +137,11 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         let from_w = (buffer * TILE_N + part_n) * STRIDE + part_k;
 @for k < DEPTH
 @for r < ROWS
-        let x_@k_@r = load_x(from_x + @ru * SIZE * STRIDE + @ku * SIZE);
+        let x_@k_@r = load_x(from_x + @ru * SIZE * STRIDE + @ku * SIZE, STRIDE);
 @end
 @for p < PAIRS
-        let even_w_@k_@p = load_w(from_w + 2u * @pu * SIZE * STRIDE + @ku * SIZE);
-        let odd_w_@k_@p = load_w(from_w + (2u * @pu + 1u) * SIZE * STRIDE + @ku * SIZE);
+        let even_w_@k_@p = load_w(from_w + 2u * @pu * SIZE * STRIDE + @ku * SIZE, STRIDE);
+        let odd_w_@k_@p = load_w(from_w + (2u * @pu + 1u) * SIZE * STRIDE + @ku * SIZE, STRIDE);
 @for r < ROWS
         even_@r_@p = multiply_add(x_@k_@r, even_w_@k_@p, even_@r_@p);
         odd_@r_@p = multiply_add(x_@k_@r, odd_w_@k_@p, odd_@r_@p);

@@ -13,18 +13,22 @@ fn put_x(at: u32, octet: Octet) {
     x_tile[at / 4u + 1u] = octet.high;
 }
 
+fn put_w_quad(at: u32, quad: vec4<f16>) {
+    w_tile[at / 4u] = quad;
+}
+
 fn put_w(at: u32, octet: Octet) {
-    w_tile[at / 4u] = octet.low;
-    w_tile[at / 4u + 1u] = octet.high;
+    put_w_quad(at, octet.low);
+    put_w_quad(at + 4u, octet.high);
 }
 
-// Rows of x lie one after the other, those of W are columns of the factor.
-fn load_x(at: u32) -> XMatrix {
-    return coopLoadT<XMatrix>(&x_tile[at / 4u], STRIDE / 4u);
+// Rows of x lie `stride` apart, and so do those of W, which are columns of the factor.
+fn load_x(at: u32, stride: u32) -> XMatrix {
+    return coopLoadT<XMatrix>(&x_tile[at / 4u], stride / 4u);
 }
 
-fn load_w(at: u32) -> WMatrix {
-    return coopLoad<WMatrix>(&w_tile[at / 4u], STRIDE / 4u);
+fn load_w(at: u32, stride: u32) -> WMatrix {
+    return coopLoad<WMatrix>(&w_tile[at / 4u], stride / 4u);
 }
 
 fn multiply_add(x: XMatrix, w: WMatrix, sum: SumMatrix) -> SumMatrix {

@@ -19,24 +19,25 @@ fn put_x(at: u32, octet: Octet) {
     x_tile[at + 7u] = octet.high.w;
 }
 
+fn put_w_quad(at: u32, quad: vec4<f16>) {
+    w_tile[at] = quad.x;
+    w_tile[at + 1u] = quad.y;
+    w_tile[at + 2u] = quad.z;
+    w_tile[at + 3u] = quad.w;
+}
+
 fn put_w(at: u32, octet: Octet) {
-    w_tile[at] = octet.low.x;
-    w_tile[at + 1u] = octet.low.y;
-    w_tile[at + 2u] = octet.low.z;
-    w_tile[at + 3u] = octet.low.w;
-    w_tile[at + 4u] = octet.high.x;
-    w_tile[at + 5u] = octet.high.y;
-    w_tile[at + 6u] = octet.high.z;
-    w_tile[at + 7u] = octet.high.w;
+    put_w_quad(at, octet.low);
+    put_w_quad(at + 4u, octet.high);
 }
 
-// Rows of x lie one after the other, those of W are columns of the factor.
-fn load_x(at: u32) -> XMatrix {
-    return coopLoadT<XMatrix>(&x_tile[at], STRIDE);
+// Rows of x lie `stride` apart, and so do those of W, which are columns of the factor.
+fn load_x(at: u32, stride: u32) -> XMatrix {
+    return coopLoadT<XMatrix>(&x_tile[at], stride);
 }
 
-fn load_w(at: u32) -> WMatrix {
-    return coopLoad<WMatrix>(&w_tile[at], STRIDE);
+fn load_w(at: u32, stride: u32) -> WMatrix {
+    return coopLoad<WMatrix>(&w_tile[at], stride);
 }
 
 fn multiply_add(x: XMatrix, w: WMatrix, sum: SumMatrix) -> SumMatrix {

@@ -1,5 +1,6 @@
 // Matrices of SIZE × SIZE in plain arithmetic, for devices without matrix units. The 32 invocations of what would be a subgroup divide the sums
-// among themselves, WIDTH neighbours of a row each; x and W are read where they lie, so a matrix of them is where an invocation's rows begin.
+// among themselves, WIDTH neighbours of a row each. Of a matrix of x each has its row; W is read where it lies, so a matrix of it is where an
+// invocation's first column begins, and how far apart columns are.
 
 const WIDTH = SIZE * SIZE / 32u;
 const ACROSS = SIZE / WIDTH;
@@ -7,8 +8,11 @@ const ACROSS = SIZE / WIDTH;
 var<workgroup> x_tile: array<vec4<f16>, X_HALVES / 4u>;
 var<workgroup> w_tile: array<vec4<f16>, W_HALVES / 4u>;
 
-alias XMatrix = u32;
-alias WMatrix = u32;
+alias XMatrix = array<vec4<f16>, SIZE / 4u>;
+struct WMatrix {
+    first: u32,
+    stride: u32,
+}
 alias SumMatrix = array<f32, WIDTH>;
 
 fn put_x(at: u32, octet: Octet) {
@@ -16,25 +20,36 @@ fn put_x(at: u32, octet: Octet) {
     x_tile[at / 4u + 1u] = octet.high;
 }
 
+fn put_w_quad(at: u32, quad: vec4<f16>) {
+    w_tile[at / 4u] = quad;
+}
+
 fn put_w(at: u32, octet: Octet) {
-    w_tile[at / 4u] = octet.low;
-    w_tile[at / 4u + 1u] = octet.high;
+    put_w_quad(at, octet.low);
+    put_w_quad(at + 4u, octet.high);
 }
 
-fn load_x(at: u32) -> XMatrix {
-    return (at + lane / ACROSS * STRIDE) / 4u;
+fn load_x(at: u32, stride: u32) -> XMatrix {
+    var row: XMatrix;
+    for (var k = 0u; k < SIZE / 4u; k++) {
+        row[k] = x_tile[(at + lane / ACROSS * stride) / 4u + k];
+    }
+    return row;
 }
 
-fn load_w(at: u32) -> WMatrix {
-    return (at + lane % ACROSS * WIDTH * STRIDE) / 4u;
+fn load_w(at: u32, stride: u32) -> WMatrix {
+    return WMatrix((at + lane % ACROSS * WIDTH * stride) / 4u, stride / 4u);
 }
 
 fn multiply_add(x: XMatrix, w: WMatrix, sum: SumMatrix) -> SumMatrix {
+    var row = x;
     var result = sum;
-    for (var k = 0u; k < SIZE / 4u; k++) {
-        let values = vec4<f32>(x_tile[x + k]);
+    // A bound that compilers do not see through, so that the loop stays one: kernels multiply hundreds of matrices.
+    let quads = min(SIZE / 4u, arrayLength(&out));
+    for (var k = 0u; k < quads; k++) {
+        let values = vec4<f32>(row[k]);
         for (var column = 0u; column < WIDTH; column++) {
-            result[column] += dot(values, vec4<f32>(w_tile[w + column * STRIDE / 4u + k]));
+            result[column] += dot(values, vec4<f32>(w_tile[w.first + column * w.stride + k]));
         }
     }
     return result;

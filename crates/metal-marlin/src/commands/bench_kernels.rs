@@ -1,0 +1,63 @@
+//! `metal-marlin bench-kernels`: how fast kernels run.
+
+use std::io::{Write, stdout};
+use std::num::NonZeroUsize;
+
+use metal_marlin::DeviceOptions;
+use metal_marlin::kernel_bench::{self, Plan};
+
+use super::bench::repetitions;
+use crate::progress::Bar;
+
+const EXAMPLES: &str = "\
+Examples:
+  metal-marlin bench-kernels --device gpu
+  metal-marlin bench-kernels --device gpu --filter linear/fp4
+  metal-marlin bench-kernels --device gpu:1 --filter 4096x12288/m=16 --json
+  metal-marlin bench-kernels --device gpu --filter attention
+  metal-marlin bench-kernels --device gpu --quick
+
+Linears are measured by format, matrix (columns x rows of weights) and rows of input, one after the other
+(dependent, each packing an input of its own, as in a model) and all at once (independent). GB/s counts packed
+weights, of attention the keys and values that are seen. Weights and caches rotate among copies that no cache
+holds.
+
+Before and after each group simple kernels read and copy memory, and a chain of multiply-adds tells the clock: a
+group in which it moved should be measured again.";
+
+/// Measure how fast kernels run, beside how fast the device reads memory
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    device: DeviceOptions,
+
+    /// Only kernels whose name contains this
+    #[arg(long, value_name = "TEXT")]
+    filter: Option<String>,
+
+    /// Small matrices and short contexts, to see that it works
+    #[arg(long)]
+    quick: bool,
+
+    /// How often each kernel is repeated
+    #[arg(long, short, value_name = "N", default_value = "7", value_parser = repetitions)]
+    repetitions: NonZeroUsize,
+
+    /// Print the report as one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+    let device = args.device.open()?;
+    let plan = Plan { filter: args.filter, repetitions: args.repetitions.get(), quick: args.quick };
+    let report = {
+        let mut bar = Bar::counting("Measuring", "kernels");
+        kernel_bench::run(&device, &plan, &mut |done, total| bar.set(done as u64, total as u64))?
+    };
+    let text = if args.json { format!("{:#}\n", report.to_json()) } else { report.to_text() };
+    stdout().write_all(text.as_bytes())?;
+    Ok(())
+}
