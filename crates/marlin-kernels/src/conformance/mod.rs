@@ -146,7 +146,13 @@ impl Table {
             GpuMatrices::Emulated(_) => linear::add_rows_of_many(self, &device),
         }
         if arithmetic == GpuArithmetic::Half && device.backend.multiplies_matrices() {
-            attention::add_tiled_rows(self, &device);
+            // Compilers take minutes for wide heads where matrices are emulated: the smaller the matrices, the more of them there are.
+            let dims = match matrices {
+                GpuMatrices::Device => &[64, 80, 96, 128, 192, 256][..],
+                GpuMatrices::Emulated(MatrixSize::Sixteen) => &[32, 80],
+                GpuMatrices::Emulated(MatrixSize::Eight) => &[32],
+            };
+            attention::add_tiled_rows(self, &device, dims);
         }
         Ok(device.backend)
     }

@@ -17,6 +17,8 @@ mod probe;
 mod recorder;
 mod registry;
 mod sampling;
+#[cfg(test)]
+mod spirv;
 mod step;
 mod timing;
 mod unroll;
