@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::{AttentionShape, Backend, Encoder, KvLayer, KvLayout, KvType, QkNorm, StepLimits};
+use crate::{AttentionShape, Backend, Encoder, KvLayer, KvLayout, KvType, QkNorm};
 
 use super::support::{Case, Pages, Ragged, Rng, limits, poisoned, read, upload};
 use super::{Device, Table};
@@ -33,9 +33,6 @@ const TILED_BATCHES: [&[Range<usize>]; 3] = [
 
 /// Widths of heads: those of models, and one that is no power of two of anything.
 pub const HEAD_DIMS: [usize; 7] = [24, 64, 80, 96, 128, 192, 256];
-
-/// Tokens that a sequence may reach.
-const CONTEXT: usize = 512;
 
 pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
     for kv_type in KvType::ALL {
@@ -261,7 +258,7 @@ impl<'a, B: Backend> Layer<'a, B> {
         let width = (heads + 2 * kv_heads) * head_dim;
         Self {
             backend,
-            encoder: backend.encoder(&StepLimits { context: CONTEXT, ..limits(1024, width) }).expect("an encoder"),
+            encoder: backend.encoder(&limits(1024, width)).expect("an encoder"),
             kv: backend.kv_cache(&layout, case.kv_type, blocks).expect("a cache"),
             shape: case.shape,
             norm: case.norm.then(|| [vector(&rng.normals(head_dim)), vector(&rng.normals(head_dim))]),
