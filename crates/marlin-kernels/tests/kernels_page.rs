@@ -21,10 +21,13 @@ fn each_kernel_has_a_row_and_each_row_a_kernel() {
         GpuCaps { matrices: vec![MatrixSize::Sixteen], ..apple.clone() },
         apple,
     ];
+    // The names of kernels do not depend on the format: a packed one and a dense one.
+    let mut schemes = schemes();
+    schemes.retain(|(name, _)| ["fp4", "bf16"].contains(&name.as_str()));
     let mut found = BTreeSet::new();
     for caps in devices {
         for arithmetic in [GpuArithmetic::Exact, GpuArithmetic::Half] {
-            let kernels = kernels(&caps, arithmetic, &schemes(), &HEAD_DIMS).expect("kernels that compile");
+            let kernels = kernels(&caps, arithmetic, &schemes, &HEAD_DIMS).expect("kernels that compile");
             found.extend(kernels.iter().map(|kernel| kernel.name().to_owned()));
         }
     }
