@@ -171,11 +171,12 @@ impl Encoder<GpuBackend> for GpuEncoder {
         &mut self,
         qkv: &GpuBuffer,
         shape: &AttentionShape,
+        sinks: Option<&GpuVector>,
         kv: &GpuKvCache,
         layer: usize,
         out: &mut GpuBuffer,
     ) {
-        self.attention.attention(&self.gpu, &mut self.recorder, &self.step, qkv, shape, kv, layer, out);
+        self.attention.attention(&self.gpu, &mut self.recorder, &self.step, qkv, shape, sinks, kv, layer, out);
     }
 
     fn select_logit_rows(&mut self, x: &GpuBuffer, out: &mut GpuBuffer) {
