@@ -10,6 +10,7 @@ use marlin_format::{Format, Scheme};
 use marlin_kernels::gpu::{self, GpuArithmetic, GpuBackend, GpuCaps, GpuOptions, KernelVariant};
 use marlin_kernels::{KvType, SampleRow};
 use marlin_model::{LogitRows, StepBatch, load_model};
+use tempfile::TempDir;
 
 /// Models with their widths of a head.
 const MODELS: [&str; 3] = ["llama-gqa4-bias-sharded", "qwen3-gqa2-tied", "gemma3-gqa2-linear-softcap-sharded"];
@@ -21,26 +22,26 @@ fn every_kernel_of_a_step_is_in_the_registry() {
     let mut all = schemes(Format::ALL);
     all.extend(sparse_schemes());
     let named: Vec<(String, Scheme)> = all.iter().map(|scheme| (scheme.to_string(), *scheme)).collect();
+    // Each format in one model, and all of them mixed in every model.
+    let each = all.iter().map(|&scheme| packed(&golden(MODELS[0]), &[scheme]));
+    let models: Vec<TempDir> = each.chain(MODELS.map(|name| packed(&golden(name), &all))).collect();
     for arithmetic in [GpuArithmetic::Exact, GpuArithmetic::Half] {
         let backend = GpuBackend::imaginary(GpuCaps::apple(), GpuOptions { arithmetic, ..GpuOptions::default() });
         let backend = backend.expect("a device");
-        for schemes in all.iter().map(|&scheme| vec![scheme]).chain([all.clone()]) {
-            for name in MODELS {
-                let target = packed(&golden(name), &schemes);
-                let checkpoint = Checkpoint::open(&packed_in(&target)).expect("a checkpoint");
-                for kv_type in KvType::ALL {
-                    let mut model = load_model(&backend, &checkpoint, &options(kv_type)).expect("a model");
-                    let mut sequence = model.kv().sequence();
-                    for tokens in [40, 1, 4] {
-                        let mut batch = StepBatch::new();
-                        model.kv().append(&mut sequence, tokens).expect("blocks");
-                        batch.push(&sequence, &vec![1; tokens], LogitRows::All);
-                        model.forward(&batch).expect("a step");
-                        model.read_logits(&mut Vec::new()).expect("logits");
-                        model.sample(&vec![SampleRow::GREEDY; tokens]).expect("a sampling");
-                    }
-                    model.kv().release(sequence);
+        for model in &models {
+            let checkpoint = Checkpoint::open(&packed_in(model)).expect("a checkpoint");
+            for kv_type in KvType::ALL {
+                let mut model = load_model(&backend, &checkpoint, &options(kv_type)).expect("a model");
+                let mut sequence = model.kv().sequence();
+                for tokens in [40, 1, 4] {
+                    let mut batch = StepBatch::new();
+                    model.kv().append(&mut sequence, tokens).expect("blocks");
+                    batch.push(&sequence, &vec![1; tokens], LogitRows::All);
+                    model.forward(&batch).expect("a step");
+                    model.read_logits(&mut Vec::new()).expect("logits");
+                    model.sample(&vec![SampleRow::GREEDY; tokens]).expect("a sampling");
                 }
+                model.kv().release(sequence);
             }
         }
         let listed = gpu::kernels(&GpuCaps::apple(), arithmetic, &named, &HEAD_DIMS).expect("kernels that compile");

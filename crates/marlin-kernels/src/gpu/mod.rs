@@ -106,7 +106,7 @@ impl MemoryUse for GpuBackend {
     }
 
     fn encoder_bytes(&self, limits: &StepLimits) -> usize {
-        GpuEncoder::bytes(limits, self.gpu.arithmetic)
+        GpuEncoder::bytes(&self.gpu, limits)
     }
 }
 

@@ -216,7 +216,9 @@ fn main(
             let head = first_head + @hu;
             if (workgroups.x == 1u) {
                 let all = of_head(total, @hu) + sink_weight(head, of_head(largest, @hu));
-                out[(token.row * params.heads + head) * DIM + dim] = of_head(sum, @hu) * (1.0 / all);
+                let value = of_head(sum, @hu) * (1.0 / all);
+                out[(token.row * params.heads + head) * DIM + dim] = value;
+                keep_output(@hu * DIM + dim, value);
             } else {
                 let at = (workgroup.z * params.heads + head) * workgroups.x + workgroup.x;
                 split_sums[at * DIM + dim] = of_head(sum, @hu);
@@ -226,5 +228,8 @@ fn main(
             }
         }
         @end
+    }
+    if (workgroups.x == 1u) {
+        pack_heads(token.row, first_head, count, params.heads, lane);
     }
 }
