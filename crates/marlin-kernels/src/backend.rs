@@ -207,11 +207,13 @@ pub trait Encoder<B: Backend> {
     );
 
     /// Causal attention of each token's Q (in `qkv`) over its sequence's cached keys up to its own position.
-    /// `out` is `[T, heads · head_dim]`.
+    /// `out` is `[T, heads · head_dim]`. `sinks`, if the model has them, are a score of each head, `[heads]`, that joins the softmax's
+    /// denominator and nothing else (Xiao et al. 2023; learnt, as in gpt-oss).
     fn attention(
         &mut self,
         qkv: &B::Buffer,
         shape: &AttentionShape,
+        sinks: Option<&B::Vector>,
         kv: &B::KvCache,
         layer: usize,
         out: &mut B::Buffer,

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::{AttentionShape, Backend, Encoder, KvLayer, KvLayout, KvType, QkNorm};
+use crate::{AttentionShape, Backend, Encoder, KvLayer, KvLayout, KvType, QkNorm, StepLimits};
 
 use super::support::{Case, Pages, Ragged, Rng, limits, poisoned, read, upload};
 use super::{Device, Table};
@@ -35,6 +35,11 @@ const TILED_BATCHES: [&[Range<usize>]; 3] = [
 pub const HEAD_DIMS: [usize; 7] = [24, 64, 80, 96, 128, 192, 256];
 
 pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
+    // So long that a GPU's splits are of several tiles.
+    table.add(device, "attention/context=131072".into(), |device| {
+        let base = Attention::new(shape(4, 2, 64, None), KvType::F16, 16, &[600..601, 3..4]);
+        device.check(&Attention { context: 1 << 17, ..base }, bound(KvType::F16), "splits of 512 positions")
+    });
     for kv_type in KvType::ALL {
         let suffix = format!("kv-{}", kv_type.name());
         let (dims, windows) = match kv_type {
@@ -54,6 +59,11 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
                 attention(device, shape, kv_type)
             });
         }
+        table.add(device, format!("attention/sinks,{suffix}"), move |device| {
+            let cases = BATCHES
+                .map(|batch| Attention { sinks: true, ..Attention::new(shape(4, 2, 64, None), kv_type, 16, batch) });
+            cases.iter().try_for_each(|case| device.check(case, bound(kv_type), &format!("positions {:?}", case.batch)))
+        });
         for rotary in [64, 32, 2] {
             for norm in [false, true] {
                 let norm_name = if norm { "-qk-norm" } else { "" };
@@ -70,6 +80,13 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
 /// gets most of the rows.
 pub(super) fn add_tiled_rows<B: Backend>(table: &mut Table, device: &Device<B>, dims: &[usize]) {
     let base = shape(4, 2, dims[0], None);
+    // Queries, keys, values and weights are rounded by up to 2^-11 of themselves.
+    let rounding = 1e-6;
+    table.add(device, "attention-tiled/sinks".into(), move |device| {
+        let cases =
+            TILED_BATCHES.map(|batch| Attention { sinks: true, ..Attention::new(base, KvType::F16, 16, batch) });
+        cases.iter().try_for_each(|case| device.check(case, rounding, &format!("positions {:?}", case.batch)))
+    });
     let mut add = |name: String, shape: AttentionShape, kv_types: &'static [KvType], rounding: f64| {
         table.add(device, format!("attention-tiled/{name}"), move |device| {
             for (&kv_type, batch) in kv_types.iter().flat_map(|kv_type| TILED_BATCHES.map(|batch| (kv_type, batch))) {
@@ -80,8 +97,6 @@ pub(super) fn add_tiled_rows<B: Backend>(table: &mut Table, device: &Device<B>, 
             Ok(())
         });
     };
-    // Queries, keys, values and weights are rounded by up to 2^-11 of themselves.
-    let rounding = 1e-6;
     let codes = &[KvType::Fp8, KvType::Int8, KvType::Fp4];
     for (heads, kv_heads) in [(2, 2), (4, 2), (9, 1)] {
         let shape = AttentionShape { heads, kv_heads, ..base };
@@ -169,6 +184,9 @@ struct Attention<'a> {
     batch: &'a [Range<usize>],
     rotary: usize,
     norm: bool,
+    sinks: bool,
+    /// Tokens that a sequence may reach.
+    context: usize,
     reads: Reads,
     /// Copies all blocks elsewhere between filling the cache and running the batch, and poisons the old ones.
     moves: bool,
@@ -183,6 +201,8 @@ impl<'a> Attention<'a> {
             batch,
             rotary: shape.head_dim,
             norm: false,
+            sinks: false,
+            context: 512,
             reads: Reads::Attention,
             moves: false,
         }
@@ -203,7 +223,7 @@ impl Case for Attention<'_> {
         let nan = |step: &Ragged| vec![f32::NAN; step.rows() * width];
         layer.store(&pages.all_slots(), &nan(&pages.all_slots()));
         let poison = layer.store(&batch, &nan(&batch));
-        layer.encoder.attention(&poison, &self.shape, &layer.kv, LAYER, &mut out);
+        layer.encoder.attention(&poison, &self.shape, None, &layer.kv, LAYER, &mut out);
 
         let history: Vec<Range<usize>> = self.batch.iter().map(|range| 0..range.start).collect();
         let history = pages.step(&history);
@@ -224,7 +244,7 @@ impl Case for Attention<'_> {
                 qkv.chunks_exact(width).flat_map(|row| row[..queries].to_vec()).collect()
             }
             Reads::Attention => {
-                layer.encoder.attention(&qkv, &self.shape, &layer.kv, LAYER, &mut out);
+                layer.encoder.attention(&qkv, &self.shape, layer.sinks.as_ref(), &layer.kv, LAYER, &mut out);
                 let values = batch.rows() * self.shape.heads * self.shape.head_dim;
                 read::<B>(&mut layer.encoder, &out, values)
             }
@@ -242,6 +262,7 @@ struct Layer<'a, B: Backend> {
     kv: B::KvCache,
     shape: AttentionShape,
     norm: Option<[B::Vector; 2]>,
+    sinks: Option<B::Vector>,
     inv_freq: B::Vector,
     rotary: usize,
     /// Of a row of queries, keys and values.
@@ -258,9 +279,11 @@ impl<'a, B: Backend> Layer<'a, B> {
         let width = (heads + 2 * kv_heads) * head_dim;
         Self {
             backend,
-            encoder: backend.encoder(&limits(1024, width)).expect("an encoder"),
+            encoder: backend.encoder(&StepLimits { context: case.context, ..limits(1024, width) }).expect("an encoder"),
             kv: backend.kv_cache(&layout, case.kv_type, blocks).expect("a cache"),
             shape: case.shape,
+            // Some of no consequence, some that take most of the weight.
+            sinks: case.sinks.then(|| vector(&rng.normals(heads).iter().map(|x| 4.0 * x).collect::<Vec<_>>())),
             norm: case.norm.then(|| [vector(&rng.normals(head_dim)), vector(&rng.normals(head_dim))]),
             inv_freq: vector(&inv_freq),
             rotary: case.rotary,

@@ -228,7 +228,7 @@ fn attention<B: Backend>(backend: &B, shape: &AttentionShape, batches: &[Range<u
         encoder.begin(&step.step());
         encoder.rope_angles(&inv_freq, 1.0, &mut angles);
         encoder.rope_store_kv(&mut qkv, shape, None, &angles, &mut kv, 0);
-        encoder.attention(&qkv, shape, &kv, 0, &mut out);
+        encoder.attention(&qkv, shape, None, &kv, 0, &mut out);
         let out = read::<B>(&mut encoder, &out, step.rows() * out_width);
         results.extend(&out[others * out_width..]);
     }

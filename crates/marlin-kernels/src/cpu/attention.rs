@@ -58,6 +58,7 @@ struct Call<'a> {
     step: &'a HostStep,
     qkv: &'a HostBuffer,
     shape: &'a AttentionShape,
+    sinks: Option<&'a [f32]>,
     cache: &'a HostKvLayer,
     block_tokens: usize,
 }
@@ -84,13 +85,14 @@ impl Attention {
         step: &HostStep,
         qkv: &HostBuffer,
         shape: &AttentionShape,
+        sinks: Option<&[f32]>,
         kv: &HostKvCache,
         layer: usize,
         out: &mut HostBuffer,
         simd: SimdLevel,
         threads: &Threads,
     ) {
-        let call = Call { step, qkv, shape, cache: &kv.layers[layer], block_tokens: kv.block_tokens };
+        let call = Call { step, qkv, shape, sinks, cache: &kv.layers[layer], block_tokens: kv.block_tokens };
         let (dim, width) = (shape.head_dim, shape.heads * shape.head_dim);
         let out = Disjoint::new(out.output(step.rows(), width));
         let group = shape.heads / shape.kv_heads;
@@ -151,6 +153,13 @@ impl WithSimd for Item<'_> {
         scratch.sums[..queries * stride].fill(0.0);
         let mut softmax =
             Softmax { simd, stride, scratch, largest: [f32::NEG_INFINITY; TILE_QUERIES], total: [0.0; TILE_QUERIES] };
+        if let Some(sinks) = call.sinks {
+            // A sink is a key that is seen first, whose value is 0.
+            for query in 0..queries {
+                softmax.largest[query] = sinks[heads.start + query % heads.len()];
+                softmax.total[query] = 1.0;
+            }
+        }
 
         // Positions rise by one from row to row, so the first row sees furthest back and the last one furthest on.
         let seen = call.seen(tile.rows.start).start..call.seen(tile.rows.end - 1).end;

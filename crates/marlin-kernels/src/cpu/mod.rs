@@ -268,11 +268,14 @@ impl Encoder<CpuBackend> for CpuEncoder {
         &mut self,
         qkv: &HostBuffer,
         shape: &AttentionShape,
+        sinks: Option<&Vec<f32>>,
         kv: &HostKvCache,
         layer: usize,
         out: &mut HostBuffer,
     ) {
-        self.attention.run(&self.step, qkv, shape, kv, layer, out, self.simd, &self.threads);
+        let sinks = sinks.map(Vec::as_slice);
+        assert!(sinks.is_none_or(|sinks| sinks.len() == shape.heads), "a sink for each head");
+        self.attention.run(&self.step, qkv, shape, sinks, kv, layer, out, self.simd, &self.threads);
     }
 
     fn select_logit_rows(&mut self, x: &HostBuffer, out: &mut HostBuffer) {

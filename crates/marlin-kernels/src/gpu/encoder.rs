@@ -171,12 +171,13 @@ impl Encoder<GpuBackend> for GpuEncoder {
         &mut self,
         qkv: &GpuBuffer,
         shape: &AttentionShape,
+        sinks: Option<&GpuVector>,
         kv: &GpuKvCache,
         layer: usize,
         out: &mut GpuBuffer,
     ) {
         let Self { gpu, recorder, step, linear, .. } = self;
-        self.attention.attention(gpu, recorder, step, qkv, shape, kv, layer, out, linear);
+        self.attention.attention(gpu, recorder, step, qkv, shape, sinks, kv, layer, out, linear);
     }
 
     fn select_logit_rows(&mut self, x: &GpuBuffer, out: &mut GpuBuffer) {

@@ -244,6 +244,7 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
         &mut self,
         qkv: &HostBuffer,
         shape: &AttentionShape,
+        sinks: Option<&Vec<f32>>,
         kv: &HostKvCache,
         layer: usize,
         out: &mut HostBuffer,
@@ -259,9 +260,10 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
                 let kv_head = head / (shape.heads / shape.kv_heads);
                 let score = |&slot: &usize| dot(query, &load(&cache.keys, kv_head, slot)) * f64::from(shape.scale);
                 let scores: Vec<f64> = slots.iter().map(score).collect();
-                let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let sink = sinks.map_or(f64::NEG_INFINITY, |sinks| f64::from(sinks[head]));
+                let largest = scores.iter().copied().fold(sink, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
-                let total: f64 = weights.iter().sum();
+                let total = weights.iter().sum::<f64>() + (sink - largest).exp();
                 let mut sums = vec![0.0; shape.head_dim];
                 for (&slot, weight) in slots.iter().zip(weights) {
                     for (sum, value) in sums.iter_mut().zip(load(&cache.values, kv_head, slot)) {

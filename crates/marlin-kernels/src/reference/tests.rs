@@ -130,7 +130,7 @@ fn attention_weighs_what_it_sees() {
     let angles = buffer(2, &[1.0, 0.0, 1.0, 0.0, 1.0, 0.0]);
     encoder.rope_store_kv(&mut qkv, &shape, None, &angles, &mut kv, 0);
     let mut out = ReferenceBackend.buffer(3, 4).unwrap();
-    encoder.attention(&qkv, &shape, &kv, 0, &mut out);
+    encoder.attention(&qkv, &shape, None, &kv, 0, &mut out);
     // Row 2: the first head weighs the second key by e^(ln 3 · 2 · ½) = 3, the others by 1; the second head sees all alike.
     let tenth = 0.099_975_586;
     assert_close(&out.values()[..4], &[tenth, 8.0, tenth, 8.0]);
@@ -138,7 +138,7 @@ fn attention_weighs_what_it_sees() {
     assert_close(&out.values()[8..], &[first, 9.0 / 5.0, second, 9.0 / 3.0]);
 
     let windowed = AttentionShape { window: Some(2), ..shape };
-    encoder.attention(&qkv, &windowed, &kv, 0, &mut out);
+    encoder.attention(&qkv, &windowed, None, &kv, 0, &mut out);
     assert_close(&out.values()[8..], &[13.0 / 4.0, 1.0 / 4.0, 2.5, 0.5]);
 }
 

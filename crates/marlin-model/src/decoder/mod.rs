@@ -196,7 +196,7 @@ impl<B: Backend> Attention<B> {
         let normed = Input::Normed { x: &work.hidden, weight: input_norm, eps };
         encoder.linear(normed, &self.qkv_proj, &mut work.qkv);
         encoder.rope_store_kv(&mut work.qkv, &self.shape, norm, &work.angles[self.rope], kv_cache, layer);
-        encoder.attention(&work.qkv, &self.shape, kv_cache, layer, &mut work.attention);
+        encoder.attention(&work.qkv, &self.shape, None, kv_cache, layer, &mut work.attention);
         self.o_proj.encode(encoder, &work.attention, &mut work.block_output, &mut work.hidden, eps);
     }
 }

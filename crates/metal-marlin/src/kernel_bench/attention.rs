@@ -123,8 +123,8 @@ impl AttentionGroup {
             table_offsets: &[0, blocks as u32],
             logit_rows: &[],
         });
-        let seconds =
-            bench.seconds(&mut encoder, |encoder, i| encoder.attention(&qkv, &SHAPE, &kv, i % layers, &mut out))?;
+        let seconds = bench
+            .seconds(&mut encoder, |encoder, i| encoder.attention(&qkv, &SHAPE, None, &kv, i % layers, &mut out))?;
         Ok(Measurement { name, seconds, work: case.work(bytes_per_token) })
     }
 }

@@ -9,12 +9,12 @@ use std::sync::Arc;
 use self::split::{CombineVariant, SplitAttention, SplitVariant};
 use self::store::StoreVariant;
 use self::tile::{TileAttention, TileVariant};
-use super::device::Gpu;
+use super::device::{Gpu, Storage};
 use super::linear::LinearEncoder;
 use super::pipeline::{Binding, Kernel, Pipeline, Variants};
 use super::recorder::Recorder;
 use super::step::StepBuffers;
-use super::{GpuArithmetic, GpuBackend, GpuBuffer, GpuKvCache};
+use super::{GpuArithmetic, GpuBackend, GpuBuffer, GpuKvCache, GpuVector};
 use crate::{AttentionShape, KernelError, KvType, QkNorm, StepLimits};
 
 /// Records attention and what the cache needs.
@@ -63,6 +63,11 @@ const ATTENTION_TOKEN: &str = "struct AttentionToken {\n    row: u32,\n    posit
 /// Positions that a query looks back over, as kernels see it.
 fn window(shape: &AttentionShape) -> u32 {
     shape.window.and_then(|window| u32::try_from(window).ok()).unwrap_or(u32::MAX)
+}
+
+/// What is bound as the sinks; anything will do if there are none.
+fn sink_scores<'a>(sinks: Option<&'a GpuVector>, qkv: &'a GpuBuffer) -> &'a Storage {
+    sinks.map_or(&qkv.storage, |sinks| &sinks.storage)
 }
 
 impl AttentionEncoder {
@@ -136,6 +141,7 @@ impl AttentionEncoder {
         step: &StepBuffers,
         qkv: &GpuBuffer,
         shape: &AttentionShape,
+        sinks: Option<&GpuVector>,
         kv: &GpuKvCache,
         layer: usize,
         out: &mut GpuBuffer,
@@ -144,13 +150,14 @@ impl AttentionEncoder {
         out.output(step.rows, shape.heads * shape.head_dim);
         kv.layers[layer].check(shape);
         assert_eq!((qkv.rows, qkv.width), (step.rows, (shape.heads + 2 * shape.kv_heads) * shape.head_dim));
-        let tiled = self.tile.run(gpu, recorder, step, qkv, shape, kv, layer, out);
+        assert!(sinks.is_none_or(|sinks| sinks.values.len() == shape.heads), "a sink for each head");
+        let tiled = self.tile.run(gpu, recorder, step, qkv, shape, sinks, kv, layer, out);
         let split = tiled.and_then(|tiled| {
             let tokens = if tiled { step.untiled } else { step.rows };
             // The linear that follows finds its input packed, if all of it is.
             let packs = !tiled && packs_heads(gpu, shape.head_dim);
             let packed = if packs { linear.pack_output(out) } else { None };
-            self.split.run(gpu, recorder, step, tokens, qkv, shape, kv, layer, out, packed)
+            self.split.run(gpu, recorder, step, tokens, qkv, shape, sinks, kv, layer, out, packed)
         });
         if let Err(error) = split {
             gpu.fail(&error);

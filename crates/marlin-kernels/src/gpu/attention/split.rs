@@ -1,14 +1,14 @@
 //! Attention of few queries at a time over many keys: each split of a sequence's positions by itself, then their sums put together.
 
 use super::store::{KvPlanes, kv_constants};
-use super::{ATTENTION_TOKEN, window};
+use super::{ATTENTION_TOKEN, sink_scores, window};
 use crate::gpu::device::{Gpu, Storage};
 use crate::gpu::kv::KV_UNIT;
 use crate::gpu::linear::PACKED_OUTPUT;
 use crate::gpu::pipeline::{Binding, Kernel, Variants};
 use crate::gpu::recorder::Recorder;
 use crate::gpu::step::StepBuffers;
-use crate::gpu::{GpuBuffer, GpuKvCache};
+use crate::gpu::{GpuBuffer, GpuKvCache, GpuVector};
 use crate::{AttentionShape, KernelError, KvType, StepLimits};
 
 /// What to change when the kernels are measured on another device.
@@ -126,11 +126,16 @@ impl SplitVariant {
             write("split_sums", "f32"),
             write("split_softmax", "vec2<f32>"),
             write("out", "f32"),
+            read("sinks", "f32"),
         ];
         if kv_type.code().is_some() {
             bindings.extend([read("key_scales", "f16"), read("value_scales", "f16")]);
         }
-        let files = vec![planes.load, include_str!("../shaders/attention_split.wgsl")];
+        let files = vec![
+            planes.load,
+            include_str!("../shaders/attention_sinks.wgsl"),
+            include_str!("../shaders/attention_split.wgsl"),
+        ];
         let mut kernel = Kernel { name: "attention_split", prelude, bindings, files };
         pack_heads(&mut kernel, packs, heads * head_dim);
         kernel
@@ -146,8 +151,13 @@ impl CombineVariant {
             Binding::read("split_softmax", "vec2<f32>"),
             Binding::read("attention_tokens", "AttentionToken"),
             Binding::write("out", "vec4<f32>"),
+            Binding::read("sinks", "f32"),
         ];
-        let files = vec![include_str!("../shaders/attention_combine.wgsl"), include_str!("../shaders/reduce.wgsl")];
+        let files = vec![
+            include_str!("../shaders/attention_sinks.wgsl"),
+            include_str!("../shaders/attention_combine.wgsl"),
+            include_str!("../shaders/reduce.wgsl"),
+        ];
         let mut kernel = Kernel { name: "attention_combine", prelude, bindings, files };
         pack_heads(&mut kernel, packs, head_dim);
         kernel
@@ -224,6 +234,7 @@ impl SplitAttention {
         tokens: usize,
         qkv: &GpuBuffer,
         shape: &AttentionShape,
+        sinks: Option<&GpuVector>,
         kv: &GpuKvCache,
         layer: usize,
         out: &GpuBuffer,
@@ -246,9 +257,11 @@ impl SplitAttention {
         let StepBuffers { attention_tokens, block_tables, .. } = step;
         let (keys, values) = (&cache.keys.storage, &cache.values.storage);
         let (sums, softmax) = (&scratch.sums, &scratch.softmax);
+        let sink_scores = sink_scores(sinks, qkv);
         for first in (0..tokens).step_by(most.max(1)) {
             let count = most.min(tokens - first);
-            let buffers = [&qkv.storage, keys, values, attention_tokens, block_tables, sums, softmax, &out.storage];
+            let buffers =
+                [&qkv.storage, keys, values, attention_tokens, block_tables, sums, softmax, &out.storage, sink_scores];
             let parameters = [
                 shape.heads as u32,
                 shape.kv_heads as u32,
@@ -258,6 +271,7 @@ impl SplitAttention {
                 kv.slots() as u32,
                 *split as u32,
                 first as u32,
+                u32::from(sinks.is_some()),
             ];
             let workgroups = [splits, shape.kv_heads * group.div_ceil(variant.heads), count];
             let scales = cache.keys.scales.iter().chain(&cache.values.scales);
@@ -268,8 +282,9 @@ impl SplitAttention {
                 continue;
             }
             let combine = combine.get(gpu, variant.combine(), CombineVariant::kernel)?;
-            let parameters = [shape.heads as u32, window, *split as u32, first as u32, splits as u32];
-            let buffers = [sums, softmax, attention_tokens, &out.storage].into_iter().chain(packed);
+            let parameters =
+                [shape.heads as u32, window, *split as u32, first as u32, splits as u32, u32::from(sinks.is_some())];
+            let buffers = [sums, softmax, attention_tokens, &out.storage, sink_scores].into_iter().chain(packed);
             recorder.dispatch(combine, buffers, &parameters, [shape.heads, count, 1]);
         }
         Ok(())

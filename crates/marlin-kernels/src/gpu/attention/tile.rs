@@ -1,13 +1,13 @@
 //! Attention of many queries of a sequence at once, on matrix units.
 
 use super::store::{KvPlanes, kv_constants};
-use super::{ATTENTION_TOKEN, window};
+use super::{ATTENTION_TOKEN, sink_scores, window};
 use crate::gpu::device::{Gpu, Matrices};
 use crate::gpu::kv::KV_UNIT;
 use crate::gpu::pipeline::{Binding, Kernel, Variants};
 use crate::gpu::recorder::Recorder;
 use crate::gpu::step::{StepBuffers, TILE_TOKENS};
-use crate::gpu::{GpuBuffer, GpuKvCache};
+use crate::gpu::{GpuBuffer, GpuKvCache, GpuVector};
 use crate::{AttentionShape, KernelError, KvType};
 
 /// Queries and keys of a workgroup's tile; of these the first that fits into workgroup memory. A subgroup has 16 queries, whose sums its
@@ -84,11 +84,17 @@ impl TileVariant {
             read("query_tiles", "QueryTile"),
             read("block_tables", "u32"),
             Binding::write("out", "f32"),
+            read("sinks", "f32"),
         ];
         if kv_type.code().is_some() {
             bindings.extend([read("key_scales", "f16"), read("value_scales", "f16")]);
         }
-        let files = vec![matrices.module(), planes.load, include_str!("../shaders/attention_tile.wgsl")];
+        let files = vec![
+            matrices.module(),
+            planes.load,
+            include_str!("../shaders/attention_sinks.wgsl"),
+            include_str!("../shaders/attention_tile.wgsl"),
+        ];
         Kernel { name: "attention_tile", prelude, bindings, files }
     }
 }
@@ -107,6 +113,7 @@ impl TileAttention {
         step: &StepBuffers,
         qkv: &GpuBuffer,
         shape: &AttentionShape,
+        sinks: Option<&GpuVector>,
         kv: &GpuKvCache,
         layer: usize,
         out: &GpuBuffer,
@@ -116,7 +123,9 @@ impl TileAttention {
         let cache = &kv.layers[layer];
         let StepBuffers { attention_tokens, query_tiles, block_tables, .. } = step;
         let (keys, values) = (&cache.keys.storage, &cache.values.storage);
-        let buffers = [&qkv.storage, keys, values, attention_tokens, query_tiles, block_tables, &out.storage];
+        let sink_scores = sink_scores(sinks, qkv);
+        let buffers =
+            [&qkv.storage, keys, values, attention_tokens, query_tiles, block_tables, &out.storage, sink_scores];
         let scales = cache.keys.scales.iter().chain(&cache.values.scales);
         let parameters = [
             shape.heads as u32,
@@ -125,6 +134,7 @@ impl TileAttention {
             window(shape),
             kv.block_tokens as u32,
             kv.slots() as u32,
+            u32::from(sinks.is_some()),
         ];
         let workgroups = [shape.heads, step.tiles() * (TILE_TOKENS / variant.queries), 1];
         recorder.dispatch(kernel, buffers.into_iter().chain(scales), &parameters, workgroups);

@@ -11,6 +11,7 @@ struct Params {
     first_token: u32,
     // Splits that each head has room for.
     splits: u32,
+    has_sinks: u32,
 }
 var<immediate> params: Params;
 
@@ -40,7 +41,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     }
     let largest = reduce_max(lane, softmax.x);
     let weight = exp2(softmax.x - largest);
-    let total = reduce_sum(lane, weight * softmax.y);
+    let total = reduce_sum(lane, weight * softmax.y) + sink_weight(head, largest);
     weights[lane] = select(0.0, weight * (1.0 / total), lane < splits);
     weights[SIZE + lane] = 0.0;
     workgroupBarrier();

@@ -22,13 +22,13 @@ struct Params {
     split: u32,
     // The first of attention_tokens of this dispatch.
     first_token: u32,
+    has_sinks: u32,
 }
 var<immediate> params: Params;
 
 // Invocations, and positions of a tile.
 const SIZE = 128u;
 const LOWEST = -3.4028234663852886e38;
-const LOG2_E = 1.4426950408889634;
 // Keys from one row of `partial` to the next, so that rows begin in different banks.
 const PARTIAL_ROW = SIZE + 4u;
 
@@ -215,7 +215,8 @@ fn main(
         if (@hu < count) {
             let head = first_head + @hu;
             if (workgroups.x == 1u) {
-                let value = of_head(sum, @hu) * (1.0 / of_head(total, @hu));
+                let all = of_head(total, @hu) + sink_weight(head, of_head(largest, @hu));
+                let value = of_head(sum, @hu) * (1.0 / all);
                 out[(token.row * params.heads + head) * DIM + dim] = value;
                 keep_output(@hu * DIM + dim, value);
             } else {

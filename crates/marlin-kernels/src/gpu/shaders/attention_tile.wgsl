@@ -15,11 +15,11 @@ struct Params {
     block_tokens: u32,
     // Tokens that the cache has room for.
     slots: u32,
+    has_sinks: u32,
 }
 var<immediate> params: Params;
 
 const LOWEST = -3.4028234663852886e38;
-const LOG2_E = 1.4426950408889634;
 const SLACK = 8.0;
 const INVOCATIONS = 2u * TILE_ROWS;
 // Rows in workgroup memory, which begin in different banks: of weights (and queries, 16 dimensions at a time), keys, values.
@@ -252,7 +252,7 @@ fn main(
 
     halves[index] = total;
     workgroupBarrier();
-    factors[r] = 1.0 / (total + halves[index ^ 1u]);
+    factors[r] = 1.0 / (total + halves[index ^ 1u] + sink_weight(head, reference));
     @for b < BLOCKS
     @for k < PER_BLOCK
     @for m < PER_BLOCK
