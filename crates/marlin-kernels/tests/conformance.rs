@@ -1,4 +1,4 @@
-//! The conformance table of this machine's devices: each row is a test.
+//! The conformance table of this machine's devices: each row is a test. Slow rows are run by `scripts/test --full`.
 
 use std::process::ExitCode;
 
@@ -18,8 +18,8 @@ fn main() -> ExitCode {
     let without_gpu = add_gpu(&mut table);
     table.add_independence();
     let rows = table.into_rows().map(|row| {
-        let name = row.name().to_owned();
-        Trial::test(name, move || row.run().result.map_err(Into::into))
+        let (name, is_slow) = (row.name().to_owned(), row.is_slow());
+        Trial::test(name, move || row.run().result.map_err(Into::into)).with_ignored_flag(is_slow)
     });
     libtest_mimic::run(&Arguments::from_args(), rows.chain(without_gpu).collect()).exit_code()
 }

@@ -32,6 +32,11 @@ pub struct DeviceOptions {
     /// original
     #[arg(long)]
     pub exact: bool,
+
+    /// Make a sequence's results on a GPU the same to the bit whatever else it computes, as they are on a CPU: much slower
+    /// for long prompts and many sequences
+    #[arg(long)]
+    pub batch_invariant: bool,
 }
 
 /// Which device, as `--device` names it.
@@ -122,8 +127,13 @@ impl DeviceOptions {
         if adapter.is_none() && !matches!(self.device, DeviceChoice::Gpu(_)) {
             return CpuBackend::new(self.cpu()).map(Device::Cpu);
         }
-        GpuBackend::new(GpuOptions { adapter, pipeline_cache: kernels_folder(), ..GpuOptions::default() })
-            .map(Device::Gpu)
+        let options = GpuOptions {
+            adapter,
+            batch_invariant: self.batch_invariant,
+            pipeline_cache: kernels_folder(),
+            ..GpuOptions::default()
+        };
+        GpuBackend::new(options).map(Device::Gpu)
     }
 
     /// How the CPU is used.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::{AttentionShape, Backend, Encoder, KvLayer, KvLayout, KvType, QkNorm, StepLimits};
+use crate::{AttentionShape, Backend, Encoder, KvLayer, KvLayout, KvType, QkNorm};
 
 use super::support::{Case, Pages, Ragged, Rng, limits, poisoned, read, upload};
 use super::{Device, Table};
@@ -34,20 +34,21 @@ const TILED_BATCHES: [&[Range<usize>]; 3] = [
 /// Widths of heads: those of models, and one that is no power of two of anything.
 pub const HEAD_DIMS: [usize; 7] = [24, 64, 80, 96, 128, 192, 256];
 
-/// Tokens that a sequence may reach.
-const CONTEXT: usize = 512;
-
 pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
     for kv_type in KvType::ALL {
         let suffix = format!("kv-{}", kv_type.name());
+        let (dims, windows) = match kv_type {
+            KvType::F16 => (&HEAD_DIMS[..], &[1, 7, 16, 33, 129, 200][..]),
+            _ => (&[24, 80, 128][..], &[33, 129][..]),
+        };
         let heads = [(2, 2), (4, 2), (4, 1), (9, 1)].map(|heads| (heads, 64));
-        let dims = HEAD_DIMS.map(|dim| ((14, 2), dim));
+        let dims = dims.iter().map(|&dim| ((14, 2), dim));
         for ((heads, kv_heads), dim) in heads.into_iter().chain(dims) {
             let name = format!("attention/heads={heads}:{kv_heads},dim={dim},{suffix}");
             let shape = shape(heads, kv_heads, dim, None);
             table.add(device, name, move |device| attention(device, shape, kv_type));
         }
-        for window in [1, 7, 16, 33, 129, 200] {
+        for &window in windows {
             let shape = shape(4, 2, 64, Some(window));
             table.add(device, format!("attention/window={window},{suffix}"), move |device| {
                 attention(device, shape, kv_type)
@@ -65,26 +66,36 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
     }
 }
 
-/// Rows of attention in half precision, for steps that bring many tokens of a sequence.
-pub(super) fn add_tiled_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
-    let heads = [(2, 2), (9, 1)].map(|heads| (heads, 64, None));
-    let dims = HEAD_DIMS.map(|dim| ((4, 2), dim, None));
-    let windows = [1, 16, 33, 200].map(|window| ((4, 2), 64, Some(window)));
-    for ((heads, kv_heads), dim, window) in heads.into_iter().chain(dims).chain(windows) {
-        let shape = shape(heads, kv_heads, dim, window);
-        let of = window.map_or(String::new(), |window| format!(",window={window}"));
-        table.add(device, format!("attention-tiled/heads={heads}:{kv_heads},dim={dim}{of}"), move |device| {
-            for kv_type in [KvType::F16, KvType::Fp8, KvType::Int8, KvType::Fp4] {
-                for batch in TILED_BATCHES {
-                    let case = Attention::new(shape, kv_type, 16, batch);
-                    // Queries, keys, values and weights are rounded by up to 2^-11 of themselves.
-                    let bound = bound(kv_type).max(1e-6);
-                    device.check(&case, bound, &format!("positions {batch:?}, {}", kv_type.name()))?;
-                }
+/// Rows of attention in half precision, for steps that bring many tokens of a sequence; `dims` are widths of heads, of which the first
+/// gets most of the rows.
+pub(super) fn add_tiled_rows<B: Backend>(table: &mut Table, device: &Device<B>, dims: &[usize]) {
+    let base = shape(4, 2, dims[0], None);
+    let mut add = |name: String, shape: AttentionShape, kv_types: &'static [KvType], rounding: f64| {
+        table.add(device, format!("attention-tiled/{name}"), move |device| {
+            for (&kv_type, batch) in kv_types.iter().flat_map(|kv_type| TILED_BATCHES.map(|batch| (kv_type, batch))) {
+                let case = Attention::new(shape, kv_type, 16, batch);
+                let bound = bound(kv_type).max(rounding);
+                device.check(&case, bound, &format!("positions {batch:?}, {}", kv_type.name()))?;
             }
             Ok(())
         });
+    };
+    // Queries, keys, values and weights are rounded by up to 2^-11 of themselves.
+    let rounding = 1e-6;
+    let codes = &[KvType::Fp8, KvType::Int8, KvType::Fp4];
+    for (heads, kv_heads) in [(2, 2), (4, 2), (9, 1)] {
+        let shape = AttentionShape { heads, kv_heads, ..base };
+        add(format!("heads={heads}:{kv_heads},dim={}", dims[0]), shape, &[KvType::F16], rounding);
     }
+    for &dim in &dims[1..] {
+        add(format!("heads=4:2,dim={dim}"), shape(4, 2, dim, None), &[KvType::F16], rounding);
+    }
+    for window in [1, 16, 33, 200] {
+        add(format!("window={window}"), AttentionShape { window: Some(window), ..base }, &[KvType::F16], rounding);
+    }
+    add("quantised-kv".into(), base, codes, rounding);
+    // Scores of up to ± 50, so that the largest one grows from tile to tile; the error of one changes its weight by as much.
+    add("sharp".into(), AttentionShape { scale: 12.0 * base.scale, ..base }, &[KvType::F16], 1e-3);
 }
 
 /// Rows of heads that are no whole units of a GPU.
@@ -247,7 +258,7 @@ impl<'a, B: Backend> Layer<'a, B> {
         let width = (heads + 2 * kv_heads) * head_dim;
         Self {
             backend,
-            encoder: backend.encoder(&StepLimits { context: CONTEXT, ..limits(1024, width) }).expect("an encoder"),
+            encoder: backend.encoder(&limits(1024, width)).expect("an encoder"),
             kv: backend.kv_cache(&layout, case.kv_type, blocks).expect("a cache"),
             shape: case.shape,
             norm: case.norm.then(|| [vector(&rng.normals(head_dim)), vector(&rng.normals(head_dim))]),

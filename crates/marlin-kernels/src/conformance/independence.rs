@@ -1,13 +1,16 @@
-//! Rows that hold for the CPU: a row's result is bitwise the same alone, in any batch, and on any number of threads.
+//! Rows that compare a device with itself: a row's result is bitwise the same alone, in any batch, and on any number of threads. On a GPU it is
+//! so within each kernel, and everywhere in batch-invariant mode.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
+use crate::gpu::GpuBackend;
 use crate::{Activation, AttentionShape, Backend, Encoder, Input, KvLayer, KvLayout, KvType, LinearPart};
 use marlin_format::{Format, Grouping, Scheme};
 
 use super::Table;
-use super::matrices::random;
+use super::matrices::{random, schemes};
 use super::support::{Pages, Rng, limits, poisoned, read, upload};
 
 /// Rows of the largest batch, more than two of the blocks in which rows pass over weights, and how it is cut: all at once, in
@@ -25,7 +28,9 @@ pub(crate) fn add_rows(table: &mut Table) {
             for (name, scheme) in dense.into_iter().chain(sparse) {
                 let scheme = scheme.expect("its usual groups");
                 table.add_plain(format!("independence/linear/{name}/{mode}"), move || {
-                    equal_in_all_batches(simd, arithmetic, |backend, rows| linear(backend, scheme, rows))
+                    equal_in_all_batches(simd, arithmetic, |backend, rows| {
+                        linear(backend, &Linear::mixed(scheme), rows)
+                    })
                 });
             }
         }
@@ -45,6 +50,70 @@ pub(crate) fn add_rows(table: &mut Table) {
     }
 }
 
+/// Rows of a GPU in batches that one kernel takes, and how they are cut: by the blocks of the kernels for few rows.
+const GPU_BATCHES: [(usize, [usize; 2]); 2] = [(12, [4, 3]), (24, [8, 6])];
+/// Rows of batches that all kernels would take, and how they are cut.
+const INVARIANT_ROWS: usize = 64;
+const INVARIANT_BATCHES: [usize; 3] = [INVARIANT_ROWS, 7, 1];
+
+/// Rows of a GPU, in its usual mode and in the batch-invariant one.
+pub(crate) fn add_gpu_rows(table: &mut Table, usual: &Arc<GpuBackend>, invariant: &Arc<GpuBackend>, label: &str) {
+    for name in ["fp4", "int4", "fp8", "bf16", "fp4-2of4"] {
+        let (_, scheme) = schemes().into_iter().find(|(found, _)| found == name).expect("a scheme of the table");
+        let backend = usual.clone();
+        table.add_plain(format!("independence/linear/{name}/{label}"), move || {
+            GPU_BATCHES.into_iter().try_for_each(|(rows, sizes)| {
+                same_in_batches(rows, sizes, |batches| linear(&*backend, &Linear::fused(scheme), batches))
+            })
+        });
+        let backend = invariant.clone();
+        table.add_plain(format!("independence/linear/{name}/{label}-invariant"), move || {
+            same_in_batches(INVARIANT_ROWS, INVARIANT_BATCHES, |batches| {
+                linear(&*backend, &Linear::fused(scheme), batches)
+            })
+        });
+    }
+    for (heads, kv_heads, dim) in [(4, 4, 64), (14, 2, 80)] {
+        let shape = AttentionShape { heads, kv_heads, head_dim: dim, scale: 0.1, window: None };
+        let backend = invariant.clone();
+        table.add_plain(
+            format!("independence/attention/heads={heads}:{kv_heads},dim={dim}/{label}-invariant"),
+            move || same_in_batches(ROWS, BATCHES, |batches| attention(&*backend, &shape, batches)),
+        );
+    }
+}
+
+/// `rows` rows in batches of each size. `run` gives the results of some rows, as many values for each.
+fn same_in_batches(
+    rows: usize,
+    sizes: impl IntoIterator<Item = usize>,
+    run: impl Fn(&[Range<usize>]) -> Vec<f32>,
+) -> Result<(), String> {
+    let mut first = None;
+    for size in sizes {
+        check_same(&mut first, run(&batches(rows, size)), &format!("in batches of {size} of {rows}"))?;
+    }
+    Ok(())
+}
+
+fn batches(rows: usize, size: usize) -> Vec<Range<usize>> {
+    (0..rows).step_by(size).map(|start| start..rows.min(start + size)).collect()
+}
+
+/// Compares results with the first ones, bit by bit.
+fn check_same(first: &mut Option<Vec<f32>>, found: Vec<f32>, how: &str) -> Result<(), String> {
+    let Some(first) = first else {
+        *first = Some(found);
+        return Ok(());
+    };
+    match (0..found.len()).find(|&i| found[i].to_bits() != first[i].to_bits()) {
+        None => Ok(()),
+        Some(i) => {
+            Err(format!("value {i} of {} is {:e} {how}, and was {:e} at first", found.len(), found[i], first[i]))
+        }
+    }
+}
+
 /// Runs all rows in batches of each size, on each number of threads. `run` gives the results of some rows, as many values for
 /// each.
 fn equal_in_all_batches(
@@ -52,48 +121,63 @@ fn equal_in_all_batches(
     arithmetic: Arithmetic,
     run: impl Fn(&CpuBackend, &[Range<usize>]) -> Vec<f32>,
 ) -> Result<(), String> {
-    let mut first: Option<Vec<f32>> = None;
+    let mut first = None;
     for threads in THREADS {
         let options = CpuOptions { threads: Some(threads), arithmetic, simd: Some(simd) };
         let backend = CpuBackend::new(options).map_err(|error| error.to_string())?;
         for size in BATCHES {
-            let batches: Vec<_> = (0..ROWS).step_by(size).map(|start| start..ROWS.min(start + size)).collect();
-            let found = run(&backend, &batches);
-            let expected = first.get_or_insert_with(|| found.clone());
-            if let Some(i) = (0..found.len()).find(|&i| found[i].to_bits() != expected[i].to_bits()) {
-                return Err(format!(
-                    "value {i} of {} is {:e} in batches of {size} on {threads} threads, {:e} in one batch on one thread",
-                    found.len(),
-                    found[i],
-                    expected[i]
-                ));
-            }
+            let found = run(&backend, &batches(ROWS, size));
+            check_same(&mut first, found, &format!("in batches of {size} on {threads} threads"))?;
         }
     }
     Ok(())
 }
 
-fn linear(backend: &CpuBackend, scheme: Scheme, batches: &[Range<usize>]) -> Vec<f32> {
+/// Two matrices `[n, k]` of one linear.
+struct Linear {
+    schemes: [Scheme; 2],
+    n: usize,
+    k: usize,
+}
+
+impl Linear {
+    /// Of different schemes, and of no round shape.
+    fn mixed(scheme: Scheme) -> Self {
+        Self { schemes: [scheme, Scheme { grouping: Grouping::Tensor, ..Scheme::BF16 }], n: 41, k: 300 }
+    }
+
+    /// Which a GPU takes for one.
+    fn fused(scheme: Scheme) -> Self {
+        Self { schemes: [scheme; 2], n: 64, k: 320 }
+    }
+}
+
+/// The products of some rows and of their norms, and what both matrices make of the norms as gate and what it gates.
+fn linear<B: Backend>(backend: &B, shape: &Linear, batches: &[Range<usize>]) -> Vec<f32> {
     let mut rng = Rng(40);
-    let (n, k) = (41, 300);
-    let weight = random(scheme, n, k, &mut rng);
-    let up = random(Scheme { grouping: Grouping::Tensor, ..Scheme::BF16 }, n, k, &mut rng);
+    let Linear { schemes, n, k } = *shape;
+    let [weight, up] = schemes.map(|scheme| random(scheme, n, k, &mut rng));
     let parts = [LinearPart { weight, bias: Some(rng.normals(n)) }, LinearPart { weight: up, bias: None }];
     let linear = backend.load_linear(&parts).expect("matrices that fit together");
+    let norm = backend.load_vector(&rng.normals(k)).expect("a vector");
     let x = rng.normals(ROWS * k);
     let mut results = Vec::new();
     for batch in batches {
         let rows = batch.len();
         let x = upload(backend, k, &x[batch.start * k..batch.end * k]);
+        let normed = || Input::Normed { x: &x, weight: &norm, eps: 1e-5 };
         let mut encoder = backend.encoder(&limits(rows, k)).expect("an encoder");
-        let mut both = poisoned(backend, rows, 2 * n);
+        let mut plain = poisoned(backend, rows, 2 * n);
+        let mut of_norm = poisoned(backend, rows, 2 * n);
         let mut gated = poisoned(backend, rows, n);
-        encoder.linear(Input::Rows(&x), &linear, &mut both);
-        encoder.linear_gated(Input::Rows(&x), &linear, Activation::Silu, &mut gated);
-        let (both, gated) =
-            (read::<CpuBackend>(&mut encoder, &both, rows * 2 * n), read::<CpuBackend>(&mut encoder, &gated, rows * n));
+        encoder.linear(Input::Rows(&x), &linear, &mut plain);
+        encoder.linear(normed(), &linear, &mut of_norm);
+        encoder.linear_gated(normed(), &linear, Activation::Silu, &mut gated);
+        let mut read = |buffer, width| read::<B>(&mut encoder, buffer, rows * width);
+        let (plain, of_norm, gated) = (read(&plain, 2 * n), read(&of_norm, 2 * n), read(&gated, n));
         for row in 0..rows {
-            results.extend(&both[row * 2 * n..][..2 * n]);
+            results.extend(&plain[row * 2 * n..][..2 * n]);
+            results.extend(&of_norm[row * 2 * n..][..2 * n]);
             results.extend(&gated[row * n..][..n]);
         }
     }
@@ -117,7 +201,7 @@ fn rms_norm(backend: &CpuBackend, batches: &[Range<usize>]) -> Vec<f32> {
 }
 
 /// One sequence in chunks, while another one takes part in every step.
-fn attention(backend: &CpuBackend, shape: &AttentionShape, batches: &[Range<usize>]) -> Vec<f32> {
+fn attention<B: Backend>(backend: &B, shape: &AttentionShape, batches: &[Range<usize>]) -> Vec<f32> {
     let mut rng = Rng(42);
     let width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
     let out_width = shape.heads * shape.head_dim;
@@ -145,7 +229,7 @@ fn attention(backend: &CpuBackend, shape: &AttentionShape, batches: &[Range<usiz
         encoder.rope_angles(&inv_freq, 1.0, &mut angles);
         encoder.rope_store_kv(&mut qkv, shape, None, &angles, &mut kv, 0);
         encoder.attention(&qkv, shape, &kv, 0, &mut out);
-        let out = read::<CpuBackend>(&mut encoder, &out, step.rows() * out_width);
+        let out = read::<B>(&mut encoder, &out, step.rows() * out_width);
         results.extend(&out[others * out_width..]);
     }
     results

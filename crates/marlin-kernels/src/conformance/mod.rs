@@ -54,6 +54,7 @@ pub struct Table {
 /// One check.
 pub struct Row {
     name: String,
+    is_slow: bool,
     run: Box<dyn FnOnce() -> Checked + Send>,
 }
 
@@ -134,13 +135,29 @@ impl Table {
             GpuArithmetic::Exact => Bounds { linear: 1e-12, embed: 1e-13, share: 1e-5 },
             GpuArithmetic::Half => Bounds { linear: 5e-6, embed: 5e-7, share: 1e-5 },
         };
-        let device = Device::new(label, GpuBackend::new(options)?, bounds);
+        let device = Device {
+            emulates_matrices: matrices != GpuMatrices::Device,
+            is_checked: options.checked,
+            ..Device::new(label, GpuBackend::new(options.clone())?, bounds)
+        };
         match matrices {
-            GpuMatrices::Device => self.add_device(&device, arithmetic == GpuArithmetic::Exact),
+            GpuMatrices::Device => {
+                self.add_device(&device, arithmetic == GpuArithmetic::Exact);
+                if !options.checked {
+                    let invariant = Arc::new(GpuBackend::new(GpuOptions { batch_invariant: true, ..options })?);
+                    independence::add_gpu_rows(self, &device.backend, &invariant, &device.label);
+                }
+            }
             GpuMatrices::Emulated(_) => linear::add_rows_of_many(self, &device),
         }
         if arithmetic == GpuArithmetic::Half && device.backend.multiplies_matrices() {
-            attention::add_tiled_rows(self, &device);
+            // Compilers take minutes for wide heads where matrices are emulated: the smaller the matrices, the more of them there are.
+            let dims = match matrices {
+                GpuMatrices::Device => &[64, 80, 96, 128, 192, 256][..],
+                GpuMatrices::Emulated(MatrixSize::Sixteen) => &[32, 80],
+                GpuMatrices::Emulated(MatrixSize::Eight) => &[32],
+            };
+            attention::add_tiled_rows(self, &device, dims);
         }
         Ok(device.backend)
     }
@@ -184,14 +201,16 @@ impl Table {
         run: impl FnOnce(&Device<B>) -> Result<(), String> + Send + 'static,
     ) {
         let name = format!("{name}/{}", device.label);
+        // Compilers take minutes for emulated matrices.
+        let is_slow = device.emulates_matrices && (device.is_checked || name.starts_with("linear-tiles"));
         let device = device.for_row();
         let run = Box::new(move || (run(&device), device.error.get()));
-        self.rows.push(Row { name, run });
+        self.rows.push(Row { name, is_slow, run });
     }
 
     /// A row that compares with something else than the reference.
     fn add_plain(&mut self, name: String, run: impl FnOnce() -> Result<(), String> + Send + 'static) {
-        self.rows.push(Row { name, run: Box::new(move || (run(), None)) });
+        self.rows.push(Row { name, is_slow: false, run: Box::new(move || (run(), None)) });
     }
 }
 
@@ -213,6 +232,11 @@ impl Row {
     /// Operation, case, and device: `linear-add/fp4-g32/gpu-half`.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// It takes minutes where matrix units are emulated: not for every day.
+    pub fn is_slow(&self) -> bool {
+        self.is_slow
     }
 
     /// Runs it. An operation that panics has failed.
@@ -248,13 +272,25 @@ struct Device<B> {
     bounds: Bounds,
     /// Results are compared with the reference.
     compares: bool,
+    /// It plays matrix units by plain arithmetic.
+    emulates_matrices: bool,
+    /// Its kernels check bounds.
+    is_checked: bool,
     /// The error nearest to its bound so far.
     error: Cell<Option<ErrorFound>>,
 }
 
 impl<B> Device<B> {
     fn new(label: String, backend: B, bounds: Bounds) -> Self {
-        Self { label: label.into(), backend: Arc::new(backend), bounds, compares: true, error: Cell::default() }
+        Self {
+            label: label.into(),
+            backend: Arc::new(backend),
+            bounds,
+            compares: true,
+            emulates_matrices: false,
+            is_checked: false,
+            error: Cell::default(),
+        }
     }
 
     /// The same device, for another row.

@@ -93,9 +93,9 @@ impl Rng {
     }
 }
 
-/// Limits that just fit.
+/// Limits that just fit. No sequence of the table is longer: what encoders keep for attention grows with the context.
 pub(crate) fn limits(tokens: usize, width: usize) -> StepLimits {
-    StepLimits { tokens, context: 1 << 20, width, vocabulary: 1 << 20, logit_rows: 0 }
+    StepLimits { tokens, context: 512, width, vocabulary: 1 << 20, logit_rows: 0 }
 }
 
 /// A buffer with these rows.

@@ -22,6 +22,9 @@ pub struct GpuOptions {
     pub checked: bool,
     /// How linears compute.
     pub arithmetic: GpuArithmetic,
+    /// A row's results are bitwise the same whatever else is in a step, and however many rows it has: one kernel for all of them. Steps of
+    /// many rows are much slower.
+    pub batch_invariant: bool,
     /// What multiplies the matrices of linears in half precision.
     pub matrices: GpuMatrices,
     /// The folder that keeps compiled kernels for the next time, where the device allows that; none are kept if `None`.
@@ -100,9 +103,13 @@ impl GpuCaps {
         let (info, limits, features) = (adapter.get_info(), adapter.limits(), adapter.features());
         Self {
             driver: format!("{} {} {}", info.backend, info.driver, info.driver_info),
-            name: info.name,
             shares_memory: matches!(info.device_type, wgpu::DeviceType::IntegratedGpu | wgpu::DeviceType::Cpu),
-            subgroup: [info.subgroup_min_size, info.subgroup_max_size],
+            // Those of Apple's GPUs are 32, though wgpu cannot ask.
+            subgroup: match info.backend {
+                wgpu::Backend::Metal if info.name.starts_with("Apple") => [32, 32],
+                _ => [info.subgroup_min_size, info.subgroup_max_size],
+            },
+            name: info.name,
             max_binding: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min(MAX_BINDING),
             workgroup_memory: limits.max_compute_workgroup_storage_size,
             subgroups: features.contains(SUBGROUPS),
@@ -156,6 +163,7 @@ pub(super) struct Gpu {
     pub(super) queue: wgpu::Queue,
     pub(super) caps: GpuCaps,
     pub(super) arithmetic: GpuArithmetic,
+    pub(super) batch_invariant: bool,
     /// What linears in half precision use.
     pub(super) matrices: Option<Matrices>,
     checked: bool,
@@ -192,7 +200,9 @@ impl Matrices {
     }
 
     fn of(options: &GpuOptions, caps: &GpuCaps) -> Option<Self> {
-        if options.arithmetic == GpuArithmetic::Exact || caps.workgroup_memory < MATRICES_WORKGROUP_MEMORY {
+        // Few rows never go to matrix units, and in this mode many rows are sums of the same order.
+        let has_one_kernel = options.arithmetic == GpuArithmetic::Exact || options.batch_invariant;
+        if has_one_kernel || caps.workgroup_memory < MATRICES_WORKGROUP_MEMORY {
             return None;
         }
         match options.matrices {
@@ -371,6 +381,7 @@ impl Gpu {
             device,
             queue,
             arithmetic: options.arithmetic,
+            batch_invariant: options.batch_invariant,
             matrices: Matrices::of(&options, &caps),
             caps,
             checked: options.checked,

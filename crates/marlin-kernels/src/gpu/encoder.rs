@@ -10,7 +10,7 @@ use super::pipeline::{Binding, Kernel, Pipeline};
 use super::recorder::Recorder;
 use super::sampling::Sampler;
 use super::step::StepBuffers;
-use super::{GpuArithmetic, GpuBackend, GpuBuffer, GpuKvCache, GpuVector, MAX_WORKGROUPS};
+use super::{GpuBackend, GpuBuffer, GpuKvCache, GpuVector, MAX_WORKGROUPS};
 use crate::{Activation, AttentionShape, Encoder, Input, KernelError, QkNorm, SampleRow, SamplingId, Step, StepLimits};
 
 /// Records operations, and runs them when it is told to.
@@ -42,10 +42,10 @@ impl std::fmt::Debug for GpuEncoder {
 }
 
 impl GpuEncoder {
-    pub(super) fn bytes(limits: &StepLimits, arithmetic: GpuArithmetic) -> usize {
+    pub(super) fn bytes(gpu: &Gpu, limits: &StepLimits) -> usize {
         let parts = [
             StepBuffers::bytes(limits),
-            LinearEncoder::bytes(limits, arithmetic),
+            LinearEncoder::bytes(gpu, limits),
             AttentionEncoder::bytes(limits),
             Sampler::bytes(limits),
             // Where logits are read; tokens that are chosen on the device take next to nothing.
@@ -175,7 +175,8 @@ impl Encoder<GpuBackend> for GpuEncoder {
         layer: usize,
         out: &mut GpuBuffer,
     ) {
-        self.attention.attention(&self.gpu, &mut self.recorder, &self.step, qkv, shape, kv, layer, out);
+        let Self { gpu, recorder, step, linear, .. } = self;
+        self.attention.attention(gpu, recorder, step, qkv, shape, kv, layer, out, linear);
     }
 
     fn select_logit_rows(&mut self, x: &GpuBuffer, out: &mut GpuBuffer) {
@@ -187,6 +188,7 @@ impl Encoder<GpuBackend> for GpuEncoder {
     }
 
     fn sample(&mut self, logits: &mut GpuBuffer, rows: &[SampleRow<'_>]) -> SamplingId {
+        logits.written();
         self.sampler.sample(&self.gpu, &mut self.recorder, logits, rows)
     }
 

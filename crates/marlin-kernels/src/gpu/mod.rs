@@ -17,6 +17,8 @@ mod probe;
 mod recorder;
 mod registry;
 mod sampling;
+#[cfg(test)]
+mod spirv;
 mod step;
 mod timing;
 mod unroll;
@@ -104,7 +106,7 @@ impl MemoryUse for GpuBackend {
     }
 
     fn encoder_bytes(&self, limits: &StepLimits) -> usize {
-        GpuEncoder::bytes(limits, self.gpu.arithmetic)
+        GpuEncoder::bytes(&self.gpu, limits)
     }
 }
 

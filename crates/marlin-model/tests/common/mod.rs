@@ -102,6 +102,8 @@ pub(crate) enum Device {
     Reference,
     Cpu(CpuOptions),
     Gpu(GpuArithmetic),
+    /// The GPU in its usual arithmetic, batch-invariant.
+    InvariantGpu,
 }
 
 /// The GPU, if there is one: opened once for each arithmetic, because its kernels are compiled once.
@@ -117,6 +119,13 @@ fn gpu(arithmetic: GpuArithmetic) -> Option<&'static GpuBackend> {
         GpuArithmetic::Half => &HALF,
     };
     opened.get_or_init(open).as_ref()
+}
+
+/// The same, batch-invariant.
+fn invariant_gpu() -> Option<&'static GpuBackend> {
+    static INVARIANT: OnceLock<Option<GpuBackend>> = OnceLock::new();
+    let options = GpuOptions { batch_invariant: true, ..GpuOptions::default() };
+    INVARIANT.get_or_init(|| gpu(options.arithmetic).and_then(|_| GpuBackend::new(options).ok())).as_ref()
 }
 
 impl Device {
@@ -141,6 +150,7 @@ impl Device {
         let model = match self {
             Self::Reference => load_model(&ReferenceBackend, &checkpoint, options)?,
             Self::Cpu(cpu) => load_model(&CpuBackend::new(cpu).expect("a CPU"), &checkpoint, options)?,
+            Self::InvariantGpu => load_model(invariant_gpu().expect("a GPU"), &checkpoint, options)?,
             Self::Gpu(arithmetic) => load_model(gpu(arithmetic).expect("a GPU"), &checkpoint, options)?,
         };
         Ok(Model { model, batch: StepBatch::new() })

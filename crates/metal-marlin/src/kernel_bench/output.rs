@@ -43,7 +43,7 @@ impl Group {
             format!("{:.2} to {:.2}", seconds.min * 1e6, seconds.max * 1e6),
             format!("{:.1}", per_second / 1e9),
             format!("{:.0} %", 100.0 * per_second / self.read_bandwidth()),
-            format!("{:.2}", work.operations / seconds.median / 1e12),
+            format!("{:.3}", work.operations / seconds.median / 1e12),
         ]
     }
 }

@@ -6,14 +6,15 @@ mod tile;
 
 use std::sync::Arc;
 
-use self::split::{SplitAttention, SplitVariant};
+use self::split::{CombineVariant, SplitAttention, SplitVariant};
 use self::store::StoreVariant;
 use self::tile::{TileAttention, TileVariant};
 use super::device::Gpu;
+use super::linear::LinearEncoder;
 use super::pipeline::{Binding, Kernel, Pipeline, Variants};
 use super::recorder::Recorder;
 use super::step::StepBuffers;
-use super::{GpuBackend, GpuBuffer, GpuKvCache};
+use super::{GpuArithmetic, GpuBackend, GpuBuffer, GpuKvCache};
 use crate::{AttentionShape, KernelError, KvType, QkNorm, StepLimits};
 
 /// Records attention and what the cache needs.
@@ -28,18 +29,27 @@ pub(super) struct AttentionEncoder {
 /// Compiles the kernels for heads of these widths, which attention does for those that it meets.
 pub(super) fn compile(gpu: &Gpu, head_dims: &[usize]) -> Result<(), KernelError> {
     for &head_dim in head_dims {
-        gpu.pipeline(&split::combine_kernel(head_dim))?;
+        for packs in [false, true].into_iter().filter(|packs| !packs || packs_heads(gpu, head_dim)) {
+            gpu.pipeline(&CombineVariant { head_dim, packs }.kernel())?;
+            for kv_type in KvType::ALL {
+                for group in [1, 2, 4] {
+                    gpu.pipeline(&SplitVariant::new(kv_type, head_dim, group, packs).kernel())?;
+                }
+            }
+        }
         for variant in KvType::ALL.into_iter().filter_map(|kv_type| TileVariant::new(gpu, kv_type, head_dim)) {
             gpu.pipeline(&variant.kernel())?;
-        }
-        for (kv_type, group) in KvType::ALL.into_iter().flat_map(|kv_type| [1, 2, 4].map(|group| (kv_type, group))) {
-            gpu.pipeline(&SplitVariant::new(kv_type, head_dim, group).kernel())?;
         }
     }
     for (kv_type, normed) in KvType::ALL.into_iter().flat_map(|kv_type| [false, true].map(|normed| (kv_type, normed))) {
         gpu.pipeline(&StoreVariant { kv_type, normed }.kernel())?;
     }
     Ok(())
+}
+
+/// Whether heads of this width can be packed for a linear as attention writes them: they are whole units of it.
+fn packs_heads(gpu: &Gpu, head_dim: usize) -> bool {
+    gpu.arithmetic == GpuArithmetic::Half && head_dim.is_multiple_of(32)
 }
 
 /// What kernels know of a token.
@@ -129,6 +139,7 @@ impl AttentionEncoder {
         kv: &GpuKvCache,
         layer: usize,
         out: &mut GpuBuffer,
+        linear: &mut LinearEncoder,
     ) {
         out.output(step.rows, shape.heads * shape.head_dim);
         kv.layers[layer].check(shape);
@@ -136,7 +147,10 @@ impl AttentionEncoder {
         let tiled = self.tile.run(gpu, recorder, step, qkv, shape, kv, layer, out);
         let split = tiled.and_then(|tiled| {
             let tokens = if tiled { step.untiled } else { step.rows };
-            self.split.run(gpu, recorder, step, tokens, qkv, shape, kv, layer, out)
+            // The linear that follows finds its input packed, if all of it is.
+            let packs = !tiled && packs_heads(gpu, shape.head_dim);
+            let packed = if packs { linear.pack_output(out) } else { None };
+            self.split.run(gpu, recorder, step, tokens, qkv, shape, kv, layer, out, packed)
         });
         if let Err(error) = split {
             gpu.fail(&error);

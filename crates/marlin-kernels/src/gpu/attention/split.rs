@@ -4,6 +4,7 @@ use super::store::{KvPlanes, kv_constants};
 use super::{ATTENTION_TOKEN, window};
 use crate::gpu::device::{Gpu, Storage};
 use crate::gpu::kv::KV_UNIT;
+use crate::gpu::linear::PACKED_OUTPUT;
 use crate::gpu::pipeline::{Binding, Kernel, Variants};
 use crate::gpu::recorder::Recorder;
 use crate::gpu::step::StepBuffers;
@@ -35,7 +36,7 @@ pub(super) struct SplitAttention {
     split: usize,
     scratch: Scratch,
     kernels: Variants<SplitVariant>,
-    combine: Variants<usize>,
+    combine: Variants<CombineVariant>,
 }
 
 /// What splits leave for the kernel that puts them together: of each row of a dispatch, head and split …
@@ -53,18 +54,33 @@ pub(super) struct SplitVariant {
     head_dim: usize,
     /// Query heads of a workgroup: 1, 2 or 4.
     heads: usize,
+    /// Heads that one split takes are packed, too.
+    packs: bool,
+}
+
+/// What the kernel that puts splits together is compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct CombineVariant {
+    pub(super) head_dim: usize,
+    /// Heads are packed, too.
+    pub(super) packs: bool,
 }
 
 impl SplitVariant {
     /// For `group` query heads of each KV head.
-    pub(super) fn new(kv_type: KvType, head_dim: usize, group: usize) -> Self {
+    pub(super) fn new(kv_type: KvType, head_dim: usize, group: usize, packs: bool) -> Self {
         let room = (tuning::MOST_HEADS_BY_DIM / head_dim).clamp(1, tuning::MOST_HEADS);
         // Powers of two: a type of each width.
-        Self { kv_type, head_dim, heads: group.next_power_of_two().min(1 << room.ilog2()) }
+        Self { kv_type, head_dim, heads: group.next_power_of_two().min(1 << room.ilog2()), packs }
+    }
+
+    /// The variant of the other kernel.
+    fn combine(self) -> CombineVariant {
+        CombineVariant { head_dim: self.head_dim, packs: self.packs }
     }
 
     pub(super) fn kernel(self) -> Kernel {
-        let Self { kv_type, head_dim, heads } = self;
+        let Self { kv_type, head_dim, heads, packs } = self;
         let chunks = head_dim / KV_UNIT;
         let key_lanes = chunks.next_power_of_two().min(tuning::PARTIALS_PER_KEY / heads);
         let key_units = chunks.div_ceil(key_lanes);
@@ -115,21 +131,43 @@ impl SplitVariant {
             bindings.extend([read("key_scales", "f16"), read("value_scales", "f16")]);
         }
         let files = vec![planes.load, include_str!("../shaders/attention_split.wgsl")];
-        Kernel { name: "attention_split", prelude, bindings, files }
+        let mut kernel = Kernel { name: "attention_split", prelude, bindings, files };
+        pack_heads(&mut kernel, packs, heads * head_dim);
+        kernel
     }
 }
 
-/// The kernel that puts splits together.
-pub(super) fn combine_kernel(head_dim: usize) -> Kernel {
-    let prelude = format!("{ATTENTION_TOKEN}const DIM = {head_dim}u;\n");
-    let bindings = vec![
-        Binding::read("split_sums", "vec4<f32>"),
-        Binding::read("split_softmax", "vec2<f32>"),
-        Binding::read("attention_tokens", "AttentionToken"),
-        Binding::write("out", "vec4<f32>"),
-    ];
-    let files = vec![include_str!("../shaders/attention_combine.wgsl"), include_str!("../shaders/reduce.wgsl")];
-    Kernel { name: "attention_combine", prelude, bindings, files }
+impl CombineVariant {
+    pub(super) fn kernel(self) -> Kernel {
+        let Self { head_dim, packs } = self;
+        let prelude = format!("{ATTENTION_TOKEN}const DIM = {head_dim}u;\n");
+        let bindings = vec![
+            Binding::read("split_sums", "vec4<f32>"),
+            Binding::read("split_softmax", "vec2<f32>"),
+            Binding::read("attention_tokens", "AttentionToken"),
+            Binding::write("out", "vec4<f32>"),
+        ];
+        let files = vec![include_str!("../shaders/attention_combine.wgsl"), include_str!("../shaders/reduce.wgsl")];
+        let mut kernel = Kernel { name: "attention_combine", prelude, bindings, files };
+        pack_heads(&mut kernel, packs, head_dim);
+        kernel
+    }
+}
+
+/// Lets a kernel pack the heads that it writes, of which a workgroup has so many values.
+fn pack_heads(kernel: &mut Kernel, packs: bool, values: usize) {
+    if packs {
+        kernel.prelude += &format!("const KEPT = {values}u;\n");
+        kernel.bindings.extend(PACKED_OUTPUT);
+        kernel.files.extend([
+            include_str!("../shaders/pack.wgsl"),
+            include_str!("../shaders/pack_output.wgsl"),
+            include_str!("../shaders/pack_heads.wgsl"),
+        ]);
+    } else {
+        kernel.prelude += "fn keep_output(i: u32, value: f32) {}\n\
+                           fn pack_heads(row: u32, first: u32, count: u32, heads: u32, lane: u32) {}\n";
+    }
 }
 
 impl Scratch {
@@ -189,6 +227,7 @@ impl SplitAttention {
         kv: &GpuKvCache,
         layer: usize,
         out: &GpuBuffer,
+        packed: Option<[&Storage; 2]>,
     ) -> Result<(), KernelError> {
         let Self { split, scratch, kernels, combine } = self;
         let cache = &kv.layers[layer];
@@ -199,7 +238,7 @@ impl SplitAttention {
         };
         let splits = step.attention_positions(tokens).map(splits).max().unwrap_or(1);
         let group = shape.heads / shape.kv_heads;
-        let variant = SplitVariant::new(kv.kv_type, shape.head_dim, group);
+        let variant = SplitVariant::new(kv.kv_type, shape.head_dim, group, packed.is_some());
         let kernel = kernels.get(gpu, variant, SplitVariant::kernel)?;
         let most = if splits == 1 { tokens } else { scratch.rows(shape, splits) };
         assert!(most > 0 || tokens == 0, "an encoder for inputs as wide as all heads");
@@ -222,13 +261,15 @@ impl SplitAttention {
             ];
             let workgroups = [splits, shape.kv_heads * group.div_ceil(variant.heads), count];
             let scales = cache.keys.scales.iter().chain(&cache.values.scales);
-            recorder.dispatch(kernel, buffers.into_iter().chain(scales), &parameters, workgroups);
+            let packed = packed.into_iter().flatten();
+            let buffers = buffers.into_iter().chain(scales).chain(packed.clone());
+            recorder.dispatch(kernel, buffers, &parameters, workgroups);
             if splits == 1 {
                 continue;
             }
-            let combine = combine.get(gpu, shape.head_dim, combine_kernel)?;
+            let combine = combine.get(gpu, variant.combine(), CombineVariant::kernel)?;
             let parameters = [shape.heads as u32, window, *split as u32, first as u32, splits as u32];
-            let buffers = [sums, softmax, attention_tokens, &out.storage];
+            let buffers = [sums, softmax, attention_tokens, &out.storage].into_iter().chain(packed);
             recorder.dispatch(combine, buffers, &parameters, [shape.heads, count, 1]);
         }
         Ok(())

@@ -131,3 +131,20 @@ impl TileAttention {
         Ok(true)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::{MatrixSize, spirv};
+
+    #[test]
+    fn kernels_for_cooperative_matrices_become_spirv() {
+        let matrices = Matrices { size: MatrixSize::Sixteen, is_emulated: false };
+        for (kv_type, head_dim) in [(KvType::F16, 64), (KvType::F16, 128), (KvType::Fp8, 80), (KvType::Fp4, 256)] {
+            for [queries, keys] in TILES {
+                let variant = TileVariant { matrices, kv_type, head_dim, queries, keys };
+                spirv::assert_cooperative(&variant.kernel(), &format!("{variant:?}"));
+            }
+        }
+    }
+}

@@ -4,7 +4,7 @@ use super::pack::{Packer, Prepared, rows};
 use super::{GpuLinear, LinearKernels, Part, Shape};
 use crate::gpu::device::{Gpu, Storage};
 use crate::gpu::recorder::Recorder;
-use crate::gpu::{GpuArithmetic, GpuBackend, GpuBuffer};
+use crate::gpu::{GpuBackend, GpuBuffer};
 use crate::{Activation, Input, KernelError, StepLimits};
 
 /// What becomes of a linear's sums; numbered as in `epilogue.wgsl`.
@@ -23,8 +23,8 @@ pub(in crate::gpu) struct LinearEncoder {
 }
 
 impl LinearEncoder {
-    pub(in crate::gpu) fn bytes(limits: &StepLimits, arithmetic: GpuArithmetic) -> usize {
-        Packer::bytes(limits, arithmetic)
+    pub(in crate::gpu) fn bytes(gpu: &Gpu, limits: &StepLimits) -> usize {
+        Packer::bytes(gpu, limits)
     }
 
     pub(in crate::gpu) fn new(gpu: &Gpu, limits: &StepLimits) -> Result<Self, KernelError> {
@@ -78,6 +78,11 @@ impl LinearEncoder {
             (None, 0) => (&part.kernels.plain, Epilogue::Store, part.first),
             (None, _) => (&part.kernels.plain, gate, part.first - half),
         });
+    }
+
+    /// Where an operation packs `out`, which it is about to write, for the linear that takes it: with `pack_output.wgsl`.
+    pub(in crate::gpu) fn pack_output(&mut self, out: &GpuBuffer) -> Option<[&Storage; 2]> {
+        self.packer.pack_output(out)
     }
 
     /// Runs the parts of a linear, each with the kernels, the epilogue and the first output that `of_part` gives.

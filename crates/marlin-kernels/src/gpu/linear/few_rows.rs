@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use super::format::DeviceFormat;
 use super::layout::{QUAD, UNIT};
-use super::pack::{Packing, Prepared, VECTOR, four_functions};
+use super::pack::{PACKED_OUTPUT, Packing, Prepared, VECTOR, four_functions};
 use crate::KernelError;
 use crate::gpu::GpuArithmetic;
 use crate::gpu::device::Gpu;
-use crate::gpu::pipeline::{Binding, Kernel, Pipeline};
+use crate::gpu::pipeline::{Kernel, Pipeline};
 
 /// Rows of the input that a workgroup takes; more rows than the last go to the kernel for many.
 const ROW_BLOCKS: [usize; 3] = [1, 4, 8];
@@ -46,7 +46,7 @@ impl FewRowsTile {
     fn of(cols: usize, is_gated: bool) -> Self {
         match (cols.div_ceil(UNIT), is_gated) {
             (0..=16, _) => Self::new(8, 16, 1),
-            (17..=63, _) => Self::new(8, 8, 2),
+            (17..=64, _) => Self::new(8, 8, 2),
             (_, false) => Self::new(8, 4, 4),
             (_, true) => Self::new(8, 8, 4),
         }
@@ -61,13 +61,15 @@ impl FewRowsTile {
 #[derive(Debug, Clone)]
 pub(super) struct FewRows {
     tile: FewRowsTile,
-    /// By [`ROW_BLOCKS`].
-    blocks: [Arc<Pipeline>; ROW_BLOCKS.len()],
+    /// By rows of the input, which are [`ROW_BLOCKS`].
+    blocks: Vec<(usize, Arc<Pipeline>)>,
     /// For the norm of one row, where it is worth packing it in each workgroup.
     normed: Option<Arc<Pipeline>>,
     outputs: usize,
     /// They pack their output.
     packs_output: bool,
+    /// They are the only ones: many rows are blocks of few.
+    takes_all: bool,
 }
 
 impl FewRows {
@@ -81,30 +83,42 @@ impl FewRows {
     ) -> Result<Self, KernelError> {
         let tile = FewRowsTile::of(cols, is_gated);
         let variant = |rows, is_normed| {
-            let sums_subgroups = gpu.caps.subgroups && gpu.caps.subgroup[0] as usize >= tile.lanes;
+            // Not in single precision, so that every device shows both ways to be right.
+            let sums_subgroups = format.arithmetic == GpuArithmetic::Half
+                && gpu.caps.subgroups
+                && gpu.caps.subgroup[0] as usize >= tile.lanes;
             Variant { tile, rows, is_gated, is_normed, sums_subgroups, cols }
         };
         let kernel = |variant: Variant| gpu.pipeline(&variant.kernel(format));
         let normed = variant(1, true);
-        let is_worth_it = format.arithmetic == GpuArithmetic::Half
+        // In single precision larger blocks have more sums than registers.
+        let most = if format.arithmetic == GpuArithmetic::Exact { 4 } else { FEW_ROWS };
+        let is_made = |rows: &usize| *rows == most || *rows < most && !gpu.batch_invariant;
+        let blocks = ROW_BLOCKS.into_iter().filter(is_made);
+        let is_worth_it = !gpu.batch_invariant
+            && format.arithmetic == GpuArithmetic::Half
             && cols.is_multiple_of(VECTOR)
             && outputs.div_ceil(tile.outputs()) <= MOST_NORMS
             && normed.workgroup_bytes() <= NORMED_BYTES;
-        let [one, four, eight] = ROW_BLOCKS.map(|rows| kernel(variant(rows, false)));
         Ok(Self {
             tile,
-            blocks: [one?, four?, eight?],
+            blocks: blocks.map(|rows| Ok((rows, kernel(variant(rows, false))?))).collect::<Result<_, KernelError>>()?,
             normed: is_worth_it.then(|| kernel(normed)).transpose()?,
             outputs,
             packs_output: packs_output(format, is_gated),
+            takes_all: gpu.batch_invariant,
         })
     }
 
     /// The kernel for `m` rows, and its workgroups; `None` if they are many.
     pub(super) fn choose(&self, m: usize, prepared: Prepared) -> Option<(&Arc<Pipeline>, [usize; 3])> {
-        let block = ROW_BLOCKS.iter().position(|block| m <= *block)?;
-        let kernel = if prepared == Prepared::Unpacked { self.normed.as_ref()? } else { &self.blocks[block] };
-        Some((kernel, [self.outputs.div_ceil(self.tile.outputs()), 1, 1]))
+        let workgroups = self.outputs.div_ceil(self.tile.outputs());
+        if prepared == Prepared::Unpacked {
+            return Some((self.normed.as_ref()?, [workgroups, 1, 1]));
+        }
+        let enough = self.blocks.iter().find(|(rows, _)| m <= *rows);
+        let (rows, kernel) = enough.or_else(|| self.blocks.last().filter(|_| self.takes_all))?;
+        Some((kernel, [workgroups, m.div_ceil(*rows), 1]))
     }
 
     /// Whether there is a kernel that normalises its `m` rows of input.
@@ -114,7 +128,7 @@ impl FewRows {
 
     /// Whether the kernel for `m` rows packs its output.
     pub(super) fn packs_output(&self, m: usize) -> bool {
-        self.packs_output && m <= FEW_ROWS
+        self.packs_output && (m <= FEW_ROWS || self.takes_all)
     }
 }
 
@@ -184,9 +198,7 @@ impl Variant {
         if packs_output || self.is_normed {
             files.push(include_str!("../shaders/pack.wgsl"));
         }
-        let mut outputs = Vec::new();
         if packs_output {
-            outputs.extend([Binding::write("packed_out", "vec4<u32>"), Binding::write("packed_out_scales", "f32")]);
             prelude += &format!("const KEPT = {}u;\n", rows_at_once * self.tile.outputs());
             files.extend([include_str!("../shaders/pack_output.wgsl"), include_str!("../shaders/pack_gated.wgsl")]);
         } else {
@@ -211,7 +223,7 @@ impl Variant {
         }
         files.push(include_str!("../shaders/linear_rows.wgsl"));
         let mut kernel = super::linear(format, "linear_rows", packing, prelude, &files);
-        kernel.bindings.extend(outputs);
+        kernel.bindings.extend(PACKED_OUTPUT.into_iter().filter(|_| packs_output));
         kernel
     }
 }
@@ -221,7 +233,7 @@ mod tests {
     use super::*;
 
     fn variants() -> impl Iterator<Item = Variant> {
-        let tiles = [1, 17, 64, 4096].into_iter().flat_map(|units| [false, true].map(|is_gated| (units, is_gated)));
+        let tiles = [1, 17, 65, 4096].into_iter().flat_map(|units| [false, true].map(|is_gated| (units, is_gated)));
         let blocks = tiles.flat_map(|tile| ROW_BLOCKS.map(|rows| (tile, rows)));
         blocks.flat_map(|((units, is_gated), rows)| {
             [false, true].map(|sums_subgroups| {

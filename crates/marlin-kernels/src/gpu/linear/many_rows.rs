@@ -152,12 +152,10 @@ impl Tile {
 #[cfg(test)]
 mod tests {
     use marlin_format::{Format, Scheme};
-    use naga::back::spv;
-    use naga::valid::{Capabilities, ValidationFlags, Validator};
 
     use super::*;
-    use crate::gpu::GpuArithmetic;
     use crate::gpu::device::MATRICES_WORKGROUP_MEMORY;
+    use crate::gpu::{GpuArithmetic, spirv};
 
     fn table() -> impl Iterator<Item = (MatrixSize, &'static Tile)> {
         let of = |size, table: &'static [&'static [Tile]]| {
@@ -193,7 +191,6 @@ mod tests {
     /// Vulkan's drivers see what naga makes of WGSL. That Metal's kernels translate is tested for all of them together.
     #[test]
     fn kernels_for_cooperative_matrices_become_spirv() {
-        const COOPERATIVE_MATRIX_MUL_ADD: u32 = 4459;
         let schemes =
             [Format::Fp4, Format::Int4, Format::Int8].map(|format| format.scheme(None).expect("its usual groups"));
         let matrices = Matrices { size: MatrixSize::Sixteen, is_emulated: false };
@@ -201,28 +198,9 @@ mod tests {
             let format = DeviceFormat::of(&scheme, GpuArithmetic::Half);
             for (tile, is_gated) in SIXTEEN.iter().flat_map(|tiles| tiles.iter()).zip([false, true].into_iter().cycle())
             {
-                let source = tile.kernel(&format, matrices, is_gated).source();
-                let module = naga::front::wgsl::parse_str(&source).map_err(|error| error.emit_to_string(&source));
-                let module = module.unwrap_or_else(|error| panic!("{tile:?} for {scheme}: {error}"));
-                let info = Validator::new(ValidationFlags::all(), Capabilities::all()).validate(&module);
-                let info =
-                    info.unwrap_or_else(|error| panic!("{tile:?} for {scheme}: {}", error.emit_to_string(&source)));
-                let words = spv::write_vec(&module, &info, &spv::Options::default(), None);
-                let words = words.unwrap_or_else(|error| panic!("{tile:?} for {scheme}: {error}"));
-                let opcodes = instructions(&words);
-                assert!(opcodes.contains(&COOPERATIVE_MATRIX_MUL_ADD), "{tile:?} for {scheme}");
+                let what = format!("{tile:?} for {scheme}");
+                spirv::assert_cooperative(&tile.kernel(&format, matrices, is_gated), &what);
             }
         }
-    }
-
-    /// The opcodes of a SPIR-V module: after a header of five words, each instruction begins with its length and its opcode.
-    fn instructions(words: &[u32]) -> Vec<u32> {
-        let mut opcodes = Vec::new();
-        let mut at = 5;
-        while let Some(word) = words.get(at) {
-            opcodes.push(word & 0xffff);
-            at += (word >> 16).max(1) as usize;
-        }
-        opcodes
     }
 }

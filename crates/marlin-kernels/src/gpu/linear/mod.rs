@@ -17,6 +17,7 @@ use self::few_rows::FewRows;
 use self::format::DeviceFormat;
 use self::layout::{QUAD, Rows, UNIT};
 use self::many_rows::ManyRows;
+pub(super) use self::pack::PACKED_OUTPUT;
 use self::pack::{Packing, Prepared};
 use super::GpuArithmetic;
 use super::device::{Gpu, Storage};

@@ -52,6 +52,10 @@ impl Packing {
     }
 }
 
+/// The bindings of a kernel that packs its output with `pack_output.wgsl`.
+pub(in crate::gpu) const PACKED_OUTPUT: [Binding; 2] =
+    [Binding::write("packed_out", "vec4<u32>"), Binding::write("packed_out_scales", "f32")];
+
 /// Where a linear's kernels find its input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Prepared {
@@ -115,11 +119,11 @@ pub(super) const VECTOR: usize = 4;
 
 impl Packer {
     /// Bytes of scratch memory.
-    pub(super) fn bytes(limits: &StepLimits, arithmetic: GpuArithmetic) -> usize {
-        match arithmetic {
+    pub(super) fn bytes(gpu: &Gpu, limits: &StepLimits) -> usize {
+        match gpu.arithmetic {
             GpuArithmetic::Exact => normed_bytes(limits),
             GpuArithmetic::Half => {
-                let sizes = [limits.tokens, output_rows(limits)].map(|rows| Packed::sizes(rows, limits.width));
+                let sizes = [limits.tokens, output_rows(gpu, limits)].map(|rows| Packed::sizes(rows, limits.width));
                 sizes.as_flattened().iter().sum()
             }
         }
@@ -134,7 +138,7 @@ impl Packer {
             GpuArithmetic::Half => Self::Half {
                 kernels: PackKernels::new(gpu)?,
                 packed: Packed::new(gpu, limits.tokens, limits.width)?,
-                output: Packed::new(gpu, output_rows(limits), limits.width)?,
+                output: Packed::new(gpu, output_rows(gpu, limits), limits.width)?,
             },
         })
     }
@@ -193,6 +197,19 @@ impl Packer {
         output.into_iter().flat_map(Packed::buffers)
     }
 
+    /// Where another operation packs what it is about to write.
+    pub(super) fn pack_output(&mut self, out: &GpuBuffer) -> Option<[&Storage; 2]> {
+        let Self::Half { kernels, packed, .. } = self else {
+            return None;
+        };
+        let wants_units = kernels.rows.is_none() || out.rows <= FEW_ROWS;
+        if !wants_units || !packed.has_room_for(out) {
+            return None;
+        }
+        packed.source = Some(Source::of(&Input::Rows(out)));
+        Some(packed.buffers())
+    }
+
     /// A linear has packed its output.
     pub(super) fn output_is_packed(&mut self, out: &GpuBuffer) {
         if let Self::Half { output, .. } = self {
@@ -208,8 +225,8 @@ pub(super) fn rows<'a>(input: &Input<'a, GpuBackend>) -> &'a GpuBuffer {
 }
 
 /// Rows of the outputs that linears pack.
-fn output_rows(limits: &StepLimits) -> usize {
-    limits.tokens.min(FEW_ROWS)
+fn output_rows(gpu: &Gpu, limits: &StepLimits) -> usize {
+    if gpu.batch_invariant { limits.tokens } else { limits.tokens.min(FEW_ROWS) }
 }
 
 fn normed_bytes(limits: &StepLimits) -> usize {
@@ -322,6 +339,10 @@ impl Packed {
         let [halves, scales] = Self::sizes(rows, width);
         let what = "the packed input of linears";
         Ok(Self { halves: gpu.storage(what, halves)?, scales: gpu.storage(what, scales)?, source: None })
+    }
+
+    fn has_room_for(&self, rows: &GpuBuffer) -> bool {
+        Self::sizes(rows.rows, rows.width)[0] as u64 <= self.halves.buffer.size()
     }
 
     fn buffers(&self) -> [&Storage; 2] {

@@ -65,5 +65,9 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             sum += partial_sums[other * VECTORS + lane];
         }
         out[(token.row * params.heads + head) * VECTORS + lane] = sum;
+        @for i < 4
+        keep_output(4u * lane + @iu, sum[@i]);
+        @end
     }
+    pack_heads(token.row, head, 1u, params.heads, lane);
 }

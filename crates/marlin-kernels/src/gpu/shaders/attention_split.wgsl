@@ -215,7 +215,9 @@ fn main(
         if (@hu < count) {
             let head = first_head + @hu;
             if (workgroups.x == 1u) {
-                out[(token.row * params.heads + head) * DIM + dim] = of_head(sum, @hu) * (1.0 / of_head(total, @hu));
+                let value = of_head(sum, @hu) * (1.0 / of_head(total, @hu));
+                out[(token.row * params.heads + head) * DIM + dim] = value;
+                keep_output(@hu * DIM + dim, value);
             } else {
                 let at = (workgroup.z * params.heads + head) * workgroups.x + workgroup.x;
                 split_sums[at * DIM + dim] = of_head(sum, @hu);
@@ -225,5 +227,8 @@ fn main(
             }
         }
         @end
+    }
+    if (workgroups.x == 1u) {
+        pack_heads(token.row, first_head, count, params.heads, lane);
     }
 }
