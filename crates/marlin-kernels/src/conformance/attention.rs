@@ -87,30 +87,39 @@ pub(super) fn add_tiled_rows<B: Backend>(table: &mut Table, device: &Device<B>, 
             TILED_BATCHES.map(|batch| Attention { sinks: true, ..Attention::new(base, KvType::F16, 16, batch) });
         cases.iter().try_for_each(|case| device.check(case, rounding, &format!("positions {:?}", case.batch)))
     });
-    let mut add = |name: String, shape: AttentionShape, kv_types: &'static [KvType], rounding: f64| {
-        table.add(device, format!("attention-tiled/{name}"), move |device| {
-            for (&kv_type, batch) in kv_types.iter().flat_map(|kv_type| TILED_BATCHES.map(|batch| (kv_type, batch))) {
-                let case = Attention::new(shape, kv_type, 16, batch);
-                let bound = bound(kv_type).max(rounding);
-                device.check(&case, bound, &format!("positions {batch:?}, {}", kv_type.name()))?;
-            }
-            Ok(())
-        });
-    };
+    let wide = device.with_heavy_rows(true);
+    let mut add =
+        |device: &Device<B>, name: String, shape: AttentionShape, kv_types: &'static [KvType], rounding: f64| {
+            table.add(device, format!("attention-tiled/{name}"), move |device| {
+                for (&kv_type, batch) in kv_types.iter().flat_map(|kv_type| TILED_BATCHES.map(|batch| (kv_type, batch)))
+                {
+                    let case = Attention::new(shape, kv_type, 16, batch);
+                    let bound = bound(kv_type).max(rounding);
+                    device.check(&case, bound, &format!("positions {batch:?}, {}", kv_type.name()))?;
+                }
+                Ok(())
+            });
+        };
     let codes = &[KvType::Fp8, KvType::Int8, KvType::Fp4];
     for (heads, kv_heads) in [(2, 2), (4, 2), (9, 1)] {
         let shape = AttentionShape { heads, kv_heads, ..base };
-        add(format!("heads={heads}:{kv_heads},dim={}", dims[0]), shape, &[KvType::F16], rounding);
+        add(device, format!("heads={heads}:{kv_heads},dim={}", dims[0]), shape, &[KvType::F16], rounding);
     }
     for &dim in &dims[1..] {
-        add(format!("heads=4:2,dim={dim}"), shape(4, 2, dim, None), &[KvType::F16], rounding);
+        add(&wide, format!("heads=4:2,dim={dim}"), shape(4, 2, dim, None), &[KvType::F16], rounding);
     }
     for window in [1, 16, 33, 200] {
-        add(format!("window={window}"), AttentionShape { window: Some(window), ..base }, &[KvType::F16], rounding);
+        add(
+            device,
+            format!("window={window}"),
+            AttentionShape { window: Some(window), ..base },
+            &[KvType::F16],
+            rounding,
+        );
     }
-    add("quantised-kv".into(), base, codes, rounding);
+    add(device, "quantised-kv".into(), base, codes, rounding);
     // Scores of up to ± 50, so that the largest one grows from tile to tile; the error of one changes its weight by as much.
-    add("sharp".into(), AttentionShape { scale: 12.0 * base.scale, ..base }, &[KvType::F16], 1e-3);
+    add(device, "sharp".into(), AttentionShape { scale: 12.0 * base.scale, ..base }, &[KvType::F16], 1e-3);
 }
 
 /// Rows of heads that are no whole units of a GPU.

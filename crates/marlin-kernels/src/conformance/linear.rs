@@ -63,6 +63,7 @@ pub(crate) fn add_rows_of_many<B: Backend>(table: &mut Table, device: &Device<B>
         ("gated-gelutanh", Epilogue::Gated(Activation::GeluTanh)),
     ];
     for (name, scheme) in schemes().into_iter().filter(|(name, _)| BLOCKS_SCHEMES.contains(&name.as_str())) {
+        let device = &device.with_heavy_rows(name != "fp4");
         for (epilogue_name, epilogue) in epilogues {
             table.add(device, format!("linear-row-blocks-{epilogue_name}/{name}"), move |device| {
                 row_blocks(device, scheme, epilogue)
@@ -75,6 +76,7 @@ pub(crate) fn add_rows_of_many<B: Backend>(table: &mut Table, device: &Device<B>
 }
 
 fn add_tiles<B: Backend>(table: &mut Table, device: &Device<B>, name: &str, scheme: Scheme) {
+    let device = &device.with_heavy_rows(true);
     table.add(device, format!("linear-tiles/{name}"), move |device| tiles(device, scheme, Epilogue::Store));
     table.add(device, format!("linear-tiles-gated/{name}"), move |device| {
         tiles(device, scheme, Epilogue::Gated(Activation::Silu))

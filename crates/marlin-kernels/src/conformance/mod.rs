@@ -137,9 +137,9 @@ impl Table {
         };
         let device = Device {
             emulates_matrices: matrices != GpuMatrices::Device,
-            is_checked: options.checked,
             ..Device::new(label, GpuBackend::new(options.clone())?, bounds)
         };
+        let device = device.with_heavy_rows(options.checked);
         match matrices {
             GpuMatrices::Device => {
                 self.add_device(&device, arithmetic == GpuArithmetic::Exact);
@@ -201,14 +201,8 @@ impl Table {
         run: impl FnOnce(&Device<B>) -> Result<(), String> + Send + 'static,
     ) {
         let name = format!("{name}/{}", device.label);
-        // Compilers take minutes for emulated matrices, of each scheme, tile and width.
-        let is_every_day = if name.starts_with("attention") {
-            !name.contains("dim=80")
-        } else {
-            name.contains("/fp4/") && !name.starts_with("linear-tiles")
-        };
-        let is_slow = device.emulates_matrices && (device.is_checked || !is_every_day);
         let device = device.for_row();
+        let is_slow = device.is_slow;
         let run = Box::new(move || (run(&device), device.error.get()));
         self.rows.push(Row { name, is_slow, run });
     }
@@ -279,8 +273,8 @@ struct Device<B> {
     compares: bool,
     /// It plays matrix units by plain arithmetic.
     emulates_matrices: bool,
-    /// Its kernels check bounds.
-    is_checked: bool,
+    /// Its rows take minutes each.
+    is_slow: bool,
     /// The error nearest to its bound so far.
     error: Cell<Option<ErrorFound>>,
 }
@@ -293,7 +287,7 @@ impl<B> Device<B> {
             bounds,
             compares: true,
             emulates_matrices: false,
-            is_checked: false,
+            is_slow: false,
             error: Cell::default(),
         }
     }
@@ -301,6 +295,11 @@ impl<B> Device<B> {
     /// The same device, for another row.
     fn for_row(&self) -> Self {
         Self { label: self.label.clone(), backend: self.backend.clone(), error: Cell::default(), ..*self }
+    }
+
+    /// The same device, for rows that are heavy or not: compilers take minutes for emulated matrices of each scheme, tile and width.
+    fn with_heavy_rows(&self, are_heavy: bool) -> Self {
+        Self { is_slow: self.is_slow || self.emulates_matrices && are_heavy, ..self.for_row() }
     }
 
     /// Keeps the error if it is the nearest to its bound.

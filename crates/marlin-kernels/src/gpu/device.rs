@@ -492,6 +492,16 @@ impl Gpu {
         failure.map_or(Ok(()), |failure| Err(KernelError::Device(format!("{}: {failure}", self.caps.name))))
     }
 
+    /// Memory that kernels' results are copied to and the host can read, see [`Gpu::read_mapped`].
+    pub(super) fn readback(&self, what: &str, bytes: u64) -> wgpu::Buffer {
+        self.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some(what),
+            size: bytes,
+            usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        })
+    }
+
     /// Waits for a submission, or for all, and reads the beginning of a buffer that can be mapped.
     pub(super) fn read_mapped(
         &self,

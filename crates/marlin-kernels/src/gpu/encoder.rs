@@ -222,14 +222,7 @@ impl Encoder<GpuBackend> for GpuEncoder {
         let bytes = size_of_val(out) as u64;
         // Kept for the next time only if nothing goes wrong.
         let kept = self.readback.take().filter(|readback| readback.size() >= bytes);
-        let readback = kept.unwrap_or_else(|| {
-            self.gpu.device.create_buffer(&wgpu::BufferDescriptor {
-                label: Some("readback"),
-                size: bytes,
-                usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
-                mapped_at_creation: false,
-            })
-        });
+        let readback = kept.unwrap_or_else(|| self.gpu.readback("readback", bytes));
         let copied = self.recorder.flush_and_copy(&buffer.storage, &readback, bytes);
         self.gpu.read_mapped(&readback, Some(copied), bytemuck::cast_slice_mut(out))?;
         self.readback = Some(readback);

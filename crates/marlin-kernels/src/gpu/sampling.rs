@@ -124,16 +124,15 @@ impl Sampler {
     pub(super) fn new(gpu: &Gpu, limits: &StepLimits) -> Result<Self, KernelError> {
         let rows = limits.logit_rows;
         let [row_bytes, partials, histograms, states, ties, sampled] = sizes(limits);
-        let make = |what, bytes| gpu.storage(what, bytes);
         Ok(Self {
             kernels: Kernels::new(gpu)?,
-            rows: make("sampling parameters", row_bytes)?,
-            entries: make("logit biases and penalties", 0)?,
-            partials: make("the most likely tokens", partials)?,
-            histograms: make("histograms of logits", histograms)?,
-            states: make("the state of sampling", states)?,
-            chunk_ties: make("counts of tied tokens", ties)?,
-            sampled: make("sampled tokens", sampled)?,
+            rows: gpu.storage("sampling parameters", row_bytes)?,
+            entries: gpu.storage("logit biases and penalties", 0)?,
+            partials: gpu.storage("the most likely tokens", partials)?,
+            histograms: gpu.storage("histograms of logits", histograms)?,
+            states: gpu.storage("the state of sampling", states)?,
+            chunk_ties: gpu.storage("counts of tied tokens", ties)?,
+            sampled: gpu.storage("sampled tokens", sampled)?,
             ids: SamplingIds::default(),
             readbacks: std::array::from_fn(|_| Readback::new(gpu, sampled)),
             staged_rows: Vec::with_capacity(rows),
@@ -270,12 +269,8 @@ impl Row {
 
 impl Readback {
     fn new(gpu: &Gpu, bytes: usize) -> Self {
-        let buffer = gpu.device.create_buffer(&wgpu::BufferDescriptor {
-            label: Some("readback of sampled tokens"),
-            size: bytes.max(4) as u64,
-            usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
-            mapped_at_creation: false,
-        });
+        // A buffer has at least a word.
+        let buffer = gpu.readback("readback of sampled tokens", bytes.max(4) as u64);
         Self { buffer, submission: None, rows: 0 }
     }
 }

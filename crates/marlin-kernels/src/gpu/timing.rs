@@ -44,16 +44,13 @@ impl Timing {
             return Ok(0.0);
         }
         let bytes = u64::from(2 * self.passes) * size_of::<u64>() as u64;
-        let buffer = |usage| {
-            gpu.device.create_buffer(&wgpu::BufferDescriptor {
-                label: Some("timestamps"),
-                size: bytes,
-                usage,
-                mapped_at_creation: false,
-            })
-        };
-        let resolved = buffer(wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC);
-        let readback = buffer(wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST);
+        let resolved = gpu.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("timestamps"),
+            size: bytes,
+            usage: wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC,
+            mapped_at_creation: false,
+        });
+        let readback = gpu.readback("timestamps", bytes);
         let mut commands = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         commands.resolve_query_set(&self.queries, 0..2 * self.passes, &resolved, 0);
         commands.copy_buffer_to_buffer(&resolved, 0, &readback, 0, bytes);
