@@ -113,6 +113,8 @@ impl Timed for CpuBackend {
 
 /// Runs in a sample, at most: each is recorded before the first runs.
 const MOST_RUNS: usize = 1024;
+/// For how long a kernel runs before it counts: while the host prepares it, a GPU's clock falls to a quarter.
+const WARM_UP: Duration = Duration::from_millis(250);
 
 impl<B: Timed> Bench<'_, B> {
     /// Seconds of one run. `run` records the i-th; a sample is as many as take long enough to be told apart.
@@ -131,8 +133,13 @@ impl<B: Timed> Bench<'_, B> {
             })?;
             Ok::<_, KernelError>(time.as_secs_f64() / runs as f64)
         };
-        let (trial, least) = if self.plan.quick { (1, 1e-3) } else { (8, 4e-3) };
+        let (trial, least, warm_up) =
+            if self.plan.quick { (1, 1e-3, Duration::ZERO) } else { (8, 4e-3, WARM_UP) };
+        let start = Instant::now();
         sample(trial)?;
+        while start.elapsed() < warm_up {
+            sample(trial)?;
+        }
         let runs = ((least / sample(trial)?.max(1e-9)) as usize).clamp(1, MOST_RUNS);
         let samples = (0..self.plan.repetitions.max(1)).map(|_| sample(runs)).collect::<Result<Vec<_>, _>>()?;
         // There is at least one.
