@@ -313,6 +313,19 @@ fn matrices(adapter: &wgpu::Adapter, features: wgpu::Features) -> Vec<MatrixSize
     [MatrixSize::Sixteen, MatrixSize::Eight].into_iter().filter(|size| has(size.rows() as u32)).collect()
 }
 
+/// Opens a device that does not check kernels' accesses, unless that is wanted; `None` if there is no such device.
+fn open_without_checks(
+    adapter: &wgpu::Adapter,
+    descriptor: &wgpu::DeviceDescriptor<'_>,
+    checked: bool,
+) -> Option<(wgpu::Device, wgpu::Queue)> {
+    #[cfg(target_vendor = "apple")]
+    return None;
+    // SAFETY: kernels are this crate's own, and index within what their parameters describe. The conformance table runs them with checks, too.
+    #[cfg(not(target_vendor = "apple"))]
+    return if checked { None } else { unsafe { super::vulkan::open_without_checks(adapter, descriptor) } };
+}
+
 impl Gpu {
     pub(super) fn open(options: GpuOptions) -> Result<Self, KernelError> {
         let adapters = enumerate(&instance());
@@ -358,14 +371,18 @@ impl Gpu {
         // SAFETY: of the experimental features only cooperative matrices are used, by kernels that the conformance table holds
         // against the reference on each device it runs on.
         let experimental_features = unsafe { wgpu::ExperimentalFeatures::enabled() };
-        let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
+        let descriptor = wgpu::DeviceDescriptor {
             label: Some("metal-marlin"),
             required_features: caps.features(),
             required_limits: adapter.limits(),
             experimental_features,
             ..wgpu::DeviceDescriptor::default()
-        }))
-        .map_err(|error| KernelError::Device(format!("{} does not open: {error}", caps.name)))?;
+        };
+        let (device, queue) = match open_without_checks(adapter, &descriptor, options.checked) {
+            Some(open) => open,
+            None => pollster::block_on(adapter.request_device(&descriptor))
+                .map_err(|error| KernelError::Device(format!("{} does not open: {error}", caps.name)))?,
+        };
 
         let folder = options.pipeline_cache.as_ref();
         let disk_cache = folder.and_then(|folder| DiskCache::open(&device, &adapter.get_info(), folder));

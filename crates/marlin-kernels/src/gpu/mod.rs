@@ -22,6 +22,8 @@ mod spirv;
 mod step;
 mod timing;
 mod unroll;
+#[cfg(not(target_vendor = "apple"))]
+mod vulkan;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -14,12 +14,13 @@ Examples:
   metal-marlin bench-kernels --device gpu
   metal-marlin bench-kernels --device gpu --filter linear/fp4
   metal-marlin bench-kernels --device gpu:1 --filter 4096x12288/m=16 --json
-  metal-marlin bench-kernels --device gpu --filter attention
+  metal-marlin bench-kernels --device gpu --filter layer/fp4,attention/f16
   metal-marlin bench-kernels --device gpu --quick
 
 Linears are measured by format, matrix (columns x rows of weights) and rows of input, one after the other
 (dependent, each packing an input of its own, as in a model) and all at once (independent). GB/s counts packed
-weights, of attention the keys and values that are seen. Weights and caches rotate among copies that no cache
+weights, of attention the keys and values that are seen. A layer is the linears of a decoder layer, each waiting for
+the one before, with norms and gates as a model has them. Weights and caches rotate among copies that no cache
 holds.
 
 Before and after each group simple kernels read and copy memory, and a chain of multiply-adds tells the clock: a
@@ -32,9 +33,9 @@ pub(crate) struct Args {
     #[command(flatten)]
     device: DeviceOptions,
 
-    /// Only kernels whose name contains this
-    #[arg(long, value_name = "TEXT")]
-    filter: Option<String>,
+    /// Only kernels whose name contains one of these
+    #[arg(long = "filter", value_name = "TEXT,…", value_delimiter = ',')]
+    filters: Vec<String>,
 
     /// Small matrices and short contexts, to see that it works
     #[arg(long)]
@@ -52,7 +53,7 @@ pub(crate) struct Args {
 /// Runs the command.
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let device = args.device.open()?;
-    let plan = Plan { filter: args.filter, repetitions: args.repetitions.get(), quick: args.quick };
+    let plan = Plan { filters: args.filters, repetitions: args.repetitions.get(), quick: args.quick };
     let report = {
         let mut bar = Bar::counting("Measuring", "kernels");
         kernel_bench::run(&device, &plan, &mut |done, total| bar.set(done as u64, total as u64))?

@@ -15,8 +15,9 @@ const QUICK_SHAPES: [[usize; 2]; 1] = [[256, 512]];
 /// Rows of input.
 const ROWS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 512, 4096];
 const QUICK_ROWS: [usize; 4] = [1, 8, 16, 64];
-/// Outputs that independent runs take turns at, at most, and bytes that those of many rows take together.
-const OUTPUTS: usize = 16;
+/// Outputs that independent runs take turns at, at most, so that hardly any waits for the one that wrote to its own before; and bytes that
+/// those of many rows take together.
+const OUTPUTS: usize = 512;
 const OUTPUT_BYTES: usize = 512 << 20;
 
 /// Linears of one format and size.
@@ -100,7 +101,7 @@ impl<B: Timed> Plans<B> for LinearGroup {
         let weight = random_matrix(&self.scheme, outputs, cols, &mut rng)?;
         let bytes = bench.backend.linear_bytes(&self.scheme, outputs, cols)?;
         let copies = bench.rotated_bytes().div_ceil(bytes).max(2);
-        let linears = bench.backend.copies(&LinearPart { weight, bias: None }, copies)?;
+        let linears = bench.backend.copies(&[LinearPart { weight, bias: None }], copies)?;
         let mut measurements = Vec::new();
         for &m in self.rows {
             let names = Order::ALL.map(|order| (order, full_name(&group, &case(m, order))));

@@ -5,6 +5,7 @@
 //! memory is read, and whether the clock has changed in between.
 
 mod attention;
+mod layer;
 mod linear;
 mod output;
 mod timer;
@@ -16,14 +17,15 @@ use crate::device::Device;
 use crate::stats::Spread;
 
 use self::attention::AttentionGroup;
+use self::layer::LayerGroup;
 use self::linear::LinearGroup;
 use self::timer::{Rates, Timed};
 
 /// What to measure.
 #[derive(Debug, Clone)]
 pub struct Plan {
-    /// Only kernels whose name contains this.
-    pub filter: Option<String>,
+    /// Only kernels whose name contains one of these; all if there are none.
+    pub filters: Vec<String>,
     /// How often each is repeated, at least once.
     pub repetitions: usize,
     /// Small matrices and short contexts: whether it works, not how fast.
@@ -107,7 +109,7 @@ struct Bench<'a, B> {
 
 impl<B: Backend> Bench<'_, B> {
     fn is_wanted(&self, name: &str) -> bool {
-        self.plan.filter.as_ref().is_none_or(|filter| name.contains(filter))
+        self.plan.filters.is_empty() || self.plan.filters.iter().any(|filter| name.contains(filter))
     }
 
     /// Bytes that rotating weights and caches take together, so that no cache holds them.
@@ -138,7 +140,7 @@ fn run_on<B: Timed>(
     let names: Vec<Vec<String>> = all.iter().map(|group| cases(&**group)).collect();
     let total = names.iter().flatten().filter(|name| bench.is_wanted(name)).count();
     if total == 0 {
-        let filter = plan.filter.clone().unwrap_or_default();
+        let filter = plan.filters.join(",");
         let example = names.iter().flatten().next().cloned().unwrap_or_default();
         return Err(KernelBenchError::Nothing { filter, example });
     }
@@ -162,7 +164,8 @@ fn run_on<B: Timed>(
 fn groups<B: Timed>(plan: &Plan) -> Vec<Box<dyn Plans<B>>> {
     let linears = LinearGroup::all(plan.quick).into_iter().map(|group| Box::new(group) as Box<dyn Plans<B>>);
     let attention = AttentionGroup::all(plan.quick).into_iter().map(|group| Box::new(group) as Box<dyn Plans<B>>);
-    linears.chain(attention).collect()
+    let layers = LayerGroup::all(plan.quick).into_iter().map(|group| Box::new(group) as Box<dyn Plans<B>>);
+    linears.chain(layers).chain(attention).collect()
 }
 
 fn full_name(group: &str, case: &str) -> String {

@@ -41,7 +41,7 @@ pub(super) trait Timed: Backend {
     ) -> Result<Duration, KernelError>;
 
     /// So many linears of the same weights, each in memory of its own.
-    fn copies(&self, part: &LinearPart<'_>, count: usize) -> Result<Vec<Self::Linear>, KernelError>;
+    fn copies(&self, parts: &[LinearPart<'_>], count: usize) -> Result<Vec<Self::Linear>, KernelError>;
 }
 
 /// A probe of a GPU, and for how long it runs before it counts.
@@ -74,8 +74,8 @@ impl Timed for GpuBackend {
         encoder.timed_or_waited(record)
     }
 
-    fn copies(&self, part: &LinearPart<'_>, count: usize) -> Result<Vec<Self::Linear>, KernelError> {
-        let first = self.load_linear(std::slice::from_ref(part))?;
+    fn copies(&self, parts: &[LinearPart<'_>], count: usize) -> Result<Vec<Self::Linear>, KernelError> {
+        let first = self.load_linear(parts)?;
         let mut copies: Vec<_> = (1..count).map(|_| self.duplicate(&first)).collect::<Result<_, _>>()?;
         copies.push(first);
         Ok(copies)
@@ -106,15 +106,16 @@ impl Timed for CpuBackend {
         Ok(start.elapsed())
     }
 
-    fn copies(&self, part: &LinearPart<'_>, count: usize) -> Result<Vec<Self::Linear>, KernelError> {
-        (0..count).map(|_| self.load_linear(std::slice::from_ref(part))).collect()
+    fn copies(&self, parts: &[LinearPart<'_>], count: usize) -> Result<Vec<Self::Linear>, KernelError> {
+        (0..count).map(|_| self.load_linear(parts)).collect()
     }
 }
 
 /// Runs in a sample, at most: each is recorded before the first runs.
 const MOST_RUNS: usize = 1024;
-/// For how long a kernel runs before it counts: while the host prepares it, a GPU's clock falls to a quarter.
-const WARM_UP: Duration = Duration::from_millis(250);
+/// For how long a kernel runs before it counts, at least and at most: while the host prepares it, a GPU's clock falls to a quarter, and it
+/// has risen when nothing gets faster any more.
+const WARM_UP: [Duration; 2] = [Duration::from_millis(250), Duration::from_millis(1500)];
 
 impl<B: Timed> Bench<'_, B> {
     /// Seconds of one run. `run` records the i-th; a sample is as many as take long enough to be told apart.
@@ -133,12 +134,18 @@ impl<B: Timed> Bench<'_, B> {
             })?;
             Ok::<_, KernelError>(time.as_secs_f64() / runs as f64)
         };
-        let (trial, least, warm_up) =
-            if self.plan.quick { (1, 1e-3, Duration::ZERO) } else { (8, 4e-3, WARM_UP) };
+        let (trial, least, [warm_up, patience]) =
+            if self.plan.quick { (1, 1e-3, [Duration::ZERO; 2]) } else { (8, 4e-3, WARM_UP) };
         let start = Instant::now();
-        sample(trial)?;
-        while start.elapsed() < warm_up {
-            sample(trial)?;
+        let mut fastest = (sample(trial)?, start);
+        loop {
+            let (time, now) = (sample(trial)?, Instant::now());
+            if time < 0.98 * fastest.0 {
+                fastest = (time, now);
+            }
+            if now - fastest.1 >= warm_up || now - start >= patience {
+                break;
+            }
         }
         let runs = ((least / sample(trial)?.max(1e-9)) as usize).clamp(1, MOST_RUNS);
         let samples = (0..self.plan.repetitions.max(1)).map(|_| sample(runs)).collect::<Result<Vec<_>, _>>()?;

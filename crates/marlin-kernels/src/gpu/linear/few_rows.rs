@@ -18,6 +18,9 @@ pub(super) const FEW_ROWS: usize = ROW_BLOCKS[ROW_BLOCKS.len() - 1];
 /// Bytes of workgroup memory in which partial sums meet; fewer rows at once fit into less.
 const PARTS_BYTES: usize = 8 << 10;
 
+/// From so many outputs on there are enough workgroups with several quads each.
+const FEW_OUTPUTS: usize = 8192;
+
 /// With more workgroups than this, a norm for each of them costs more than a kernel for all.
 const MOST_NORMS: usize = 1024;
 /// Bytes of workgroup memory that a kernel may take which packs its input for itself.
@@ -42,13 +45,15 @@ impl FewRowsTile {
         Self { lanes, quads, splits }
     }
 
-    /// Short rows keep fewer invocations busy. Gated linears pack their outputs, which takes whole units of them.
-    fn of(cols: usize, is_gated: bool) -> Self {
+    /// Short rows keep fewer invocations busy, and few outputs make few workgroups: those share out columns instead. Gated linears pack their
+    /// outputs, which takes whole units of them.
+    fn of(cols: usize, outputs: usize, is_gated: bool, rows: usize) -> Self {
         match (cols.div_ceil(UNIT), is_gated) {
             (0..=16, _) => Self::new(8, 16, 1),
-            (17..=64, _) => Self::new(8, 8, 2),
+            (17..=64, false) => Self::new(8, 8, 2),
+            (_, false) if rows == 1 && outputs <= FEW_OUTPUTS => Self::new(16, 2, 4),
             (_, false) => Self::new(8, 4, 4),
-            (_, true) => Self::new(8, 8, 4),
+            (_, true) => Self::new(8, 8, 2),
         }
     }
 
@@ -60,16 +65,24 @@ impl FewRowsTile {
 /// The kernels of a part.
 #[derive(Debug, Clone)]
 pub(super) struct FewRows {
-    tile: FewRowsTile,
     /// By rows of the input, which are [`ROW_BLOCKS`].
-    blocks: Vec<(usize, Arc<Pipeline>)>,
+    blocks: Vec<FewRowsKernel>,
     /// For the norm of one row, where it is worth packing it in each workgroup.
-    normed: Option<Arc<Pipeline>>,
-    outputs: usize,
+    normed: Option<FewRowsKernel>,
     /// They pack their output.
     packs_output: bool,
     /// They are the only ones: many rows are blocks of few.
     takes_all: bool,
+}
+
+/// One of them.
+#[derive(Debug, Clone)]
+struct FewRowsKernel {
+    /// Rows of the input that a workgroup takes, at most.
+    rows: usize,
+    /// Workgroups that share the outputs.
+    workgroups: usize,
+    pipeline: Arc<Pipeline>,
 }
 
 impl FewRows {
@@ -81,15 +94,21 @@ impl FewRows {
         outputs: usize,
         is_gated: bool,
     ) -> Result<Self, KernelError> {
-        let tile = FewRowsTile::of(cols, is_gated);
         let variant = |rows, is_normed| {
+            let tile = FewRowsTile::of(cols, outputs, is_gated, rows);
             // Not in single precision, so that every device shows both ways to be right.
             let sums_subgroups = format.arithmetic == GpuArithmetic::Half
                 && gpu.caps.subgroups
                 && gpu.caps.subgroup[0] as usize >= tile.lanes;
             Variant { tile, rows, is_gated, is_normed, sums_subgroups, cols }
         };
-        let kernel = |variant: Variant| gpu.pipeline(&variant.kernel(format));
+        let kernel = |variant: Variant| {
+            Ok::<_, KernelError>(FewRowsKernel {
+                rows: variant.rows,
+                workgroups: outputs.div_ceil(variant.tile.outputs()),
+                pipeline: gpu.pipeline(&variant.kernel(format))?,
+            })
+        };
         let normed = variant(1, true);
         // In single precision larger blocks have more sums than registers.
         let most = if format.arithmetic == GpuArithmetic::Exact { 4 } else { FEW_ROWS };
@@ -98,13 +117,11 @@ impl FewRows {
         let is_worth_it = !gpu.batch_invariant
             && format.arithmetic == GpuArithmetic::Half
             && cols.is_multiple_of(VECTOR)
-            && outputs.div_ceil(tile.outputs()) <= MOST_NORMS
+            && outputs.div_ceil(normed.tile.outputs()) <= MOST_NORMS
             && normed.workgroup_bytes() <= NORMED_BYTES;
         Ok(Self {
-            tile,
-            blocks: blocks.map(|rows| Ok((rows, kernel(variant(rows, false))?))).collect::<Result<_, KernelError>>()?,
+            blocks: blocks.map(|rows| kernel(variant(rows, false))).collect::<Result<_, KernelError>>()?,
             normed: is_worth_it.then(|| kernel(normed)).transpose()?,
-            outputs,
             packs_output: packs_output(format, is_gated),
             takes_all: gpu.batch_invariant,
         })
@@ -112,13 +129,13 @@ impl FewRows {
 
     /// The kernel for `m` rows, and its workgroups; `None` if they are many.
     pub(super) fn choose(&self, m: usize, prepared: Prepared) -> Option<(&Arc<Pipeline>, [usize; 3])> {
-        let workgroups = self.outputs.div_ceil(self.tile.outputs());
-        if prepared == Prepared::Unpacked {
-            return Some((self.normed.as_ref()?, [workgroups, 1, 1]));
-        }
-        let enough = self.blocks.iter().find(|(rows, _)| m <= *rows);
-        let (rows, kernel) = enough.or_else(|| self.blocks.last().filter(|_| self.takes_all))?;
-        Some((kernel, [workgroups, m.div_ceil(*rows), 1]))
+        let kernel = if prepared == Prepared::Unpacked {
+            self.normed.as_ref()?
+        } else {
+            let enough = self.blocks.iter().find(|kernel| m <= kernel.rows);
+            enough.or_else(|| self.blocks.last().filter(|_| self.takes_all))?
+        };
+        Some((&kernel.pipeline, [kernel.workgroups, m.div_ceil(kernel.rows), 1]))
     }
 
     /// Whether there is a kernel that normalises its `m` rows of input.
@@ -128,7 +145,7 @@ impl FewRows {
 
     /// Whether the kernel for `m` rows packs its output.
     pub(super) fn packs_output(&self, m: usize) -> bool {
-        self.packs_output && (m <= FEW_ROWS || self.takes_all)
+        self.packs_output && (self.takes_all || self.blocks.iter().any(|kernel| m <= kernel.rows))
     }
 }
 
@@ -180,8 +197,8 @@ impl Variant {
 
     fn workgroup_bytes(self) -> usize {
         let kept = if self.is_gated { self.rows_at_once() * self.tile.outputs() * size_of::<f32>() } else { 0 };
-        // Halves and a scale of each unit, and what 128 invocations reduce twice.
-        let staged = if self.is_normed { self.staged_units() * (2 * UNIT + 4) + 2 * 128 * 4 } else { 0 };
+        // Halves and a scale of each unit, and what 128 invocations reduce: maxima of four octets, and sums.
+        let staged = if self.is_normed { self.staged_units() * (2 * UNIT + 4) + 5 * 128 * 4 } else { 0 };
         self.rows_at_once() * self.row_bytes() + kept + staged
     }
 
@@ -206,14 +223,11 @@ impl Variant {
         }
         let packing = if self.is_normed {
             prelude += &format!("const UNITS = {}u;\n{}", self.staged_units(), four_functions(true, true));
-            files.extend([
-                include_str!("../shaders/pack_row.wgsl"),
-                include_str!("../shaders/reduce.wgsl"),
-                include_str!("../shaders/norm.wgsl"),
-            ]);
+            files.extend([include_str!("../shaders/pack_row.wgsl"), include_str!("../shaders/norm.wgsl")]);
             Packing::Normed
         } else {
-            prelude += "fn prepare_input(shape: Shape, index: u32) {}\n";
+            prelude +=
+                "fn prepare_input(shape: Shape, index: u32) {}\nfn input_factor(shape: Shape) -> f32 { return 1.0; }\n";
             Packing::of(format.arithmetic)
         };
         if self.sums_subgroups {
@@ -234,11 +248,12 @@ mod tests {
 
     fn variants() -> impl Iterator<Item = Variant> {
         let tiles = [1, 17, 65, 4096].into_iter().flat_map(|units| [false, true].map(|is_gated| (units, is_gated)));
+        let tiles = tiles.flat_map(|tile| [FEW_OUTPUTS, FEW_OUTPUTS + 1].map(|outputs| (tile, outputs)));
         let blocks = tiles.flat_map(|tile| ROW_BLOCKS.map(|rows| (tile, rows)));
-        blocks.flat_map(|((units, is_gated), rows)| {
+        blocks.flat_map(|(((units, is_gated), outputs), rows)| {
             [false, true].map(|sums_subgroups| {
                 let cols = units * UNIT;
-                let tile = FewRowsTile::of(cols, is_gated);
+                let tile = FewRowsTile::of(cols, outputs, is_gated, rows);
                 Variant { tile, rows, is_gated, is_normed: false, sums_subgroups, cols }
             })
         })

@@ -213,25 +213,30 @@ impl DeviceFormat {
 
     /// The module that stands before a kernel. Fetching stands apart from decoding, so that a kernel can do other work in between.
     pub(super) fn module(&self) -> String {
+        // Selected, not indexed: compilers make branches of a vector's component that they do not know.
         let quads = match self.arithmetic {
-            GpuArithmetic::Exact => ("vec4<f32>", "quad"),
-            GpuArithmetic::Half => ("vec2<u32>", "vec4<f32>(unpack2x16float(quad.x), unpack2x16float(quad.y))"),
+            GpuArithmetic::Exact => {
+                ("vec4<f32>", "select(select(quad.x, quad.y, i == 1u), select(quad.z, quad.w, i == 3u), i >= 2u)")
+            }
+            GpuArithmetic::Half => {
+                ("vec2<u32>", "unpack2x16float(select(quad.x, quad.y, i >= 2u) >> (16u * (i & 1u))).x")
+            }
         };
         let (scales, scale) = match self.scale {
-            Scale::None => ("u32", "vec4<f32>(1.0)"),
+            Scale::None => ("u32", "1.0"),
             Scale::Quads => quads,
-            Scale::E8M0 => ("u32", "e8m0_quad(quad)"),
-            Scale::E4M3 => ("u32", "e4m3_quad(quad)"),
+            Scale::E8M0 => ("u32", "e8m0_scale((quad >> (8u * i)) & 255u)"),
+            Scale::E4M3 => ("u32", "e4m3_scale((quad >> (8u * i)) & 255u)"),
         };
-        let (offsets, offset) = if self.offset == Offset::None { ("u32", "vec4<f32>()") } else { quads };
+        let (offsets, offset) = if self.offset == Offset::None { ("u32", "0.0") } else { quads };
         let fetch = |buffer: &str, exists: bool| if exists { format!("{buffer}[index]") } else { "0u".into() };
         format!(
             "const WORDS = {}u;\nconst SCALED = {};\nconst ZEROED = {};\nconst BIASED = {};\nconst GROUP = {}u;\nconst HALVED = {};\n\
              alias Scales = {scales};\nalias Offsets = {offsets};\n\
              fn fetch_scales(index: u32) -> Scales {{ return {}; }}\n\
-             fn decode_scales(quad: Scales) -> vec4<f32> {{ return {scale}; }}\n\
+             fn decode_scale(quad: Scales, i: u32) -> f32 {{ return {scale}; }}\n\
              fn fetch_offsets(index: u32) -> Offsets {{ return {}; }}\n\
-             fn decode_offsets(quad: Offsets) -> vec4<f32> {{ return {offset}; }}\n\
+             fn decode_offset(quad: Offsets, i: u32) -> f32 {{ return {offset}; }}\n\
              {}{}",
             self.unit_words(),
             self.scale != Scale::None,

@@ -35,8 +35,7 @@ impl Packing {
     pub(super) fn bindings(self) -> Vec<Binding> {
         match self {
             Self::None => vec![Binding::read("x", "f32")],
-            Self::Units => vec![Binding::read("x", "vec4<u32>"), Binding::read("x_scales", "f32")],
-            Self::Rows => vec![Binding::read("x", "Octet"), Binding::read("x_scales", "f32")],
+            Self::Units | Self::Rows => vec![Binding::read("x", "vec4<u32>"), Binding::read("x_scales", "f32")],
             Self::Normed => vec![Binding::read("x", "vec4<f32>"), Binding::read("norm_weight", "vec4<f32>")],
         }
     }

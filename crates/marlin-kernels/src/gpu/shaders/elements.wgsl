@@ -23,14 +23,12 @@ fn iq4_nl_pair(codes: u32) -> pair {
     return pair(vec2<f32>(values[codes & 15u], values[codes >> 16u]));
 }
 
-// Four scales, powers of two with the exponents of single precision.
-fn e8m0_quad(bytes: u32) -> vec4<f32> {
-    return bitcast<vec4<f32>>(((vec4<u32>(bytes) >> vec4<u32>(0u, 8u, 16u, 24u)) & vec4<u32>(255u)) << vec4<u32>(23u));
+// A scale that is a power of two, with the exponents of single precision.
+fn e8m0_scale(byte: u32) -> f32 {
+    return bitcast<f32>(byte << 23u);
 }
 
-// Four scales of E4M3, times 64, so that the products with E2M1 codes are normal numbers.
-fn e4m3_quad(bytes: u32) -> vec4<f32> {
-    let even = unpack2x16float(e4m3_halves(bytes & 0x00ff00ffu));
-    let odd = unpack2x16float(e4m3_halves((bytes >> 8u) & 0x00ff00ffu));
-    return vec4<f32>(even.x, odd.x, even.y, odd.y) * 16384.0;
+// A scale of E4M3, times 64, so that its products with E2M1 codes are normal numbers.
+fn e4m3_scale(byte: u32) -> f32 {
+    return unpack2x16float(e4m3_halves(byte)).x * 16384.0;
 }

@@ -37,15 +37,13 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     if (row >= shape.rows || 32u * unit >= shape.k) {
         return;
     }
-    let quad = row / 4u;
-    let i = row % 4u;
-    let groups = groups_of(shape, quad, unit);
+    let groups = decode_groups(fetch_groups(shape, row / 4u, unit), row % 4u);
     // Scaled in single precision, whatever the arithmetic.
-    var codes = unit_of_quad(shape, groups, quad, i, unit);
+    var codes = decode_unit(fetch_codes(shape, row, unit), groups);
     let factor = row_affine[row].x;
     for (var p = 0u; p < 16u; p++) {
-        let scale = select(groups.high_scales[i], groups.low_scales[i], p < 8u);
-        let bias = select(0.0, select(groups.high_offsets[i], groups.low_offsets[i], p < 8u), BIASED);
+        let scale = select(groups.high_scale, groups.low_scale, p < 8u);
+        let bias = select(0.0, select(groups.high_offset, groups.low_offset, p < 8u), BIASED);
         let values = fma(vec2<f32>(codes[p]), vec2<f32>(scale), vec2<f32>(bias)) * factor;
         let column = 32u * unit + 8u * (p / 4u) + p % 4u;
         put(t, column, values.x);

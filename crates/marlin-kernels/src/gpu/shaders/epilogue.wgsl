@@ -18,9 +18,20 @@ fn output_rows(shape: Shape) -> u32 {
     return select(shape.rows, shape.rows / 2u, GATED);
 }
 
-// A row's weight sum with its factor and bias.
-fn finish(row: u32, sum: f32) -> f32 {
-    let affine = row_affine[row];
+// What a row's sums are multiplied by, and its bias; of a gated linear, those of the row that it gates, too.
+struct Affine {
+    own: vec2<f32>,
+    gated: vec2<f32>,
+}
+
+fn affine_of(row: u32) -> Affine {
+    if (GATED) {
+        return Affine(row_affine[row], row_affine[row + output_rows(params.shape)]);
+    }
+    return Affine(row_affine[row], vec2<f32>());
+}
+
+fn finish(affine: vec2<f32>, sum: f32) -> f32 {
     return fma(sum, affine.x, affine.y);
 }
 
@@ -42,14 +53,14 @@ fn activated(gate: f32) -> f32 {
 }
 
 // Takes the sum of a row; of a gated linear, that of the gate and `other` of the row it gates. Gives what is stored.
-fn store_row(m: u32, row: u32, sum: f32, other: f32) -> f32 {
+fn store_row(m: u32, row: u32, affine: Affine, sum: f32, other: f32) -> f32 {
     let index = m * params.width + params.first + row;
     if (GATED) {
-        let gated = activated(finish(row, sum)) * finish(row + output_rows(params.shape), other);
+        let gated = activated(finish(affine.own, sum)) * finish(affine.gated, other);
         out[index] = gated;
         return gated;
     }
-    var value = finish(row, sum);
+    var value = finish(affine.own, sum);
     switch params.epilogue {
         case ADD: {
             value += out[index];

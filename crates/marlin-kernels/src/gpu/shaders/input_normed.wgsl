@@ -3,7 +3,8 @@
 // Room for UNITS units, no fewer than there are; their octets side by side, so that neighbouring invocations read neighbouring memory.
 var<workgroup> staged: array<vec4<u32>, 4u * UNITS>;
 var<workgroup> staged_scales: array<f32, UNITS>;
-var<private> factor: f32;
+// Shares of the sum of squares.
+var<workgroup> squares_of: array<f32, SIZE>;
 
 fn put_octet(row: u32, at: u32, octets: u32, pairs: vec4<u32>) {
     staged[at % 4u * UNITS + at / 4u] = pairs;
@@ -15,8 +16,27 @@ fn put_power(row: u32, unit: u32, units: u32, power: f32) {
 
 fn prepare_input(shape: Shape, index: u32) {
     let squares = pack_octets(0u, shape.k, 0u, SIZE, index);
-    // Its barriers come after all that was put.
-    factor = norm_factor(reduce_sum(index, squares), shape.k, params.eps);
+    if (index < SIZE) {
+        squares_of[index] = squares;
+    }
+    workgroupBarrier();
+    // As `reduce_sum` does, whose second half is left for the end.
+    if (index < 32u) {
+        var sum = squares;
+        @for i < 3
+        sum += squares_of[32u * (@iu + 1u) + index];
+        @end
+        squares_of[index] = sum;
+    }
+}
+
+// What sums are multiplied by in the end: the norm's factor.
+fn input_factor(shape: Shape) -> f32 {
+    var sum = 0.0;
+    @for i < 32
+    sum += squares_of[@i];
+    @end
+    return norm_factor(sum, shape.k, params.eps);
 }
 
 fn input_unit(shape: Shape, m: u32, unit: u32) -> array<pair, 16> {
@@ -33,5 +53,5 @@ fn input_unit(shape: Shape, m: u32, unit: u32) -> array<pair, 16> {
 }
 
 fn input_scale(shape: Shape, m: u32, unit: u32) -> f32 {
-    return staged_scales[unit] * factor;
+    return staged_scales[unit];
 }

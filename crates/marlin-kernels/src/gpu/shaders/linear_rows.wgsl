@@ -19,22 +19,22 @@ fn dot_high(w: array<pair, 16>, x: array<pair, 16>, sum: pair) -> pair {
         fma(w[11], x[11], fma(w[10], x[10], fma(w[9], x[9], fma(w[8], x[8], sum))))))));
 }
 
-fn dot_unit(w: array<pair, 16>, x: array<pair, 16>, low_scale: f32, high_scale: f32) -> f32 {
+fn dot_unit(w: array<pair, 16>, x: array<pair, 16>, groups: Groups) -> f32 {
     if (HALVED && !BIASED) {
         let low = vec2<f32>(dot_low(w, x));
         let high = vec2<f32>(dot_high(w, x, pair()));
-        return fma(low.x + low.y, low_scale, (high.x + high.y) * high_scale);
+        return fma(low.x + low.y, groups.low_scale, (high.x + high.y) * groups.high_scale);
     }
     let sum = vec2<f32>(dot_high(w, x, dot_low(w, x)));
-    return select((sum.x + sum.y) * low_scale, sum.x + sum.y, BIASED);
+    return select((sum.x + sum.y) * groups.low_scale, sum.x + sum.y, BIASED);
 }
 
 // Weights without their scales, unless biases are added to them.
-fn decode_row(codes: Codes, groups: Groups, i: u32) -> array<pair, 16> {
+fn decode_row(codes: Codes, groups: Groups) -> array<pair, 16> {
     if (BIASED) {
-        return decode_weights(codes, groups, i);
+        return decode_weights(codes, groups);
     }
-    return decode_unit(codes, groups, i);
+    return decode_unit(codes, groups);
 }
 
 fn part_at(part: u32, matrix: u32, b: u32, quad: u32) -> u32 {
@@ -62,8 +62,8 @@ fn total(matrix: u32, b: u32, output: u32) -> f32 {
     return sum;
 }
 
-// Stores the outputs of ROWS_AT_ONCE rows of x, an invocation one after the other.
-fn finish_rows(shape: Shape, first: u32, first_m: u32, index: u32) {
+// Stores the outputs of ROWS_AT_ONCE rows of x, an invocation those of one row of W, one after the other.
+fn finish_rows(shape: Shape, affine: Affine, first: u32, first_m: u32, index: u32) {
     for (var i = index; i < ROWS_AT_ONCE * OUTPUTS; i += INVOCATIONS) {
         let b = i / OUTPUTS;
         let output = i % OUTPUTS;
@@ -71,11 +71,12 @@ fn finish_rows(shape: Shape, first: u32, first_m: u32, index: u32) {
         let row = first + output;
         var value = 0.0;
         if (m < params.m && row < output_rows(shape)) {
+            let factor = input_factor(shape);
             var other = 0.0;
             if (GATED) {
-                other = total(1u, b, output);
+                other = factor * total(1u, b, output);
             }
-            value = store_row(m, row, total(0u, b, output), other);
+            value = store_row(m, row, affine, factor * total(0u, b, output), other);
         }
         keep_output(i, value);
     }
@@ -104,6 +105,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     var sums_@q_@b = vec4<f32>();
 @end
 @end
+    // INVOCATIONS are a multiple of OUTPUTS. Loaded now, since it is waited for at the end.
+    let affine = affine_of(min(workgroup.x * OUTPUTS + index % OUTPUTS, output_rows(shape) - 1u));
     prepare_input(shape, index);
 
     // All take as many steps: beyond the last unit they repeat it, times 0.
@@ -117,18 +120,18 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
 @end
 @end
 @for q < MATRICES
-        let g_@q = decode_groups(groups_@q);
 @for i < 4
-        let w_@q_@i = decode_row(codes_@q_@i, g_@q, @iu);
+        let groups_@q_@i = decode_groups(groups_@q, @iu);
+        let w_@q_@i = decode_row(codes_@q_@i, groups_@q_@i);
 @end
 @for b < MB
         let x_@q_@b = input_unit(shape, m_@b, here);
         let scale_@q_@b = select(0.0, input_scale(shape, m_@b, here), unit < units);
         let dots_@q_@b = vec4<f32>(
-            dot_unit(w_@q_0, x_@q_@b, g_@q.low_scales.x, g_@q.high_scales.x),
-            dot_unit(w_@q_1, x_@q_@b, g_@q.low_scales.y, g_@q.high_scales.y),
-            dot_unit(w_@q_2, x_@q_@b, g_@q.low_scales.z, g_@q.high_scales.z),
-            dot_unit(w_@q_3, x_@q_@b, g_@q.low_scales.w, g_@q.high_scales.w),
+            dot_unit(w_@q_0, x_@q_@b, groups_@q_0),
+            dot_unit(w_@q_1, x_@q_@b, groups_@q_1),
+            dot_unit(w_@q_2, x_@q_@b, groups_@q_2),
+            dot_unit(w_@q_3, x_@q_@b, groups_@q_3),
         );
         sums_@q_@b = fma(dots_@q_@b, vec4<f32>(scale_@q_@b), sums_@q_@b);
 @end
@@ -150,7 +153,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
 @end
     if (@bu % ROWS_AT_ONCE == ROWS_AT_ONCE - 1u) {
         workgroupBarrier();
-        finish_rows(shape, workgroup.x * OUTPUTS, first_m + @bu + 1u - ROWS_AT_ONCE, index);
+        finish_rows(shape, affine, workgroup.x * OUTPUTS, first_m + @bu + 1u - ROWS_AT_ONCE, index);
     }
 @end
 }

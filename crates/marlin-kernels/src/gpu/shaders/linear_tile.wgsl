@@ -11,10 +11,16 @@ const X_HALVES = BUFFERS * TILE_M * STRIDE;
 const W_HALVES = BUFFERS * TILE_N * STRIDE;
 const PARTS = PARTS_M * PARTS_N;
 const INVOCATIONS = 32u * PARTS * SPLITS;
+// What a step puts into workgroup memory. Where that is less than invocations could, the last ones load what others put.
+const X_PLACES = TILE_M * TILE_K / 8u;
+const W_PLACES = TILE_N * TILE_K / 32u;
+const X_FULL = X_PLACES == X_OCTETS * INVOCATIONS;
+const W_FULL = W_PLACES == W_UNITS * INVOCATIONS;
 
-// A pair of matrices side by side for each subgroup.
-const SUMS_STRIDE = 2u * SIZE;
-const SUMS = SIZE * SUMS_STRIDE;
+// A matrix for each subgroup, of which each invocation then takes a share.
+const SUMS_STRIDE = SIZE;
+const SUMS = SIZE * SIZE;
+const SHARE = (SUMS + 32u * SPLITS - 1u) / (32u * SPLITS);
 var<workgroup> sums: array<f32, PARTS * SPLITS * SUMS>;
 
 // An invocation's place among the 32 that share a matrix.
@@ -30,9 +36,9 @@ fn weight_row(shape: Shape, first: u32, r: u32) -> u32 {
 }
 
 // The octet of x that is the i-th of the tile in a step.
-fn fetch_x(shape: Shape, first_m: u32, step: u32, i: u32) -> Octet {
+fn fetch_x(shape: Shape, first_m: u32, step: u32, i: u32) -> vec4<u32> {
     let m = min(first_m + i / (TILE_K / 8u), params.m - 1u);
-    return input_octet(shape, m, step * (TILE_K / 8u) + i % (TILE_K / 8u));
+    return fetch_octet(shape, m, step * (TILE_K / 8u) + i % (TILE_K / 8u));
 }
 
 // The unit of W that is the i-th of the tile in a step. Beyond the last one it is repeated, where x is 0.
@@ -47,24 +53,31 @@ fn put_weights(at: u32, w: array<pair, 16>) {
     put_w(at + 24u, Octet(vec4<f16>(w[12], w[13]), vec4<f16>(w[14], w[15])));
 }
 
-// Stores the outputs of a pair of matrices, whose sums begin at `at` for the first split. The splits share the work.
-fn store_pair(shape: Shape, at: u32, split: u32, first_m: u32, first: u32) {
-    let width = select(2u * SIZE, SIZE, GATED);
-    for (var i = 32u * split + lane; i < SIZE * width; i += 32u * SPLITS) {
-        let m = first_m + i / width;
-        let row = first + i % width;
-        if (m < params.m && row < output_rows(shape)) {
-            var sum = 0.0;
-            var other = 0.0;
+// An invocation's share of a matrix's sums, which begin at `at` for the first split: those of all splits together.
+fn share_of(at: u32, split: u32) -> array<f32, SHARE> {
+    var share: array<f32, SHARE>;
+    for (var e = 0u; e < SHARE; e++) {
+        let i = (e * SPLITS + split) * 32u + lane;
+        if (i < SUMS) {
             for (var s = 0u; s < SPLITS; s++) {
-                let from_split = at + s * PARTS * SUMS + i / width * SUMS_STRIDE + i % width;
-                sum += sums[from_split];
-                if (GATED) {
-                    other += sums[from_split + SIZE];
-                }
+                share[e] += sums[at + s * PARTS * SUMS + i];
             }
+        }
+    }
+    return share;
+}
+
+// Stores the outputs of an invocation's share of a matrix that begins at (first_m, first), and of what is gated by it.
+fn store_share(shape: Shape, values: array<f32, SHARE>, others: array<f32, SHARE>, split: u32, first_m: u32, first: u32) {
+    var value = values;
+    var other = others;
+    for (var e = 0u; e < SHARE; e++) {
+        let i = (e * SPLITS + split) * 32u + lane;
+        let m = first_m + i / SIZE;
+        let row = first + i % SIZE;
+        if (i < SUMS && m < params.m && row < output_rows(shape)) {
             let scale = input_scale(m);
-            store_row(m, row, sum * scale, other * scale);
+            store_row(m, row, affine_of(row), value[e] * scale, other[e] * scale);
         }
     }
 }
@@ -83,14 +96,16 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let part_k = split * (TILE_K / SPLITS);
     let steps = (shape.k + TILE_K - 1u) / TILE_K;
 
-@for i < X_OCTETS
-    var x_@i = fetch_x(shape, first_m, 0u, index + @iu * INVOCATIONS);
-@end
 @for i < W_UNITS
-    let row_@i = weight_row(shape, first, (index + @iu * INVOCATIONS) / (TILE_K / 32u));
-    let unit_@i = unit_of_step(shape, 0u, index + @iu * INVOCATIONS);
+    let w_place_@i = (index + @iu * INVOCATIONS) % W_PLACES;
+    let row_@i = weight_row(shape, first, w_place_@i / (TILE_K / 32u));
+    let unit_@i = unit_of_step(shape, 0u, w_place_@i);
     var codes_@i = fetch_codes(shape, row_@i, unit_@i);
     var groups_@i = fetch_groups(shape, row_@i / 4u, unit_@i);
+@end
+@for i < X_OCTETS
+    let x_place_@i = (index + @iu * INVOCATIONS) % X_PLACES;
+    var x_@i = fetch_x(shape, first_m, 0u, x_place_@i);
 @end
 
     // Cooperative matrices are made of what is in memory.
@@ -113,25 +128,27 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             workgroupBarrier();
         }
 @for i < X_OCTETS
-        let x_place_@i = index + @iu * INVOCATIONS;
-        put_x((buffer * TILE_M + x_place_@i / (TILE_K / 8u)) * STRIDE + x_place_@i % (TILE_K / 8u) * 8u, x_@i);
+        if (X_FULL || index + @iu * INVOCATIONS < X_PLACES) {
+            put_x((buffer * TILE_M + x_place_@i / (TILE_K / 8u)) * STRIDE + x_place_@i % (TILE_K / 8u) * 8u, halves(x_@i));
+        }
 @end
 @for i < W_UNITS
-        let w_place_@i = index + @iu * INVOCATIONS;
-        put_weights(
-            (buffer * TILE_N + w_place_@i / (TILE_K / 32u)) * STRIDE + w_place_@i % (TILE_K / 32u) * 32u,
-            decode_weights(codes_@i, decode_groups(groups_@i), row_@i % 4u),
-        );
+        if (W_FULL || index + @iu * INVOCATIONS < W_PLACES) {
+            put_weights(
+                (buffer * TILE_N + w_place_@i / (TILE_K / 32u)) * STRIDE + w_place_@i % (TILE_K / 32u) * 32u,
+                decode_weights(codes_@i, decode_groups(groups_@i, row_@i % 4u)),
+            );
+        }
 @end
         workgroupBarrier();
         let next = min(step + 1u, steps - 1u);
-@for i < X_OCTETS
-        x_@i = fetch_x(shape, first_m, next, x_place_@i);
-@end
 @for i < W_UNITS
         let next_unit_@i = unit_of_step(shape, next, w_place_@i);
         codes_@i = fetch_codes(shape, row_@i, next_unit_@i);
         groups_@i = fetch_groups(shape, row_@i / 4u, next_unit_@i);
+@end
+@for i < X_OCTETS
+        x_@i = fetch_x(shape, first_m, next, x_place_@i);
 @end
         let from_x = (buffer * TILE_M + part_m) * STRIDE + part_k;
         let from_w = (buffer * TILE_N + part_n) * STRIDE + part_k;
@@ -150,15 +167,25 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
 @end
     }
 
-    let pair_width = select(2u * SIZE, SIZE, GATED);
+    let at = subgroup % PARTS * SUMS;
     let first_of_part = first + select(part_n, part_n / 2u, GATED);
 @for r < ROWS
 @for p < PAIRS
     workgroupBarrier();
     store_sums(subgroup * SUMS, even_@r_@p);
-    store_sums(subgroup * SUMS + SIZE, odd_@r_@p);
     workgroupBarrier();
-    store_pair(shape, subgroup % PARTS * SUMS, split, first_m + part_m + @ru * SIZE, first_of_part + @pu * pair_width);
+    let even_share_@r_@p = share_of(at, split);
+    workgroupBarrier();
+    store_sums(subgroup * SUMS, odd_@r_@p);
+    workgroupBarrier();
+    let odd_share_@r_@p = share_of(at, split);
+    if (GATED) {
+        store_share(shape, even_share_@r_@p, odd_share_@r_@p, split, first_m + part_m + @ru * SIZE, first_of_part + @pu * SIZE);
+    } else {
+        let first_row = first_of_part + 2u * @pu * SIZE;
+        store_share(shape, even_share_@r_@p, even_share_@r_@p, split, first_m + part_m + @ru * SIZE, first_row);
+        store_share(shape, odd_share_@r_@p, odd_share_@r_@p, split, first_m + part_m + @ru * SIZE, first_row + SIZE);
+    }
 @end
 @end
 }

@@ -15,7 +15,9 @@ fn sum_tile(shape: Shape, first_row: u32, first_m: u32, local: vec2<u32>) -> arr
     for (var unit = 0u; unit < units; unit++) {
         workgroupBarrier();
         if (index < TILE) {
-            var weights = unit_weights(shape, min(first_row + index, shape.rows - 1u), unit);
+            let row = min(first_row + index, shape.rows - 1u);
+            let groups = decode_groups(fetch_groups(shape, row / 4u, unit), row % 4u);
+            var weights = decode_weights(fetch_codes(shape, row, unit), groups);
             for (var p = 0u; p < 16u; p++) {
                 w_tile[index * STRIDE + p] = vec2<f32>(weights[p]);
             }
@@ -59,7 +61,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         let m = first_m + local.y + 16u * (i / 4u);
         let row = first_row + local.x + 16u * (i % 4u);
         if (m < params.m && row < output_rows(shape)) {
-            store_row(m, row, sums[i], others[i]);
+            store_row(m, row, affine_of(row), sums[i], others[i]);
         }
     }
 }

@@ -2,46 +2,60 @@
 // `x_four`, `weighted`, `put_octet` and `put_power` come from what is packed and to where.
 
 const SIZE = 128u;
-var<workgroup> largest_of: array<f32, SIZE>;
+var<workgroup> largest_of: array<f32, 4u * SIZE>;
 
-// The power of two of a unit, whose four octets belong to neighbouring invocations.
-fn power_of_unit(lane: u32, low: vec4<f32>, high: vec4<f32>) -> f32 {
+fn largest_of_octet(low: vec4<f32>, high: vec4<f32>) -> f32 {
     let both = max(abs(low), abs(high));
-    // Those of the unit before have been read.
-    workgroupBarrier();
-    if (lane < SIZE) {
-        largest_of[lane] = max(max(both.x, both.y), max(both.z, both.w));
-    }
-    workgroupBarrier();
-    let first = min(lane, SIZE - 1u) & ~3u;
+    return max(max(both.x, both.y), max(both.z, both.w));
+}
+
+// The power of two of a unit, whose four octets belong to neighbouring invocations; this is the `turn`-th octet of each.
+fn power_of_unit(lane: u32, turn: u32) -> f32 {
+    let first = turn * SIZE + (min(lane, SIZE - 1u) & ~3u);
     let largest = vec4<f32>(largest_of[first], largest_of[first + 1u], largest_of[first + 2u], largest_of[first + 3u]);
     return power_above(max(max(largest.x, largest.y), max(largest.z, largest.w)));
 }
 
-// Packs the octets of a row from `first` on, SIZE of them in each step of `stride`. Gives this invocation's share of the sum of squares of x; the order
-// of summation is the same wherever a row is packed.
+// Packs the octets of a row from `first` on, SIZE of them in each turn of `stride`; four turns are loaded at once. Gives this invocation's share of
+// the sum of squares of x; the order of summation is the same wherever a row is packed.
 fn pack_octets(row: u32, k: u32, first: u32, stride: u32, lane: u32) -> f32 {
     let octets = 4u * ((k + 31u) / 32u);
     var squares = vec4<f32>();
-    for (var start = first; start < octets; start += stride) {
-        let at = start + lane;
-        let is_inside = lane < SIZE && at < octets;
-        var low = vec4<f32>();
-        var high = vec4<f32>();
-        if (is_inside) {
-            low = x_four(row, 8u * at, k);
-            high = x_four(row, 8u * at + 4u, k);
-            squares = fma(low, low, fma(high, high, squares));
-            low = weighted(low, 8u * at, k);
-            high = weighted(high, 8u * at + 4u, k);
+    for (var start = first; start < octets; start += 4u * stride) {
+        @for t < 4
+        let at_@t = start + @tu * stride + lane;
+        let is_inside_@t = lane < SIZE && at_@t < octets;
+        var low_@t = vec4<f32>();
+        var high_@t = vec4<f32>();
+        if (is_inside_@t) {
+            low_@t = x_four(row, 8u * at_@t, k);
+            high_@t = x_four(row, 8u * at_@t + 4u, k);
         }
-        let power = power_of_unit(lane, low, high);
-        if (is_inside) {
-            put_octet(row, at, octets, octet(low, high, power));
-            if (at % 4u == 0u) {
-                put_power(row, at / 4u, octets / 4u, power);
+        @end
+        if (start > first) {
+            // The maxima of the units before have been read.
+            workgroupBarrier();
+        }
+        @for t < 4
+        squares = fma(low_@t, low_@t, fma(high_@t, high_@t, squares));
+        if (is_inside_@t) {
+            low_@t = weighted(low_@t, 8u * at_@t, k);
+            high_@t = weighted(high_@t, 8u * at_@t + 4u, k);
+        }
+        if (lane < SIZE) {
+            largest_of[@tu * SIZE + lane] = largest_of_octet(low_@t, high_@t);
+        }
+        @end
+        workgroupBarrier();
+        @for t < 4
+        if (is_inside_@t) {
+            let power = power_of_unit(lane, @tu);
+            put_octet(row, at_@t, octets, octet(low_@t, high_@t, power));
+            if (at_@t % 4u == 0u) {
+                put_power(row, at_@t / 4u, octets / 4u, power);
             }
         }
+        @end
     }
     return (squares.x + squares.y) + (squares.z + squares.w);
 }

@@ -16,18 +16,29 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let k = params.k;
     var squares = vec4<f32>();
     var largest = vec4<f32>();
-    for (var column = 4u * lane; column < k; column += 4u * SIZE) {
-        let four = x_four(row, column, k);
-        squares = fma(four, four, squares);
-        largest = max(largest, abs(weighted(four, column, k)));
+    // Four loads at once; beyond the last column they give 0.
+    for (var column = 4u * lane; column < k; column += 16u * SIZE) {
+        @for t < 4
+        let four_@t = x_four(row, column + 4u * @tu * SIZE, k);
+        @end
+        @for t < 4
+        squares = fma(four_@t, four_@t, squares);
+        largest = max(largest, abs(weighted(four_@t, column + 4u * @tu * SIZE, k)));
+        @end
     }
     let power = power_above(reduce_max(lane, max(max(largest.x, largest.y), max(largest.z, largest.w))));
     let octets = (k + PADDED - 1u) / PADDED * (PADDED / 8u);
-    for (var i = lane; i < octets; i += SIZE) {
-        let column = 8u * i;
-        let low = weighted(x_four(row, column, k), column, k);
-        let high = weighted(x_four(row, column + 4u, k), column + 4u, k);
-        packed[row * octets + i] = octet(low, high, power);
+    for (var first = lane; first < octets; first += 2u * SIZE) {
+        @for t < 2
+        let column_@t = 8u * (first + @tu * SIZE);
+        let low_@t = weighted(x_four(row, column_@t, k), column_@t, k);
+        let high_@t = weighted(x_four(row, column_@t + 4u, k), column_@t + 4u, k);
+        @end
+        @for t < 2
+        if (column_@t < 8u * octets) {
+            packed[row * octets + column_@t / 8u] = octet(low_@t, high_@t, power);
+        }
+        @end
     }
     var scale = power;
     if (NORMED) {

@@ -1,5 +1,5 @@
-// Sums and maxima over the first SIZE invocations of a workgroup, by a tree, so that their order is fixed. Every invocation takes part and gets the
-// result.
+// Sums and maxima over the first SIZE invocations of a workgroup, a multiple of 32, in a fixed order: 32 of them take every 32nd value, and every
+// invocation takes those. All take part and get the result.
 
 var<workgroup> partial: array<f32, SIZE>;
 
@@ -7,30 +7,40 @@ fn reduce_sum(lane: u32, value: f32) -> f32 {
     if (lane < SIZE) {
         partial[lane] = value;
     }
-    for (var step = SIZE / 2u; step > 0u; step /= 2u) {
-        workgroupBarrier();
-        if (lane < step) {
-            partial[lane] += partial[lane + step];
+    workgroupBarrier();
+    if (lane < 32u) {
+        var sum = value;
+        for (var i = 1u; i < SIZE / 32u; i++) {
+            sum += partial[32u * i + lane];
         }
+        partial[lane] = sum;
     }
     workgroupBarrier();
-    let result = partial[0];
+    var sum = 0.0;
+    @for i < 32
+    sum += partial[@i];
+    @end
     workgroupBarrier();
-    return result;
+    return sum;
 }
 
 fn reduce_max(lane: u32, value: f32) -> f32 {
     if (lane < SIZE) {
         partial[lane] = value;
     }
-    for (var step = SIZE / 2u; step > 0u; step /= 2u) {
-        workgroupBarrier();
-        if (lane < step) {
-            partial[lane] = max(partial[lane], partial[lane + step]);
+    workgroupBarrier();
+    if (lane < 32u) {
+        var largest = value;
+        for (var i = 1u; i < SIZE / 32u; i++) {
+            largest = max(largest, partial[32u * i + lane]);
         }
+        partial[lane] = largest;
     }
     workgroupBarrier();
-    let result = partial[0];
+    var largest = partial[0];
+    @for i < 31
+    largest = max(largest, partial[@i + 1]);
+    @end
     workgroupBarrier();
-    return result;
+    return largest;
 }
