@@ -21,7 +21,7 @@ const MOST_THREADS: usize = 1024;
 pub struct DeviceOptions {
     /// Where the model runs: cpu, gpu (Metal or Vulkan; gpu:1 for the second one, as `doctor` counts them), or auto for a
     /// GPU if there is one
-    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: DeviceChoice,
 
     /// CPU threads [default: all cores]
@@ -43,9 +43,9 @@ pub struct DeviceOptions {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DeviceChoice {
     /// A GPU if there is one, or else the processor.
+    #[default]
     Auto,
     /// The processor.
-    #[default]
     Cpu,
     /// A GPU by its index, or the first.
     Gpu(Option<usize>),

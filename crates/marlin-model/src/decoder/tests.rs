@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use marlin_checkpoint::{Checkpoint, CheckpointWriter, PlannedTensor, WriterOptions};
-use marlin_kernels::gpu::{GpuBackend, GpuOptions};
+use marlin_kernels::gpu::{GpuBackend, GpuMatrices, GpuOptions, MatrixSize};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -53,14 +53,18 @@ fn kernels(backend: &GpuBackend, layers: usize, tokens: usize) -> u64 {
 
 #[test]
 fn a_dense_layer_takes_few_kernels() {
-    let backend = match GpuBackend::new(GpuOptions::default()) {
-        Err(error) if std::env::var_os("METAL_MARLIN_REQUIRE_GPU").is_some() => panic!("a GPU is required: {error}"),
-        Err(_) => return,
-        Ok(backend) => backend,
-    };
-    let of_layer = |tokens| kernels(&backend, 2, tokens) - kernels(&backend, 1, tokens);
-    // Of Q, K and V, rotation, attention, its output, gate and up, down. Attention over more positions takes a second one.
-    assert_eq!(of_layer(1), 6);
-    // Norms of several rows are not worth repeating in each workgroup.
-    assert_eq!(of_layer(5), 8);
+    for matrices in [GpuMatrices::Device, GpuMatrices::Emulated(MatrixSize::Sixteen)] {
+        let backend = match GpuBackend::new(GpuOptions { matrices, ..GpuOptions::default() }) {
+            Err(error) if std::env::var_os("METAL_MARLIN_REQUIRE_GPU").is_some() => {
+                panic!("a GPU is required: {error}")
+            }
+            Err(_) => return,
+            Ok(backend) => backend,
+        };
+        let of_layer = |tokens| kernels(&backend, 2, tokens) - kernels(&backend, 1, tokens);
+        // Of Q, K and V, rotation, attention, its output, gate and up, down. Attention over more positions takes a second one.
+        assert_eq!(of_layer(1), 6);
+        // Norms of several rows are not worth repeating in each workgroup.
+        assert_eq!(of_layer(5), 8);
+    }
 }

@@ -155,7 +155,7 @@ impl AttentionEncoder {
         let split = tiled.and_then(|tiled| {
             let tokens = if tiled { step.untiled } else { step.rows };
             // The linear that follows finds its input packed, if all of it is.
-            let packs = !tiled && packs_heads(gpu, shape.head_dim);
+            let packs = tokens == step.rows && packs_heads(gpu, shape.head_dim);
             let packed = if packs { linear.pack_output(out) } else { None };
             self.split.run(gpu, recorder, step, tokens, qkv, shape, sinks, kv, layer, out, packed)
         });

@@ -50,10 +50,9 @@ impl FewRowsTile {
     fn of(cols: usize, outputs: usize, is_gated: bool, rows: usize) -> Self {
         match (cols.div_ceil(UNIT), is_gated) {
             (0..=16, _) => Self::new(8, 16, 1),
-            (17..=64, false) => Self::new(8, 8, 2),
-            (_, false) if rows == 1 && outputs <= FEW_OUTPUTS => Self::new(16, 2, 4),
-            (_, false) => Self::new(8, 4, 4),
-            (_, true) => Self::new(8, 8, 2),
+            (65.., false) if rows == 1 && outputs <= FEW_OUTPUTS => Self::new(16, 2, 4),
+            (65.., false) if rows == 1 => Self::new(8, 4, 4),
+            _ => Self::new(8, 8, 2),
         }
     }
 

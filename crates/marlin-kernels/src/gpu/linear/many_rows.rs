@@ -29,23 +29,31 @@ pub(super) struct Tile {
     parts: [usize; 2],
     /// Times so many subgroups, which divide columns among themselves.
     splits: usize,
+    /// Steps whose loads are under way while one is multiplied.
+    ahead: usize,
     /// Places for columns in workgroup memory. With two, one is filled while the other is multiplied, and a step has one barrier, not two.
     buffers: usize,
 }
 
 impl Tile {
-    const fn new([m, n, k]: [usize; 3], parts: [usize; 2], splits: usize, buffers: usize) -> Self {
-        Self { m, n, k, parts, splits, buffers }
+    const fn new([m, n, k]: [usize; 3], parts: [usize; 2], splits: usize) -> Self {
+        Self { m, n, k, parts, splits, ahead: 1, buffers: 1 }
+    }
+
+    /// Loads so many steps ahead.
+    const fn ahead(self, ahead: usize) -> Self {
+        Self { ahead, ..self }
     }
 }
 
-/// Tiles for 16 × 16 matrices; of each the first that fits into workgroup memory. Each invocation unpacks a unit or two at each step, while
-/// other subgroups multiply: more subgroups with less to do each are faster, as long as all of them have something to unpack.
+/// Tiles for 16 × 16 matrices; of each the first that fits into workgroup memory. With few rows, time goes into waiting for weights: small
+/// workgroups wait for little, and load far ahead. With many, it goes into unpacking them: each invocation unpacks a unit at each step, while
+/// subgroups of other workgroups multiply. An H200 was faster only with all invocations unpacking.
 const SIXTEEN: &[&[Tile]] = &[
-    &[Tile::new([16, 32, 64], [1, 1], 4, 1)],
-    &[Tile::new([32, 64, 64], [2, 2], 2, 1)],
-    &[Tile::new([64, 128, 64], [2, 4], 1, 1), Tile::new([64, 64, 64], [2, 2], 1, 1)],
-    &[Tile::new([128, 128, 64], [4, 2], 1, 1), Tile::new([128, 128, 32], [2, 2], 1, 1)],
+    &[Tile::new([16, 32, 64], [1, 1], 2).ahead(4)],
+    &[Tile::new([32, 32, 64], [1, 1], 2).ahead(4)],
+    &[Tile::new([64, 64, 64], [2, 2], 1).ahead(2)],
+    &[Tile::new([128, 128, 64], [4, 2], 1), Tile::new([128, 128, 32], [2, 2], 1)],
 ];
 
 /// Workgroups that a device computes at once, which decides where the last ones leave it half idle: the multiprocessors of an H200. Of a smaller
@@ -56,9 +64,9 @@ const UNPACKING_ROWS: usize = 16;
 
 /// Tiles for 8 × 8 matrices: Apple's GPUs have 32 KiB of workgroup memory, and registers for sums of 32 × 64 a subgroup.
 const EIGHT: &[&[Tile]] = &[
-    &[Tile::new([16, 32, 128], [1, 1], 4, 1)],
-    &[Tile::new([32, 64, 64], [2, 2], 1, 1)],
-    &[Tile::new([64, 64, 32], [2, 1], 1, 1)],
+    &[Tile::new([16, 32, 128], [1, 1], 4)],
+    &[Tile::new([32, 64, 64], [2, 2], 1)],
+    &[Tile::new([64, 64, 32], [2, 1], 1)],
 ];
 
 /// Rows and outputs of a workgroup of the kernel that does without matrix units.
@@ -147,11 +155,12 @@ impl Tile {
 
     /// The kernel of a format.
     fn kernel(&self, format: &DeviceFormat, matrices: Matrices, is_gated: bool) -> Kernel {
-        let Self { m, n, k, parts: [parts_m, parts_n], splits, buffers } = self;
+        let Self { m, n, k, parts: [parts_m, parts_n], splits, ahead, buffers } = self;
         let size = matrices.size.rows();
         let mut constants = format!(
             "const SIZE = {size}u;\nconst TILE_M = {m}u;\nconst TILE_N = {n}u;\nconst TILE_K = {k}u;\n\
              const PARTS_M = {parts_m}u;\nconst PARTS_N = {parts_n}u;\nconst SPLITS = {splits}u;\nconst BUFFERS = {buffers}u;\n\
+             const AHEAD = {ahead}u;\n\
              const PADDED = {PADDED}u;\nconst ROW_PADDING = {ROW_PADDING}u;\nconst GATED = {is_gated};\n"
         );
         for (name, count) in self.counts(matrices.size) {
@@ -186,7 +195,7 @@ mod tests {
             assert_eq!(rows * size.rows() * parts_m, tile.m, "{tile:?}");
             assert_eq!(pairs * 2 * size.rows() * parts_n, tile.n, "{tile:?}");
             assert_eq!(depth * size.rows() * tile.splits, tile.k, "{tile:?}");
-            assert!(PADDED.is_multiple_of(tile.k), "{tile:?}");
+            assert!(PADDED.is_multiple_of(tile.k * tile.ahead), "{tile:?}");
         }
     }
 

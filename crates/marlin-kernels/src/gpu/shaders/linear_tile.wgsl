@@ -95,17 +95,24 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let part_n = subgroup % PARTS_N * (TILE_N / PARTS_N);
     let part_k = split * (TILE_K / SPLITS);
     let steps = (shape.k + TILE_K - 1u) / TILE_K;
+    let last_step = (steps + AHEAD - 1u) / AHEAD * AHEAD - 1u;
 
 @for i < W_UNITS
     let w_place_@i = (index + @iu * INVOCATIONS) % W_PLACES;
     let row_@i = weight_row(shape, first, w_place_@i / (TILE_K / 32u));
-    let unit_@i = unit_of_step(shape, 0u, w_place_@i);
-    var codes_@i = fetch_codes(shape, row_@i, unit_@i);
-    var groups_@i = fetch_groups(shape, row_@i / 4u, unit_@i);
 @end
 @for i < X_OCTETS
     let x_place_@i = (index + @iu * INVOCATIONS) % X_PLACES;
-    var x_@i = fetch_x(shape, first_m, 0u, x_place_@i);
+@end
+@for a < AHEAD
+@for i < W_UNITS
+    let unit_@a_@i = unit_of_step(shape, @au, w_place_@i);
+    var codes_@a_@i = fetch_codes(shape, row_@i, unit_@a_@i);
+    var groups_@a_@i = fetch_groups(shape, row_@i / 4u, unit_@a_@i);
+@end
+@for i < X_OCTETS
+    var x_@a_@i = fetch_x(shape, first_m, @au, x_place_@i);
+@end
 @end
 
     // Cooperative matrices are made of what is in memory.
@@ -121,7 +128,11 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
 @end
 @end
 
-    for (var step = 0u; step < steps; step++) {
+    // AHEAD steps a round; those beyond the last one meet columns of x that are 0.
+    for (var round = 0u; round < steps; round += AHEAD) {
+@for a < AHEAD
+    {
+        let step = round + @au;
         let buffer = step % BUFFERS;
         if (BUFFERS == 1u) {
             // The step before has been multiplied.
@@ -129,26 +140,26 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         }
 @for i < X_OCTETS
         if (X_FULL || index + @iu * INVOCATIONS < X_PLACES) {
-            put_x((buffer * TILE_M + x_place_@i / (TILE_K / 8u)) * STRIDE + x_place_@i % (TILE_K / 8u) * 8u, halves(x_@i));
+            put_x((buffer * TILE_M + x_place_@i / (TILE_K / 8u)) * STRIDE + x_place_@i % (TILE_K / 8u) * 8u, halves(x_@a_@i));
         }
 @end
 @for i < W_UNITS
         if (W_FULL || index + @iu * INVOCATIONS < W_PLACES) {
             put_weights(
                 (buffer * TILE_N + w_place_@i / (TILE_K / 32u)) * STRIDE + w_place_@i % (TILE_K / 32u) * 32u,
-                decode_weights(codes_@i, decode_groups(groups_@i, row_@i % 4u)),
+                decode_weights(codes_@a_@i, decode_groups(groups_@a_@i, row_@i % 4u)),
             );
         }
 @end
         workgroupBarrier();
-        let next = min(step + 1u, steps - 1u);
+        let next = min(step + AHEAD, last_step);
 @for i < W_UNITS
         let next_unit_@i = unit_of_step(shape, next, w_place_@i);
-        codes_@i = fetch_codes(shape, row_@i, next_unit_@i);
-        groups_@i = fetch_groups(shape, row_@i / 4u, next_unit_@i);
+        codes_@a_@i = fetch_codes(shape, row_@i, next_unit_@i);
+        groups_@a_@i = fetch_groups(shape, row_@i / 4u, next_unit_@i);
 @end
 @for i < X_OCTETS
-        x_@i = fetch_x(shape, first_m, next, x_place_@i);
+        x_@a_@i = fetch_x(shape, first_m, next, x_place_@i);
 @end
         let from_x = (buffer * TILE_M + part_m) * STRIDE + part_k;
         let from_w = (buffer * TILE_N + part_n) * STRIDE + part_k;
@@ -164,6 +175,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         odd_@r_@p = multiply_add(x_@k_@r, odd_w_@k_@p, odd_@r_@p);
 @end
 @end
+@end
+    }
 @end
     }
 
