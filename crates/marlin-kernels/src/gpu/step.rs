@@ -120,6 +120,11 @@ impl StepBuffers {
         self.staged_tiles.len()
     }
 
+    /// Row, position and start of the block table of one of the tokens of attention.
+    pub(super) fn attention_token(&self, index: usize) -> [u32; 3] {
+        self.staged_attention[index]
+    }
+
     /// Positions of the first `count` of the tokens of attention.
     pub(super) fn attention_positions(&self, count: usize) -> impl Iterator<Item = u32> {
         self.staged_attention[..count].iter().map(|[_, position, _]| *position)

@@ -33,11 +33,11 @@ pub(super) fn compile(gpu: &Gpu, head_dims: &[usize]) -> Result<(), KernelError>
             gpu.pipeline(&CombineVariant { head_dim, packs }.kernel())?;
             for kv_type in KvType::ALL {
                 for group in [1, 2, 4] {
-                    gpu.pipeline(&SplitVariant::new(kv_type, head_dim, group, packs).kernel())?;
+                    gpu.pipeline(&SplitVariant::new(gpu, kv_type, head_dim, group, packs).kernel())?;
                 }
             }
         }
-        for variant in KvType::ALL.into_iter().filter_map(|kv_type| TileVariant::new(gpu, kv_type, head_dim)) {
+        for variant in KvType::ALL.into_iter().flat_map(|kv_type| TileVariant::used(gpu, kv_type, head_dim)) {
             gpu.pipeline(&variant.kernel())?;
         }
     }

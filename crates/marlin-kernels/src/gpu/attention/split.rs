@@ -13,27 +13,37 @@ use crate::{AttentionShape, KernelError, KvType, StepLimits};
 
 /// What to change when the kernels are measured on another device.
 mod tuning {
-    /// Positions of a tile, and invocations of a workgroup: one owns a key.
-    pub(super) const TILE: usize = 128;
-    /// Splits of a context, at most: from here on they are of more than one tile. No more than the invocations that put them together.
-    pub(super) const MOST_SPLITS: usize = 256;
+    /// Invocations of a workgroup.
+    pub(super) const SIZE: usize = 256;
+    /// Positions of a split, at least: it has as many of these as it takes for a token to have no more than so many splits, a power of two.
+    /// Workgroups of a token's splits are to be about so many.
+    pub(super) const LEAST_SPLIT: usize = 64;
+    pub(super) const MOST_SPLITS: usize = 64;
+    pub(super) const WORKGROUPS: usize = 256;
+    /// What takes less time in one workgroup than the kernel that puts splits together.
+    pub(super) const ONE_SPLIT: usize = 128;
     /// Bytes of all splits' sums, at most; steps with more rows than have room take several dispatches.
     pub(super) const SCRATCH_BYTES: usize = 96 << 20;
     /// Rows that the scratch memory is made for, where it has room.
     pub(super) const SCRATCH_ROWS: usize = 64;
-    /// Partial dot products that a workgroup keeps for each key: 16 KiB of them in all.
-    pub(super) const PARTIALS_PER_KEY: usize = 32;
-    /// Keys or values whose loads an invocation issues before it uses the first.
-    pub(super) const BATCH: usize = 4;
-    /// Query heads of a workgroup, at most, and the product of heads and dimensions that its invocations' registers have room for.
+    /// Neighbours that share a key, at most, and units of 8 dimensions that one has of all the workgroup's query heads together: registers
+    /// hold as many of the queries and of the sums.
+    pub(super) const MOST_LANES: usize = 32;
+    pub(super) const UNITS: usize = 4;
+    /// Query heads of a workgroup, at most.
     pub(super) const MOST_HEADS: usize = 4;
-    pub(super) const MOST_HEADS_BY_DIM: usize = 512;
+    /// Bytes of keys, and of values, whose loads an invocation issues before it uses the first.
+    pub(super) const BATCH_BYTES: usize = 32;
+    pub(super) const MOST_BATCH: usize = 2;
+    /// Invocations that put splits together, and groups of them, at most, that take turns at the splits.
+    pub(super) const COMBINE_SIZE: usize = 256;
+    pub(super) const COMBINE_GROUPS: usize = 16;
+    /// Bytes of workgroup memory where groups' sums meet.
+    pub(super) const SUMS_BYTES: usize = 20 << 10;
 }
 
 /// Attention by splits.
 pub(super) struct SplitAttention {
-    /// Positions of a split; it depends on the context alone, so that a row's result does not depend on what else is in a step.
-    split: usize,
     scratch: Scratch,
     kernels: Variants<SplitVariant>,
     combine: Variants<CombineVariant>,
@@ -54,6 +64,9 @@ pub(super) struct SplitVariant {
     head_dim: usize,
     /// Query heads of a workgroup: 1, 2 or 4.
     heads: usize,
+    /// Neighbours that share a key; subgroups are multiples of them, if they exchange values.
+    lanes: usize,
+    exchanges_subgroups: bool,
     /// Heads that one split takes are packed, too.
     packs: bool,
 }
@@ -68,10 +81,26 @@ pub(super) struct CombineVariant {
 
 impl SplitVariant {
     /// For `group` query heads of each KV head.
-    pub(super) fn new(kv_type: KvType, head_dim: usize, group: usize, packs: bool) -> Self {
-        let room = (tuning::MOST_HEADS_BY_DIM / head_dim).clamp(1, tuning::MOST_HEADS);
-        // Powers of two: a type of each width.
-        Self { kv_type, head_dim, heads: group.next_power_of_two().min(1 << room.ilog2()), packs }
+    pub(super) fn new(gpu: &Gpu, kv_type: KvType, head_dim: usize, group: usize, packs: bool) -> Self {
+        let subgroup = gpu.caps.subgroup[0] as usize;
+        let exchanges_subgroups = gpu.caps.subgroups && subgroup.is_power_of_two() && subgroup >= tuning::MOST_HEADS;
+        let most_lanes = if exchanges_subgroups { subgroup.min(tuning::MOST_LANES) } else { tuning::MOST_LANES };
+        Self::with_lanes(kv_type, head_dim, group, most_lanes, exchanges_subgroups, packs)
+    }
+
+    fn with_lanes(
+        kv_type: KvType,
+        head_dim: usize,
+        group: usize,
+        most_lanes: usize,
+        exchanges_subgroups: bool,
+        packs: bool,
+    ) -> Self {
+        // Each head's scores have invocations of their own.
+        let lanes = (head_dim / KV_UNIT).next_power_of_two().clamp(tuning::MOST_HEADS, most_lanes);
+        let room = (tuning::UNITS / (head_dim / KV_UNIT).div_ceil(lanes)).clamp(1, tuning::MOST_HEADS);
+        let heads = group.next_power_of_two().min(1 << room.ilog2());
+        Self { kv_type, head_dim, heads, lanes, exchanges_subgroups, packs }
     }
 
     /// The variant of the other kernel.
@@ -80,58 +109,53 @@ impl SplitVariant {
     }
 
     pub(super) fn kernel(self) -> Kernel {
-        let Self { kv_type, head_dim, heads, packs } = self;
+        let Self { kv_type, head_dim, heads, lanes, exchanges_subgroups, packs } = self;
         let chunks = head_dim / KV_UNIT;
-        let key_lanes = chunks.next_power_of_two().min(tuning::PARTIALS_PER_KEY / heads);
-        let key_units = chunks.div_ceil(key_lanes);
-        let key_batch = key_lanes.min((tuning::BATCH / key_units).max(1));
-        let value_groups = 1 << (tuning::TILE / chunks).ilog2();
-        let value_steps = tuning::TILE / value_groups;
-        let value_batch = value_steps.min(tuning::BATCH);
-        let partials = ((tuning::TILE + 4) * key_lanes).max(value_groups * chunks * KV_UNIT);
+        let units = chunks.div_ceil(lanes);
+        let unit_bytes = kv_type.code().map_or_else(|| kv_type.head_bytes(KV_UNIT), |code| code.bytes(KV_UNIT));
+        let batch = (tuning::BATCH_BYTES / (units * unit_bytes)).clamp(1, tuning::MOST_BATCH);
+        let groups = tuning::SIZE / lanes;
+        // As the kernel lays them out.
+        let sums_bytes = heads * 2 * (lanes * units + 4) * size_of::<[f32; 4]>();
+        let kept_groups = (1 << (tuning::SUMS_BYTES / sums_bytes).max(1).ilog2()).min(groups);
         let constants = [
+            ("SIZE", tuning::SIZE),
             ("DIM", head_dim),
             ("CHUNKS", chunks),
             ("HEADS", heads),
-            // Neighbours that share a key, units of each, and how its loads are batched.
-            ("KEY_LANES", key_lanes),
-            ("KEY_UNITS", key_units),
-            ("KEY_BATCH", key_batch),
-            ("KEY_BATCHES", key_lanes / key_batch),
-            ("QUERY_UNITS", key_lanes * key_units),
-            ("VALUE_GROUPS", value_groups),
-            ("VALUE_BATCH", value_batch),
-            ("VALUE_BATCHES", value_steps / value_batch),
-            ("PARTIALS", partials),
+            // Neighbours that share a key, units that each has of it, and keys that it takes at once.
+            ("LANES", lanes),
+            ("UNITS", units),
+            ("BATCH", batch),
+            ("LEAST_SPLIT", tuning::LEAST_SPLIT),
+            ("ONE_SPLIT", tuning::ONE_SPLIT),
+            ("KEPT_GROUPS", kept_groups),
         ];
         let constants: String = constants.iter().map(|(name, value)| format!("const {name} = {value}u;\n")).collect();
-        let heads_type = if heads == 1 { "f32".to_owned() } else { format!("vec{heads}<f32>") };
-        let of_head = if heads == 1 { "heads" } else { "heads[h]" };
-        let queries: Vec<_> = (0..heads).map(|h| format!("query_of(start, dim, count, {h}u)")).collect();
-        let prelude = format!(
-            "{ATTENTION_TOKEN}{}{constants}alias Heads = {heads_type};\n\
-             fn of_head(heads: Heads, h: u32) -> f32 {{ return {of_head}; }}\n\
-             fn load_query(start: u32, dim: u32, count: u32) -> Heads {{ return Heads({}); }}\n",
-            kv_constants(kv_type),
-            queries.join(", ")
-        );
+        let prelude = format!("{ATTENTION_TOKEN}{}{constants}", kv_constants(kv_type));
         let planes = KvPlanes::of(kv_type);
         let (read, write) = (Binding::read, Binding::write);
         let mut bindings = vec![
-            read("qkv", "f32"),
+            read("qkv", "vec4<f32>"),
             read("keys", planes.reads),
             read("values", planes.reads),
             read("attention_tokens", "AttentionToken"),
             read("block_tables", "u32"),
-            write("split_sums", "f32"),
+            write("split_sums", "vec4<f32>"),
             write("split_softmax", "vec2<f32>"),
-            write("out", "f32"),
+            write("out", "vec4<f32>"),
             read("sinks", "f32"),
         ];
         if kv_type.code().is_some() {
             bindings.extend([read("key_scales", "f16"), read("value_scales", "f16")]);
         }
+        let exchange = if exchanges_subgroups {
+            include_str!("../shaders/exchange_subgroup.wgsl")
+        } else {
+            include_str!("../shaders/exchange_workgroup.wgsl")
+        };
         let files = vec![
+            exchange,
             planes.load,
             include_str!("../shaders/attention_sinks.wgsl"),
             include_str!("../shaders/attention_split.wgsl"),
@@ -145,7 +169,9 @@ impl SplitVariant {
 impl CombineVariant {
     pub(super) fn kernel(self) -> Kernel {
         let Self { head_dim, packs } = self;
-        let prelude = format!("{ATTENTION_TOKEN}const DIM = {head_dim}u;\n");
+        let (size, groups) = (tuning::COMBINE_SIZE, (tuning::COMBINE_SIZE * 4 / head_dim).min(tuning::COMBINE_GROUPS));
+        let prelude =
+            format!("{ATTENTION_TOKEN}const DIM = {head_dim}u;\nconst SIZE = {size}u;\nconst GROUPS = {groups}u;\n");
         let bindings = vec![
             Binding::read("split_sums", "vec4<f32>"),
             Binding::read("split_softmax", "vec2<f32>"),
@@ -153,11 +179,8 @@ impl CombineVariant {
             Binding::write("out", "vec4<f32>"),
             Binding::read("sinks", "f32"),
         ];
-        let files = vec![
-            include_str!("../shaders/attention_sinks.wgsl"),
-            include_str!("../shaders/attention_combine.wgsl"),
-            include_str!("../shaders/reduce.wgsl"),
-        ];
+        let files =
+            vec![include_str!("../shaders/attention_sinks.wgsl"), include_str!("../shaders/attention_combine.wgsl")];
         let mut kernel = Kernel { name: "attention_combine", prelude, bindings, files };
         pack_heads(&mut kernel, packs, head_dim);
         kernel
@@ -183,7 +206,7 @@ fn pack_heads(kernel: &mut Kernel, packs: bool, values: usize) {
 impl Scratch {
     /// Values of the sums, and splits of a head.
     fn sizes(limits: &StepLimits) -> [usize; 2] {
-        let most_splits = limits.context.div_ceil(split_positions(limits.context)).max(1);
+        let most_splits = limits.context.div_ceil(tuning::LEAST_SPLIT).clamp(1, tuning::MOST_SPLITS);
         let row = limits.width.max(KV_UNIT).saturating_mul(most_splits);
         let rows = limits.tokens.clamp(1, tuning::SCRATCH_ROWS);
         let sums = rows.saturating_mul(row).min(tuning::SCRATCH_BYTES / size_of::<f32>()).max(row);
@@ -204,9 +227,17 @@ impl Scratch {
     }
 }
 
-/// Positions of a split.
-fn split_positions(context: usize) -> usize {
-    context.div_ceil(tuning::MOST_SPLITS).next_multiple_of(tuning::TILE)
+/// Splits that a token of these heads has at most 2 to the power of; it depends on the model alone, so that a row's result does not depend on
+/// what else is in a step.
+fn most_splits(workgroups_of_split: usize) -> u32 {
+    (tuning::WORKGROUPS / workgroups_of_split).clamp(1, tuning::MOST_SPLITS).ilog2()
+}
+
+/// Splits of a token that sees so many positions, as the kernel counts them.
+fn splits(seen: usize, most: u32) -> usize {
+    let least = tuning::LEAST_SPLIT;
+    let split = ((seen - 1) >> most) / least * least + least;
+    if seen <= tuning::ONE_SPLIT { 1 } else { seen.div_ceil(split) }
 }
 
 impl SplitAttention {
@@ -216,12 +247,7 @@ impl SplitAttention {
     }
 
     pub(super) fn new(gpu: &Gpu, limits: &StepLimits) -> Result<Self, KernelError> {
-        Ok(Self {
-            split: split_positions(limits.context),
-            scratch: Scratch::new(gpu, limits)?,
-            kernels: Variants::default(),
-            combine: Variants::default(),
-        })
+        Ok(Self { scratch: Scratch::new(gpu, limits)?, kernels: Variants::default(), combine: Variants::default() })
     }
 
     /// Attention of the first `tokens` of a step's tokens of attention.
@@ -240,16 +266,15 @@ impl SplitAttention {
         out: &GpuBuffer,
         packed: Option<[&Storage; 2]>,
     ) -> Result<(), KernelError> {
-        let Self { split, scratch, kernels, combine } = self;
+        let Self { scratch, kernels, combine } = self;
         let cache = &kv.layers[layer];
         let window = window(shape);
-        let splits = |position: u32| {
-            let begin = (position + 1).saturating_sub(window) as usize;
-            position as usize / *split - begin / *split + 1
-        };
-        let splits = step.attention_positions(tokens).map(splits).max().unwrap_or(1);
         let group = shape.heads / shape.kv_heads;
-        let variant = SplitVariant::new(kv.kv_type, shape.head_dim, group, packed.is_some());
+        let variant = SplitVariant::new(gpu, kv.kv_type, shape.head_dim, group, packed.is_some());
+        let workgroups_of_split = shape.kv_heads * group.div_ceil(variant.heads);
+        let most_splits = most_splits(workgroups_of_split);
+        let splits_of = |position: u32| splits((position + 1).min(window) as usize, most_splits);
+        let splits = step.attention_positions(tokens).map(splits_of).max().unwrap_or(1);
         let kernel = kernels.get(gpu, variant, SplitVariant::kernel)?;
         let most = if splits == 1 { tokens } else { scratch.rows(shape, splits) };
         assert!(most > 0 || tokens == 0, "an encoder for inputs as wide as all heads");
@@ -260,6 +285,7 @@ impl SplitAttention {
         let sink_scores = sink_scores(sinks, qkv);
         for first in (0..tokens).step_by(most.max(1)) {
             let count = most.min(tokens - first);
+            let [row, position, table] = step.attention_token(first);
             let buffers =
                 [&qkv.storage, keys, values, attention_tokens, block_tables, sums, softmax, &out.storage, sink_scores];
             let parameters = [
@@ -269,11 +295,14 @@ impl SplitAttention {
                 window,
                 kv.block_tokens as u32,
                 kv.slots() as u32,
-                *split as u32,
+                most_splits,
                 first as u32,
                 u32::from(sinks.is_some()),
+                row,
+                position,
+                table,
             ];
-            let workgroups = [splits, shape.kv_heads * group.div_ceil(variant.heads), count];
+            let workgroups = [splits, workgroups_of_split, count];
             let scales = cache.keys.scales.iter().chain(&cache.values.scales);
             let packed = packed.into_iter().flatten();
             let buffers = buffers.into_iter().chain(scales).chain(packed.clone());
@@ -282,8 +311,7 @@ impl SplitAttention {
                 continue;
             }
             let combine = combine.get(gpu, variant.combine(), CombineVariant::kernel)?;
-            let parameters =
-                [shape.heads as u32, window, *split as u32, first as u32, splits as u32, u32::from(sinks.is_some())];
+            let parameters = [shape.heads as u32, first as u32, splits as u32, u32::from(sinks.is_some()), row];
             let buffers = [sums, softmax, attention_tokens, &out.storage, sink_scores].into_iter().chain(packed);
             recorder.dispatch(combine, buffers, &parameters, [shape.heads, count, 1]);
         }

@@ -1,10 +1,9 @@
-// Causal attention of up to HEADS query heads that share a KV head, of one token, over one split of its positions (Dao et al. 2022;
-// "flash-decoding", Dao et al. 2023). Splits begin at multiples of params.split, whatever else is in the step. A workgroup loads each
-// key and value once for all its heads, as units of 8 dimensions:
+// Causal attention of up to HEADS query heads that share a KV head, of one token, over one split of the positions that it sees (Dao et al.
+// 2022; "flash-decoding", Dao et al. 2023). A workgroup loads each key and value once for all its heads, as units of 8 dimensions.
 //
-// - KEY_LANES neighbours share a key and hold their dimensions of the queries in registers; their sums meet in `partial`;
-// - each invocation then owns one key of the tile, whose score and weight it computes;
-// - CHUNKS neighbours share a value, a unit each; VALUE_GROUPS such groups take turns with the keys, and their sums meet in `partial`.
+// LANES neighbours, a group, share a key and its value: they hold their dimensions of the queries and of the sums in registers, and exchange
+// what a score consists of. Each group goes through keys of its own, with a reference for its weights of its own; nothing waits for other
+// groups until the end, where their sums meet in workgroup memory. The next keys are on their way while the last ones are multiplied.
 //
 // Scores are to base 2. Positions that are not seen read one that is, with weight 0. If there is one split, it gives the result;
 // otherwise `attention_combine` does.
@@ -18,19 +17,30 @@ struct Params {
     block_tokens: u32,
     // Tokens that the cache has room for.
     slots: u32,
-    // Positions of a split, whole tiles.
-    split: u32,
+    // Splits of a token, at most 2 to the power of this.
+    most_splits: u32,
     // The first of attention_tokens of this dispatch.
     first_token: u32,
     has_sinks: u32,
+    // That token, if it is the only one: what it sees is then known without a load.
+    row: u32,
+    position: u32,
+    table: u32,
 }
 var<immediate> params: Params;
 
-// Invocations, and positions of a tile.
-const SIZE = 128u;
 const LOWEST = -3.4028234663852886e38;
-// Keys from one row of `partial` to the next, so that rows begin in different banks.
-const PARTIAL_ROW = SIZE + 4u;
+const GROUPS = SIZE / LANES;
+// Keys that the workgroup takes at once, and those whose places it looks up at once.
+const TILE = GROUPS * BATCH;
+const SPAN = 16u * TILE;
+// Neighbours that have the score of the same head.
+const HEAD_LANES = LANES / HEADS;
+// Vectors of four dimensions of a head.
+const VECTORS = DIM / 4u;
+// Of a head's sums the first halves of all units, then the second ones, which begin in different banks.
+const HALF_ROW = LANES * UNITS + 4u;
+const SUMS_ROW = HEADS * 2u * HALF_ROW;
 
 // Eight dimensions.
 struct Unit {
@@ -38,196 +48,276 @@ struct Unit {
     high: vec4<f32>,
 }
 
-// [dimension within its unit, unit].
-var<workgroup> query: array<Heads, QUERY_UNITS * 8u>;
-var<workgroup> slots: array<u32, SIZE>;
-var<workgroup> partial: array<Heads, PARTIALS>;
-// Scores of the tile's keys, then their weights.
-var<workgroup> weights: array<Heads, SIZE>;
-// Maxima of an eighth of the scores each; at the end the sum of each group's weights.
-var<workgroup> reduced: array<Heads, SIZE>;
+var<private> lane: u32;
 
-// Dimension `dim` of head `h` of the `count` query heads that begin at `start`; 0 beyond what there is.
-fn query_of(start: u32, dim: u32, count: u32, h: u32) -> f32 {
-    if (dim < DIM && h < count) {
-        return qkv[start + h * DIM + dim] * (params.scale * LOG2_E);
+// Where the keys and values of a span are, as units.
+var<workgroup> places: array<u32, SPAN>;
+// Of each head and group, the largest score and the sum of weights.
+var<workgroup> references: array<f32, HEADS * GROUPS>;
+var<workgroup> totals: array<f32, HEADS * GROUPS>;
+var<workgroup> sums: array<vec4<f32>, KEPT_GROUPS * SUMS_ROW>;
+
+// Four dimensions of a query; 0 beyond what there is. They are not scaled here: what has been loaded is not to be waited for.
+fn query_vector(at: u32, exists: bool) -> vec4<f32> {
+    if (exists) {
+        return qkv[at];
     }
-    return 0.0;
+    return vec4<f32>();
+}
+
+fn product(q: Unit, k: Unit) -> f32 {
+    let low = fma(q.low.x, k.low.x, fma(q.low.y, k.low.y, fma(q.low.z, k.low.z, q.low.w * k.low.w)));
+    return fma(q.high.x, k.high.x, fma(q.high.y, k.high.y, fma(q.high.z, k.high.z, fma(q.high.w, k.high.w, low))));
+}
+
+// The sum over a group of what its invocations have of each head. Each gets that of one head: exchanges halve the heads first.
+fn sum_of_group(parts: vec4<f32>) -> f32 {
+    var two = parts.xy;
+    if (HEADS == 4u) {
+        let upper = (lane & (LANES / 2u)) != 0u;
+        let gives = select(parts.zw, parts.xy, upper);
+        two = select(parts.xy, parts.zw, upper) + vec2<f32>(exchange(gives.x, LANES / 2u), exchange(gives.y, LANES / 2u));
+    }
+    var one = two.x;
+    if (HEADS > 1u) {
+        let upper = (lane & HEAD_LANES) != 0u;
+        one = select(two.x, two.y, upper) + exchange(select(two.y, two.x, upper), HEAD_LANES);
+    }
+    for (var bit = HEAD_LANES / 2u; bit > 0u; bit /= 2u) {
+        one += exchange(one, bit);
+    }
+    return one;
+}
+
+// What the group's invocations have for each head.
+fn of_all_heads(own: f32) -> vec4<f32> {
+    var all = vec4<f32>(1.0);
+    @for h < HEADS
+    all[@h] = from_neighbour(own, @hu * HEAD_LANES, LANES);
+    @end
+    return all;
 }
 
 @compute @workgroup_size(SIZE)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
     @builtin(num_workgroups) workgroups: vec3<u32>,
-    @builtin(local_invocation_id) local: vec3<u32>,
+    place: Place,
 ) {
-    let lane = local.x;
-    let token = attention_tokens[params.first_token + workgroup.z];
+    note_place(place);
+    var token = AttentionToken(params.row, params.position, params.table);
+    if (workgroups.z > 1u) {
+        token = attention_tokens[params.first_token + workgroup.z];
+    }
     let end = token.position + 1u;
     let begin = end - min(end, params.window);
-    let split = begin / params.split + workgroup.x;
-    if (split * params.split >= end) {
-        return;
-    }
-    let split_end = min(end, (split + 1u) * params.split);
+    let seen = end - begin;
+    // Of the token alone, whatever else is in the step.
+    let share = ((seen - 1u) >> params.most_splits) / LEAST_SPLIT * LEAST_SPLIT + LEAST_SPLIT;
+    let split = select(share, ONE_SPLIT, seen <= ONE_SPLIT);
+    let split_begin = begin + workgroup.x * split;
+    let split_end = min(end, split_begin + split);
 
-    let group = params.heads / params.kv_heads;
-    let parts = (group + HEADS - 1u) / HEADS;
+    let of_kv_head = params.heads / params.kv_heads;
+    let parts = (of_kv_head + HEADS - 1u) / HEADS;
     let kv_head = workgroup.y / parts;
     let first_in_group = workgroup.y % parts * HEADS;
-    let count = min(HEADS, group - first_in_group);
-    let first_head = kv_head * group + first_in_group;
-
-    let start = (token.row * (params.heads + 2u * params.kv_heads) + first_head) * DIM;
-    for (var i = lane; i < QUERY_UNITS * 8u; i += SIZE) {
-        query[i % 8u * QUERY_UNITS + i / 8u] = load_query(start, i, count);
-    }
-
+    let count = min(HEADS, of_kv_head - first_in_group);
+    let first_head = kv_head * of_kv_head + first_in_group;
     let head_units = kv_head * params.slots * CHUNKS;
-    let key_lane = lane % KEY_LANES;
-    let chunk = lane % CHUNKS;
-    let value_group = lane / CHUNKS;
-    let takes_values = VALUE_GROUPS * CHUNKS == SIZE || value_group < VALUE_GROUPS;
-    var largest = Heads(LOWEST);
-    var total = Heads();
-    @for d < 8
-    var sum@d = Heads();
-    @end
-    for (var tile = max(split * params.split, begin / SIZE * SIZE); tile < split_end; tile += SIZE) {
-        let position = tile + lane;
-        let seen = position >= begin && position < end;
-        let loaded = clamp(position, begin, end - 1u);
-        slots[lane] = block_tables[token.table + loaded / params.block_tokens] * params.block_tokens + loaded % params.block_tokens;
-        workgroupBarrier();
-
-        @for c < KEY_UNITS
-        @for d < 8
-        let q@c_@d = query[@du * QUERY_UNITS + @cu * KEY_LANES + key_lane];
-        @end
-        @end
-        @for b < KEY_BATCHES
-        {
-            @for i < KEY_BATCH
-            let key@i = (@bu * KEY_BATCH + @iu) * (SIZE / KEY_LANES) + lane / KEY_LANES;
-            let at@i = head_units + slots[key@i] * CHUNKS;
-            @for c < KEY_UNITS
-            let raw@i_@c = load_key(at@i + min(@cu * KEY_LANES + key_lane, CHUNKS - 1u));
-            @end
-            @end
-            @for i < KEY_BATCH
-            {
-                var dot = Heads();
-                @for c < KEY_UNITS
-                if (QUERY_UNITS == CHUNKS || @cu * KEY_LANES + key_lane < CHUNKS) {
-                    let k = decode(raw@i_@c);
-                    dot = fma(q@c_0, Heads(k.low.x), dot);
-                    dot = fma(q@c_1, Heads(k.low.y), dot);
-                    dot = fma(q@c_2, Heads(k.low.z), dot);
-                    dot = fma(q@c_3, Heads(k.low.w), dot);
-                    dot = fma(q@c_4, Heads(k.high.x), dot);
-                    dot = fma(q@c_5, Heads(k.high.y), dot);
-                    dot = fma(q@c_6, Heads(k.high.z), dot);
-                    dot = fma(q@c_7, Heads(k.high.w), dot);
-                }
-                @end
-                partial[key_lane * PARTIAL_ROW + key@i] = dot;
-            }
-            @end
+    // Where the sums of the workgroup's heads go, and from one head to the next.
+    let first_split = (workgroup.z * params.heads + first_head) * workgroups.x + workgroup.x;
+    if (split_begin >= end) {
+        if (lane < count) {
+            split_softmax[first_split + lane * workgroups.x] = vec2<f32>(LOWEST, 0.0);
         }
-        @end
-        workgroupBarrier();
-
-        var score = Heads();
-        @for j < KEY_LANES
-        score += partial[@ju * PARTIAL_ROW + lane];
-        @end
-        score = select(Heads(LOWEST), score, seen);
-        weights[lane] = score;
-        workgroupBarrier();
-        if (lane < 8u) {
-            var eighth = weights[lane];
-            @for i < 15
-            eighth = max(eighth, weights[@iu * 8u + 8u + lane]);
-            @end
-            reduced[lane] = eighth;
-        }
-        workgroupBarrier();
-        let before = largest;
-        @for i < 8
-        largest = max(largest, reduced[@i]);
-        @end
-        weights[lane] = select(Heads(), exp2(score - largest), seen);
-        workgroupBarrier();
-
-        let shrink = exp2(before - largest);
-        total *= shrink;
-        @for d < 8
-        sum@d *= shrink;
-        @end
-        if (takes_values) {
-            @for b < VALUE_BATCHES
-            {
-                @for i < VALUE_BATCH
-                let key@i = (@bu * VALUE_BATCH + @iu) * VALUE_GROUPS + value_group;
-                let raw@i = load_value(head_units + slots[key@i] * CHUNKS + chunk);
-                @end
-                @for i < VALUE_BATCH
-                {
-                    let weight = weights[key@i];
-                    let v = decode(raw@i);
-                    total += weight;
-                    sum0 = fma(weight, Heads(v.low.x), sum0);
-                    sum1 = fma(weight, Heads(v.low.y), sum1);
-                    sum2 = fma(weight, Heads(v.low.z), sum2);
-                    sum3 = fma(weight, Heads(v.low.w), sum3);
-                    sum4 = fma(weight, Heads(v.high.x), sum4);
-                    sum5 = fma(weight, Heads(v.high.y), sum5);
-                    sum6 = fma(weight, Heads(v.high.z), sum6);
-                    sum7 = fma(weight, Heads(v.high.w), sum7);
-                }
-                @end
-            }
-            @end
-        }
-        // The next tile's slots take the place of this one's.
-        workgroupBarrier();
+        return;
     }
 
-    if (takes_values) {
-        @for d < 8
-        partial[(value_group * 8u + @du) * CHUNKS + chunk] = sum@d;
-        @end
-        if (chunk == 0u) {
-            reduced[value_group] = total;
+    let group = lane / LANES;
+    let in_group = lane % LANES;
+    let own_head = in_group / HEAD_LANES;
+    let query = (token.row * (params.heads + 2u * params.kv_heads) + first_head) * VECTORS;
+    @for c < UNITS
+    let unit@c = min(@cu * LANES + in_group, CHUNKS - 1u);
+    let exists@c = @cu * LANES + in_group < CHUNKS;
+    @for h < HEADS
+    let q@c_@h = Unit(
+        query_vector(query + @hu * VECTORS + 2u * unit@c, exists@c && @hu < count),
+        query_vector(query + @hu * VECTORS + 2u * unit@c + 1u, exists@c && @hu < count),
+    );
+    var low@c_@h = vec4<f32>();
+    var high@c_@h = vec4<f32>();
+    @end
+    @end
+    var largest = LOWEST;
+    var total = 0.0;
+
+    for (var span = split_begin; span < split_end; span += SPAN) {
+        let span_keys = min(SPAN, split_end - span);
+        // The places of the span before have been read.
+        workgroupBarrier();
+        for (var i = lane; i < min(SPAN, (span_keys + TILE - 1u) / TILE * TILE); i += SIZE) {
+            let position = min(span + i, end - 1u);
+            let block = block_tables[token.table + position / params.block_tokens];
+            places[i] = head_units + (block * params.block_tokens + position % params.block_tokens) * CHUNKS;
         }
+        workgroupBarrier();
+
+        @for b < BATCH
+        let place@b = places[@bu * GROUPS + group];
+        @for c < UNITS
+        var key@b_@c = load_key(place@b + unit@c);
+        @end
+        @end
+        @for b < BATCH
+        @for c < UNITS
+        var value@b_@c = load_value(place@b + unit@c);
+        @end
+        @end
+        for (var tile = 0u; tile < span_keys; tile += TILE) {
+            let next = tile + TILE;
+            let has_next = next < span_keys;
+            @for b < BATCH
+            var dots@b = vec4<f32>();
+            @for c < UNITS
+            {
+                let k = decode(key@b_@c);
+                @for h < HEADS
+                dots@b[@h] += product(q@c_@h, k) * scale_of_unit(key@b_@c);
+                @end
+            }
+            @end
+            @end
+            @for b < BATCH
+            let key_scale@b = key@b_0;
+            @end
+            if (has_next) {
+                @for b < BATCH
+                let next_place@b = places[next + @bu * GROUPS + group];
+                @for c < UNITS
+                key@b_@c = load_key(next_place@b + unit@c);
+                @end
+                @end
+            }
+
+            let before = largest;
+            @for b < BATCH
+            let is_seen@b = tile + @bu * GROUPS + group < span_keys;
+            let scale@b = params.scale * LOG2_E * scale_of_head(key_scale@b);
+            let score@b = select(LOWEST, sum_of_group(dots@b) * scale@b, is_seen@b);
+            largest = max(largest, score@b);
+            @end
+            let shrink = exp2(before - largest);
+            total *= shrink;
+            let shrinks = of_all_heads(shrink);
+            @for c < UNITS
+            @for h < HEADS
+            low@c_@h *= shrinks[@h];
+            high@c_@h *= shrinks[@h];
+            @end
+            @end
+            @for b < BATCH
+            {
+                let weight = select(0.0, exp2(score@b - largest), is_seen@b);
+                total += weight;
+                let weights = of_all_heads(weight * scale_of_head(value@b_0));
+                @for c < UNITS
+                let v@c = decode(value@b_@c);
+                let scaled@c = weights * scale_of_unit(value@b_@c);
+                @for h < HEADS
+                low@c_@h = fma(vec4<f32>(scaled@c[@h]), v@c.low, low@c_@h);
+                high@c_@h = fma(vec4<f32>(scaled@c[@h]), v@c.high, high@c_@h);
+                @end
+                @end
+            }
+            @end
+            if (has_next) {
+                @for b < BATCH
+                @for c < UNITS
+                value@b_@c = load_value(places[next + @bu * GROUPS + group] + unit@c);
+                @end
+                @end
+            }
+        }
+    }
+
+    // All groups' sums become relative to the largest score of all.
+    let own = own_head * GROUPS + group;
+    if (in_group % HEAD_LANES == 0u) {
+        references[own] = largest;
     }
     workgroupBarrier();
-    total = Heads();
-    @for g < VALUE_GROUPS
-    total += reduced[@g];
+    var reference = LOWEST;
+    for (var g = 0u; g < GROUPS; g++) {
+        reference = max(reference, references[own_head * GROUPS + g]);
+    }
+    let shrink = exp2(largest - reference);
+    let shrinks = of_all_heads(shrink);
+    @for c < UNITS
+    @for h < HEADS
+    low@c_@h *= shrinks[@h];
+    high@c_@h *= shrinks[@h];
     @end
-    for (var dim = lane; dim < DIM; dim += SIZE) {
-        var sum = Heads();
-        @for g < VALUE_GROUPS
-        sum += partial[(@gu * 8u + dim % 8u) * CHUNKS + dim / 8u];
-        @end
-        @for h < HEADS
-        if (@hu < count) {
-            let head = first_head + @hu;
-            if (workgroups.x == 1u) {
-                let all = of_head(total, @hu) + sink_weight(head, of_head(largest, @hu));
-                let value = of_head(sum, @hu) * (1.0 / all);
-                out[(token.row * params.heads + head) * DIM + dim] = value;
-                keep_output(@hu * DIM + dim, value);
-            } else {
-                let at = (workgroup.z * params.heads + head) * workgroups.x + workgroup.x;
-                split_sums[at * DIM + dim] = of_head(sum, @hu);
-                if (dim == 0u) {
-                    split_softmax[at] = vec2<f32>(of_head(largest, @hu), of_head(total, @hu));
-                }
+    @end
+    if (in_group % HEAD_LANES == 0u) {
+        totals[own] = total * shrink;
+    }
+    // KEPT_GROUPS of them at a time give their sums to the first ones, whose sums are added last.
+    for (var first = GROUPS - KEPT_GROUPS; true; first -= KEPT_GROUPS) {
+        let row = (group - first) * SUMS_ROW + in_group;
+        if (group >= first && group - first < KEPT_GROUPS) {
+            @for c < UNITS
+            @for h < HEADS
+            sums[row + 2u * @hu * HALF_ROW + @cu * LANES] = low@c_@h;
+            sums[row + (2u * @hu + 1u) * HALF_ROW + @cu * LANES] = high@c_@h;
+            @end
+            @end
+        }
+        workgroupBarrier();
+        if (first == 0u) {
+            break;
+        }
+        if (group < KEPT_GROUPS) {
+            let own_row = group * SUMS_ROW + in_group;
+            @for c < UNITS
+            @for h < HEADS
+            low@c_@h += sums[own_row + 2u * @hu * HALF_ROW + @cu * LANES];
+            high@c_@h += sums[own_row + (2u * @hu + 1u) * HALF_ROW + @cu * LANES];
+            @end
+            @end
+        }
+        workgroupBarrier();
+    }
+
+    for (var i = lane; i < count * VECTORS; i += SIZE) {
+        let h = i / VECTORS;
+        let vector = i % VECTORS;
+        var sum = vec4<f32>();
+        for (var row = 0u; row < KEPT_GROUPS; row++) {
+            sum += sums[row * SUMS_ROW + (2u * h + vector % 2u) * HALF_ROW + vector / 2u];
+        }
+        var all = 0.0;
+        for (var g = 0u; g < GROUPS; g++) {
+            all += totals[h * GROUPS + g];
+        }
+        var largest_of_head = LOWEST;
+        for (var g = 0u; g < GROUPS; g++) {
+            largest_of_head = max(largest_of_head, references[h * GROUPS + g]);
+        }
+        if (workgroups.x == 1u) {
+            sum *= 1.0 / (all + sink_weight(first_head + h, largest_of_head));
+            out[(token.row * params.heads + first_head + h) * VECTORS + vector] = sum;
+            @for d < 4
+            keep_output(4u * i + @du, sum[@d]);
+            @end
+        } else {
+            let at = first_split + h * workgroups.x;
+            split_sums[at * VECTORS + vector] = sum;
+            if (vector == 0u) {
+                split_softmax[at] = vec2<f32>(largest_of_head, all);
             }
         }
-        @end
     }
     if (workgroups.x == 1u) {
         pack_heads(token.row, first_head, count, params.heads, lane);

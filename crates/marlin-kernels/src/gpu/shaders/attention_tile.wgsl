@@ -1,8 +1,13 @@
-// Causal attention of one query head of up to TILE_ROWS tokens of a sequence over all the keys that they see, TILE_KEYS at a time (Dao 2023),
-// on matrices of SIZE × SIZE that one of the mma modules multiplies. A subgroup of 32 has 16 tokens, whose queries and sums it keeps in
-// matrices; scores pass through workgroup memory, where each invocation makes weights of half of a token's.
+// Causal attention of HEADS query heads, which share a KV head, of up to TILE_TOKENS tokens of a sequence over all the keys that they see,
+// TILE_KEYS at a time (Dao 2023), on matrices of SIZE × SIZE that one of the mma modules multiplies. Rows are the tokens of the first head, then
+// those of the second. SPLIT subgroups of 32 share SHARED_ROWS rows: they divide a tile's keys among themselves for the scores, and the dimensions
+// for the sums, which registers keep, as they keep the queries. Scores pass through workgroup memory, where the invocations of a row make
+// weights of them.
 //
-// Weights are 2^(score − reference). Matrices cannot be scaled but through memory, so a token's reference follows its largest score only
+// Keys and values lie in workgroup memory as they do in the cache. While weights are made, the values of the tile and the keys of the next one
+// go there from registers, and what comes after them is loaded; so there is a whole tile's time for that.
+//
+// Weights are 2^(score − reference). Matrices cannot be scaled but through memory, so a row's reference follows its largest score only
 // when that is SLACK larger; weights in half precision have room for it (as in FlashAttention-4). Keys that no token sees read one that is
 // seen.
 
@@ -19,21 +24,20 @@ struct Params {
 }
 var<immediate> params: Params;
 
-const LOWEST = -3.4028234663852886e38;
+// The score of a key that is not seen, and what is below every score but that one.
+const UNSEEN = -3.4028234663852886e38;
+const LOWEST = -1e30;
 const SLACK = 8.0;
-const INVOCATIONS = 2u * TILE_ROWS;
-// Rows in workgroup memory, which begin in different banks: of weights (and queries, 16 dimensions at a time), keys, values.
+const TILE_ROWS = HEADS * TILE_TOKENS;
+const INVOCATIONS = 32u * SPLIT * (TILE_ROWS / SHARED_ROWS);
+// PER_ROW invocations have a row, and each of them every PER_ROW-th octet of its scores. Rows in workgroup memory, which begin in different banks: of weights (and queries), of keys and values, of scores.
 const X_STRIDE = TILE_KEYS + 8u;
-const KEY_STRIDE = DIM + 8u;
-const VALUE_STRIDE = TILE_KEYS + 8u;
+const W_STRIDE = DIM + 8u;
 const SUMS_STRIDE = TILE_KEYS + 4u;
 const X_HALVES = TILE_ROWS * X_STRIDE;
-// Values, whose rows are dimensions, lie behind the keys.
-const VALUES_AT = TILE_KEYS * KEY_STRIDE;
-const W_HALVES = VALUES_AT + DIM * VALUE_STRIDE;
-const QUADS = TILE_KEYS / 4u;
-// Scores of an invocation.
-const SHARE = TILE_KEYS / 2u;
+// Values lie behind the keys.
+const VALUES_AT = TILE_KEYS * W_STRIDE;
+const W_HALVES = 2u * VALUES_AT;
 
 // Eight dimensions.
 struct Unit {
@@ -46,10 +50,18 @@ struct Octet {
     high: vec4<f16>,
 }
 
-// Scores; at other times 16 columns of a subgroup's sums.
+// Puts a unit, scaled, into workgroup memory.
+fn put_unit(at: u32, raw: Raw) {
+    let unit = decode(raw);
+    let scale = scale_of_unit(raw) * scale_of_head(raw);
+    put_w(at, Octet(vec4<f16>(unit.low * scale), vec4<f16>(unit.high * scale)));
+}
+
+// Scores; at other times columns of a subgroup's sums. Behind each row is something of each of its invocations.
 var<workgroup> sums: array<f32, TILE_ROWS * SUMS_STRIDE>;
-// Something of each invocation, and something of each token.
-var<workgroup> halves: array<f32, INVOCATIONS>;
+// Where the keys of two tiles are, as units.
+var<workgroup> places: array<u32, 2u * TILE_KEYS>;
+// Something of each row.
 var<workgroup> factors: array<f32, TILE_ROWS>;
 // Whether a reference must follow.
 var<workgroup> follows: atomic<u32>;
@@ -57,14 +69,10 @@ var<workgroup> follows: atomic<u32>;
 // An invocation's place among the 32 that share a matrix.
 var<private> lane: u32;
 
-// The first unit of a head's key or value at a position.
-fn unit_of(table: u32, kv_head: u32, position: u32) -> u32 {
-    let slot = block_tables[table + position / params.block_tokens] * params.block_tokens + position % params.block_tokens;
-    return (kv_head * params.slots + slot) * CHUNKS;
-}
-
-fn put_values(dim: u32, quad: u32, a: f32, b: f32, c: f32, d: f32) {
-    put_w_quad(VALUES_AT + dim * VALUE_STRIDE + 4u * quad, vec4<f16>(vec4<f32>(a, b, c, d)));
+// Where a token's key or value is, as a unit, if a head's first one is at `head_units`.
+fn place_of(head_units: u32, table: u32, position: u32) -> u32 {
+    let block = block_tables[table + position / params.block_tokens];
+    return head_units + (block * params.block_tokens + position % params.block_tokens) * CHUNKS;
 }
 
 @compute @workgroup_size(INVOCATIONS)
@@ -76,44 +84,31 @@ fn main(
     // The last tokens of a sequence see most keys: they begin first.
     let part = workgroups.y - 1u - workgroup.y;
     let query_tile = query_tiles[part / PARTS];
-    let skipped = part % PARTS * TILE_ROWS;
+    let skipped = part % PARTS * TILE_TOKENS;
     if (skipped >= query_tile.count) {
         return;
     }
-    let rows = min(TILE_ROWS, query_tile.count - skipped);
+    let tokens = min(TILE_TOKENS, query_tile.count - skipped);
     let token = attention_tokens[query_tile.first + skipped];
     let begin = token.position + 1u - min(token.position + 1u, params.window);
-    let end = token.position + rows;
-    let head = workgroup.x;
-    let kv_head = head / (params.heads / params.kv_heads);
+    let end = token.position + tokens;
+    let first_head = workgroup.x * HEADS;
+    let head_units = first_head / (params.heads / params.kv_heads) * params.slots * CHUNKS;
+    let first_tile = begin / TILE_KEYS * TILE_KEYS;
     lane = index % 32u;
     let subgroup = index / 32u;
-    let first_sum = subgroup * 16u * SUMS_STRIDE;
+    // Its rows, and its share of keys and dimensions.
+    let first_row = subgroup / SPLIT * SHARED_ROWS;
+    let share = subgroup % SPLIT;
+    let first_sum = first_row * SUMS_STRIDE;
 
-    // Two invocations a token.
-    let r = index / 2u;
-    let side = index % 2u;
-    let own = min(r, rows - 1u);
-    let position = token.position + own;
-    let query = ((token.row + own) * (params.heads + 2u * params.kv_heads) + head) * (DIM / 4u) + 2u * side;
-    let scale = params.scale * LOG2_E;
-    @for b < BLOCKS
-    workgroupBarrier();
-    put_x(r * X_STRIDE + 8u * side, Octet(
-        vec4<f16>(qkv[query + 4u * @bu] * scale),
-        vec4<f16>(qkv[query + 4u * @bu + 1u] * scale),
-    ));
-    workgroupBarrier();
-    @for k < PER_BLOCK
-    @for m < PER_BLOCK
-    let q@b_@k_@m = load_x((subgroup * 16u + @mu * SIZE) * X_STRIDE + @ku * SIZE, X_STRIDE);
-    @end
-    @end
-    @end
-
+    if (index < TILE_KEYS) {
+        places[index] = place_of(head_units, token.table, clamp(first_tile + index, begin, end - 1u));
+        places[TILE_KEYS + index] = place_of(head_units, token.table, min(first_tile + TILE_KEYS + index, end - 1u));
+    }
     // Cooperative matrices are made of what is in memory.
-    for (var i = lane; i < 16u * SUMS_STRIDE; i += 32u) {
-        sums[first_sum + i] = 0.0;
+    for (var i = index; i < TILE_ROWS * SUMS_STRIDE; i += INVOCATIONS) {
+        sums[i] = 0.0;
     }
     if (index == 0u) {
         atomicStore(&follows, 0u);
@@ -122,107 +117,165 @@ fn main(
     let zero = load_sums(first_sum);
     @for b < BLOCKS
     @for k < PER_BLOCK
-    @for m < PER_BLOCK
+    @for m < ROW_BLOCKS
     var sum@b_@k_@m = zero;
+    @end
+    @end
+    @end
+    // Units of a tile that an invocation brings, and where the next ones are.
+    @for u < LOADS
+    let key@u = min((index + @uu * INVOCATIONS) / CHUNKS, TILE_KEYS - 1u);
+    let chunk@u = (index + @uu * INVOCATIONS) % CHUNKS;
+    let at@u = key@u * W_STRIDE + 8u * chunk@u;
+    var next@u = places[TILE_KEYS + key@u] + chunk@u;
+    var key_raw@u = load_key(places[key@u] + chunk@u);
+    var value_raw@u = load_value(places[key@u] + chunk@u);
+    @end
+
+    // As many columns of the queries at a time as there is room for.
+    let r = index / PER_ROW;
+    let side = index % PER_ROW;
+    let head = first_head + r / TILE_TOKENS;
+    let own = min(r % TILE_TOKENS, tokens - 1u);
+    let position = token.position + own;
+    let query = ((token.row + own) * (params.heads + 2u * params.kv_heads) + head) * (DIM / 4u);
+    let scale = params.scale * LOG2_E;
+    @for b < ALL_BLOCKS
+    if (@bu * 16u % TILE_KEYS == 0u) {
+        workgroupBarrier();
+        for (var o = side; o < min(TILE_KEYS, DIM - min(DIM, @bu * 16u)) / 8u; o += PER_ROW) {
+            put_x(r * X_STRIDE + 8u * o, Octet(
+                vec4<f16>(qkv[query + @bu * 4u + 2u * o] * scale),
+                vec4<f16>(qkv[query + @bu * 4u + 2u * o + 1u] * scale),
+            ));
+        }
+        workgroupBarrier();
+    }
+    @for k < PER_BLOCK
+    @for m < ROW_BLOCKS
+    let q@b_@k_@m = load_x((first_row + @mu * SIZE) * X_STRIDE + @bu * 16u % TILE_KEYS + @ku * SIZE, X_STRIDE);
     @end
     @end
     @end
     var reference = LOWEST;
     var total = 0.0;
 
-    for (var tile = begin / TILE_KEYS * TILE_KEYS; tile < end; tile += TILE_KEYS) {
-        for (var i = index; i < TILE_KEYS * CHUNKS; i += INVOCATIONS) {
-            let key = i / CHUNKS;
-            let chunk = i % CHUNKS;
-            let unit = decode(load_key(unit_of(token.table, kv_head, clamp(tile + key, begin, end - 1u)) + chunk));
-            put_w(key * KEY_STRIDE + 8u * chunk, Octet(vec4<f16>(unit.low), vec4<f16>(unit.high)));
-        }
-        for (var i = index; i < QUADS * CHUNKS; i += INVOCATIONS) {
-            let quad = i % QUADS;
-            let chunk = i / QUADS;
-            let first = tile + 4u * quad;
-            let a = decode(load_value(unit_of(token.table, kv_head, clamp(first, begin, end - 1u)) + chunk));
-            let b = decode(load_value(unit_of(token.table, kv_head, clamp(first + 1u, begin, end - 1u)) + chunk));
-            let c = decode(load_value(unit_of(token.table, kv_head, clamp(first + 2u, begin, end - 1u)) + chunk));
-            let d = decode(load_value(unit_of(token.table, kv_head, clamp(first + 3u, begin, end - 1u)) + chunk));
-            put_values(8u * chunk, quad, a.low.x, b.low.x, c.low.x, d.low.x);
-            put_values(8u * chunk + 1u, quad, a.low.y, b.low.y, c.low.y, d.low.y);
-            put_values(8u * chunk + 2u, quad, a.low.z, b.low.z, c.low.z, d.low.z);
-            put_values(8u * chunk + 3u, quad, a.low.w, b.low.w, c.low.w, d.low.w);
-            put_values(8u * chunk + 4u, quad, a.high.x, b.high.x, c.high.x, d.high.x);
-            put_values(8u * chunk + 5u, quad, a.high.y, b.high.y, c.high.y, d.high.y);
-            put_values(8u * chunk + 6u, quad, a.high.z, b.high.z, c.high.z, d.high.z);
-            put_values(8u * chunk + 7u, quad, a.high.w, b.high.w, c.high.w, d.high.w);
-        }
-        workgroupBarrier();
+    // The first tile's keys, and the second one's on their way.
+    @for u < LOADS
+    if (ALL_LOADS || index + @uu * INVOCATIONS < TILE_KEYS * CHUNKS) {
+        put_unit(at@u, key_raw@u);
+    }
+    key_raw@u = load_key(next@u);
+    @end
+    var later = 0u;
+    if (index < TILE_KEYS) {
+        later = place_of(head_units, token.table, min(first_tile + 2u * TILE_KEYS + index, end - 1u));
+    }
+    workgroupBarrier();
+    var half = 0u;
+    if (index < TILE_KEYS) {
+        places[index] = later;
+    }
 
+    for (var tile = first_tile; tile < end; tile += TILE_KEYS) {
         @for n < KEY_BLOCKS
-        {
-            @for m < PER_BLOCK
-            var score_@m = zero;
-            @end
-            @for b < BLOCKS
-            @for k < PER_BLOCK
-            let keys_@b_@k = load_w(@nu * SIZE * KEY_STRIDE + 16u * @bu + @ku * SIZE, KEY_STRIDE);
-            @for m < PER_BLOCK
-            score_@m = multiply_add(q@b_@k_@m, keys_@b_@k, score_@m);
-            @end
-            @end
-            @end
-            @for m < PER_BLOCK
-            store_sums(first_sum + @mu * SIZE * SUMS_STRIDE + @nu * SIZE, score_@m);
-            @end
-        }
+        @for m < ROW_BLOCKS
+        var score_@n_@m = zero;
+        @end
+        @end
+        @for b < ALL_BLOCKS
+        @for k < PER_BLOCK
+        @for n < KEY_BLOCKS
+        let keys_@b_@k_@n = load_w((share * KEY_BLOCKS + @nu) * SIZE * W_STRIDE + 16u * @bu + @ku * SIZE, W_STRIDE);
+        @for m < ROW_BLOCKS
+        score_@n_@m = multiply_add(q@b_@k_@m, keys_@b_@k_@n, score_@n_@m);
+        @end
+        @end
+        @end
+        @end
+        @for n < KEY_BLOCKS
+        @for m < ROW_BLOCKS
+        store_sums(first_sum + @mu * SIZE * SUMS_STRIDE + (share * KEY_BLOCKS + @nu) * SIZE, score_@n_@m);
+        @end
         @end
         workgroupBarrier();
 
+        @for u < LOADS
+        if (ALL_LOADS || index + @uu * INVOCATIONS < TILE_KEYS * CHUNKS) {
+            put_unit(VALUES_AT + at@u, value_raw@u);
+            put_unit(at@u, key_raw@u);
+        }
+        value_raw@u = load_value(next@u);
+        next@u = places[half + key@u] + chunk@u;
+        key_raw@u = load_key(next@u);
+        @end
+        if (index < TILE_KEYS) {
+            later = place_of(head_units, token.table, min(tile + 3u * TILE_KEYS + index, end - 1u));
+        }
+        @for o < OCTETS
+        @for j < 8
+        var own_@o_@j = sums[r * SUMS_STRIDE + 8u * (side + PER_ROW * @ou) + @ju];
+        @end
+        @end
+        // Whether a row does not see all of the tile.
+        if (tile < begin || tile + TILE_KEYS - 1u > token.position || end - 1u - tile >= params.window) {
+            @for o < OCTETS
+            @for j < 8
+            let key_@o_@j = tile + 8u * (side + PER_ROW * @ou) + @ju;
+            own_@o_@j = select(UNSEEN, own_@o_@j, key_@o_@j <= position && position - key_@o_@j < params.window);
+            @end
+            @end
+        }
         var largest = LOWEST;
         @for o < OCTETS
         @for j < 8
-        let key_@o_@j = tile + side * SHARE + 8u * @ou + @ju;
-        let seen_@o_@j = key_@o_@j <= position && position - key_@o_@j < params.window;
-        let score_@o_@j = sums[r * SUMS_STRIDE + side * SHARE + 8u * @ou + @ju];
-        largest = select(largest, max(largest, score_@o_@j), seen_@o_@j);
+        largest = max(largest, own_@o_@j);
         @end
         @end
         if (largest > reference + SLACK) {
             atomicStore(&follows, 1u);
         }
+        sums[r * SUMS_STRIDE + TILE_KEYS + side] = largest;
         workgroupBarrier();
         // The same for all of the workgroup.
         if (atomicLoad(&follows) != 0u) {
-            halves[index] = largest;
-            workgroupBarrier();
             let before = reference;
-            reference = max(reference, max(largest, halves[index ^ 1u]));
+            @for i < PER_ROW
+            reference = max(reference, sums[r * SUMS_STRIDE + TILE_KEYS + @iu]);
+            @end
             let factor = exp2(before - reference);
             total *= factor;
-            factors[r] = factor;
-            @for b < BLOCKS
-            @for k < PER_BLOCK
-            @for m < PER_BLOCK
-            store_sums(first_sum + @mu * SIZE * SUMS_STRIDE + @ku * SIZE, sum@b_@k_@m);
-            @end
-            @end
-            workgroupBarrier();
-            for (var i = lane; i < 256u; i += 32u) {
-                sums[first_sum + i / 16u * SUMS_STRIDE + i % 16u] *= factors[subgroup * 16u + i / 16u];
+            if (side == 0u) {
+                factors[r] = factor;
             }
-            workgroupBarrier();
-            @for k < PER_BLOCK
-            @for m < PER_BLOCK
-            sum@b_@k_@m = load_sums(first_sum + @mu * SIZE * SUMS_STRIDE + @ku * SIZE);
-            @end
-            @end
-            workgroupBarrier();
-            @end
+            if (tile != first_tile) {
+                let first_column = share * 16u;
+                @for b < BLOCKS
+                @for k < PER_BLOCK
+                @for m < ROW_BLOCKS
+                store_sums(first_sum + first_column + @mu * SIZE * SUMS_STRIDE + @ku * SIZE, sum@b_@k_@m);
+                @end
+                @end
+                workgroupBarrier();
+                for (var i = lane; i < 16u * SHARED_ROWS; i += 32u) {
+                    sums[first_sum + first_column + i / 16u * SUMS_STRIDE + i % 16u] *= factors[first_row + i / 16u];
+                }
+                workgroupBarrier();
+                @for k < PER_BLOCK
+                @for m < ROW_BLOCKS
+                sum@b_@k_@m = load_sums(first_sum + first_column + @mu * SIZE * SUMS_STRIDE + @ku * SIZE);
+                @end
+                @end
+                workgroupBarrier();
+                @end
+            }
         }
         @for o < OCTETS
         @for j < 8
-        let weight_@o_@j = f16(select(0.0, exp2(score_@o_@j - reference), seen_@o_@j));
+        let weight_@o_@j = f16(exp2(own_@o_@j - reference));
         total += f32(weight_@o_@j);
         @end
-        put_x(r * X_STRIDE + side * SHARE + 8u * @ou, Octet(
+        put_x(r * X_STRIDE + 8u * (side + PER_ROW * @ou), Octet(
             vec4<f16>(weight_@o_0, weight_@o_1, weight_@o_2, weight_@o_3),
             vec4<f16>(weight_@o_4, weight_@o_5, weight_@o_6, weight_@o_7),
         ));
@@ -231,40 +284,52 @@ fn main(
         if (index == 0u) {
             atomicStore(&follows, 0u);
         }
+        half = TILE_KEYS - half;
+        if (index < TILE_KEYS) {
+            places[half + index] = later;
+        }
 
-        @for n < KEY_BLOCKS
-        @for m < PER_BLOCK
-        let weights_@n_@m = load_x((subgroup * 16u + @mu * SIZE) * X_STRIDE + @nu * SIZE, X_STRIDE);
+        @for n < ALL_KEY_BLOCKS
+        {
+            @for m < ROW_BLOCKS
+            let weights_@m = load_x((first_row + @mu * SIZE) * X_STRIDE + @nu * SIZE, X_STRIDE);
+            @end
+            @for b < BLOCKS
+            @for k < PER_BLOCK
+            let values_@b_@k = load_rows(VALUES_AT + @nu * SIZE * W_STRIDE + (share * BLOCKS + @bu) * 16u + @ku * SIZE, W_STRIDE);
+            @for m < ROW_BLOCKS
+            sum@b_@k_@m = multiply_add_rows(weights_@m, values_@b_@k, sum@b_@k_@m);
+            @end
+            @end
+            @end
+        }
         @end
-        @end
-        @for b < BLOCKS
-        @for k < PER_BLOCK
-        @for n < KEY_BLOCKS
-        let values_@b_@k_@n = load_w(VALUES_AT + (16u * @bu + @ku * SIZE) * VALUE_STRIDE + @nu * SIZE, VALUE_STRIDE);
-        @for m < PER_BLOCK
-        sum@b_@k_@m = multiply_add(weights_@n_@m, values_@b_@k_@n, sum@b_@k_@m);
-        @end
-        @end
-        @end
-        @end
-        workgroupBarrier();
     }
 
-    halves[index] = total;
+    sums[r * SUMS_STRIDE + TILE_KEYS + side] = total;
     workgroupBarrier();
-    factors[r] = 1.0 / (total + halves[index ^ 1u] + sink_weight(head, reference));
+    if (side == 0u) {
+        var all = sink_weight(head, reference);
+        @for i < PER_ROW
+        all += sums[r * SUMS_STRIDE + TILE_KEYS + @iu];
+        @end
+        factors[r] = 1.0 / all;
+    }
     @for b < BLOCKS
     @for k < PER_BLOCK
-    @for m < PER_BLOCK
-    store_sums(first_sum + @mu * SIZE * SUMS_STRIDE + @ku * SIZE, sum@b_@k_@m);
+    @for m < ROW_BLOCKS
+    store_sums(first_sum + share * 16u + @mu * SIZE * SUMS_STRIDE + @ku * SIZE, sum@b_@k_@m);
     @end
     @end
     workgroupBarrier();
-    for (var i = lane; i < 256u; i += 32u) {
-        let other = subgroup * 16u + i / 16u;
-        if (other < rows) {
-            let value = sums[first_sum + i / 16u * SUMS_STRIDE + i % 16u] * factors[other];
-            out[((token.row + other) * params.heads + head) * DIM + 16u * @bu + i % 16u] = value;
+    for (var i = lane; i < 4u * SHARED_ROWS; i += 32u) {
+        let row = first_row + i / 4u;
+        let other = row % TILE_TOKENS;
+        if (other < tokens) {
+            let at = first_sum + i / 4u * SUMS_STRIDE + share * 16u + i % 4u * 4u;
+            let value = vec4<f32>(sums[at], sums[at + 1u], sums[at + 2u], sums[at + 3u]) * factors[row];
+            let other_head = first_head + row / TILE_TOKENS;
+            out[((token.row + other) * params.heads + other_head) * (DIM / 4u) + (share * BLOCKS + @bu) * 4u + i % 4u] = value;
         }
     }
     workgroupBarrier();

@@ -9,6 +9,15 @@ fn decode(raw: Raw) -> Unit {
     );
 }
 
+// What the values of a unit, and those of a head, are to be multiplied by.
+fn scale_of_unit(raw: Raw) -> f32 {
+    return 1.0;
+}
+
+fn scale_of_head(raw: Raw) -> f32 {
+    return 1.0;
+}
+
 fn load_key(unit: u32) -> Raw {
     return keys[unit];
 }

@@ -5,18 +5,24 @@ struct Raw {
     scale: f32,
 }
 
-// Four codes. Their exponent and mantissa, where half precision has its own, are 2^8 times too small.
+// Four codes. Their exponent and mantissa, where half precision has its own, are 2^8 times too small, which the scale makes good.
 fn decode_word(codes: u32) -> vec4<f32> {
-    let even = codes & 0x00ff00ffu;
-    let odd = codes >> 8u & 0x00ff00ffu;
-    let low = unpack2x16float((even & 0x00800080u) << 8u | (even & 0x007f007fu) << 7u);
-    let high = unpack2x16float((odd & 0x00800080u) << 8u | (odd & 0x007f007fu) << 7u);
-    return vec4<f32>(low.x, high.x, low.y, high.y);
+    let odd = unpack2x16float((codes & 0x80008000u) | (codes >> 1u & 0x3f803f80u));
+    let even = unpack2x16float((codes << 8u & 0x80008000u) | (codes << 7u & 0x3f803f80u));
+    return vec4<f32>(even.x, odd.x, even.y, odd.y);
 }
 
 fn decode(raw: Raw) -> Unit {
-    let scale = raw.scale * 256.0;
-    return Unit(decode_word(raw.codes.x) * scale, decode_word(raw.codes.y) * scale);
+    return Unit(decode_word(raw.codes.x), decode_word(raw.codes.y));
+}
+
+// What the values of a unit, and those of a head, are to be multiplied by.
+fn scale_of_unit(raw: Raw) -> f32 {
+    return 1.0;
+}
+
+fn scale_of_head(raw: Raw) -> f32 {
+    return raw.scale * 256.0;
 }
 
 fn load_key(unit: u32) -> Raw {

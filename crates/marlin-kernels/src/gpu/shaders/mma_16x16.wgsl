@@ -31,6 +31,17 @@ fn load_w(at: u32, stride: u32) -> WMatrix {
     return coopLoad<WMatrix>(&w_tile[at / 4u], stride / 4u);
 }
 
+// The same of a factor whose rows lie `stride` apart.
+alias RowsMatrix = WMatrix;
+
+fn load_rows(at: u32, stride: u32) -> RowsMatrix {
+    return coopLoadT<WMatrix>(&w_tile[at / 4u], stride / 4u);
+}
+
+fn multiply_add_rows(x: XMatrix, w: RowsMatrix, sum: SumMatrix) -> SumMatrix {
+    return coopMultiplyAdd(x, w, sum);
+}
+
 fn multiply_add(x: XMatrix, w: WMatrix, sum: SumMatrix) -> SumMatrix {
     return coopMultiplyAdd(x, w, sum);
 }

@@ -13,6 +13,11 @@ struct WMatrix {
     first: u32,
     stride: u32,
 }
+// Of a factor whose rows lie in rows: where the invocation's first column of them begins.
+struct RowsMatrix {
+    first: u32,
+    stride: u32,
+}
 alias SumMatrix = array<f32, WIDTH>;
 
 fn put_x(at: u32, octet: Octet) {
@@ -50,6 +55,25 @@ fn multiply_add(x: XMatrix, w: WMatrix, sum: SumMatrix) -> SumMatrix {
         let values = vec4<f32>(row[k]);
         for (var column = 0u; column < WIDTH; column++) {
             result[column] += dot(values, vec4<f32>(w_tile[w.first + column * w.stride + k]));
+        }
+    }
+    return result;
+}
+
+fn load_rows(at: u32, stride: u32) -> RowsMatrix {
+    return RowsMatrix(at + lane % ACROSS * WIDTH, stride);
+}
+
+fn multiply_add_rows(x: XMatrix, w: RowsMatrix, sum: SumMatrix) -> SumMatrix {
+    var row = x;
+    var result = sum;
+    // As above.
+    let rows = min(SIZE, arrayLength(&out));
+    for (var k = 0u; k < rows; k++) {
+        let value = f32(row[k / 4u][k % 4u]);
+        for (var column = 0u; column < WIDTH; column++) {
+            let at = w.first + k * w.stride + column;
+            result[column] = fma(value, f32(w_tile[at / 4u][at % 4u]), result[column]);
         }
     }
     return result;
