@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::format::DeviceFormat;
 use super::layout::{QUAD, UNIT};
-use super::pack::{PACKED_OUTPUT, Packing, Prepared, VECTOR, four_functions};
+use super::pack::{PACK_TURNS, PACK_UNITS, PACKED_OUTPUT, Packing, Prepared, VECTOR, four_functions};
 use crate::KernelError;
 use crate::gpu::GpuArithmetic;
 use crate::gpu::device::Gpu;
@@ -221,7 +221,12 @@ impl Variant {
             prelude += "fn keep_output(i: u32, value: f32) {}\nfn pack_kept(first: u32, first_m: u32, index: u32) {}\n";
         }
         let packing = if self.is_normed {
-            prelude += &format!("const UNITS = {}u;\n{}", self.staged_units(), four_functions(true, true));
+            let turns = self.cols.div_ceil(UNIT * PACK_UNITS).min(PACK_TURNS);
+            prelude += &format!(
+                "const UNITS = {}u;\nconst TURNS = {turns}u;\n{}",
+                self.staged_units(),
+                four_functions(true, true)
+            );
             files.extend([include_str!("../shaders/pack_row.wgsl"), include_str!("../shaders/norm.wgsl")]);
             Packing::Normed
         } else {

@@ -266,7 +266,10 @@ impl PackKernels {
 }
 
 /// Units that a workgroup of `pack_input.wgsl` packs at once: a quarter of its invocations.
-const PACK_UNITS: usize = 32;
+pub(super) const PACK_UNITS: usize = 32;
+
+/// Turns of `pack_row.wgsl` that are loaded at once, at most: in each, 128 invocations take eight columns.
+pub(super) const PACK_TURNS: usize = 4;
 
 /// Columns that packed rows are padded to a multiple of.
 pub(super) const PADDED: usize = 512;
@@ -295,8 +298,10 @@ fn pack_kernel(name: &'static str, is_normed: bool, is_aligned: bool, of_kernel:
         include_str!("../shaders/norm.wgsl"),
     ];
     files.extend(of_kernel);
-    let prelude =
-        format!("const NORMED = {is_normed};\nconst PADDED = {PADDED}u;\n{}", four_functions(is_normed, is_aligned));
+    let prelude = format!(
+        "const NORMED = {is_normed};\nconst PADDED = {PADDED}u;\nconst TURNS = {PACK_TURNS}u;\n{}",
+        four_functions(is_normed, is_aligned)
+    );
     Kernel { name, prelude, bindings, files }
 }
 

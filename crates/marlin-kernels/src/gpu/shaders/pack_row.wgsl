@@ -2,7 +2,7 @@
 // `x_four`, `weighted`, `put_octet` and `put_power` come from what is packed and to where.
 
 const SIZE = 128u;
-var<workgroup> largest_of: array<f32, 4u * SIZE>;
+var<workgroup> largest_of: array<f32, TURNS * SIZE>;
 
 fn largest_of_octet(low: vec4<f32>, high: vec4<f32>) -> f32 {
     let both = max(abs(low), abs(high));
@@ -16,13 +16,13 @@ fn power_of_unit(lane: u32, turn: u32) -> f32 {
     return power_above(max(max(largest.x, largest.y), max(largest.z, largest.w)));
 }
 
-// Packs the octets of a row from `first` on, SIZE of them in each turn of `stride`; four turns are loaded at once. Gives this invocation's share of
+// Packs the octets of a row from `first` on, SIZE of them in each turn of `stride`; TURNS are loaded at once. Gives this invocation's share of
 // the sum of squares of x; the order of summation is the same wherever a row is packed.
 fn pack_octets(row: u32, k: u32, first: u32, stride: u32, lane: u32) -> f32 {
     let octets = 4u * ((k + 31u) / 32u);
     var squares = vec4<f32>();
-    for (var start = first; start < octets; start += 4u * stride) {
-        @for t < 4
+    for (var start = first; start < octets; start += TURNS * stride) {
+        @for t < TURNS
         let at_@t = start + @tu * stride + lane;
         let is_inside_@t = lane < SIZE && at_@t < octets;
         var low_@t = vec4<f32>();
@@ -36,7 +36,7 @@ fn pack_octets(row: u32, k: u32, first: u32, stride: u32, lane: u32) -> f32 {
             // The maxima of the units before have been read.
             workgroupBarrier();
         }
-        @for t < 4
+        @for t < TURNS
         squares = fma(low_@t, low_@t, fma(high_@t, high_@t, squares));
         if (is_inside_@t) {
             low_@t = weighted(low_@t, 8u * at_@t, k);
@@ -47,7 +47,7 @@ fn pack_octets(row: u32, k: u32, first: u32, stride: u32, lane: u32) -> f32 {
         }
         @end
         workgroupBarrier();
-        @for t < 4
+        @for t < TURNS
         if (is_inside_@t) {
             let power = power_of_unit(lane, @tu);
             put_octet(row, at_@t, octets, octet(low_@t, high_@t, power));
