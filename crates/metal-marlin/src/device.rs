@@ -133,7 +133,13 @@ impl DeviceOptions {
             pipeline_cache: kernels_folder(),
             ..GpuOptions::default()
         };
-        GpuBackend::new(options).map(Device::Gpu)
+        match GpuBackend::new(options) {
+            Err(error) if self.device == DeviceChoice::Auto => {
+                eprintln!("warning: the GPU cannot be used, the CPU is: {error}");
+                CpuBackend::new(self.cpu()).map(Device::Cpu)
+            }
+            opened => opened.map(Device::Gpu),
+        }
     }
 
     /// How the CPU is used.
