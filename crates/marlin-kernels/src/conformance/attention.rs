@@ -35,10 +35,10 @@ const TILED_BATCHES: [&[Range<usize>]; 3] = [
 pub const HEAD_DIMS: [usize; 7] = [24, 64, 80, 96, 128, 192, 256];
 
 pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
-    // So long that a GPU's splits are larger than the least.
+    // So long, for so many heads, that a GPU's splits are larger than the least.
     table.add(device, "attention/long".into(), |device| {
-        let base = Attention::new(shape(4, 2, 64, None), KvType::F16, 16, &[4300..4301, 3..4]);
-        device.check(&Attention { context: 8192, ..base }, bound(KvType::F16), "splits of 128 positions")
+        let base = Attention::new(shape(32, 32, 64, None), KvType::F16, 16, &[600..601, 3..4]);
+        device.check(&Attention { context: 1024, ..base }, bound(KvType::F16), "splits of 128 positions")
     });
     for kv_type in KvType::ALL {
         let suffix = format!("kv-{}", kv_type.name());
@@ -88,6 +88,11 @@ pub(super) fn add_tiled_rows<B: Backend>(table: &mut Table, device: &Device<B>, 
         cases.iter().try_for_each(|case| device.check(case, rounding, &format!("positions {:?}", case.batch)))
     });
     let wide = device.with_heavy_rows(true);
+    // So many tokens that a GPU may give each of its workgroups more.
+    table.add(&wide, "attention-tiled/many".into(), move |device| {
+        let many = Attention::new(AttentionShape { heads: 64, ..base }, KvType::F16, 16, &[0..505, 3..4]);
+        device.check(&many, rounding, "505 tokens")
+    });
     let mut add =
         |device: &Device<B>, name: String, shape: AttentionShape, kv_types: &'static [KvType], rounding: f64| {
             table.add(device, format!("attention-tiled/{name}"), move |device| {

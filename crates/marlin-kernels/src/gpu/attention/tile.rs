@@ -109,12 +109,12 @@ impl TileVariant {
         (self.head_dim / 16).is_multiple_of(self.tile.split) && self.workgroup_bytes() <= workgroup_memory
     }
 
-    /// As `attention_tile.wgsl` divides it: weights, keys and values, scores, places of two tiles, a value of each row, a flag.
+    /// As `attention_tile.wgsl` divides it: weights, keys and values, scores, places of two tiles, a value of each row, flags.
     fn workgroup_bytes(self) -> usize {
         let Self { head_dim, tile, .. } = self;
         let (rows, keys) = (tile.rows(), tile.keys);
         let halves = rows * (keys + 8) + 2 * keys * (head_dim + 8);
-        2 * halves + 4 * (rows * (keys + 4) + 2 * keys + rows + 1)
+        2 * halves + 4 * (rows * (keys + 4) + 2 * keys + rows + 4)
     }
 
     pub(super) fn kernel(self) -> Kernel {

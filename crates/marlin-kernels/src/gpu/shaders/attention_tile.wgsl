@@ -63,8 +63,9 @@ var<workgroup> sums: array<f32, TILE_ROWS * SUMS_STRIDE>;
 var<workgroup> places: array<u32, 2u * TILE_KEYS>;
 // Something of each row.
 var<workgroup> factors: array<f32, TILE_ROWS>;
-// Whether a reference must follow.
-var<workgroup> follows: atomic<u32>;
+// Whether a reference must follow, in the first of them. Like all that is in workgroup memory they are whole multiples of 16 bytes, so that
+// matrices begin at one, in whatever order devices lay it out: those of Vulkan must.
+var<workgroup> follows: array<atomic<u32>, 4>;
 
 // An invocation's place among the 32 that share a matrix.
 var<private> lane: u32;
@@ -111,7 +112,7 @@ fn main(
         sums[i] = 0.0;
     }
     if (index == 0u) {
-        atomicStore(&follows, 0u);
+        atomicStore(&follows[0], 0u);
     }
     workgroupBarrier();
     let zero = load_sums(first_sum);
@@ -233,12 +234,12 @@ fn main(
         @end
         @end
         if (largest > reference + SLACK) {
-            atomicStore(&follows, 1u);
+            atomicStore(&follows[0], 1u);
         }
         sums[r * SUMS_STRIDE + TILE_KEYS + side] = largest;
         workgroupBarrier();
         // The same for all of the workgroup.
-        if (atomicLoad(&follows) != 0u) {
+        if (atomicLoad(&follows[0]) != 0u) {
             let before = reference;
             @for i < PER_ROW
             reference = max(reference, sums[r * SUMS_STRIDE + TILE_KEYS + @iu]);
@@ -282,7 +283,7 @@ fn main(
         @end
         workgroupBarrier();
         if (index == 0u) {
-            atomicStore(&follows, 0u);
+            atomicStore(&follows[0], 0u);
         }
         half = TILE_KEYS - half;
         if (index < TILE_KEYS) {
