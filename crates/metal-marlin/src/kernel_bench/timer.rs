@@ -115,7 +115,7 @@ impl Timed for CpuBackend {
 const MOST_RUNS: usize = 1024;
 /// For how long a kernel runs before it counts, at least and at most: while the host prepares it, a GPU's clock falls to a quarter, and it
 /// has risen when nothing gets faster any more.
-const WARM_UP: [Duration; 2] = [Duration::from_millis(250), Duration::from_millis(1500)];
+const WARM_UP: [Duration; 2] = [Duration::from_millis(500), Duration::from_millis(2000)];
 
 impl<B: Timed> Bench<'_, B> {
     /// Seconds of one run. `run` records the i-th; a sample is as many as take long enough to be told apart.

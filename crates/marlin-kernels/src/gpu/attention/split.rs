@@ -270,11 +270,14 @@ impl SplitAttention {
         let cache = &kv.layers[layer];
         let window = window(shape);
         let group = shape.heads / shape.kv_heads;
-        let variant = SplitVariant::new(gpu, kv.kv_type, shape.head_dim, group, packed.is_some());
+        let mut variant = SplitVariant::new(gpu, kv.kv_type, shape.head_dim, group, packed.is_some());
         let workgroups_of_split = shape.kv_heads * group.div_ceil(variant.heads);
         let most_splits = most_splits(workgroups_of_split);
         let splits_of = |position: u32| splits((position + 1).min(window) as usize, most_splits);
         let splits = step.attention_positions(tokens).map(splits_of).max().unwrap_or(1);
+        let combined = variant.combine();
+        // Several splits leave it to the kernel that puts them together: one that could pack is slower even where it does not.
+        variant.packs &= splits == 1;
         let kernel = kernels.get(gpu, variant, SplitVariant::kernel)?;
         let most = if splits == 1 { tokens } else { scratch.rows(shape, splits) };
         assert!(most > 0 || tokens == 0, "an encoder for inputs as wide as all heads");
@@ -305,12 +308,12 @@ impl SplitAttention {
             let workgroups = [splits, workgroups_of_split, count];
             let scales = cache.keys.scales.iter().chain(&cache.values.scales);
             let packed = packed.into_iter().flatten();
-            let buffers = buffers.into_iter().chain(scales).chain(packed.clone());
+            let buffers = buffers.into_iter().chain(scales).chain(packed.clone().filter(|_| variant.packs));
             recorder.dispatch(kernel, buffers, &parameters, workgroups);
             if splits == 1 {
                 continue;
             }
-            let combine = combine.get(gpu, variant.combine(), CombineVariant::kernel)?;
+            let combine = combine.get(gpu, combined, CombineVariant::kernel)?;
             let parameters = [shape.heads as u32, first as u32, splits as u32, u32::from(sinks.is_some()), row];
             let buffers = [sums, softmax, attention_tokens, &out.storage, sink_scores].into_iter().chain(packed);
             recorder.dispatch(combine, buffers, &parameters, [shape.heads, count, 1]);

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::few_rows::FEW_ROWS;
+use super::few_rows::most_few_rows;
 use super::layout::UNIT;
 use crate::gpu::device::{Gpu, Storage};
 use crate::gpu::pipeline::{Binding, Kernel, Pipeline};
@@ -89,8 +89,9 @@ pub(super) enum Packer {
 /// Kernels that pack rows.
 pub(super) struct PackKernels {
     units: ByInput,
-    /// Where there are matrix units, for more than [`FEW_ROWS`].
+    /// Where there are matrix units, for more rows than are few.
     rows: Option<ByInput>,
+    few_rows: usize,
 }
 
 /// Of rows as they are, and of their norms; the second of each is for rows of whole vectors.
@@ -201,7 +202,7 @@ impl Packer {
         let Self::Half { kernels, packed, .. } = self else {
             return None;
         };
-        let wants_units = kernels.rows.is_none() || out.rows <= FEW_ROWS;
+        let wants_units = kernels.rows.is_none() || out.rows <= kernels.few_rows;
         if !wants_units || !packed.has_room_for(out) {
             return None;
         }
@@ -225,7 +226,7 @@ pub(super) fn rows<'a>(input: &Input<'a, GpuBackend>) -> &'a GpuBuffer {
 
 /// Rows of the outputs that linears pack.
 fn output_rows(gpu: &Gpu, limits: &StepLimits) -> usize {
-    if gpu.batch_invariant { limits.tokens } else { limits.tokens.min(FEW_ROWS) }
+    if gpu.batch_invariant { limits.tokens } else { limits.tokens.min(most_few_rows(gpu)) }
 }
 
 fn normed_bytes(limits: &StepLimits) -> usize {
@@ -244,12 +245,13 @@ impl PackKernels {
         Ok(Self {
             units: by_input(&pack_units_kernel)?,
             rows: gpu.matrices.map(|_| by_input(&pack_rows_kernel)).transpose()?,
+            few_rows: most_few_rows(gpu),
         })
     }
 
     fn pack(&self, recorder: &mut Recorder, input: &Input<'_, GpuBackend>, packed: &Packed) {
         let GpuBuffer { rows, width, storage, .. } = rows(input);
-        let by_rows = self.rows.as_ref().filter(|_| *rows > FEW_ROWS);
+        let by_rows = self.rows.as_ref().filter(|_| *rows > self.few_rows);
         let (norm, eps) = match input {
             Input::Rows(_) => (None, 0.0),
             Input::Normed { weight, eps, .. } => (Some(&weight.storage), *eps),

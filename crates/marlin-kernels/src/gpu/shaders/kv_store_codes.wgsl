@@ -10,6 +10,14 @@ fn magnitude(value: f32) -> f32 {
     return select(LARGEST, abs(value), (bitcast<u32>(value) & 0x7fffffffu) < 0x7f800000u);
 }
 
+// A positive number in half precision, the nearest, ties to even: devices may convert towards 0, and codes are relative to it.
+fn nearest_half(value: f32) -> f16 {
+    let bits = bitcast<u32>(value);
+    let normal = bitcast<f32>((bits + 0xfffu + (bits >> 13u & 1u)) & 0xffffe000u);
+    let denormal = round(value * 16777216.0) * (1.0 / 16777216.0);
+    return f16(select(denormal, normal, bits >= 0x38800000u));
+}
+
 fn store_head(lane: u32, is_value: bool, row: u32) {
     let units = params.head_dim / 8u;
     var largest = 0.0;
@@ -28,7 +36,7 @@ fn store_head(lane: u32, is_value: bool, row: u32) {
         largest = max(largest, magnitudes[other]);
     }
     // Codes are relative to the scale as it is stored.
-    let scale = f16(largest * (1.0 / LARGEST_CODE));
+    let scale = nearest_half(largest * (1.0 / LARGEST_CODE));
     let inverse = select(0.0, 1.0 / f32(scale), scale > 0.0);
     var words = vec2<u32>();
     @for i < 8
