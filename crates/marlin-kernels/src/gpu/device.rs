@@ -313,19 +313,6 @@ fn matrices(adapter: &wgpu::Adapter, features: wgpu::Features) -> Vec<MatrixSize
     [MatrixSize::Sixteen, MatrixSize::Eight].into_iter().filter(|size| has(size.rows() as u32)).collect()
 }
 
-/// Opens a device that does not check kernels' accesses, unless that is wanted; `None` if there is no such device.
-fn open_without_checks(
-    adapter: &wgpu::Adapter,
-    descriptor: &wgpu::DeviceDescriptor<'_>,
-    checked: bool,
-) -> Option<(wgpu::Device, wgpu::Queue)> {
-    #[cfg(target_vendor = "apple")]
-    return None;
-    // SAFETY: kernels are this crate's own, and index within what their parameters describe. The conformance table runs them with checks, too.
-    #[cfg(not(target_vendor = "apple"))]
-    return if checked { None } else { unsafe { super::vulkan::open_without_checks(adapter, descriptor) } };
-}
-
 impl Gpu {
     pub(super) fn open(options: GpuOptions) -> Result<Self, KernelError> {
         let adapters = enumerate(&instance());
@@ -378,7 +365,14 @@ impl Gpu {
             experimental_features,
             ..wgpu::DeviceDescriptor::default()
         };
-        let (device, queue) = match open_without_checks(adapter, &descriptor, options.checked) {
+        #[cfg(target_vendor = "apple")]
+        let unchecked = None;
+        #[cfg(not(target_vendor = "apple"))]
+        // SAFETY: kernels are this crate's own, and index within what their parameters describe. The conformance table runs them with
+        // checks, too.
+        let unchecked =
+            (!options.checked).then(|| unsafe { super::vulkan::open_without_checks(adapter, &descriptor) }).flatten();
+        let (device, queue) = match unchecked {
             Some(open) => open,
             None => pollster::block_on(adapter.request_device(&descriptor))
                 .map_err(|error| KernelError::Device(format!("{} does not open: {error}", caps.name)))?,
