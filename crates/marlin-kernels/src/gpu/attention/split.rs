@@ -8,7 +8,7 @@ use crate::gpu::linear::PACKED_OUTPUT;
 use crate::gpu::pipeline::{Binding, Kernel, Variants};
 use crate::gpu::recorder::Recorder;
 use crate::gpu::step::StepBuffers;
-use crate::gpu::{GpuBuffer, GpuKvCache, GpuVector};
+use crate::gpu::{GpuArithmetic, GpuBuffer, GpuKvCache, GpuVector};
 use crate::{AttentionShape, KernelError, KvType, StepLimits};
 
 /// What to change when the kernels are measured on another device.
@@ -83,7 +83,11 @@ impl SplitVariant {
     /// For `group` query heads of each KV head.
     pub(super) fn new(gpu: &Gpu, kv_type: KvType, head_dim: usize, group: usize, packs: bool) -> Self {
         let subgroup = gpu.caps.subgroup[0] as usize;
-        let exchanges_subgroups = gpu.caps.subgroups && subgroup.is_power_of_two() && subgroup >= tuning::MOST_HEADS;
+        // Not in single precision, so that every device shows both ways to be right.
+        let exchanges_subgroups = gpu.arithmetic == GpuArithmetic::Half
+            && gpu.caps.subgroups
+            && subgroup.is_power_of_two()
+            && subgroup >= tuning::MOST_HEADS;
         let most_lanes = if exchanges_subgroups { subgroup.min(tuning::MOST_LANES) } else { tuning::MOST_LANES };
         Self::with_lanes(kv_type, head_dim, group, most_lanes, exchanges_subgroups, packs)
     }
