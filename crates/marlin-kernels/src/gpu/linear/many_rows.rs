@@ -31,13 +31,11 @@ pub(super) struct Tile {
     splits: usize,
     /// Steps whose loads are under way while one is multiplied.
     ahead: usize,
-    /// Places for columns in workgroup memory. With two, one is filled while the other is multiplied, and a step has one barrier, not two.
-    buffers: usize,
 }
 
 impl Tile {
     const fn new([m, n, k]: [usize; 3], parts: [usize; 2], splits: usize) -> Self {
-        Self { m, n, k, parts, splits, ahead: 1, buffers: 1 }
+        Self { m, n, k, parts, splits, ahead: 1 }
     }
 
     /// Loads so many steps ahead.
@@ -136,7 +134,7 @@ impl Tile {
     }
 
     fn workgroup_bytes(&self, size: MatrixSize) -> usize {
-        let halves = self.buffers * (self.m + self.n) * (self.k + ROW_PADDING);
+        let halves = (self.m + self.n) * (self.k + ROW_PADDING);
         let sums = self.invocations() / SUBGROUP * size.rows() * size.rows();
         2 * halves + 4 * sums
     }
@@ -145,8 +143,8 @@ impl Tile {
     fn counts(&self, size: MatrixSize) -> [(&'static str, usize); 5] {
         let [parts_m, parts_n] = self.parts;
         [
-            ("X_OCTETS", (self.m * self.k / 8).div_ceil(self.invocations())),
-            ("W_UNITS", (self.n * self.k / UNIT).div_ceil(self.invocations())),
+            ("X_OCTETS", self.m * self.k / 8 / self.invocations()),
+            ("W_UNITS", self.n * self.k / UNIT / self.invocations()),
             ("ROWS", self.m / parts_m / size.rows()),
             ("PAIRS", self.n / parts_n / size.rows() / 2),
             ("DEPTH", self.k / self.splits / size.rows()),
@@ -155,11 +153,11 @@ impl Tile {
 
     /// The kernel of a format.
     fn kernel(&self, format: &DeviceFormat, matrices: Matrices, is_gated: bool) -> Kernel {
-        let Self { m, n, k, parts: [parts_m, parts_n], splits, ahead, buffers } = self;
+        let Self { m, n, k, parts: [parts_m, parts_n], splits, ahead } = self;
         let size = matrices.size.rows();
         let mut constants = format!(
             "const SIZE = {size}u;\nconst TILE_M = {m}u;\nconst TILE_N = {n}u;\nconst TILE_K = {k}u;\n\
-             const PARTS_M = {parts_m}u;\nconst PARTS_N = {parts_n}u;\nconst SPLITS = {splits}u;\nconst BUFFERS = {buffers}u;\n\
+             const PARTS_M = {parts_m}u;\nconst PARTS_N = {parts_n}u;\nconst SPLITS = {splits}u;\n\
              const AHEAD = {ahead}u;\n\
              const PADDED = {PADDED}u;\nconst ROW_PADDING = {ROW_PADDING}u;\nconst GATED = {is_gated};\n"
         );
@@ -191,7 +189,9 @@ mod tests {
     fn invocations_divide_tiles_evenly() {
         for (size, tile) in table() {
             let [parts_m, parts_n] = tile.parts;
-            let [_, _, rows, pairs, depth] = tile.counts(size).map(|(_, count)| count);
+            let [x_octets, w_units, rows, pairs, depth] = tile.counts(size).map(|(_, count)| count);
+            assert_eq!(x_octets * tile.invocations() * 8, tile.m * tile.k, "{tile:?}");
+            assert_eq!(w_units * tile.invocations() * UNIT, tile.n * tile.k, "{tile:?}");
             assert_eq!(rows * size.rows() * parts_m, tile.m, "{tile:?}");
             assert_eq!(pairs * 2 * size.rows() * parts_n, tile.n, "{tile:?}");
             assert_eq!(depth * size.rows() * tile.splits, tile.k, "{tile:?}");

@@ -30,7 +30,8 @@ const LOWEST = -1e30;
 const SLACK = 8.0;
 const TILE_ROWS = HEADS * TILE_TOKENS;
 const INVOCATIONS = 32u * SPLIT * (TILE_ROWS / SHARED_ROWS);
-// PER_ROW invocations have a row, and each of them every PER_ROW-th octet of its scores. Rows in workgroup memory, which begin in different banks: of weights (and queries), of keys and values, of scores.
+// PER_ROW invocations have a row, and each of them every PER_ROW-th octet of its scores. Rows in workgroup memory, which begin in different
+// banks: of weights (and queries), of keys and values, of scores.
 const X_STRIDE = TILE_KEYS + 8u;
 const W_STRIDE = DIM + 8u;
 const SUMS_STRIDE = TILE_KEYS + 4u;

@@ -7,15 +7,10 @@
 // together.
 
 const STRIDE = TILE_K + ROW_PADDING; // of rows in workgroup memory, which thereby begin in different banks
-const X_HALVES = BUFFERS * TILE_M * STRIDE;
-const W_HALVES = BUFFERS * TILE_N * STRIDE;
+const X_HALVES = TILE_M * STRIDE;
+const W_HALVES = TILE_N * STRIDE;
 const PARTS = PARTS_M * PARTS_N;
 const INVOCATIONS = 32u * PARTS * SPLITS;
-// What a step puts into workgroup memory. Where that is less than invocations could, the last ones load what others put.
-const X_PLACES = TILE_M * TILE_K / 8u;
-const W_PLACES = TILE_N * TILE_K / 32u;
-const X_FULL = X_PLACES == X_OCTETS * INVOCATIONS;
-const W_FULL = W_PLACES == W_UNITS * INVOCATIONS;
 
 // A matrix for each subgroup, of which each invocation then takes a share.
 const SUMS_STRIDE = SIZE;
@@ -94,15 +89,17 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let part_m = subgroup % PARTS / PARTS_N * (TILE_M / PARTS_M);
     let part_n = subgroup % PARTS_N * (TILE_N / PARTS_N);
     let part_k = split * (TILE_K / SPLITS);
+    let from_x = part_m * STRIDE + part_k;
+    let from_w = part_n * STRIDE + part_k;
     let steps = (shape.k + TILE_K - 1u) / TILE_K;
     let last_step = (steps + AHEAD - 1u) / AHEAD * AHEAD - 1u;
 
 @for i < W_UNITS
-    let w_place_@i = (index + @iu * INVOCATIONS) % W_PLACES;
+    let w_place_@i = index + @iu * INVOCATIONS;
     let row_@i = weight_row(shape, first, w_place_@i / (TILE_K / 32u));
 @end
 @for i < X_OCTETS
-    let x_place_@i = (index + @iu * INVOCATIONS) % X_PLACES;
+    let x_place_@i = index + @iu * INVOCATIONS;
 @end
 @for a < AHEAD
 @for i < W_UNITS
@@ -132,27 +129,19 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     for (var round = 0u; round < steps; round += AHEAD) {
 @for a < AHEAD
     {
-        let step = round + @au;
-        let buffer = step % BUFFERS;
-        if (BUFFERS == 1u) {
-            // The step before has been multiplied.
-            workgroupBarrier();
-        }
+        // The step before has been multiplied.
+        workgroupBarrier();
 @for i < X_OCTETS
-        if (X_FULL || index + @iu * INVOCATIONS < X_PLACES) {
-            put_x((buffer * TILE_M + x_place_@i / (TILE_K / 8u)) * STRIDE + x_place_@i % (TILE_K / 8u) * 8u, halves(x_@a_@i));
-        }
+        put_x(x_place_@i / (TILE_K / 8u) * STRIDE + x_place_@i % (TILE_K / 8u) * 8u, halves(x_@a_@i));
 @end
 @for i < W_UNITS
-        if (W_FULL || index + @iu * INVOCATIONS < W_PLACES) {
-            put_weights(
-                (buffer * TILE_N + w_place_@i / (TILE_K / 32u)) * STRIDE + w_place_@i % (TILE_K / 32u) * 32u,
-                decode_weights(codes_@a_@i, decode_groups(groups_@a_@i, row_@i % 4u)),
-            );
-        }
+        put_weights(
+            w_place_@i / (TILE_K / 32u) * STRIDE + w_place_@i % (TILE_K / 32u) * 32u,
+            decode_weights(codes_@a_@i, decode_groups(groups_@a_@i, row_@i % 4u)),
+        );
 @end
         workgroupBarrier();
-        let next = min(step + AHEAD, last_step);
+        let next = min(round + @au + AHEAD, last_step);
 @for i < W_UNITS
         let next_unit_@i = unit_of_step(shape, next, w_place_@i);
         codes_@a_@i = fetch_codes(shape, row_@i, next_unit_@i);
@@ -161,8 +150,6 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
 @for i < X_OCTETS
         x_@a_@i = fetch_x(shape, first_m, next, x_place_@i);
 @end
-        let from_x = (buffer * TILE_M + part_m) * STRIDE + part_k;
-        let from_w = (buffer * TILE_N + part_n) * STRIDE + part_k;
 @for k < DEPTH
 @for r < ROWS
         let x_@k_@r = load_x(from_x + @ru * SIZE * STRIDE + @ku * SIZE, STRIDE);
