@@ -1,7 +1,7 @@
 //! Which device a model runs on, and how.
 
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use marlin_checkpoint::Checkpoint;
@@ -113,6 +113,14 @@ impl Device {
     }
 }
 
+/// Whether it is worth asking for GPUs. On Linux they are files; where there are none, Vulkan's layers only take time, and complain to standard
+/// error about displays that are not there.
+fn may_have_gpu() -> bool {
+    // Of the kernel's own drivers, of NVIDIA's, of Windows' subsystem, and of some phones' and boards'.
+    const FILES: [&str; 5] = ["/dev/dri", "/dev/nvidiactl", "/dev/dxg", "/dev/kgsl-3d0", "/dev/mali0"];
+    !cfg!(target_os = "linux") || FILES.iter().any(|file| Path::new(file).exists())
+}
+
 impl DeviceOptions {
     /// Opens the device.
     ///
@@ -121,6 +129,7 @@ impl DeviceOptions {
     pub fn open(&self) -> Result<Device, KernelError> {
         let adapter = match self.device {
             DeviceChoice::Gpu(adapter) => adapter,
+            DeviceChoice::Auto if !may_have_gpu() => None,
             DeviceChoice::Auto => adapters().iter().position(|gpu| !gpu.is_software && gpu.missing.is_none()),
             DeviceChoice::Cpu => None,
         };
