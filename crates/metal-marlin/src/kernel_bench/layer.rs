@@ -127,26 +127,29 @@ impl LayerGroup {
         }
         let [qkv, output, gate_up, down] = <[_; 4]>::try_from(linears).unwrap_or_else(|_| unreachable!("four"));
         let Shape { hidden, heads: [queries, keys], intermediate, .. } = self.shape;
-        let ones = |width: usize| vec![1.0; most * width];
-        let mut residual = backend.buffer(most, hidden)?;
-        backend.upload(&mut residual, most, &ones(hidden))?;
-        let mut attention = backend.buffer(most, queries)?;
-        backend.upload(&mut attention, most, &ones(queries))?;
         Ok(Layers {
             qkv,
             output,
             gate_up,
             down,
             norm: backend.load_vector(&vec![1.0; hidden])?,
-            residual,
+            residual: backend.buffer(most, hidden)?,
             heads: backend.buffer(most, queries + 2 * keys)?,
-            attention,
+            attention: backend.buffer(most, queries)?,
             gated: backend.buffer(most, intermediate)?,
         })
     }
 }
 
 impl<B: Backend> Layers<B> {
+    /// Gives them so many rows of input.
+    fn begin(&mut self, backend: &B, shape: Shape, m: usize) -> Result<(), KernelBenchError> {
+        for (buffer, width) in [(&mut self.residual, shape.hidden), (&mut self.attention, shape.heads[0])] {
+            backend.upload(buffer, m, &vec![1.0; m * width])?;
+        }
+        Ok(())
+    }
+
     fn record(&mut self, encoder: &mut B::Encoder, linears: Linears, i: usize) {
         let Self { qkv, output, gate_up, down, norm, residual, heads, attention, gated } = self;
         let i = i % qkv.len();
@@ -179,6 +182,8 @@ impl<B: Timed> Plans<B> for LayerGroup {
         for (bytes, (rows, cols)) in bytes.iter_mut().zip(self.matrices()) {
             *bytes = bench.backend.linear_bytes(&self.scheme, rows.iter().sum(), cols)?;
         }
+        let most = self.rows.iter().copied().max().unwrap_or(1);
+        let mut layers = self.load(bench, most, bytes)?;
         let mut measurements = Vec::new();
         for &m in self.rows {
             let names = Linears::EACH.map(|linears| (linears, full_name(&group, &case(m, linears))));
@@ -190,7 +195,7 @@ impl<B: Timed> Plans<B> for LayerGroup {
             let width = hidden.max(queries + 2 * keys).max(intermediate);
             let limits = StepLimits { tokens: m, context: m, width, vocabulary: 1, logit_rows: 0 };
             let mut encoder = bench.backend.encoder(&limits)?;
-            let mut layers = self.load(bench, m, bytes)?;
+            layers.begin(bench.backend, self.shape, m)?;
             for (linears, name) in wanted {
                 let seconds = bench.seconds(&mut encoder, |encoder, i| layers.record(encoder, linears, i))?;
                 measurements.push(Measurement { name, seconds, work: self.work(linears, m, bytes) });

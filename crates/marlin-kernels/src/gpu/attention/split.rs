@@ -89,17 +89,6 @@ impl SplitVariant {
             && subgroup.is_power_of_two()
             && subgroup >= tuning::MOST_HEADS;
         let most_lanes = if exchanges_subgroups { subgroup.min(tuning::MOST_LANES) } else { tuning::MOST_LANES };
-        Self::with_lanes(kv_type, head_dim, group, most_lanes, exchanges_subgroups, packs)
-    }
-
-    fn with_lanes(
-        kv_type: KvType,
-        head_dim: usize,
-        group: usize,
-        most_lanes: usize,
-        exchanges_subgroups: bool,
-        packs: bool,
-    ) -> Self {
         // Each head's scores have invocations of their own.
         let lanes = (head_dim / KV_UNIT).next_power_of_two().clamp(tuning::MOST_HEADS, most_lanes);
         let room = (tuning::UNITS / (head_dim / KV_UNIT).div_ceil(lanes)).clamp(1, tuning::MOST_HEADS);

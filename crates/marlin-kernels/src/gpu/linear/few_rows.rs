@@ -6,10 +6,9 @@ use super::format::DeviceFormat;
 use super::layout::{QUAD, UNIT};
 use super::pack::{PACK_TURNS, PACK_UNITS, PACKED_OUTPUT, Packing, Prepared, VECTOR, four_functions};
 use crate::KernelError;
-use crate::gpu::GpuArithmetic;
-use crate::gpu::MatrixSize;
 use crate::gpu::device::{Gpu, Matrices};
 use crate::gpu::pipeline::{Kernel, Pipeline};
+use crate::gpu::{GpuArithmetic, MatrixSize};
 
 /// Rows of the input that a workgroup takes.
 const ROW_BLOCKS: [usize; 3] = [1, 4, 8];
@@ -235,7 +234,11 @@ impl Variant {
                 self.staged_units(),
                 four_functions(true, true)
             );
-            files.extend([include_str!("../shaders/pack_row.wgsl"), include_str!("../shaders/norm.wgsl")]);
+            files.extend([
+                include_str!("../shaders/pack_row.wgsl"),
+                include_str!("../shaders/reduce.wgsl"),
+                include_str!("../shaders/norm.wgsl"),
+            ]);
             Packing::Normed
         } else {
             prelude +=

@@ -63,8 +63,6 @@ fn main(
             sum = fma(select(vec4<f32>(), part@i, softmax@i.y > 0.0), vec4<f32>(weight@i), sum);
             @end
         }
-    }
-    if (group < GROUPS) {
         group_sums[lane] = sum;
         if (vector == 0u) {
             group_softmax[group] = vec2<f32>(largest, total);

@@ -3,8 +3,6 @@
 // Room for UNITS units, no fewer than there are; their octets side by side, so that neighbouring invocations read neighbouring memory.
 var<workgroup> staged: array<vec4<u32>, 4u * UNITS>;
 var<workgroup> staged_scales: array<f32, UNITS>;
-// Shares of the sum of squares.
-var<workgroup> squares_of: array<f32, SIZE>;
 
 fn put_octet(row: u32, at: u32, octets: u32, pairs: vec4<u32>) {
     staged[at % 4u * UNITS + at / 4u] = pairs;
@@ -14,29 +12,14 @@ fn put_power(row: u32, unit: u32, units: u32, power: f32) {
     staged_scales[unit] = power;
 }
 
+// The sum of squares is left for the end. Its barrier comes after all that was put.
 fn prepare_input(shape: Shape, index: u32) {
-    let squares = pack_octets(0u, shape.k, 0u, SIZE, index);
-    if (index < SIZE) {
-        squares_of[index] = squares;
-    }
-    workgroupBarrier();
-    // As `reduce_sum` does, whose second half is left for the end.
-    if (index < 32u) {
-        var sum = squares;
-        @for i < 3
-        sum += squares_of[32u * (@iu + 1u) + index];
-        @end
-        squares_of[index] = sum;
-    }
+    begin_sum(index, pack_octets(0u, shape.k, 0u, SIZE, index));
 }
 
 // What sums are multiplied by in the end: the norm's factor.
 fn input_factor(shape: Shape) -> f32 {
-    var sum = 0.0;
-    @for i < 32
-    sum += squares_of[@i];
-    @end
-    return norm_factor(sum, shape.k, params.eps);
+    return norm_factor(end_sum(), shape.k, params.eps);
 }
 
 fn input_unit(shape: Shape, m: u32, unit: u32) -> array<pair, 16> {

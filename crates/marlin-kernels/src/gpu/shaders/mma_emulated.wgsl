@@ -25,13 +25,9 @@ fn put_x(at: u32, octet: Octet) {
     x_tile[at / 4u + 1u] = octet.high;
 }
 
-fn put_w_quad(at: u32, quad: vec4<f16>) {
-    w_tile[at / 4u] = quad;
-}
-
 fn put_w(at: u32, octet: Octet) {
-    put_w_quad(at, octet.low);
-    put_w_quad(at + 4u, octet.high);
+    w_tile[at / 4u] = octet.low;
+    w_tile[at / 4u + 1u] = octet.high;
 }
 
 fn load_x(at: u32, stride: u32) -> XMatrix {

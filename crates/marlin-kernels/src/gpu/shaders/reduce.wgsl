@@ -3,7 +3,8 @@
 
 var<workgroup> partial: array<f32, SIZE>;
 
-fn reduce_sum(lane: u32, value: f32) -> f32 {
+// The first half of a sum; what follows it must come after a barrier.
+fn begin_sum(lane: u32, value: f32) {
     if (lane < SIZE) {
         partial[lane] = value;
     }
@@ -15,11 +16,21 @@ fn reduce_sum(lane: u32, value: f32) -> f32 {
         }
         partial[lane] = sum;
     }
-    workgroupBarrier();
+}
+
+// The sum that was begun.
+fn end_sum() -> f32 {
     var sum = 0.0;
     @for i < 32
     sum += partial[@i];
     @end
+    return sum;
+}
+
+fn reduce_sum(lane: u32, value: f32) -> f32 {
+    begin_sum(lane, value);
+    workgroupBarrier();
+    let sum = end_sum();
     workgroupBarrier();
     return sum;
 }
