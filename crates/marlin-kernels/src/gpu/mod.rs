@@ -4,6 +4,7 @@
 //! `linear` puts in front of a kernel, so no kernel is written twice. Operations are recorded and run by
 //! [`Encoder::submit`](crate::Encoder::submit); bind groups are made once and found again.
 
+mod adapter;
 mod attention;
 mod device;
 mod disk_cache;
@@ -30,7 +31,8 @@ use std::sync::atomic::Ordering;
 
 use marlin_format::Scheme;
 
-pub use device::{GpuAdapter, GpuArithmetic, GpuCaps, GpuMatrices, GpuOptions, MatrixSize, adapters};
+pub use adapter::{GpuAdapter, GpuChoice, adapters};
+pub use device::{GpuArithmetic, GpuCaps, GpuMatrices, GpuOptions, MatrixSize};
 pub use disk_cache::PIPELINE_CACHE_EXTENSION;
 pub use encoder::GpuEncoder;
 pub use kv::GpuKvCache;
