@@ -31,25 +31,35 @@ pub(super) struct Tile {
     splits: usize,
     /// Steps whose loads are under way while one is multiplied.
     ahead: usize,
+    /// For no more rows of W than these in all.
+    most_n: usize,
 }
 
 impl Tile {
     const fn new([m, n, k]: [usize; 3], parts: [usize; 2], splits: usize) -> Self {
-        Self { m, n, k, parts, splits, ahead: 1 }
+        Self { m, n, k, parts, splits, ahead: 1, most_n: usize::MAX }
     }
 
     /// Loads so many steps ahead.
     const fn ahead(self, ahead: usize) -> Self {
         Self { ahead, ..self }
     }
+
+    /// Only where W has few rows.
+    const fn few_outputs(self) -> Self {
+        Self { most_n: FEW_OUTPUTS, ..self }
+    }
 }
 
-/// Tiles for 16 × 16 matrices; of each the first that fits into workgroup memory. With few rows, time goes into waiting for weights: small
-/// workgroups wait for little, and load far ahead. With many, it goes into unpacking them: each invocation unpacks a unit at each step, while
+/// Up to so many rows of W make too few small tiles to keep a large device busy.
+const FEW_OUTPUTS: usize = 8192;
+
+/// Tiles for 16 × 16 matrices; of each the first that fits W and workgroup memory. With few rows, time goes into waiting for weights: small
+/// workgroups wait for little, and load far ahead; where they are few, more subgroups share the columns. With many rows, it goes into unpacking them: each invocation unpacks a unit at each step, while
 /// subgroups of other workgroups multiply. An H200 was faster only with all invocations unpacking.
 const SIXTEEN: &[&[Tile]] = &[
-    &[Tile::new([16, 32, 64], [1, 1], 2).ahead(4)],
-    &[Tile::new([32, 32, 64], [1, 1], 2).ahead(4)],
+    &[Tile::new([16, 32, 128], [1, 1], 4).ahead(4).few_outputs(), Tile::new([16, 32, 64], [1, 1], 2).ahead(4)],
+    &[Tile::new([32, 32, 128], [1, 1], 4).ahead(4).few_outputs(), Tile::new([32, 32, 64], [1, 1], 2).ahead(4)],
     &[Tile::new([64, 64, 64], [2, 2], 1).ahead(2)],
     &[Tile::new([128, 128, 64], [4, 2], 1), Tile::new([128, 128, 32], [2, 2], 1)],
 ];
@@ -86,8 +96,9 @@ impl ManyRows {
             return Ok(Self::Plain(gpu.pipeline(&plain_kernel(format, is_gated))?, outputs));
         };
         let kernel = |tile: Tile| Ok((tile, gpu.pipeline(&tile.kernel(format, matrices, is_gated))?));
-        let tiles = tiles(matrices.size, gpu.caps.workgroup_memory as usize).map(kernel);
-        Ok(Self::Tiles(tiles.collect::<Result<_, KernelError>>()?, if is_gated { 2 * outputs } else { outputs }))
+        let rows = if is_gated { 2 * outputs } else { outputs };
+        let tiles = tiles(matrices.size, rows, gpu.caps.workgroup_memory as usize).map(kernel);
+        Ok(Self::Tiles(tiles.collect::<Result<_, KernelError>>()?, rows))
     }
 
     /// The kernel for `m` rows of input, and its workgroups.
@@ -111,13 +122,13 @@ fn plain_kernel(format: &DeviceFormat, is_gated: bool) -> Kernel {
     super::linear(format, "linear_tile_plain", Packing::of(format.arithmetic), constants, &[file])
 }
 
-/// The tiles of a device, by rows of input.
-fn tiles(size: MatrixSize, workgroup_memory: usize) -> impl Iterator<Item = Tile> {
+/// The tiles of a device for `n` rows of W, by rows of input.
+fn tiles(size: MatrixSize, n: usize, workgroup_memory: usize) -> impl Iterator<Item = Tile> {
     let table = match size {
         MatrixSize::Eight => EIGHT,
         MatrixSize::Sixteen => SIXTEEN,
     };
-    let fits = move |tile: &&Tile| tile.workgroup_bytes(size) <= workgroup_memory;
+    let fits = move |tile: &&Tile| n <= tile.most_n && tile.workgroup_bytes(size) <= workgroup_memory;
     table.iter().filter_map(move |alternatives| alternatives.iter().find(fits).copied())
 }
 
@@ -153,7 +164,7 @@ impl Tile {
 
     /// The kernel of a format.
     fn kernel(&self, format: &DeviceFormat, matrices: Matrices, is_gated: bool) -> Kernel {
-        let Self { m, n, k, parts: [parts_m, parts_n], splits, ahead } = self;
+        let Self { m, n, k, parts: [parts_m, parts_n], splits, ahead, .. } = self;
         let size = matrices.size.rows();
         let mut constants = format!(
             "const SIZE = {size}u;\nconst TILE_M = {m}u;\nconst TILE_N = {n}u;\nconst TILE_K = {k}u;\n\
@@ -201,8 +212,10 @@ mod tests {
 
     #[test]
     fn every_device_has_tiles_for_all_rows() {
-        for size in [MatrixSize::Eight, MatrixSize::Sixteen] {
-            let of = |memory| tiles(size, memory as usize).map(|tile| tile.m).collect::<Vec<_>>();
+        for (size, n) in
+            [(MatrixSize::Eight, 1), (MatrixSize::Sixteen, FEW_OUTPUTS), (MatrixSize::Sixteen, FEW_OUTPUTS + 1)]
+        {
+            let of = |memory| tiles(size, n, memory as usize).map(|tile| tile.m).collect::<Vec<_>>();
             let smallest = of(MATRICES_WORKGROUP_MEMORY);
             assert_eq!(smallest, of(MATRICES_WORKGROUP_MEMORY * 2));
             assert!(smallest.is_sorted() && !smallest.is_empty());

@@ -36,9 +36,21 @@ fn fetch_x(shape: Shape, first_m: u32, step: u32, i: u32) -> vec4<u32> {
     return fetch_octet(shape, m, step * (TILE_K / 8u) + i % (TILE_K / 8u));
 }
 
-// The unit of W that is the i-th of the tile in a step. Beyond the last one it is repeated, where x is 0.
+// Where in a tile of W the unit is that comes i-th: its row and its place in the row. Two of a row come together, then those of the next row, so that
+// neighbouring invocations store to different banks.
+const TOGETHER = min(2u, TILE_K / 32u);
+
+fn row_of_place(i: u32) -> u32 {
+    return i / TOGETHER % TILE_N;
+}
+
+fn unit_of_place(i: u32) -> u32 {
+    return i / (TOGETHER * TILE_N) * TOGETHER + i % TOGETHER;
+}
+
+// The unit of W that comes i-th in a step. Beyond the last one it is repeated, where x is 0.
 fn unit_of_step(shape: Shape, step: u32, i: u32) -> u32 {
-    return min(step * (TILE_K / 32u) + i % (TILE_K / 32u), units_of(shape) - 1u);
+    return min(step * (TILE_K / 32u) + unit_of_place(i), units_of(shape) - 1u);
 }
 
 fn put_weights(at: u32, w: array<pair, 16>) {
@@ -96,7 +108,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
 
 @for i < W_UNITS
     let w_place_@i = index + @iu * INVOCATIONS;
-    let row_@i = weight_row(shape, first, w_place_@i / (TILE_K / 32u));
+    let row_@i = weight_row(shape, first, row_of_place(w_place_@i));
 @end
 @for i < X_OCTETS
     let x_place_@i = index + @iu * INVOCATIONS;
@@ -136,7 +148,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
 @end
 @for i < W_UNITS
         put_weights(
-            w_place_@i / (TILE_K / 32u) * STRIDE + w_place_@i % (TILE_K / 32u) * 32u,
+            row_of_place(w_place_@i) * STRIDE + unit_of_place(w_place_@i) * 32u,
             decode_weights(codes_@a_@i, decode_groups(groups_@a_@i, row_@i % 4u)),
         );
 @end
