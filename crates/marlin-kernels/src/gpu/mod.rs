@@ -5,6 +5,7 @@
 //! [`Encoder::submit`](crate::Encoder::submit); bind groups are made once and found again.
 
 mod attention;
+mod caps;
 mod device;
 mod disk_cache;
 mod encoder;
@@ -20,8 +21,11 @@ mod sampling;
 #[cfg(test)]
 mod spirv;
 mod step;
+#[cfg(test)]
+mod tests;
 mod timing;
 mod unroll;
+mod upload;
 #[cfg(not(target_vendor = "apple"))]
 mod vulkan;
 
@@ -30,7 +34,8 @@ use std::sync::atomic::Ordering;
 
 use marlin_format::Scheme;
 
-pub use device::{GpuAdapter, GpuArithmetic, GpuCaps, GpuMatrices, GpuOptions, MatrixSize, adapters};
+pub use caps::{GpuCaps, MatrixSize};
+pub use device::{GpuAdapter, GpuArithmetic, GpuMatrices, GpuOptions, adapters};
 pub use disk_cache::PIPELINE_CACHE_EXTENSION;
 pub use encoder::GpuEncoder;
 pub use kv::GpuKvCache;
@@ -40,6 +45,7 @@ pub use probe::{GpuProbe, ProbeRates};
 pub use registry::{KernelVariant, kernels};
 
 use self::device::{Gpu, Storage};
+use self::upload::Upload;
 use crate::{Backend, DeviceInfo, KernelError, KvLayout, KvType, LinearPart, MemoryUse, StepLimits};
 
 /// Workgroups along one axis, at most.
@@ -131,7 +137,7 @@ impl Backend for GpuBackend {
     }
 
     fn load_vector(&self, values: &[f32]) -> Result<GpuVector, KernelError> {
-        Ok(GpuVector { storage: self.gpu.storage_of("a vector", values)?, values: values.to_vec() })
+        Ok(GpuVector { storage: Upload::all(&self.gpu, "a vector", values)?, values: values.to_vec() })
     }
 
     fn buffer(&self, rows: usize, width: usize) -> Result<GpuBuffer, KernelError> {
