@@ -2,6 +2,7 @@
 
 use std::process::{Command, Output};
 
+use marlin_kernels::gpu::{GpuBackend, GpuOptions};
 use serde_json::Value;
 
 fn metal_marlin(args: &[&str]) -> Output {
@@ -106,6 +107,8 @@ fn what_cannot_be_measured_is_explained() {
     assert!(deep.contains("tg64 @ d4096") && deep.contains("4160 tokens, tiny has 1024"), "{deep}");
     let nothing = failure(&["bench", "--shape", "tiny", "--prefill", "0", "--decode", "0"], 1);
     assert!(nothing.contains("nothing to measure"), "{nothing}");
+    let clock = failure(&[&TINY[..], &["--device", "cpu", "--profile"]].concat(), 1);
+    assert!(clock.contains("the CPU is none") && clock.contains("--device gpu"), "{clock}");
     let sparse = failure(&["bench", "--shape", "tiny", "--format", "int8", "--sparse-24"], 1);
     assert!(sparse.contains("int8 has no variant with 2:4 sparsity"), "{sparse}");
     let groups = failure(&["bench", "--shape", "tiny", "--format", "mxfp4", "--group-size", "64"], 1);
@@ -120,6 +123,48 @@ fn what_cannot_be_measured_is_explained() {
     ] {
         failure(usage, 2);
     }
+}
+
+/// Whether there is a GPU with a clock; there must be one where a GPU is asked for.
+fn has_clocked_gpu() -> bool {
+    let clock = GpuBackend::new(GpuOptions::default()).map(|gpu| gpu.caps().timestamps);
+    let is_required = std::env::var_os("METAL_MARLIN_REQUIRE_GPU").is_some();
+    assert!(!is_required || matches!(clock, Ok(true)), "a GPU with a clock is required: {clock:?}");
+    clock.unwrap_or(false)
+}
+
+#[test]
+fn a_profile_tells_what_a_step_is_made_of() {
+    if !has_clocked_gpu() {
+        return;
+    }
+    let options = ["--device", "gpu", "--depths", "0", "--profile"];
+    let report: Value = serde_json::from_str(&tiny(&[&options[..], &["--output", "json"]].concat())).unwrap();
+    let profiles = report["profiles"].as_array().unwrap();
+    let results = report["results"].as_array().unwrap();
+    assert_eq!((profiles.len(), results.len()), (3, 3));
+    for (profile, result) in profiles.iter().zip(results) {
+        assert_eq!(profile["test"], result["test"]);
+        let kernels = profile["kernels"].as_array().unwrap();
+        // As many kernels as were counted when none was timed; in a prompt of several steps the first ones need no logits.
+        let dispatches: f64 = kernels.iter().map(|kernel| number(&kernel["dispatches"])).sum();
+        assert_eq!(dispatches, number(&result["kernels"]), "{profile:#}");
+        let busy: f64 = kernels.iter().map(|kernel| number(&kernel["seconds"])).sum();
+        assert!(0.0 < busy && number(&profile["idle_seconds"]) >= 0.0, "{profile:#}");
+    }
+    // Decoding: the head and the gate and up of both layers.
+    let linears = profiles[2]["kernels"].as_array().unwrap().iter().filter(|kernel| kernel["kernel"] == "linear_rows");
+    let matrices: Vec<(&Value, f64)> = linears.map(|it| (&it["matrix"], number(&it["dispatches"]))).collect();
+    assert!(matrices.contains(&(&serde_json::json!([256, 64]), 3.0)), "{matrices:?}");
+
+    let text = tiny(&options);
+    for wanted in ["\npp7: a prompt takes ", "\ntg3: a token takes ", "\nlinear_rows ", "\nbetween kernels "] {
+        assert!(text.contains(wanted), "{wanted:?}: {text}");
+    }
+    let markdown = tiny(&[&options[..], &["--output", "markdown"]].concat());
+    assert!(markdown.contains("\n| between kernels | "), "{markdown}");
+    let csv = failure(&[&TINY[..], &options, &["--output", "csv"]].concat(), 1);
+    assert!(csv.contains("--output csv has no place for a profile"), "{csv}");
 }
 
 #[cfg(feature = "bundled-model")]

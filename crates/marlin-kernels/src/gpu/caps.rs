@@ -9,7 +9,8 @@ pub(super) const NEEDED: wgpu::Features = wgpu::Features::SHADER_F16.union(wgpu:
 // What they use where it is there.
 const SUBGROUPS: wgpu::Features = wgpu::Features::SUBGROUP;
 const MATRICES: wgpu::Features = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
-const TIMESTAMPS: wgpu::Features = wgpu::Features::TIMESTAMP_QUERY.union(wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES);
+// Passes are timed, not kernels within a pass, which Apple's GPUs cannot.
+const TIMESTAMPS: wgpu::Features = wgpu::Features::TIMESTAMP_QUERY;
 const PIPELINE_CACHE: wgpu::Features = wgpu::Features::PIPELINE_CACHE;
 const MAPPABLE: wgpu::Features = wgpu::Features::MAPPABLE_PRIMARY_BUFFERS;
 
@@ -38,7 +39,7 @@ pub struct GpuCaps {
     pub subgroups: bool,
     /// The sizes of matrices in half precision that its matrix units multiply and sum in single precision, largest first.
     pub matrices: Vec<MatrixSize>,
-    /// It tells the time between kernels.
+    /// It tells the time between passes of kernels.
     pub timestamps: bool,
     /// Compiled kernels can be kept on disk.
     pub pipeline_cache: bool,

@@ -10,6 +10,7 @@ use super::caps::{GpuCaps, MatrixSize, NEEDED};
 use super::disk_cache::DiskCache;
 use super::memory;
 use super::pipeline::{Kernel, Pipeline};
+use super::profile::Profiler;
 use super::registry::KernelVariant;
 use crate::KernelError;
 
@@ -67,6 +68,7 @@ pub(super) struct Gpu {
     pub(super) disk_cache: Option<DiskCache>,
     /// Kernels that encoders recorded.
     pub(super) recorded: AtomicU64,
+    pub(super) profiler: Profiler,
     /// The first thing that went wrong since it was last asked for.
     failure: Arc<Mutex<Option<String>>>,
     /// Why the device is gone for good, if it is.
@@ -271,6 +273,7 @@ impl Gpu {
             pipelines: Mutex::default(),
             disk_cache,
             recorded: AtomicU64::new(0),
+            profiler: Profiler::default(),
             failure,
             loss,
             next_id: AtomicU64::new(0),

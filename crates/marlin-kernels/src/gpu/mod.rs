@@ -15,6 +15,7 @@ mod memory;
 mod msl;
 mod pipeline;
 mod probe;
+mod profile;
 mod recorder;
 mod registry;
 mod sampling;
@@ -42,6 +43,7 @@ pub use kv::GpuKvCache;
 pub use linear::GpuLinear;
 pub use msl::{Msl, metal_kernels};
 pub use probe::{GpuProbe, ProbeRates};
+pub use profile::{GpuProfile, KernelTime};
 pub use registry::{KernelVariant, kernels};
 
 use self::device::{Gpu, Storage};

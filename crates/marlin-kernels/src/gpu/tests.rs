@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use marlin_format::PackedMatrix;
+use marlin_format::{PackedMatrix, Scheme};
 
 use super::device::Gpu;
 use super::recorder::Recorder;
 use super::upload::{PIECE, Upload};
-use super::{GpuArithmetic, GpuBackend, GpuCaps, GpuOptions};
+use super::{GpuArithmetic, GpuBackend, GpuCaps, GpuOptions, KernelTime};
 use crate::conformance::{Rng, limits, mean_square, poisoned, random, read, schemes, upload};
 use crate::reference::ReferenceBackend;
 use crate::{Activation, Backend, Encoder, Input, LinearPart, Step};
@@ -109,4 +109,52 @@ fn matrices_beyond_a_binding_are_split() {
         // A value that was not written is NaN.
         assert!(error <= 1e-12 * energy, "{name}: NMSE {:e}", error / energy);
     }
+}
+
+#[test]
+fn a_profile_has_each_kernel_of_each_step() {
+    let Some(backend) = open(GpuArithmetic::Exact, |_| ()) else { return };
+    if !backend.caps().timestamps {
+        return;
+    }
+    let weight = PackedMatrix::from_dense_bytes(Scheme::F32, 24, COLS, vec![0; 24 * COLS * 4]).expect("a matrix");
+    let linear = backend.load_linear(&[LinearPart { weight, bias: None }]).expect("a linear");
+    let norm = backend.load_vector(&[1.0; COLS]).expect("a vector");
+    let x = upload(&backend, COLS, &Rng(63).normals(COLS));
+    let mut normed = poisoned(&backend, 1, COLS);
+    let mut out = poisoned(&backend, 1, 24);
+    let mut encoder = backend.encoder(&limits(1, COLS)).expect("an encoder");
+
+    let mut profile = backend.profile().expect("a device with a clock");
+    assert!(backend.profile().unwrap_err().to_string().contains("already"));
+    for norms in [1, 70] {
+        for _ in 0..norms {
+            encoder.rms_norm(&x, &norm, 1e-5, &mut normed);
+        }
+        encoder.linear(Input::Rows(&normed), &linear, &mut out);
+        encoder.start().expect("a step");
+        profile.end_step();
+    }
+    let steps = profile.finish().expect("times");
+    let [first, second] = &steps[..] else { panic!("two steps: {steps:?}") };
+    let names = |step: &[KernelTime]| step.iter().map(|time| time.kernel).collect::<Vec<_>>();
+    assert_eq!(names(first), ["rms_norm", "linear_rows"]);
+    assert_eq!(names(second), [vec!["rms_norm"; 70], vec!["linear_rows"]].concat());
+    assert_eq!((first[0].matrix, first[1].matrix), (None, Some([24, COLS])));
+    let all = steps.concat();
+    assert!(all.iter().all(|time| 0.0 <= time.begin && time.begin <= time.end), "{all:?}");
+    assert!(all.windows(2).all(|pair| pair[0].begin <= pair[1].begin), "one after the other: {all:?}");
+
+    // Nothing is timed any more.
+    encoder.rms_norm(&x, &norm, 1e-5, &mut normed);
+    encoder.submit().expect("a step");
+    let profile = backend.profile().expect("a second one");
+    assert_eq!(profile.finish().expect("nothing"), Vec::<Vec<KernelTime>>::new());
+}
+
+#[test]
+fn a_device_without_a_clock_has_no_profile() {
+    let backend = GpuBackend::imaginary(GpuCaps { timestamps: false, ..GpuCaps::apple() }, GpuOptions::default());
+    let error = backend.expect("a device").profile().unwrap_err().to_string();
+    assert!(error.contains("Apple GPU has no clock"), "{error}");
 }

@@ -26,7 +26,7 @@ pub(super) fn run(
     recorded: &dyn Fn() -> Option<u64>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Vec<Measurement>, ModelError> {
-    let mut runner = Runner { batch: StepBatch::new(), rng: ChaCha8Rng::seed_from_u64(0), model };
+    let mut runner = Runner::new(model);
     let total = tests.len() * repetitions;
     let mut done = 0;
 
@@ -37,16 +37,7 @@ pub(super) fn run(
 
     let mut measurements = Vec::with_capacity(tests.len());
     for &test in tests {
-        let depth = test.depth();
-        runner.model.kv().truncate(&mut sequence, depth);
-        let missing = depth - sequence.len();
-        runner.prefill(&mut sequence, missing, LogitRows::None)?;
-        if runner.model.info().overlaps {
-            let begin = Instant::now();
-            while begin.elapsed() < GPU_WARM_UP {
-                runner.test(&mut sequence, test)?;
-            }
-        }
+        runner.prepare(&mut sequence, test)?;
         let mut samples = Vec::with_capacity(repetitions);
         let recorded_before = recorded();
         for _ in 0..repetitions {
@@ -73,13 +64,32 @@ pub(super) fn run(
     Ok(measurements)
 }
 
-struct Runner<'a> {
-    model: &'a mut dyn LanguageModel,
+/// Runs tests, one after the other on one sequence.
+pub(super) struct Runner<'a> {
+    pub(super) model: &'a mut dyn LanguageModel,
     batch: StepBatch,
     rng: ChaCha8Rng,
 }
 
-impl Runner<'_> {
+impl<'a> Runner<'a> {
+    pub(super) fn new(model: &'a mut dyn LanguageModel) -> Self {
+        Self { batch: StepBatch::new(), rng: ChaCha8Rng::seed_from_u64(0), model }
+    }
+
+    /// Brings a sequence to the depth of a test, and a GPU to its speed.
+    pub(super) fn prepare(&mut self, sequence: &mut KvSequence, test: Test) -> Result<(), ModelError> {
+        self.model.kv().truncate(sequence, test.depth());
+        let missing = test.depth() - sequence.len();
+        self.prefill(sequence, missing, LogitRows::None)?;
+        if self.model.info().overlaps {
+            let begin = Instant::now();
+            while begin.elapsed() < GPU_WARM_UP {
+                self.test(sequence, test)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Runs a test once, after which the sequence is as it was, and gives the seconds that it took.
     fn test(&mut self, sequence: &mut KvSequence, test: Test) -> Result<f64, ModelError> {
         self.model.wait()?;
@@ -99,7 +109,12 @@ impl Runner<'_> {
     }
 
     /// Adds random tokens to a sequence and runs them, in as few steps as they fit; the last one computes logits if asked.
-    fn prefill(&mut self, sequence: &mut KvSequence, tokens: usize, logits: LogitRows) -> Result<(), ModelError> {
+    pub(super) fn prefill(
+        &mut self,
+        sequence: &mut KvSequence,
+        tokens: usize,
+        logits: LogitRows,
+    ) -> Result<(), ModelError> {
         let (vocabulary, most) = (self.model.info().vocabulary as u32, self.model.info().step_tokens);
         let mut left = tokens;
         while left > 0 {

@@ -5,6 +5,7 @@
 
 mod measure;
 mod output;
+mod profile;
 mod random;
 mod shape;
 
@@ -23,6 +24,7 @@ use crate::stats::Spread;
 use crate::{DeviceOptions, LoadError, load};
 
 pub use output::OutputFormat;
+pub use profile::{KernelShare, Profile};
 pub(crate) use random::random_matrix;
 pub use random::random_model;
 pub use shape::Shape;
@@ -42,6 +44,8 @@ pub struct Plan {
     pub repetitions: usize,
     /// Number format of the KV cache.
     pub kv_type: KvType,
+    /// Whether each kernel of a step is timed, too, after the tests.
+    pub profile: bool,
 }
 
 /// Why nothing could be measured.
@@ -72,6 +76,15 @@ pub enum BenchError {
     /// There is nothing to measure.
     #[error("nothing to measure: --prefill and --decode are 0")]
     Nothing,
+    /// Kernels cannot be timed.
+    #[error(
+        "--profile times the kernels of a GPU that has a clock (timestamp queries), and {device} is none; choose --device gpu, or leave \
+         --profile out"
+    )]
+    NoProfile {
+        /// The device.
+        device: String,
+    },
     /// The format does not suit the model.
     #[error(transparent)]
     Format(#[from] FormatError),
@@ -170,6 +183,8 @@ pub struct Report {
     pub read_buffer: usize,
     /// Every test in the order it ran.
     pub measurements: Vec<Measurement>,
+    /// What the kernels of each test took, if that was asked for.
+    pub profiles: Vec<Profile>,
 }
 
 impl Plan {
@@ -253,6 +268,7 @@ pub fn run(
         LoadOptions { context: Some(context), kv_type: plan.kv_type, logit_rows: 1, ..LoadOptions::default() };
     let started = Instant::now();
     let opened = device.open().map_err(LoadError::Device)?;
+    let profiled = plan.profile.then(|| profile::device(&opened)).transpose()?;
     let mut loaded = load::load_model(&checkpoint, &opened, &options)?;
     let load = started.elapsed();
     drop(checkpoint);
@@ -260,6 +276,10 @@ pub fn run(
     let recorded = || opened.gpu().map(GpuBackend::kernels_recorded);
     let repetitions = plan.repetitions.max(1);
     let measurements = measure::run(loaded.as_mut(), &tests, repetitions, weights_per_token, &recorded, progress)?;
+    let profiles = match profiled {
+        Some(gpu) => profile::run(loaded.as_mut(), gpu, &tests, repetitions)?,
+        None => Vec::new(),
+    };
     let peak_memory = machine::peak_memory().filter(|_| counts_peak);
     let info = loaded.info().clone();
     drop(loaded);
@@ -279,6 +299,7 @@ pub fn run(
         read_bandwidth: probe.rate().ok_or(BenchError::Nothing)?,
         read_buffer: probe.bytes(),
         measurements,
+        profiles,
     })
 }
 
@@ -358,6 +379,7 @@ mod tests {
             depths: vec![1024, 0, 1024],
             repetitions: 1,
             kv_type: KvType::F16,
+            profile: false,
         };
         let names: Vec<String> = plan.tests().iter().map(ToString::to_string).collect();
         assert_eq!(names, ["pp128", "pp64", "tg8", "tg8 @ d1024"]);

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Measurement, Report, Test};
+use super::{Measurement, Profile, Report, Test};
 
 /// How a report is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
@@ -118,33 +118,29 @@ impl Report {
         ]
     }
 
+    /// Headings, and a row for each test.
+    fn rows(&self) -> Vec<Vec<String>> {
+        let headings = Self::COLUMNS.map(str::to_owned);
+        let rows = std::iter::once(headings).chain(self.measurements.iter().map(|measurement| self.cells(measurement)));
+        rows.map(|row| row[..self.columns()].to_vec()).collect()
+    }
+
     fn to_text(&self) -> String {
-        let mut rows = vec![Self::COLUMNS.map(str::to_owned)];
-        rows.extend(self.measurements.iter().map(|measurement| self.cells(measurement)));
-        let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
-        let mut text = format!("{}\n\n", self.facts().join("\n"));
-        for row in &rows {
-            let mut line = format!("{:<width$}", row[0], width = width(0));
-            for (column, cell) in row.iter().enumerate().take(self.columns()).skip(1) {
-                line += &format!("  {cell:>width$}", width = width(column));
-            }
-            text += line.trim_end();
-            text.push('\n');
+        let mut text = format!("{}\n\n{}", self.facts().join("\n"), text_table(&self.rows()));
+        for profile in &self.profiles {
+            text += &format!("\n{}\n\n{}", profile.heading(), text_table(&profile.rows()));
         }
         text
     }
 
     fn to_markdown(&self) -> String {
-        let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
         let mut text = String::new();
         for fact in self.facts() {
             text += &format!("- {fact}\n");
         }
-        let columns = self.columns();
-        let headings = line(&Self::COLUMNS.map(str::to_owned)[..columns]);
-        text += &format!("\n{headings}| --- |{}\n", " ---: |".repeat(columns - 1));
-        for measurement in &self.measurements {
-            text += &line(&self.cells(measurement)[..columns]);
+        text += &format!("\n{}", markdown_table(&self.rows()));
+        for profile in &self.profiles {
+            text += &format!("\n{}\n\n{}", profile.heading(), markdown_table(&profile.rows()));
         }
         text
     }
@@ -237,8 +233,33 @@ impl Report {
             "read_bytes_per_second": self.read_bandwidth.to_json(),
             "read_buffer_bytes": self.read_buffer,
             "results": self.measurements.iter().map(result).collect::<Vec<_>>(),
+            "profiles": self.profiles.iter().map(Profile::to_json).collect::<Vec<_>>(),
         })
     }
+}
+
+/// The first row are headings, the first column names.
+fn text_table(rows: &[Vec<String>]) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let mut text = String::new();
+    for row in rows {
+        let mut line = format!("{:<width$}", row[0], width = width(0));
+        for (column, cell) in row.iter().enumerate().skip(1) {
+            line += &format!("  {cell:>width$}", width = width(column));
+        }
+        text += line.trim_end();
+        text.push('\n');
+    }
+    text
+}
+
+/// The same for documents.
+fn markdown_table(rows: &[Vec<String>]) -> String {
+    let line = |cells: &Vec<String>| format!("| {} |\n", cells.join(" | "));
+    let mut lines = rows.iter().map(line);
+    let headings = lines.next().unwrap_or_default();
+    let columns = rows.first().map_or(0, Vec::len).saturating_sub(1);
+    format!("{headings}| --- |{}\n{}", " ---: |".repeat(columns), lines.collect::<String>())
 }
 
 /// Texts in quotes, as RFC 4180 says; nothing for what is not known.
