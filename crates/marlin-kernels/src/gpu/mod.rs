@@ -131,7 +131,12 @@ impl Backend for GpuBackend {
 
     fn info(&self) -> DeviceInfo {
         let GpuCaps { name, driver, subgroup: [least, most], .. } = &self.gpu.caps;
-        DeviceInfo { name: "gpu".into(), detail: format!("{name}, {driver}, subgroups of {least} to {most}") }
+        let arithmetic = match self.gpu.arithmetic {
+            GpuArithmetic::Exact => "f32",
+            GpuArithmetic::Half => "f16",
+        };
+        let detail = format!("{name}, {driver}, subgroups of {least} to {most}, {arithmetic} activations");
+        DeviceInfo { name: "gpu".into(), detail }
     }
 
     fn load_linear(&self, parts: &[LinearPart<'_>]) -> Result<GpuLinear, KernelError> {
