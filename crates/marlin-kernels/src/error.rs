@@ -49,6 +49,9 @@ pub enum KernelError {
         /// The device.
         device: String,
     },
+    /// There is no GPU of the kind that is asked for.
+    #[error("no GPU was found: it needs Metal, or Vulkan with its driver; use the CPU instead")]
+    NoGpu,
     /// The device cannot be used as asked.
     #[error("{0}")]
     Device(String),

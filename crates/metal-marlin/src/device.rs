@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use marlin_checkpoint::Checkpoint;
 use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions};
-use marlin_kernels::gpu::{GpuArithmetic, GpuBackend, GpuOptions, adapters};
+use marlin_kernels::gpu::{GpuArithmetic, GpuBackend, GpuChoice, GpuOptions};
 use marlin_kernels::{KernelError, KvType, MemoryUse};
 use marlin_model::{LanguageModel, LoadOptions, ModelError};
 
@@ -127,15 +127,12 @@ impl DeviceOptions {
     /// # Errors
     /// There is no such device, or it lacks what is needed of it.
     pub fn open(&self) -> Result<Device, KernelError> {
+        let open_cpu = || CpuBackend::new(self.cpu()).map(Device::Cpu);
         let adapter = match self.device {
-            DeviceChoice::Gpu(adapter) => adapter,
-            DeviceChoice::Auto if !may_have_gpu() => None,
-            DeviceChoice::Auto => adapters().iter().position(|gpu| !gpu.is_software && gpu.missing.is_none()),
-            DeviceChoice::Cpu => None,
+            DeviceChoice::Gpu(index) => index.into(),
+            DeviceChoice::Auto if may_have_gpu() => GpuChoice::FirstHardware,
+            DeviceChoice::Auto | DeviceChoice::Cpu => return open_cpu(),
         };
-        if adapter.is_none() && !matches!(self.device, DeviceChoice::Gpu(_)) {
-            return CpuBackend::new(self.cpu()).map(Device::Cpu);
-        }
         let options = GpuOptions {
             adapter,
             arithmetic: if self.exact { GpuArithmetic::Exact } else { GpuArithmetic::Half },
@@ -144,9 +141,10 @@ impl DeviceOptions {
             ..GpuOptions::default()
         };
         match GpuBackend::new(options) {
+            Err(KernelError::NoGpu) if self.device == DeviceChoice::Auto => open_cpu(),
             Err(error) if self.device == DeviceChoice::Auto => {
                 eprintln!("warning: the GPU cannot be used, the CPU is: {error}");
-                CpuBackend::new(self.cpu()).map(Device::Cpu)
+                open_cpu()
             }
             opened => opened.map(Device::Gpu),
         }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use marlin_format::Format;
 use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
-use marlin_kernels::gpu::{GpuAdapter, GpuArithmetic, GpuBackend, GpuOptions, adapters};
+use marlin_kernels::gpu::{GpuAdapter, GpuArithmetic, GpuBackend, GpuChoice, GpuOptions, adapters};
 use marlin_kernels::reference::ReferenceBackend;
 use marlin_kernels::{Backend, Encoder, Input, KernelError, LinearPart, Step, StepLimits};
 use marlin_model::{LoadOptions, LogitRows, StepBatch};
@@ -137,7 +137,7 @@ fn conformance(adapters: &[GpuAdapter]) -> Vec<Check> {
     }
     for (index, _) in adapters.iter().enumerate().filter(|(_, adapter)| adapter.missing.is_none()) {
         for (arithmetic, name, bound) in [(GpuArithmetic::Exact, "f32", 1e-12), (GpuArithmetic::Half, "f16", 5e-6)] {
-            let options = GpuOptions { adapter: Some(index), arithmetic, ..GpuOptions::default() };
+            let options = GpuOptions { adapter: GpuChoice::Index(index), arithmetic, ..GpuOptions::default() };
             let error = GpuBackend::new(options).and_then(|backend| linear_error(&backend));
             checks.push(check(format!("gpu:{index} kernels, {name} activations"), bound, error));
         }

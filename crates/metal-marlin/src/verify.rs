@@ -121,7 +121,8 @@ pub fn verify(
         for checked in if selection.all { &[false, true][..] } else { &[false] } {
             let mut table = Table::default();
             // The times of compiling are told, so that kernels are not taken from the cache.
-            let options = GpuOptions { adapter, checked: *checked, arithmetic, ..GpuOptions::default() };
+            let options =
+                GpuOptions { adapter: adapter.into(), checked: *checked, arithmetic, ..GpuOptions::default() };
             let label = conformance::gpu_label(&options);
             let backend = table.add_gpu(options)?;
             name = backend.info().detail;

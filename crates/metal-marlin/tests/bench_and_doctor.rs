@@ -32,6 +32,13 @@ fn number(value: &Value) -> f64 {
     value.as_f64().unwrap_or_else(|| panic!("a number, found {value}"))
 }
 
+fn close(found: &Value, wanted: f64) -> bool {
+    (number(found) / wanted - 1.0).abs() < 1e-9
+}
+
+/// Of a token of the tiny model: two layers of 2 heads of 16 keys and 16 values in f16.
+const KV_BYTES: f64 = 2.0 * 2.0 * 32.0 * 2.0;
+
 #[test]
 fn json_says_everything() {
     let report: Value =
@@ -60,16 +67,87 @@ fn json_says_everything() {
             assert!(result["bytes_per_token"].is_null());
             continue;
         }
-        // Two layers of 2 heads of 16 keys and 16 values in f16; a token sees those before it and itself.
-        let kv = 2.0 * 2.0 * 32.0 * 2.0 * (number(&result["depth"]) + 2.0);
+        // A token sees those before it and itself.
+        let kv = KV_BYTES * (number(&result["depth"]) + 2.0);
         assert_eq!(number(&result["kv_bytes_per_token"]), kv);
         assert_eq!(result["weight_bytes_per_token"], number(&report["weight_bytes"]));
         let bytes = number(&result["bytes_per_token"]);
         assert_eq!(bytes, kv + number(&report["weight_bytes"]));
-        let close = |found: &Value, wanted: f64| (number(found) / wanted - 1.0).abs() < 1e-9;
         assert!(close(&result["bytes_per_second"], bytes * number(&rate["median"])));
         assert!(close(&result["share_of_read_bandwidth"], bytes * number(&rate["median"]) / memory));
     }
+}
+
+#[test]
+fn streams_decode_side_by_side() {
+    // 33 in one step, more rows than the kernels for few of them take; a KV block ends amid the tokens that are decoded.
+    let options = ["--depths", "0,30", "--streams", "33,1,2,2"];
+    let report: Value = serde_json::from_str(&tiny(&[&options[..], &["--output", "json"]].concat())).unwrap();
+    let results = report["results"].as_array().unwrap();
+    let names: Vec<&str> = results.iter().map(|result| result["test"].as_str().unwrap()).collect();
+    let decoded = ["tg3", "tg3 x2", "tg3 x33", "tg3 @ d30", "tg3 x2 @ d30", "tg3 x33 @ d30"];
+    assert_eq!(names, [&["pp7", "pp600"][..], &decoded].concat());
+    let memory = number(&report["read_bytes_per_second"]["median"]);
+    for (result, streams) in results[2..].iter().zip([1.0, 2.0, 33.0].into_iter().cycle()) {
+        assert_eq!((number(&result["streams"]), number(&result["tokens"])), (streams, 3.0));
+        // Of all streams, each of which has its share of the weights and a KV cache of its own.
+        let rate = number(&result["tokens_per_second"]["median"]);
+        assert!(close(&result["tokens_per_second_per_stream"], rate / streams), "{result}");
+        assert!(close(&result["weight_bytes_per_token"], number(&report["weight_bytes"]) / streams), "{result}");
+        assert_eq!(number(&result["kv_bytes_per_token"]), KV_BYTES * (number(&result["depth"]) + 2.0));
+        assert!(close(&result["bytes_per_second"], rate * number(&result["bytes_per_token"])), "{result}");
+        if !result["share_of_read_bandwidth"].is_null() {
+            assert!(close(&result["share_of_read_bandwidth"], number(&result["bytes_per_second"]) / memory));
+        }
+    }
+
+    // The cache has blocks of 32 tokens for the largest test, which is the prompt or the streams, and one to spare.
+    let cache = |streams| {
+        let report = tiny(&["--depths", "30", "--streams", streams, "--output", "json"]);
+        number(&serde_json::from_str::<Value>(&report).unwrap()["kv_cache_bytes"]) / KV_BYTES / 32.0
+    };
+    assert_eq!([cache("1"), cache("50")], [19.0 + 1.0, 50.0 * 2.0 + 1.0]);
+}
+
+#[test]
+fn streams_share_the_kernels_of_a_step() {
+    let found = marlin_kernels::gpu::adapters().iter().any(|gpu| gpu.missing.is_none());
+    assert!(found || std::env::var_os("METAL_MARLIN_REQUIRE_GPU").is_none(), "a GPU is required");
+    if !found {
+        return;
+    }
+    let options = ["--prefill", "0", "--decode", "2", "--depths", "30", "--streams", "1,33", "--repetitions", "1"];
+    let device = ["bench", "--shape", "tiny", "--device", "gpu", "--output", "json"];
+    let report: Value = serde_json::from_str(&success(&[&device[..], &options].concat())).unwrap();
+    let kernels: Vec<f64> =
+        report["results"].as_array().unwrap().iter().map(|result| number(&result["kernels"])).collect();
+    // Many rows take a few more, but not those of one row for each of them.
+    assert!(kernels[0] >= 2.0 && kernels[1] < 2.0 * kernels[0], "{kernels:?}");
+}
+
+#[test]
+fn tables_tell_the_rate_of_one_of_several_streams() {
+    let options = ["--depths", "4", "--streams", "1,3", "--output"];
+    let csv = tiny(&[&options[..], &["csv"]].concat());
+    let rows: Vec<Vec<&str>> = csv.lines().map(|line| line.split(',').collect()).collect();
+    // From the end: the device, which comes before, has commas of its own.
+    let fields = |row: &[&str], name: &str| {
+        let from_end = rows[0].len() - rows[0].iter().position(|field| *field == name).unwrap();
+        row[row.len() - from_end].parse::<f64>().unwrap()
+    };
+    let streams: Vec<f64> = rows[1..].iter().map(|row| fields(row, "streams")).collect();
+    assert_eq!(streams, [1.0, 1.0, 1.0, 3.0], "{csv}");
+    let row = &rows[4];
+    let per_stream = fields(row, "tokens_per_second") / 3.0;
+    assert!((fields(row, "tokens_per_second_per_stream") / per_stream - 1.0).abs() < 1e-9, "{csv}");
+
+    let markdown = tiny(&[&options[..], &["markdown"]].concat());
+    assert!(markdown.contains("| min to max | per stream | MB/token |"), "{markdown}");
+    assert!(markdown.contains("\n| tg3 x3 @ d4 | "), "{markdown}");
+    let text = tiny(&[&options[..], &["text"]].concat());
+    assert!(text.contains("  per stream  ") && text.contains("\ntg3 x3 @ d4  "), "{text}");
+    let alone = tiny(&["--depths", "4"]);
+    assert!(!alone.contains("per stream"), "{alone}");
 }
 
 #[test]
@@ -83,7 +161,7 @@ fn every_output_has_a_line_for_each_test() {
         "{csv}"
     );
     assert!(
-        lines[3].contains(",\"tiny\",true,\"int8 row\",\"bf16\",") && lines[3].contains(",\"tg3 @ d4\",3,4,2,"),
+        lines[3].contains(",\"tiny\",true,\"int8 row\",\"bf16\",") && lines[3].contains(",\"tg3 @ d4\",3,4,1,2,"),
         "{csv}"
     );
     // The device is the only field with commas of its own.
@@ -105,6 +183,14 @@ fn what_cannot_be_measured_is_explained() {
     assert!(unknown.contains("`qwen3-5b`") && unknown.contains("qwen3-4b, qwen3-8b"), "{unknown}");
     let deep = failure(&["bench", "--shape", "tiny", "--depths", "4096"], 1);
     assert!(deep.contains("tg64 @ d4096") && deep.contains("4160 tokens, tiny has 1024"), "{deep}");
+    let wide = failure(&["bench", "--shape", "tiny", "--depths", "1023", "--streams", "2"], 1);
+    assert!(wide.contains("tg64 x2 @ d1023") && wide.contains("1087 tokens, tiny has 1024"), "{wide}");
+    // What fits one stream does not fit 500 of them.
+    let large = ["--depths", "900", "--memory", "64MiB"];
+    tiny(&large);
+    let large = failure(&[&TINY[..], &large, &["--streams", "1,500"]].concat(), 1);
+    assert!(large.contains("tiny needs ") && large.contains(" for tg3 x500 @ d900; 64.0 MiB are available"), "{large}");
+    assert!(large.contains("fewer --streams"), "{large}");
     let nothing = failure(&["bench", "--shape", "tiny", "--prefill", "0", "--decode", "0"], 1);
     assert!(nothing.contains("nothing to measure"), "{nothing}");
     let clock = failure(&[&TINY[..], &["--device", "cpu", "--profile"]].concat(), 1);
@@ -123,6 +209,10 @@ fn what_cannot_be_measured_is_explained() {
     ] {
         failure(usage, 2);
     }
+    for streams in ["0", "1,0", "513", "-1", "two"] {
+        let error = failure(&["bench", "--shape", "tiny", &format!("--streams={streams}")], 2);
+        assert!(error.contains("--streams") && error.contains("must be a number from 1 to 512"), "{error}");
+    }
 }
 
 /// Whether there is a GPU with a clock; there must be one where a GPU is asked for.
@@ -138,32 +228,35 @@ fn a_profile_tells_what_a_step_is_made_of() {
     if !has_clocked_gpu() {
         return;
     }
-    let options = ["--device", "gpu", "--depths", "0", "--profile"];
-    let report: Value = serde_json::from_str(&tiny(&[&options[..], &["--output", "json"]].concat())).unwrap();
+    let args = ["bench", "--shape", "tiny", "--device", "gpu", "--depths", "0", "--repetitions", "1", "--profile"];
+    let profiled = |more: &[&str]| success(&[&args[..], more].concat());
+    let json = profiled(&["--prefill", "20", "--decode", "3", "--streams", "1,2", "--output", "json"]);
+    let report: Value = serde_json::from_str(&json).unwrap();
     let profiles = report["profiles"].as_array().unwrap();
     let results = report["results"].as_array().unwrap();
     assert_eq!((profiles.len(), results.len()), (3, 3));
     for (profile, result) in profiles.iter().zip(results) {
         assert_eq!(profile["test"], result["test"]);
         let kernels = profile["kernels"].as_array().unwrap();
-        // As many kernels as were counted when none was timed; in a prompt of several steps the first ones need no logits.
+        // As many kernels as were counted when none was timed.
         let dispatches: f64 = kernels.iter().map(|kernel| number(&kernel["dispatches"])).sum();
         assert_eq!(dispatches, number(&result["kernels"]), "{profile:#}");
         let busy: f64 = kernels.iter().map(|kernel| number(&kernel["seconds"])).sum();
         assert!(0.0 < busy && number(&profile["idle_seconds"]) >= 0.0, "{profile:#}");
     }
-    // Decoding: the head and the gate and up of both layers.
-    let linears = profiles[2]["kernels"].as_array().unwrap().iter().filter(|kernel| kernel["kernel"] == "linear_rows");
+    // Decoding: the head, and gate and up of both layers.
+    let linears = profiles[1]["kernels"].as_array().unwrap().iter().filter(|kernel| kernel["kernel"] == "linear_rows");
     let matrices: Vec<(&Value, f64)> = linears.map(|it| (&it["matrix"], number(&it["dispatches"]))).collect();
     assert!(matrices.contains(&(&serde_json::json!([256, 64]), 3.0)), "{matrices:?}");
 
-    let text = tiny(&options);
-    for wanted in ["\npp7: a prompt takes ", "\ntg3: a token takes ", "\nlinear_rows ", "\nbetween kernels "] {
+    let text = profiled(&["--prefill", "7", "--decode", "1"]);
+    for wanted in ["\npp7: a prompt takes ", "\ntg1: a token takes ", "\nlinear_rows ", "\nbetween kernels "] {
         assert!(text.contains(wanted), "{wanted:?}: {text}");
     }
-    let markdown = tiny(&[&options[..], &["--output", "markdown"]].concat());
+    let markdown = profiled(&["--prefill", "0", "--decode", "1", "--streams", "2", "--output", "markdown"]);
+    assert!(markdown.contains("\ntg1 x2: a token of each stream takes "), "{markdown}");
     assert!(markdown.contains("\n| between kernels | "), "{markdown}");
-    let csv = failure(&[&TINY[..], &options, &["--output", "csv"]].concat(), 1);
+    let csv = failure(&[&args[..], &["--output", "csv"]].concat(), 1);
     assert!(csv.contains("--output csv has no place for a profile"), "{csv}");
 }
 

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use super::caps::{GpuCaps, MatrixSize, NEEDED};
+use super::adapter::{self, GpuChoice};
+use super::caps::{GpuCaps, MatrixSize};
 use super::disk_cache::DiskCache;
-use super::memory;
 use super::pipeline::{Kernel, Pipeline};
 use super::profile::Profiler;
 use super::registry::KernelVariant;
@@ -17,8 +17,8 @@ use crate::KernelError;
 /// Which GPU, and how its kernels are compiled.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct GpuOptions {
-    /// Index into [`adapters`]; the first of the fastest kind if `None`.
-    pub adapter: Option<usize>,
+    /// Which GPU of those that there are.
+    pub adapter: GpuChoice,
     /// Compiles kernels with bounds checks: slower, for tests of the kernels.
     pub checked: bool,
     /// How linears compute.
@@ -119,66 +119,8 @@ pub(super) struct Storage {
 /// Bytes of kernel parameters, at most.
 const IMMEDIATE_BYTES: u32 = 64;
 
-/// Bytes of workgroup memory that the largest kernel takes of those that every device runs.
-const WORKGROUP_MEMORY: u32 = super::sampling::WORKGROUP_MEMORY;
-
 /// Bytes of workgroup memory that all tiles of matrices can do with.
 pub(super) const MATRICES_WORKGROUP_MEMORY: u32 = 32 << 10;
-
-/// What an adapter lacks; `None` if it can be used.
-fn missing(adapter: &wgpu::Adapter) -> Option<String> {
-    let features = NEEDED - adapter.features();
-    if !features.is_empty() {
-        return Some(features.to_string());
-    }
-    let memory = adapter.limits().max_compute_workgroup_storage_size;
-    (memory < WORKGROUP_MEMORY).then(|| format!("workgroup memory ({memory} bytes, of {WORKGROUP_MEMORY} wanted)"))
-}
-
-/// A GPU of this machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct GpuAdapter {
-    /// Its name.
-    pub name: String,
-    /// It is the processor that plays a GPU.
-    pub is_software: bool,
-    /// What the kernels need and it lacks; `None` if it can be used.
-    pub missing: Option<String>,
-}
-
-/// The GPUs, in the order of [`GpuOptions::adapter`].
-pub fn adapters() -> Vec<GpuAdapter> {
-    let adapter = |adapter: &wgpu::Adapter| {
-        let info = adapter.get_info();
-        let is_software = info.device_type == wgpu::DeviceType::Cpu;
-        GpuAdapter { name: info.name, is_software, missing: missing(adapter) }
-    };
-    enumerate(&instance()).iter().map(adapter).collect()
-}
-
-pub(super) fn instance() -> wgpu::Instance {
-    wgpu::Instance::new(wgpu::InstanceDescriptor {
-        backends: wgpu::Backends::METAL | wgpu::Backends::VULKAN,
-        memory_budget_thresholds: wgpu::MemoryBudgetThresholds {
-            for_resource_creation: Some(memory::USABLE_PERCENT as u8),
-            for_device_loss: None,
-        },
-        ..wgpu::InstanceDescriptor::new_without_display_handle()
-    })
-}
-
-/// Discrete GPUs first, software last.
-pub(super) fn enumerate(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
-    let mut adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
-    adapters.sort_by_key(|adapter| match adapter.get_info().device_type {
-        wgpu::DeviceType::DiscreteGpu => 0,
-        wgpu::DeviceType::IntegratedGpu => 1,
-        wgpu::DeviceType::VirtualGpu => 2,
-        wgpu::DeviceType::Other => 3,
-        wgpu::DeviceType::Cpu => 4,
-    });
-    adapters
-}
 
 impl Gpu {
     pub(super) fn open(options: GpuOptions) -> Result<Self, KernelError> {
@@ -187,21 +129,7 @@ impl Gpu {
 
     /// The same, as if it were no more than `limit` leaves of it.
     pub(super) fn open_limited(options: GpuOptions, limit: impl FnOnce(&mut GpuCaps)) -> Result<Self, KernelError> {
-        let adapters = enumerate(&instance());
-        let found = adapters.len();
-        let index = options.adapter.unwrap_or(0);
-        let Some(adapter) = adapters.into_iter().nth(index) else {
-            return Err(KernelError::Device(match found {
-                0 => "no GPU was found: it needs Metal, or Vulkan with its driver; use the CPU instead".into(),
-                _ => format!("there is no GPU {index}: {found} were found, counted from 0"),
-            }));
-        };
-        if let Some(missing) = missing(&adapter) {
-            return Err(KernelError::Device(format!(
-                "{} lacks {missing}, which the kernels need; use the CPU instead",
-                adapter.get_info().name
-            )));
-        }
+        let adapter = adapter::find(options.adapter)?;
         let mut caps = GpuCaps::of(&adapter);
         limit(&mut caps);
         Self::of_adapter(&adapter, caps, options)
@@ -222,7 +150,7 @@ impl Gpu {
             backend_options: wgpu::BackendOptions { noop, ..wgpu::BackendOptions::default() },
             ..wgpu::InstanceDescriptor::new_without_display_handle()
         });
-        let adapter = enumerate(&instance).into_iter().next();
+        let adapter = adapter::enumerate(&instance).into_iter().next();
         let adapter =
             adapter.ok_or_else(|| KernelError::Device("wgpu was built without its imaginary device".into()))?;
         Self::of_adapter(&adapter, caps, options)

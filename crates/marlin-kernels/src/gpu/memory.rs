@@ -55,7 +55,7 @@ fn free(adapter: &wgpu::Adapter) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use crate::gpu::device::{enumerate, instance};
+    use crate::gpu::adapter::{enumerate, instance};
 
     #[test]
     fn devices_tell_their_memory() {

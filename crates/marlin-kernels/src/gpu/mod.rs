@@ -4,6 +4,7 @@
 //! `linear` puts in front of a kernel, so no kernel is written twice. Operations are recorded and run by
 //! [`Encoder::submit`](crate::Encoder::submit); bind groups are made once and found again.
 
+mod adapter;
 mod attention;
 mod caps;
 mod device;
@@ -35,8 +36,9 @@ use std::sync::atomic::Ordering;
 
 use marlin_format::Scheme;
 
+pub use adapter::{GpuAdapter, GpuChoice, adapters};
 pub use caps::{GpuCaps, MatrixSize};
-pub use device::{GpuAdapter, GpuArithmetic, GpuMatrices, GpuOptions, adapters};
+pub use device::{GpuArithmetic, GpuMatrices, GpuOptions};
 pub use disk_cache::PIPELINE_CACHE_EXTENSION;
 pub use encoder::GpuEncoder;
 pub use kv::GpuKvCache;

@@ -6,7 +6,7 @@ use marlin_model::{KvSequence, LanguageModel, LogitRows, ModelError, ModelInfo, 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use super::{BytesPerToken, Measurement, Test};
+use super::{BytesPerToken, Measurement, StepWeights, Test};
 use crate::stats::Spread;
 
 /// Tokens of the untimed step that comes before everything.
@@ -14,15 +14,17 @@ const WARM_UP: usize = 16;
 /// For how long a GPU runs each test untimed: its clock falls to a quarter while it has nothing to do.
 const GPU_WARM_UP: Duration = Duration::from_millis(500);
 
-/// Runs every test `repetitions` times. Decode tests must come in ascending order of depth.
+/// Runs every test `repetitions` times. Decode tests must come in ascending order of depth, and the pool must have KV blocks for
+/// each of them.
 ///
-/// The KV cache below a depth is filled by running that many random tokens through the model, once for all repetitions
-/// (which then roll back to it) and as the beginning of the next depth. Tokens are random too: nothing is sampled.
+/// The KV cache below a depth is filled by running that many random tokens through the model, for each stream its own, once for
+/// all repetitions (which then roll back to it) and as the beginning of the next depth. Tokens are random too: nothing is
+/// sampled.
 pub(super) fn run(
     model: &mut dyn LanguageModel,
     tests: &[Test],
     repetitions: usize,
-    weights_per_token: f64,
+    weights: StepWeights,
     recorded: &dyn Fn() -> Option<u64>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Vec<Measurement>, ModelError> {
@@ -30,27 +32,26 @@ pub(super) fn run(
     let total = tests.len() * repetitions;
     let mut done = 0;
 
-    let mut sequence = runner.model.kv().sequence();
     let warm_up = tests.iter().map(|test| test.tokens()).max().unwrap_or(0).min(WARM_UP);
-    runner.prefill(&mut sequence, warm_up, LogitRows::Last)?;
-    runner.model.kv().truncate(&mut sequence, 0);
+    runner.run(Test::Prefill(warm_up))?;
 
     let mut measurements = Vec::with_capacity(tests.len());
     for &test in tests {
-        runner.prepare(&mut sequence, test)?;
+        runner.prepare(test)?;
         let mut samples = Vec::with_capacity(repetitions);
         let recorded_before = recorded();
         for _ in 0..repetitions {
-            let seconds = runner.test(&mut sequence, test)?;
-            samples.push(test.tokens() as f64 / seconds);
+            let seconds = runner.run(test)?;
+            samples.push(test.tokens() as f64 * test.streams() as f64 / seconds);
             done += 1;
             progress(done, total);
         }
         let bytes = match test {
             Test::Prefill(_) => None,
-            Test::Decode { tokens, depth } => {
-                Some(BytesPerToken { weights: weights_per_token, kv: kv_per_token(runner.model.info(), depth, tokens) })
-            }
+            Test::Decode { tokens, depth, streams } => Some(BytesPerToken {
+                weights: weights.per_token(streams),
+                kv: kv_per_token(runner.model.info(), depth, tokens),
+            }),
         };
         let kernels = recorded().zip(recorded_before).map(|(after, before)| {
             let steps = repetitions * if bytes.is_some() { test.tokens() } else { 1 };
@@ -60,62 +61,85 @@ pub(super) fn run(
         let measurement = |rate| Measurement { test, rate, samples: samples.clone(), bytes, kernels };
         measurements.extend(Spread::of(&samples).map(measurement));
     }
-    runner.model.kv().release(sequence);
+    runner.release();
     Ok(measurements)
 }
 
-/// Runs tests, one after the other on one sequence.
+/// Runs tests, one after the other.
 pub(super) struct Runner<'a> {
-    pub(super) model: &'a mut dyn LanguageModel,
+    model: &'a mut dyn LanguageModel,
+    /// Of every stream; a prompt is the first one's.
+    sequences: Vec<KvSequence>,
     batch: StepBatch,
     rng: ChaCha8Rng,
 }
 
 impl<'a> Runner<'a> {
     pub(super) fn new(model: &'a mut dyn LanguageModel) -> Self {
-        Self { batch: StepBatch::new(), rng: ChaCha8Rng::seed_from_u64(0), model }
+        let sequences = vec![model.kv().sequence()];
+        Self { model, sequences, batch: StepBatch::new(), rng: ChaCha8Rng::seed_from_u64(0) }
     }
 
-    /// Brings a sequence to the depth of a test, and a GPU to its speed.
-    pub(super) fn prepare(&mut self, sequence: &mut KvSequence, test: Test) -> Result<(), ModelError> {
-        self.model.kv().truncate(sequence, test.depth());
-        let missing = test.depth() - sequence.len();
-        self.prefill(sequence, missing, LogitRows::None)?;
+    /// Makes everything ready for a test: what comes before it in the KV cache, and the clock of a GPU.
+    pub(super) fn prepare(&mut self, test: Test) -> Result<(), ModelError> {
+        self.fill(test)?;
         if self.model.info().overlaps {
             let begin = Instant::now();
             while begin.elapsed() < GPU_WARM_UP {
-                self.test(sequence, test)?;
+                self.run(test)?;
             }
         }
         Ok(())
     }
 
-    /// Runs a test once, after which the sequence is as it was, and gives the seconds that it took.
-    fn test(&mut self, sequence: &mut KvSequence, test: Test) -> Result<f64, ModelError> {
+    /// Brings each of a test's sequences to as many tokens as come before those that are timed. Streams share no blocks: they would
+    /// find each other's keys and values in the device's caches.
+    fn fill(&mut self, test: Test) -> Result<(), ModelError> {
+        while self.sequences.len() < test.streams() {
+            self.sequences.push(self.model.kv().sequence());
+        }
+        for stream in 0..test.streams() {
+            self.model.kv().truncate(&mut self.sequences[stream], test.depth());
+            let missing = test.depth() - self.sequences[stream].len();
+            self.prefill(stream, missing, LogitRows::None)?;
+        }
+        Ok(())
+    }
+
+    /// Runs a test once, after which its sequences are as they were, and gives the seconds that it took.
+    fn run(&mut self, test: Test) -> Result<f64, ModelError> {
         self.model.wait()?;
         let started = Instant::now();
+        self.start(test, || ())?;
+        self.model.wait()?;
+        Ok(started.elapsed().as_secs_f64())
+    }
+
+    /// Starts the steps of a test without waiting for them, after which its sequences are as they were; `each` is told after each: a
+    /// whole prompt, or a token of every stream.
+    pub(super) fn start(&mut self, test: Test, mut each: impl FnMut()) -> Result<(), ModelError> {
         match test {
-            Test::Prefill(tokens) => self.prefill(sequence, tokens, LogitRows::Last)?,
-            Test::Decode { tokens, .. } => {
+            Test::Prefill(tokens) => {
+                self.prefill(0, tokens, LogitRows::Last)?;
+                each();
+            }
+            Test::Decode { tokens, streams, .. } => {
                 for _ in 0..tokens {
-                    self.prefill(sequence, 1, LogitRows::Last)?;
+                    self.decode(streams)?;
+                    each();
                 }
             }
         }
-        self.model.wait()?;
-        let seconds = started.elapsed().as_secs_f64();
-        self.model.kv().truncate(sequence, test.depth());
-        Ok(seconds)
+        for sequence in &mut self.sequences[..test.streams()] {
+            self.model.kv().truncate(sequence, test.depth());
+        }
+        Ok(())
     }
 
-    /// Adds random tokens to a sequence and runs them, in as few steps as they fit; the last one computes logits if asked.
-    pub(super) fn prefill(
-        &mut self,
-        sequence: &mut KvSequence,
-        tokens: usize,
-        logits: LogitRows,
-    ) -> Result<(), ModelError> {
+    /// Adds random tokens to a stream and runs them, in as few steps as they fit; the last one computes logits if asked.
+    fn prefill(&mut self, stream: usize, tokens: usize, logits: LogitRows) -> Result<(), ModelError> {
         let (vocabulary, most) = (self.model.info().vocabulary as u32, self.model.info().step_tokens);
+        let sequence = &mut self.sequences[stream];
         let mut left = tokens;
         while left > 0 {
             let ids: Vec<u32> = (0..left.min(most)).map(|_| self.rng.next_u32() % vocabulary).collect();
@@ -126,6 +150,23 @@ impl<'a> Runner<'a> {
             self.model.forward(&self.batch)?;
         }
         Ok(())
+    }
+
+    /// Adds a random token to each of the first `streams` streams and runs them as one step, with the logits of each.
+    fn decode(&mut self, streams: usize) -> Result<(), ModelError> {
+        let vocabulary = self.model.info().vocabulary as u32;
+        self.batch.clear();
+        for sequence in &mut self.sequences[..streams] {
+            self.model.kv().append(sequence, 1)?;
+            self.batch.push(sequence, &[self.rng.next_u32() % vocabulary], LogitRows::Last);
+        }
+        self.model.forward(&self.batch)
+    }
+
+    pub(super) fn release(self) {
+        for sequence in self.sequences {
+            self.model.kv().release(sequence);
+        }
     }
 }
 

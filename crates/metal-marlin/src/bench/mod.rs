@@ -1,6 +1,6 @@
 //! Measures how fast a model runs, beside how fast the machine reads memory.
 //!
-//! A decoded token reads every weight and the whole KV cache of its sequence once, so the rate at which memory can be read
+//! A decode step reads every weight once and the whole KV cache of each of its sequences, so the rate at which memory can be read
 //! bounds the rate of decoding; how near it comes to that is measured in the same run.
 
 mod measure;
@@ -9,6 +9,7 @@ mod profile;
 mod random;
 mod shape;
 
+use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
 use marlin_checkpoint::{Checkpoint, CheckpointError, Storage};
@@ -16,12 +17,14 @@ use marlin_format::FormatError;
 use marlin_kernels::KvType;
 use marlin_kernels::cpu::SimdLevel;
 use marlin_kernels::gpu::GpuBackend;
-use marlin_model::{LoadOptions, ModelError, ModelInfo};
+use marlin_model::{LoadOptions, MemoryPlan, ModelError, ModelInfo, Planner, format_size};
 use marlin_quantize::{Footprint, TensorRole};
 
+use crate::device::{Device, DeviceOptions};
 use crate::machine::{self, AppleChip, BandwidthProbe};
+use crate::memory::MemoryOptions;
 use crate::stats::Spread;
-use crate::{DeviceOptions, LoadError, load};
+use crate::{LoadError, load};
 
 pub use output::OutputFormat;
 pub use profile::{KernelShare, Profile};
@@ -36,10 +39,12 @@ const USUAL_DEPTHS: [usize; 3] = [0, 1024, 4096];
 pub struct Plan {
     /// Lengths of prompts to prefill.
     pub prefill: Vec<usize>,
-    /// Tokens to decode, one after the other, at each depth; 0 decodes nothing.
+    /// Tokens that each stream decodes, one after the other, at each depth; 0 decodes nothing.
     pub decode: usize,
     /// Tokens that are already in the KV cache when decoding begins.
     pub depths: Vec<usize>,
+    /// Numbers of sequences that decode side by side, each number tested at each depth.
+    pub streams: Vec<NonZeroUsize>,
     /// How often each test is repeated, at least once.
     pub repetitions: usize,
     /// Number format of the KV cache.
@@ -72,6 +77,22 @@ pub enum BenchError {
         model: String,
         /// Tokens it can have.
         context: usize,
+    },
+    /// There is no memory for a test.
+    #[error(
+        "{model} needs {plan} for {test}; {} are available (--memory says otherwise); choose fewer --streams, shorter \
+         --prefill, --decode or --depths, or a smaller model or format",
+        format_size(*memory)
+    )]
+    Memory {
+        /// The model.
+        model: String,
+        /// The test that takes the most.
+        test: String,
+        /// What it takes.
+        plan: Box<MemoryPlan>,
+        /// Memory there is, in bytes.
+        memory: u64,
     },
     /// There is nothing to measure.
     #[error("nothing to measure: --prefill and --decode are 0")]
@@ -119,19 +140,21 @@ impl From<ModelError> for BenchError {
 pub enum Test {
     /// A prompt of so many tokens in an empty context, with the logits of its last token.
     Prefill(usize),
-    /// Tokens one after the other, each with its logits.
+    /// Tokens one after the other, each with its logits, of one sequence or of several in one step.
     Decode {
-        /// How many.
+        /// How many of each sequence.
         tokens: usize,
-        /// Tokens in the KV cache before the first.
+        /// Tokens of each sequence in the KV cache before the first.
         depth: usize,
+        /// Sequences that decode side by side.
+        streams: usize,
     },
 }
 
 /// What a token of a test read, at least.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct BytesPerToken {
-    /// All weights a decode step uses as they are stored: of an embedding that is not the head, one row.
+    /// A stream's share of all weights a decode step uses as they are stored, and of an embedding that is not the head one row.
     pub weights: f64,
     /// The visible part of the KV cache; the mean over the tokens of the test.
     pub kv: f64,
@@ -142,13 +165,13 @@ pub struct BytesPerToken {
 pub struct Measurement {
     /// The test.
     pub test: Test,
-    /// Tokens a second of each repetition.
+    /// Tokens a second of each repetition, of all streams together.
     pub samples: Vec<f64>,
     /// The same in three numbers.
     pub rate: Spread,
     /// Of a decode test.
     pub bytes: Option<BytesPerToken>,
-    /// Kernels that a GPU ran for a decoded token, or for a prompt.
+    /// Kernels that a GPU ran for a decode step, or for a prompt.
     pub kernels: Option<f64>,
 }
 
@@ -165,6 +188,8 @@ pub struct Report {
     pub footprint: Footprint,
     /// The model as loaded.
     pub info: ModelInfo,
+    /// Bytes of its KV cache, which has room for the largest test.
+    pub kv_cache: u64,
     /// Threads it ran on.
     pub threads: usize,
     /// Instructions it ran with.
@@ -195,43 +220,74 @@ impl Plan {
         // The KV cache of one depth is the beginning of the next one's.
         depths.sort_unstable();
         depths.dedup();
-        let decode = depths.into_iter().map(|depth| Test::Decode { tokens: self.decode, depth });
+        let mut streams: Vec<usize> = self.streams.iter().map(|streams| streams.get()).collect();
+        streams.sort_unstable();
+        streams.dedup();
+        let at = |depth| streams.iter().map(move |&streams| Test::Decode { tokens: self.decode, depth, streams });
+        let decode = depths.into_iter().flat_map(at);
         prefill.chain(decode.filter(|_| self.decode > 0)).collect()
     }
 }
 
 impl Test {
-    /// Tokens that are timed.
+    /// Tokens of each sequence that are timed.
     pub fn tokens(self) -> usize {
         match self {
             Self::Prefill(tokens) | Self::Decode { tokens, .. } => tokens,
         }
     }
 
-    /// Tokens in the KV cache before those that are timed.
+    /// Tokens of each sequence in the KV cache before those that are timed.
     pub fn depth(self) -> usize {
         match self {
             Self::Prefill(_) => 0,
             Self::Decode { depth, .. } => depth,
         }
     }
+
+    /// Sequences that run side by side.
+    pub fn streams(self) -> usize {
+        match self {
+            Self::Prefill(_) => 1,
+            Self::Decode { streams, .. } => streams,
+        }
+    }
+
+    /// The context that each of its sequences needs.
+    fn context(self) -> usize {
+        self.depth().saturating_add(self.tokens())
+    }
 }
 
 impl std::fmt::Display for Test {
-    /// The names of llama-bench: `pp512`, `tg64`, `tg64 @ d1024`.
+    /// The names of llama-bench, with the number of streams if there are several: `pp512`, `tg64`, `tg64 @ d1024`,
+    /// `tg64 x32 @ d1024`.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Prefill(tokens) => write!(f, "pp{tokens}"),
-            Self::Decode { tokens, depth: 0 } => write!(f, "tg{tokens}"),
-            Self::Decode { tokens, depth } => write!(f, "tg{tokens} @ d{depth}"),
+            Self::Prefill(tokens) => write!(f, "pp{tokens}")?,
+            Self::Decode { tokens, .. } => write!(f, "tg{tokens}")?,
         }
+        if self.streams() > 1 {
+            write!(f, " x{}", self.streams())?;
+        }
+        if self.depth() > 0 {
+            write!(f, " @ d{}", self.depth())?;
+        }
+        Ok(())
     }
 }
 
 impl Measurement {
-    /// Tokens a second that the chip should reach in a decode test, with its smallest and with its largest GPU.
+    /// Tokens a second that the chip should reach in a decode test, with its smallest and with its largest GPU. Of several streams
+    /// it is not known: what they compute may take longer than what they read.
     pub fn prediction(&self, chip: &AppleChip) -> Option<[f64; 2]> {
-        Some(chip.tokens_per_second(self.bytes?.total(), self.kernels?))
+        let bytes = self.bytes.filter(|_| self.test.streams() == 1)?;
+        Some(chip.tokens_per_second(bytes.total(), self.kernels?))
+    }
+
+    /// Tokens a second of one stream, the median.
+    pub fn rate_per_stream(&self) -> f64 {
+        self.rate.median / self.test.streams() as f64
     }
 }
 
@@ -246,12 +302,13 @@ impl BytesPerToken {
 /// model is in memory. `progress` hears how many of how many repetitions are done.
 ///
 /// # Errors
-/// The plan does not fit the model, or the model cannot be loaded or run.
+/// The plan does not fit the model or the memory, or the model cannot be loaded or run.
 pub fn run(
     checkpoint: Checkpoint,
     is_random: bool,
     plan: &Plan,
     device: &DeviceOptions,
+    memory: &MemoryOptions,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Report, BenchError> {
     let tests = plan.tests();
@@ -263,19 +320,18 @@ pub fn run(
     let counts_peak = machine::reset_peak_memory();
 
     let (model, footprint, formats) = (checkpoint.name().to_owned(), Footprint::of(&checkpoint), formats(&checkpoint));
-    let weights_per_token = weights_per_token(&checkpoint) as f64;
-    let options =
-        LoadOptions { context: Some(context), kv_type: plan.kv_type, logit_rows: 1, ..LoadOptions::default() };
+    let weights = StepWeights::of(&checkpoint);
     let started = Instant::now();
     let opened = device.open().map_err(LoadError::Device)?;
     let profiled = plan.profile.then(|| profile::device(&opened)).transpose()?;
+    let (options, memory_plan) = load_options(&checkpoint, &tests, context, plan.kv_type, &opened, memory)?;
     let mut loaded = load::load_model(&checkpoint, &opened, &options)?;
     let load = started.elapsed();
     drop(checkpoint);
 
     let recorded = || opened.gpu().map(GpuBackend::kernels_recorded);
     let repetitions = plan.repetitions.max(1);
-    let measurements = measure::run(loaded.as_mut(), &tests, repetitions, weights_per_token, &recorded, progress)?;
+    let measurements = measure::run(loaded.as_mut(), &tests, repetitions, weights, &recorded, progress)?;
     let profiles = match profiled {
         Some(gpu) => profile::run(loaded.as_mut(), gpu, &tests, repetitions)?,
         None => Vec::new(),
@@ -290,6 +346,7 @@ pub fn run(
         formats,
         footprint,
         info,
+        kv_cache: memory_plan.kv_cache,
         threads,
         simd: SimdLevel::detect(),
         load,
@@ -305,17 +362,49 @@ pub fn run(
 
 /// The context that the tests need, which the model must have.
 fn context(checkpoint: &Checkpoint, tests: &[Test]) -> Result<usize, BenchError> {
-    let needed = |test: &Test| test.depth().saturating_add(test.tokens());
-    let longest = tests.iter().max_by_key(|test| needed(test)).ok_or(BenchError::Nothing)?;
+    let longest = tests.iter().max_by_key(|test| test.context()).ok_or(BenchError::Nothing)?;
     match load::allowed_context(checkpoint) {
-        Some(context) if needed(longest) > context => Err(BenchError::Context {
+        Some(context) if longest.context() > context => Err(BenchError::Context {
             test: longest.to_string(),
-            needed: needed(longest),
+            needed: longest.context(),
             model: checkpoint.name().to_owned(),
             context,
         }),
         // A config.json without it is refused, with its reasons, when the model is loaded.
-        _ => Ok(needed(longest)),
+        _ => Ok(longest.context()),
+    }
+}
+
+/// How to load the model for the tests, and what that takes of the device's memory, which must have it.
+fn load_options(
+    checkpoint: &Checkpoint,
+    tests: &[Test],
+    context: usize,
+    kv_type: KvType,
+    device: &Device,
+    memory: &MemoryOptions,
+) -> Result<(LoadOptions, MemoryPlan), BenchError> {
+    let planner = Planner::new(device.memory_use(), checkpoint).map_err(LoadError::Model)?;
+    let kv_blocks = |test: &&Test| planner.kv_blocks(test.context(), test.streams());
+    let largest = tests.iter().max_by_key(kv_blocks).ok_or(BenchError::Nothing)?;
+    let streams = tests.iter().map(|test| test.streams()).max().unwrap_or(1);
+    let usual = LoadOptions::default();
+    let options = LoadOptions {
+        context: Some(context),
+        step_tokens: usual.step_tokens.max(streams),
+        logit_rows: streams,
+        kv_blocks: Some(kv_blocks(&largest)),
+        kv_type,
+    };
+    let plan = planner.plan(&options).map_err(LoadError::Model)?;
+    match memory.budget(device) {
+        Some(memory) if plan.total() > memory => Err(BenchError::Memory {
+            model: checkpoint.name().to_owned(),
+            test: largest.to_string(),
+            plan: Box::new(plan),
+            memory,
+        }),
+        _ => Ok((options, plan)),
     }
 }
 
@@ -347,14 +436,31 @@ fn formats(checkpoint: &Checkpoint) -> [String; 2] {
 }
 
 /// Bytes of the weights that a decode step reads, as stored.
-fn weights_per_token(checkpoint: &Checkpoint) -> u64 {
-    let tensors = || checkpoint.tensor_names().filter_map(|name| Some((name, checkpoint.info(name)?)));
-    let has_head = tensors().any(|(name, info)| TensorRole::of(name, info.shape.len()) == TensorRole::Head);
-    let bytes = |(name, info): (&str, marlin_checkpoint::TensorInfo)| match TensorRole::of(name, info.shape.len()) {
-        TensorRole::Embedding if has_head => info.bytes / (info.shape[0].max(1) as u64),
-        _ => info.bytes,
-    };
-    tensors().map(bytes).sum()
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct StepWeights {
+    /// Read once, however many streams there are.
+    shared: u64,
+    /// Read by each stream: a row of an embedding that is not the head.
+    of_stream: u64,
+}
+
+impl StepWeights {
+    fn of(checkpoint: &Checkpoint) -> Self {
+        let tensors = || checkpoint.tensor_names().filter_map(|name| Some((name, checkpoint.info(name)?)));
+        let has_head = tensors().any(|(name, info)| TensorRole::of(name, info.shape.len()) == TensorRole::Head);
+        let mut weights = Self { shared: 0, of_stream: 0 };
+        for (name, info) in tensors() {
+            match TensorRole::of(name, info.shape.len()) {
+                TensorRole::Embedding if has_head => weights.of_stream += info.bytes / (info.shape[0].max(1) as u64),
+                _ => weights.shared += info.bytes,
+            }
+        }
+        weights
+    }
+
+    fn per_token(self, streams: usize) -> f64 {
+        self.shared as f64 / streams as f64 + self.of_stream as f64
+    }
 }
 
 #[cfg(test)]
@@ -377,12 +483,13 @@ mod tests {
             prefill: vec![128, 0, 64],
             decode: 8,
             depths: vec![1024, 0, 1024],
+            streams: [32, 1, 32].map(|streams| NonZeroUsize::new(streams).unwrap()).to_vec(),
             repetitions: 1,
             kv_type: KvType::F16,
             profile: false,
         };
         let names: Vec<String> = plan.tests().iter().map(ToString::to_string).collect();
-        assert_eq!(names, ["pp128", "pp64", "tg8", "tg8 @ d1024"]);
+        assert_eq!(names, ["pp128", "pp64", "tg8", "tg8 x32", "tg8 @ d1024", "tg8 x32 @ d1024"]);
         assert_eq!(Plan { decode: 0, prefill: vec![0], ..plan }.tests(), []);
     }
 
@@ -416,7 +523,7 @@ mod tests {
     #[test]
     fn a_token_reads_one_row_of_an_embedding_that_is_not_the_head() {
         let tied = made("tiny");
-        assert_eq!(weights_per_token(&tied), tied.weight_bytes());
+        assert_eq!(StepWeights::of(&tied), StepWeights { shared: tied.weight_bytes(), of_stream: 0 });
         assert_eq!(formats(&tied), ["fp4 g128", "int8 g128"]);
 
         let bytes = vec![0; 8 * 16 * 2];
@@ -424,18 +531,20 @@ mod tests {
         let matrix = MemoryTensor::matrix(Arc::new(matrix));
         let tensors = ["model.embed_tokens.weight", "lm_head.weight"].map(|name| (name.to_owned(), matrix.clone()));
         let untied = Checkpoint::from_parts("untied", serde_json::json!({}), tensors.into()).unwrap();
-        assert_eq!(weights_per_token(&untied), 8 * 16 * 2 + 16 * 2);
+        let weights = StepWeights::of(&untied);
+        assert_eq!(weights, StepWeights { shared: 8 * 16 * 2, of_stream: 16 * 2 });
+        assert_eq!([1, 4].map(|streams| weights.per_token(streams)), [256.0 + 32.0, 64.0 + 32.0]);
     }
 
     #[test]
     fn what_exceeds_the_context_is_refused() {
-        let tests = [Test::Prefill(16), Test::Decode { tokens: 64, depth: 1000 }];
+        let tests = [Test::Prefill(16), Test::Decode { tokens: 64, depth: 1000, streams: 1 }];
         let error = context(&made("tiny"), &tests).unwrap_err().to_string();
         assert!(error.contains("tg64 @ d1000") && error.contains("1064") && error.contains("1024"), "{error}");
         assert_eq!(context(&made("tiny"), &tests[..1]).unwrap(), 16);
         assert_eq!(usual_depths(&made("tiny"), 1), [0]);
         assert_eq!(usual_depths(&made("qwen3-0.6b"), 64), USUAL_DEPTHS);
-        let huge = [Test::Decode { tokens: usize::MAX, depth: usize::MAX }];
+        let huge = [Test::Decode { tokens: usize::MAX, depth: usize::MAX, streams: usize::MAX }];
         assert!(matches!(context(&made("tiny"), &huge), Err(BenchError::Context { .. })));
     }
 }

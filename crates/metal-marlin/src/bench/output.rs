@@ -55,11 +55,12 @@ impl Report {
                 self.footprint.bits_per_weight(),
             ),
             format!(
-                "metal-marlin {VERSION} for {}, {}: {}, KV cache {}; load {:.2} s{peak}",
+                "metal-marlin {VERSION} for {}, {}: {}, KV cache {} in {:.1} MB; load {:.2} s{peak}",
                 Self::platform(),
                 self.info.device.name,
                 self.info.device.detail,
                 self.kv_type(),
+                self.kv_cache as f64 / 1e6,
                 self.load.as_secs_f64(),
             ),
             format!(
@@ -82,19 +83,33 @@ impl Report {
         Some((rate, self.shares_memory.then(|| rate / self.read_bandwidth.median)))
     }
 
-    /// The last one only where a speed is predicted.
-    const COLUMNS: [&str; 8] =
-        ["test", "threads", "tokens/s", "min to max", "MB/token", "GB/s", "of memory", "predicted"];
+    const COLUMNS: [&str; 9] =
+        ["test", "threads", "tokens/s", "min to max", "per stream", "MB/token", "GB/s", "of memory", "predicted"];
 
-    fn columns(&self) -> usize {
-        Self::COLUMNS.len() - usize::from(self.chip.is_none())
+    /// Whether a column says anything.
+    fn shows(&self, column: &str) -> bool {
+        match column {
+            "per stream" => self.measurements.iter().any(|measurement| measurement.test.streams() > 1),
+            "predicted" => self.chip.is_some(),
+            _ => true,
+        }
+    }
+
+    /// The columns that say anything: their names, and a row for each test.
+    fn table(&self) -> Vec<Vec<String>> {
+        let rows = self.measurements.iter().map(|measurement| self.cells(measurement));
+        let shown = |row: [String; 9]| {
+            let cells = row.into_iter().zip(Self::COLUMNS).filter(|(_, column)| self.shows(column));
+            cells.map(|(cell, _)| cell).collect()
+        };
+        std::iter::once(Self::COLUMNS.map(str::to_owned)).chain(rows).map(shown).collect()
     }
 
     fn prediction(&self, measurement: &Measurement) -> Option<[f64; 2]> {
         measurement.prediction(self.chip.as_ref()?)
     }
 
-    fn cells(&self, measurement: &Measurement) -> [String; 8] {
+    fn cells(&self, measurement: &Measurement) -> [String; 9] {
         let rate = measurement.rate;
         let (bytes, per_second, share) = match (measurement.bytes, self.bandwidth(measurement)) {
             (Some(bytes), Some((per_second, share))) => (
@@ -109,6 +124,7 @@ impl Report {
             self.threads.to_string(),
             format!("{:.2}", rate.median),
             format!("{:.2} to {:.2}", rate.min, rate.max),
+            if measurement.bytes.is_some() { format!("{:.2}", measurement.rate_per_stream()) } else { String::new() },
             bytes,
             per_second,
             share,
@@ -118,15 +134,8 @@ impl Report {
         ]
     }
 
-    /// Headings, and a row for each test.
-    fn rows(&self) -> Vec<Vec<String>> {
-        let headings = Self::COLUMNS.map(str::to_owned);
-        let rows = std::iter::once(headings).chain(self.measurements.iter().map(|measurement| self.cells(measurement)));
-        rows.map(|row| row[..self.columns()].to_vec()).collect()
-    }
-
     fn to_text(&self) -> String {
-        let mut text = format!("{}\n\n{}", self.facts().join("\n"), text_table(&self.rows()));
+        let mut text = format!("{}\n\n{}", self.facts().join("\n"), text_table(&self.table()));
         for profile in &self.profiles {
             text += &format!("\n{}\n\n{}", profile.heading(), text_table(&profile.rows()));
         }
@@ -138,7 +147,7 @@ impl Report {
         for fact in self.facts() {
             text += &format!("- {fact}\n");
         }
-        text += &format!("\n{}", markdown_table(&self.rows()));
+        text += &format!("\n{}", markdown_table(&self.table()));
         for profile in &self.profiles {
             text += &format!("\n{}\n\n{}", profile.heading(), markdown_table(&profile.rows()));
         }
@@ -152,7 +161,7 @@ impl Report {
             let (bytes, bandwidth) = (measurement.bytes, self.bandwidth(measurement));
             let [linears, embedding] = &self.formats;
             let prediction = self.prediction(measurement);
-            let fields: [(&str, Value); 27] = [
+            let fields: [(&str, Value); 30] = [
                 ("version", json!(VERSION)),
                 ("platform", json!(Self::platform())),
                 ("model", json!(self.model)),
@@ -165,16 +174,19 @@ impl Report {
                 ("simd", json!(self.simd.to_string())),
                 ("threads", json!(self.threads)),
                 ("kv_type", json!(self.kv_type())),
+                ("kv_cache_bytes", json!(self.kv_cache)),
                 ("load_seconds", json!(self.load.as_secs_f64())),
                 ("peak_memory_bytes", json!(self.peak_memory)),
                 ("read_bytes_per_second", json!(self.read_bandwidth.median)),
                 ("test", json!(measurement.test.to_string())),
                 ("tokens", json!(measurement.test.tokens())),
                 ("depth", json!(measurement.test.depth())),
+                ("streams", json!(measurement.test.streams())),
                 ("repetitions", json!(measurement.samples.len())),
                 ("tokens_per_second", json!(measurement.rate.median)),
                 ("min_tokens_per_second", json!(measurement.rate.min)),
                 ("max_tokens_per_second", json!(measurement.rate.max)),
+                ("tokens_per_second_per_stream", json!(measurement.rate_per_stream())),
                 ("bytes_per_token", json!(bytes.map(|bytes| bytes.total()))),
                 ("share_of_read_bandwidth", json!(bandwidth.and_then(|(_, share)| share))),
                 ("kernels", json!(measurement.kernels)),
@@ -201,7 +213,9 @@ impl Report {
                 },
                 "tokens": measurement.test.tokens(),
                 "depth": measurement.test.depth(),
+                "streams": measurement.test.streams(),
                 "tokens_per_second": measurement.rate.to_json(),
+                "tokens_per_second_per_stream": measurement.rate_per_stream(),
                 "samples": measurement.samples,
                 "bytes_per_token": measurement.bytes.map(|bytes| bytes.total()),
                 "weight_bytes_per_token": measurement.bytes.map(|bytes| bytes.weights),
@@ -227,6 +241,7 @@ impl Report {
             "simd": self.simd.to_string(),
             "threads": self.threads,
             "kv_type": self.kv_type(),
+            "kv_cache_bytes": self.kv_cache,
             "context": self.info.context,
             "load_seconds": self.load.as_secs_f64(),
             "peak_memory_bytes": self.peak_memory,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use marlin_kernels::gpu::{GpuBackend, KernelTime};
-use marlin_model::{LanguageModel, LogitRows, ModelError};
+use marlin_model::{LanguageModel, ModelError};
 
 use serde_json::{Value, json};
 
@@ -18,7 +18,7 @@ const LEAST_STEPS: usize = 16;
 /// What the kernels of a test's steps take, as medians over the steps.
 #[derive(Debug, Clone)]
 pub struct Profile {
-    /// The test; a step of it is a token, or a whole prompt.
+    /// The test; a step of it is a token of each stream, or a whole prompt.
     pub test: Test,
     /// How many steps were profiled.
     pub steps: usize,
@@ -59,26 +59,20 @@ pub(super) fn run(
     repetitions: usize,
 ) -> Result<Vec<Profile>, ModelError> {
     let mut runner = Runner::new(model);
-    let mut sequence = runner.model.kv().sequence();
     let mut profiles = Vec::with_capacity(tests.len());
     for &test in tests {
-        runner.prepare(&mut sequence, test)?;
+        runner.prepare(test)?;
         let mut profile = gpu.profile()?;
-        // A prompt is a step; tokens are decoded one after the other, from the depth again where there is no more context.
-        let (rounds, steps, tokens) = match test {
-            Test::Prefill(tokens) => (repetitions, 1, tokens),
-            Test::Decode { tokens, .. } => (LEAST_STEPS.div_ceil(tokens), tokens, 1),
+        let rounds = match test {
+            Test::Prefill(_) => repetitions,
+            Test::Decode { tokens, .. } => LEAST_STEPS.div_ceil(tokens),
         };
         for _ in 0..rounds {
-            for _ in 0..steps {
-                runner.prefill(&mut sequence, tokens, LogitRows::Last)?;
-                profile.end_step();
-            }
-            runner.model.kv().truncate(&mut sequence, test.depth());
+            runner.start(test, || profile.end_step())?;
         }
         profiles.extend(Profile::of(test, &profile.finish()?));
     }
-    runner.model.kv().release(sequence);
+    runner.release();
     Ok(profiles)
 }
 
@@ -125,7 +119,8 @@ impl Profile {
     pub(super) fn heading(&self) -> String {
         let step = match self.test {
             Test::Prefill(_) => "a prompt",
-            Test::Decode { .. } => "a token",
+            Test::Decode { streams: 1, .. } => "a token",
+            Test::Decode { .. } => "a token of each stream",
         };
         format!(
             "{}: {step} takes {:.1} µs, each kernel in a pass of its own; medians of {}",
@@ -189,7 +184,7 @@ mod tests {
         // Ten seconds from step to step, of which the last one has a kernel more.
         let mut steps = vec![step(3.0), step(13.0), step(23.0)];
         steps[2].push(time("copy", None, 30.0, 30.5));
-        let test = Test::Decode { tokens: 3, depth: 0 };
+        let test = Test::Decode { tokens: 3, depth: 0, streams: 1 };
         let profile = Profile::of(test, &steps).unwrap();
         assert_eq!((profile.test, profile.steps), (test, 3));
         // 7, 10 and 10.5 seconds, of which kernels took 6, 6 and 6.5.

@@ -9,6 +9,7 @@ use marlin_quantize::embedding_scheme;
 use metal_marlin::DeviceOptions;
 use metal_marlin::bench::{self, OutputFormat, Plan, Shape};
 use metal_marlin::device::KvFormat;
+use metal_marlin::memory::MemoryOptions;
 
 use super::model::{self, HubOptions, QuantizeOptions};
 use super::recipe::{self, HEADING, RecipeOptions};
@@ -23,17 +24,20 @@ Examples:
   metal-marlin bench --shape qwen3-4b --format fp4 --sparse-24
   metal-marlin bench --shape qwen3-0.6b --prefill 512 --decode 32 --depths 0 --repetitions 3
   metal-marlin bench --shape qwen3-4b --device gpu --prefill 0 --depths 0 --profile
+  metal-marlin bench --shape qwen3-4b --prefill 0 --decode 128 --streams 1,8,32
   metal-marlin bench bundled --output json
 
 pp128 is the prefill of a prompt of 128 tokens, tg64 @ d1024 the decoding of 64 tokens after 1024
-others, as in llama-bench. The tokens before a decode test are run through the model, once a depth,
-without being timed. Tokens are random, and nothing is sampled. Given are medians with the least and
-the most.
+others, as in llama-bench. tg64 x32 is 32 sequences that decode 64 tokens each, side by side: every
+step runs one token of each (S_TG of llama-batched-bench, where --streams is -npl). Their tokens/s
+are those of all streams together. The tokens before a decode test are run through the model, once a
+depth, for each stream others, without being timed. Tokens are random, and nothing is sampled. Given
+are medians with the least and the most.
 
-MB/token is what a decoded token has to read: the weights as they are stored, and the keys and values
-that it sees. The share of memory compares tokens/s x MB/token with the rate at which as many threads
-read a buffer larger than the caches, measured before and after the tests; a model that fits the
-caches can be faster.
+MB/token is what a decoded token has to read: the weights as they are stored, which the streams of a
+step read together, each a share, and the keys and values that it sees. The share of memory compares
+tokens/s x MB/token with the rate at which as many threads read a buffer larger than the caches,
+measured before and after the tests; a model that fits the caches can be faster.
 
 MODEL runs as it is stored; with --format it is quantised first, once: the result is kept
 (`metal-marlin cache`).
@@ -48,6 +52,9 @@ size) beside the loaded model.";
 
 /// Most repetitions of a test.
 const MOST_REPETITIONS: usize = 1000;
+
+/// Most streams of a test: as many tokens as a step of a prompt has.
+const MOST_STREAMS: usize = 512;
 
 /// Measure prefill and decode speed of a model, or of a known shape with random weights
 #[derive(Debug, clap::Args)]
@@ -94,13 +101,24 @@ pub(crate) struct Args {
     #[arg(long, short, value_name = "N,…", value_delimiter = ',', default_value = "128,512", help_heading = "Tests")]
     prefill: Vec<usize>,
 
-    /// Tokens to decode at each depth; 0 for none
+    /// Tokens to decode at each depth, by each stream; 0 for none
     #[arg(long, short = 'n', value_name = "N", default_value_t = 64, help_heading = "Tests")]
     decode: usize,
 
     /// Tokens in the KV cache before decoding begins [default: 0,1024,4096, as far as the model's context allows]
     #[arg(long, short, value_name = "N,…", value_delimiter = ',', help_heading = "Tests")]
     depths: Vec<usize>,
+
+    /// How many sequences decode side by side, each with its own tokens in the KV cache
+    #[arg(
+        long,
+        value_name = "N,…",
+        value_delimiter = ',',
+        default_value = "1",
+        value_parser = streams,
+        help_heading = "Tests"
+    )]
+    streams: Vec<NonZeroUsize>,
 
     /// How often each test is repeated
     #[arg(long, short, value_name = "N", default_value = "5", value_parser = repetitions, help_heading = "Tests")]
@@ -112,6 +130,9 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     device: DeviceOptions,
+
+    #[command(flatten)]
+    memory: MemoryOptions,
 
     /// Number format of cached keys and values
     #[arg(long, value_enum, default_value_t = KvFormat::F16, help_heading = "Device")]
@@ -150,6 +171,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         prefill: args.prefill.clone(),
         decode: args.decode,
         depths,
+        streams: args.streams.clone(),
         repetitions: args.repetitions.get(),
         kv_type: args.kv.into(),
         profile: args.profile,
@@ -157,7 +179,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let report = {
         let mut bar = Bar::counting("Measuring", "runs");
         let mut progress = |done: usize, total: usize| bar.set(done as u64, total as u64);
-        bench::run(checkpoint, args.shape.is_some(), &plan, &args.device, &mut progress)?
+        bench::run(checkpoint, args.shape.is_some(), &plan, &args.device, &args.memory, &mut progress)?
     };
     stdout().write_all(report.render(args.output).as_bytes())?;
     Ok(())
@@ -189,6 +211,14 @@ impl Args {
 }
 
 pub(super) fn repetitions(text: &str) -> Result<NonZeroUsize, String> {
-    let found = text.parse().ok().filter(|n: &NonZeroUsize| n.get() <= MOST_REPETITIONS);
-    found.ok_or_else(|| format!("must be a number from 1 to {MOST_REPETITIONS}"))
+    from_1_to(MOST_REPETITIONS, text)
+}
+
+fn streams(text: &str) -> Result<NonZeroUsize, String> {
+    from_1_to(MOST_STREAMS, text)
+}
+
+fn from_1_to(most: usize, text: &str) -> Result<NonZeroUsize, String> {
+    let found = text.parse().ok().filter(|n: &NonZeroUsize| n.get() <= most);
+    found.ok_or_else(|| format!("must be a number from 1 to {most}"))
 }

@@ -2,9 +2,9 @@
 //!
 //! Rows are padded to whole units of 32 columns. A unit holds pairs of codes: pair p is columns c and c + 4, c = 8 (p / 4) + p % 4, so that
 //! 4-bit codes keep their canonical order and a mask takes a pair, in two halves of a word, at once. Codes of other widths are split into planes of
-//! 8, 4, 2 and 1 bits in the same order. Scales lie in quads, those of four rows side by side, and so do zero points or biases.
+//! 8, 4, 2 and 1 bits in the same order. The bits of E2M1 codes are spread so that they become halves in few instructions. Scales lie in quads, those of four rows side by side, and so do zero points or biases.
 
-use marlin_format::{PackedMatrix, Sparsity};
+use marlin_format::{Element, PackedMatrix, Sparsity};
 
 use super::format::{DeviceFormat, Offset, Scale};
 use crate::gpu::GpuArithmetic;
@@ -46,14 +46,24 @@ impl<'a> Rows<'a> {
         Self { format, matrix }
     }
 
-    /// The codes of all rows, if the device keeps them as they are.
-    pub(super) fn as_they_are(&self) -> Option<&'a [u8]> {
+    /// The codes of all rows, if the device keeps them in the same order, but for the bits of E2M1 within a word.
+    fn in_order(&self) -> Option<&'a [u8]> {
         let is_canonical = self.format.element.bits() == 4 && !self.format.is_sparse && !self.format.is_converted;
         (is_canonical && self.matrix.cols.is_multiple_of(UNIT)).then_some(&*self.matrix.codes)
     }
 
+    /// The codes of all rows, if the device keeps them as they are.
+    pub(super) fn as_they_are(&self) -> Option<&'a [u8]> {
+        self.in_order().filter(|_| self.format.element != Element::E2M1)
+    }
+
     /// The words of a row.
     pub(super) fn codes(&self, row: usize, words: &mut [u32]) {
+        if let Some(bytes) = self.in_order() {
+            let of_row = &bytes.as_chunks::<4>().0[row * words.len()..];
+            words.iter_mut().zip(of_row).for_each(|(word, bytes)| *word = self.word(u32::from_le_bytes(*bytes)));
+            return;
+        }
         let mut codes = vec![0u32; self.matrix.cols.next_multiple_of(UNIT)];
         if self.format.is_converted {
             let mut weights = vec![0.0; self.matrix.cols];
@@ -99,13 +109,18 @@ impl<'a> Rows<'a> {
                         });
                         // A unit has whole words of every plane.
                         if let Some(next) = words.next() {
-                            *next = word;
+                            *next = self.word(word);
                         }
                     }
                     shift += width;
                 }
             }
         }
+    }
+
+    /// A word of codes as the device has it.
+    fn word(&self, codes: u32) -> u32 {
+        if self.format.element == Element::E2M1 { spread_e2m1(codes) } else { codes }
     }
 
     /// The factor of a row's sums: what all its weights share.
@@ -188,6 +203,16 @@ impl<'a> Rows<'a> {
     }
 }
 
+/// The order of bits in which `e2m1_halves` of `elements.wgsl` finds the four pairs of a word: of pair `i`, in nibbles `i` of both halves of `codes`,
+/// where its sign goes, and where the last of its other bits.
+fn spread_e2m1(codes: u32) -> u32 {
+    const PLACES: [[u32; 2]; 4] = [[15, 9], [12, 6], [14, 3], [13, 0]];
+    PLACES.iter().zip(0..).fold(0, |word, ([sign, rest], pair)| {
+        let code = codes >> (4 * pair);
+        word | (code >> 3 & 0x0001_0001) << sign | (code & 0x0007_0007) << rest
+    })
+}
+
 /// The power of two by which `largest` is divided to lie below [`LARGEST`], and not below half of it.
 pub(super) fn power_of_two(largest: f32) -> f32 {
     if !largest.is_normal() {
@@ -200,6 +225,8 @@ pub(super) fn power_of_two(largest: f32) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    use half::f16;
+
     use super::*;
 
     #[test]
@@ -210,6 +237,29 @@ mod tests {
         }
         assert_eq!(power_of_two(0.0), 1.0);
         assert_eq!(power_of_two(f32::INFINITY), 1.0);
+    }
+
+    /// What the kernels make of a word is the value of each code, by OCP's table.
+    #[test]
+    fn spread_bits_of_e2m1_become_halves() {
+        const VALUES: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+        let masks: [&dyn Fn(u32) -> u32; 4] = [
+            &|word| word & 0x8e00_8e00,
+            &|word| word << 3 & 0x8e00_8e00,
+            &|word| word << 1 & 0x8000_8000 | word << 6 & 0x0e00_0e00,
+            &|word| word << 2 & 0x8000_8000 | word << 9 & 0x0e00_0e00,
+        ];
+        for word in (0..=u32::from(u16::MAX)).map(|low| low | low.reverse_bits()) {
+            for (pair, halves) in masks.iter().enumerate() {
+                let halves = halves(spread_e2m1(word));
+                for half in 0..2 {
+                    let code = word >> (16 * half + 4 * pair) & 15;
+                    let value = f16::from_bits((halves >> (16 * half)) as u16).to_f32() * 16384.0;
+                    let sign = if code & 8 == 0 { 1.0 } else { -1.0 };
+                    assert_eq!(value, sign * VALUES[(code & 7) as usize], "code {half} of pair {pair} of {word:#x}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -1,10 +1,15 @@
 // What codes of each element are, two at a time: a word holds one in each of its halves.
 
-// OCP Microscaling v1.0, section 5.3.3: sign, 2 bits of exponent with bias 1, 1 bit of mantissa. The i-th pair of a word of 4-bit codes, as halves
-// whose exponents are smaller by 14: value · 2^-14.
+// OCP Microscaling v1.0, section 5.3.3: sign, 2 bits of exponent with bias 1, 1 bit of mantissa. The i-th pair of a word of 4-bit codes in the order of
+// `layout.rs`, as halves whose exponents are smaller by 14: value · 2^-14. Signs lie in bits 15, 12, 14 and 13 of each half, the rest of the codes
+// below, so that the first pair takes one instruction, the second two, and the others four.
 fn e2m1_halves(word: u32, i: u32) -> u32 {
-    let top = word << (12u - 4u * i);
-    return (top & 0x80008000u) | ((top >> 3u) & 0x0e000e00u);
+    switch i {
+        case 0u: { return word & 0x8e008e00u; }
+        case 1u: { return (word << 3u) & 0x8e008e00u; }
+        case 2u: { return ((word << 1u) & 0x80008000u) | ((word << 6u) & 0x0e000e00u); }
+        default: { return ((word << 2u) & 0x80008000u) | ((word << 9u) & 0x0e000e00u); }
+    }
 }
 
 // OCP FP8: sign, 4 bits of exponent with bias 7, 3 bits of mantissa. As halves whose exponents are smaller by 8: value · 2^-8. There is no NaN among
