@@ -10,9 +10,11 @@ use common::{
     sparse_schemes, top_two,
 };
 use libtest_mimic::{Arguments, Trial};
+use marlin_checkpoint::Checkpoint;
 use marlin_format::{Format, Scheme};
 use marlin_kernels::KvType;
 use marlin_kernels::gpu::{GpuArithmetic, GpuBackend, GpuOptions};
+use marlin_model::{LoadOptions, Planner, load_model};
 
 /// Relative error allowed in single precision with keys and values in f32: a few times what the roundings of both sides come to.
 const EXACT_BOUND: f32 = 1e-5;
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
                 ("logits_agree_with_transformers", |gpu| logits(gpu, KvType::F16, HALF_BOUND)),
                 ("packed_models_agree_with_the_reference", |gpu| packed_models(gpu, HALF_BOUND)),
                 ("the_most_likely_token_is_sampled", sampling),
+                ("plans_are_what_loading_takes", plans),
             ],
         ));
     }
@@ -108,6 +111,34 @@ fn sampling(gpu: &'static GpuBackend) {
         assert!(next as usize == wanted || gap < 0.02, "row {row}");
     }
     model.release(sequence);
+}
+
+/// Bytes by which memory may differ from its plan: biases of a model that should have none, ends of buffers.
+const SLACK: u64 = 4 << 10;
+
+/// The memory that the device's buffers take is what was planned before.
+fn plans(gpu: &'static GpuBackend) {
+    let wide = LoadOptions { step_tokens: 300, logit_rows: 200, ..LoadOptions::default() };
+    let many = LoadOptions { context: Some(40), kv_blocks: Some(900), kv_type: KvType::Fp8, ..LoadOptions::default() };
+    let mut mixed = schemes([Format::Int4, Format::Int8, Format::Fp4, Format::Int3, Format::Bf16]);
+    mixed.extend(sparse_schemes());
+    let folders = ["llama-gqa4-bias-sharded", "qwen3-gqa2-tied", "gemma3-gqa2-linear-softcap-sharded"].map(golden);
+    let packed: Vec<_> = folders.iter().map(|folder| packed(folder, &mixed)).collect();
+    for folder in folders.into_iter().chain(packed.iter().map(packed_in)) {
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        for options in [LoadOptions::default(), wide, many] {
+            let plan = Planner::new(gpu, &checkpoint).unwrap().plan(&options).unwrap();
+            let before = gpu.memory_taken();
+            let model = load_model(gpu, &checkpoint, &options).unwrap();
+            let taken = gpu.memory_taken() - before;
+            // Where the host reads logits is memory, too, but not of a kernel.
+            let readback = (options.logit_rows * model.info().vocabulary * size_of::<f32>()) as u64;
+            let planned = plan.total() - plan.program - readback;
+            assert!(planned.abs_diff(taken) <= SLACK, "{}: {taken} bytes taken, {plan:?}", folder.display());
+            drop(model);
+            assert_eq!(gpu.memory_taken(), before, "all is given back");
+        }
+    }
 }
 
 fn invariance(gpu: &'static GpuBackend) {

@@ -91,10 +91,11 @@ impl GpuCaps {
         }
     }
 
-    /// Its name, and how much memory it had to give.
-    pub(super) fn in_words(&self) -> String {
-        let memory = self.memory.map(|bytes| format!(" (with {} free when it was opened)", size_in_words(bytes)));
-        format!("{}{}", self.name, memory.unwrap_or_default())
+    /// Its name, how much memory it had to give, and how much of that is taken.
+    pub(super) fn in_words(&self, taken: u64) -> String {
+        let taken = format!("{} taken", size_in_words(taken));
+        let memory = self.memory.map(|bytes| format!("{} free when it was opened, ", size_in_words(bytes)));
+        format!("{} (with {}{taken})", self.name, memory.unwrap_or_default())
     }
 
     /// The features of a device of these capabilities that kernels use.

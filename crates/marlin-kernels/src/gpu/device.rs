@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use super::adapter::{self, GpuChoice};
 use super::caps::{GpuCaps, MatrixSize};
 use super::disk_cache::DiskCache;
+use super::memory::{Account, Taken};
 use super::pipeline::{Kernel, Pipeline};
 use super::profile::Profiler;
 use super::registry::KernelVariant;
@@ -69,6 +70,8 @@ pub(super) struct Gpu {
     /// Kernels that encoders recorded.
     pub(super) recorded: AtomicU64,
     pub(super) profiler: Profiler,
+    /// Of buffers that kernels use.
+    pub(super) account: Account,
     /// The first thing that went wrong since it was last asked for.
     failure: Arc<Mutex<Option<String>>>,
     /// Why the device is gone for good, if it is.
@@ -114,6 +117,7 @@ impl Matrices {
 pub(super) struct Storage {
     pub(super) id: u64,
     pub(super) buffer: wgpu::Buffer,
+    _taken: Taken,
 }
 
 /// Bytes of kernel parameters, at most.
@@ -202,6 +206,7 @@ impl Gpu {
             disk_cache,
             recorded: AtomicU64::new(0),
             profiler: Profiler::default(),
+            account: Account::default(),
             failure,
             loss,
             next_id: AtomicU64::new(0),
@@ -251,6 +256,11 @@ impl Gpu {
         self.pipelines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Its name, and what is known of its memory: for errors.
+    fn in_words(&self) -> String {
+        self.caps.in_words(self.account.taken())
+    }
+
     /// Memory on the device, zeroed.
     pub(super) fn storage(&self, what: &str, bytes: usize) -> Result<Storage, KernelError> {
         self.buffer(what, bytes, wgpu::BufferUsages::empty(), false)
@@ -270,7 +280,7 @@ impl Gpu {
         usage: wgpu::BufferUsages,
         mapped_at_creation: bool,
     ) -> Result<Storage, KernelError> {
-        let out_of_memory = || KernelError::OutOfMemory { what: what.into(), bytes, device: self.caps.in_words() };
+        let out_of_memory = || KernelError::OutOfMemory { what: what.into(), bytes, device: self.in_words() };
         // An empty buffer cannot be bound; kernels see vectors of 16 bytes.
         let size = (bytes.max(16) as u64).checked_next_multiple_of(16).ok_or_else(out_of_memory)?;
         if size > self.caps.max_binding {
@@ -284,7 +294,10 @@ impl Gpu {
             mapped_at_creation,
         });
         match pollster::block_on(scope.pop()) {
-            None => Ok(Storage { id: self.next_id.fetch_add(1, Ordering::Relaxed), buffer }),
+            None => {
+                let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+                Ok(Storage { id, buffer, _taken: self.account.take(size) })
+            }
             Some(_) => Err(out_of_memory()),
         }
     }
@@ -313,7 +326,7 @@ impl Gpu {
     pub(super) fn check(&self) -> Result<(), KernelError> {
         let loss = self.loss.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let failure = loss.or_else(|| self.failure.lock().unwrap_or_else(PoisonError::into_inner).take());
-        failure.map_or(Ok(()), |failure| Err(KernelError::Device(format!("{}: {failure}", self.caps.name))))
+        failure.map_or(Ok(()), |failure| Err(KernelError::Device(format!("{}: {failure}", self.in_words()))))
     }
 
     /// Memory that kernels' results are copied to and the host can read, see [`Gpu::read_mapped`].
@@ -360,9 +373,9 @@ impl Gpu {
         let poll = AssertUnwindSafe(|| self.device.poll(poll_type));
         let waited = panic::catch_unwind(poll).map_err(|_| {
             remember(&self.loss, "the device failed".into());
-            KernelError::Device(format!("{} failed; use the CPU instead", self.caps.name))
+            KernelError::Device(format!("{} failed; use the CPU instead", self.in_words()))
         })?;
-        waited.map_err(|error| KernelError::Device(format!("{} does not finish: {error}", self.caps.name)))?;
+        waited.map_err(|error| KernelError::Device(format!("{} does not finish: {error}", self.in_words())))?;
         self.check()
     }
 }

@@ -106,6 +106,11 @@ impl GpuBackend {
         &self.gpu.caps
     }
 
+    /// Bytes of its memory that buffers of weights, activations, caches and encoders take now; what drivers need besides is not known.
+    pub fn memory_taken(&self) -> u64 {
+        self.gpu.account.taken()
+    }
+
     /// How many kernels its encoders recorded so far.
     pub fn kernels_recorded(&self) -> u64 {
         self.gpu.recorded.load(Ordering::Relaxed)

@@ -10,7 +10,7 @@ use super::upload::{PIECE, Upload};
 use super::{GpuArithmetic, GpuBackend, GpuCaps, GpuOptions, KernelTime};
 use crate::conformance::{Rng, limits, mean_square, poisoned, random, read, schemes, upload};
 use crate::reference::ReferenceBackend;
-use crate::{Activation, Backend, Encoder, Input, LinearPart, Step};
+use crate::{Activation, Backend, Encoder, Input, KernelError, KvLayer, KvLayout, KvType, LinearPart, Step};
 
 /// A GPU as if it were no more than `limit` leaves of it; `None` if there is none, and need not be.
 fn open(arithmetic: GpuArithmetic, limit: impl FnOnce(&mut GpuCaps)) -> Option<GpuBackend> {
@@ -157,4 +157,49 @@ fn a_device_without_a_clock_has_no_profile() {
     let backend = GpuBackend::imaginary(GpuCaps { timestamps: false, ..GpuCaps::apple() }, GpuOptions::default());
     let error = backend.expect("a device").profile().unwrap_err().to_string();
     assert!(error.contains("Apple GPU has no clock"), "{error}");
+}
+
+#[test]
+fn what_does_not_fit_is_an_error_with_sizes() {
+    let Some(backend) = open(GpuArithmetic::Half, |caps| caps.memory = Some(3 << 30)) else { return };
+    let taken = backend.buffer(1 << 10, 1 << 10).expect("4 MiB");
+    assert_eq!(backend.memory_taken(), 4 << 20);
+    for (rows, width) in [(usize::MAX, 2), (usize::MAX / 8, 1), (1 << 22, 1 << 9)] {
+        let error = backend.buffer(rows, width).expect_err("more than a binding");
+        assert!(matches!(error, KernelError::OutOfMemory { .. }), "{error}");
+        let error = error.to_string();
+        assert!(error.contains("(with 3.00 GiB free when it was opened, 4.0 MiB taken) cannot give"), "{error}");
+    }
+    assert!(backend.buffer(1 << 22, 1 << 9).unwrap_err().to_string().contains("needs 8.00 GiB"));
+    let layer = KvLayer { heads: 2, key_dim: 64, value_dim: 64, window: None };
+    let layout = KvLayout { block_tokens: 4, layers: vec![layer] };
+    let error = backend.kv_cache(&layout, KvType::F16, usize::MAX / 2).unwrap_err();
+    assert!(matches!(error, KernelError::OutOfMemory { .. }), "{error}");
+    drop(taken);
+    assert_eq!(backend.memory_taken(), 0);
+}
+
+#[test]
+fn a_lost_device_is_an_error_each_time() {
+    for mappable in [true, false] {
+        let limit = |caps: &mut GpuCaps| (caps.memory, caps.mappable) = (Some(3 << 30), caps.mappable && mappable);
+        let Some(backend) = open(GpuArithmetic::Exact, limit) else { return };
+        let norm = backend.load_vector(&[1.0; COLS]).expect("a vector");
+        let x = upload(&backend, COLS, &Rng(64).normals(COLS));
+        let mut out = poisoned(&backend, 1, COLS);
+        let mut encoder = backend.encoder(&limits(1, COLS)).expect("an encoder");
+        encoder.rms_norm(&x, &norm, 1e-5, &mut out);
+        encoder.submit().expect("a device");
+
+        backend.gpu.device.destroy();
+        for _ in 0..2 {
+            encoder.rms_norm(&x, &norm, 1e-5, &mut out);
+            let error = encoder.submit().expect_err("no device").to_string();
+            assert!(error.contains("3.00 GiB free when it was opened, ") && error.contains(" taken)"), "{error}");
+            assert!(error.contains("the device was lost"), "{error}");
+            assert!(encoder.read(&out, &mut [0.0; COLS]).is_err());
+            assert!(backend.upload(&mut out, 1, &[0.0; COLS]).is_err());
+            assert!(backend.load_vector(&[1.0; COLS]).is_err());
+        }
+    }
 }

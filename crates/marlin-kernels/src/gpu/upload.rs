@@ -48,9 +48,7 @@ impl<'a> Upload<'a> {
             self.gpu.write(&self.storage, place.start as u64, piece);
             // Staging memory is given back when its copy has run.
             self.gpu.queue.submit([]);
-            if piece.len() == PIECE {
-                self.gpu.wait()?;
-            }
+            if piece.len() == PIECE { self.gpu.wait()? } else { self.gpu.check()? }
         }
         Ok(())
     }
