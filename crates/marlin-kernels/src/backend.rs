@@ -108,6 +108,14 @@ pub(crate) fn check_parts(parts: &[LinearPart<'_>]) -> Result<usize, KernelError
     Ok(first)
 }
 
+/// Holds a row's width against what [`Encoder::hadamard`] asks of it.
+pub(crate) fn check_hadamard(width: usize, block: usize) {
+    assert!(
+        block.is_power_of_two() && width.is_multiple_of(block),
+        "Hadamard blocks are a power of two that divides the width of {width}, found {block}"
+    );
+}
+
 /// What a linear multiplies, row by row.
 #[derive(Debug)]
 pub enum Input<'a, B: Backend> {
@@ -180,6 +188,21 @@ pub trait Encoder<B: Backend> {
 
     /// `out += x / sqrt(mean(x²) + eps) · weight`, row by row: a normalised block's output goes into the residual stream.
     fn rms_norm_add(&mut self, x: &B::Buffer, weight: &B::Vector, eps: f32, out: &mut B::Buffer);
+
+    /// `out = (x - mean(x)) / sqrt(mean((x - mean(x))²) + eps) · weight + bias`, row by row; without a bias it is 0.
+    fn layer_norm(
+        &mut self,
+        x: &B::Buffer,
+        weight: &B::Vector,
+        bias: Option<&B::Vector>,
+        eps: f32,
+        out: &mut B::Buffer,
+    );
+
+    /// Multiplies each run of `block` values of a row by the orthogonal Hadamard matrix in Sylvester's order, whose value at (i, j) is
+    /// `(-1)^(number of ones in i & j) / sqrt(block)`: a rotation that is its own inverse, and spreads outliers. `block` is a power of two
+    /// that divides the width.
+    fn hadamard(&mut self, x: &mut B::Buffer, block: usize);
 
     /// `x = cap · tanh(x / cap)`: squeezes values into ± `cap`, which is positive.
     fn soft_cap(&mut self, x: &mut B::Buffer, cap: f32);

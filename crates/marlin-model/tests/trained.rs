@@ -1,4 +1,4 @@
-//! tiny-qwen3, a model with trained weights, against `transformers`.
+//! tiny-qwen3, a model with trained weights, against `transformers`; and a GPU against the reference.
 //!
 //! The environment variable `METAL_MARLIN_MODELS` names the folder that holds `tiny-qwen3`; without it these tests are
 //! reported as ignored.
@@ -6,30 +6,26 @@
 mod common;
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
-use common::{Device, Golden, argmax, assert_parity, top_two};
+use common::{Device, Golden, argmax, assert_parity, gpu_trials, top_two};
 use libtest_mimic::{Arguments, Failed, Trial};
+use marlin_checkpoint::Checkpoint;
 use marlin_kernels::KvType;
 use marlin_kernels::cpu::Arithmetic;
+use marlin_kernels::gpu::{GpuArithmetic, GpuOptions};
 use marlin_model::LoadOptions;
 use serde_json::Value;
 
 const OPTIONS: LoadOptions =
     LoadOptions { context: Some(128), step_tokens: 32, logit_rows: 32, kv_blocks: None, kv_type: KvType::F32 };
 
-/// Name, what to run, on which device.
-type Test = (&'static str, fn(&Path, Device), Device);
+/// What to run, on which device.
+type Test = fn(&Path, Device);
 
 fn main() {
-    let cpu = Device::cpu(Arithmetic::Exact, 2, None);
-    // The reference is too slow to generate.
-    let tests: [Test; 3] = [
-        ("logits_on_the_reference", logits, Device::Reference),
-        ("logits_on_the_cpu", logits, cpu),
-        ("greedy_continuations_on_the_cpu", greedy, cpu),
-    ];
     let folder = std::env::var_os("METAL_MARLIN_MODELS").map(|models| PathBuf::from(models).join("tiny-qwen3"));
-    let trial = |(name, test, device): Test| {
+    let trial = |name: &str, test: Test, device: Device| {
         let folder = folder.clone();
         let is_ignored = folder.is_none();
         let run = move || {
@@ -39,8 +35,99 @@ fn main() {
         };
         Trial::test(format!("tiny_qwen3::{name}"), run).with_ignored_flag(is_ignored)
     };
-    let trials = tests.into_iter().map(trial).collect();
+    let cpu = Device::cpu(Arithmetic::Exact, 2, None);
+    // The reference is too slow to generate.
+    let mut trials = vec![
+        trial("logits_on_the_reference", logits, Device::Reference),
+        trial("logits_on_the_cpu", logits, cpu),
+        trial("greedy_continuations_on_the_cpu", greedy, cpu),
+    ];
+    for arithmetic in [GpuArithmetic::Exact, GpuArithmetic::Half] {
+        for checked in [false, true] {
+            let options = GpuOptions { arithmetic, checked, ..GpuOptions::default() };
+            trials.extend(gpu_trials(options, |gpu, label| {
+                let device = Device::Gpu(gpu);
+                let mut trials = vec![trial(&format!("distributions/{label}"), distributions, device)];
+                // In half precision a token that is nearly as likely may be chosen, with which another text begins.
+                if arithmetic == GpuArithmetic::Exact {
+                    trials.push(trial(&format!("logits/{label}"), logits, device));
+                }
+                if arithmetic == GpuArithmetic::Exact && !checked {
+                    trials.push(trial(&format!("greedy_continuations/{label}"), greedy, device));
+                }
+                trials
+            }));
+        }
+    }
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
+}
+
+/// Tokens of the text that the reference, which is slow, reads.
+const TOKENS: usize = 192;
+/// Of them, how many are decoded one by one.
+const DECODED: usize = 64;
+
+/// The reference's logits of a text, and its tokens, one more.
+fn of_reference(folder: &Path) -> &'static (Golden, u32) {
+    static REFERENCE: OnceLock<(Golden, u32)> = OnceLock::new();
+    REFERENCE.get_or_init(|| {
+        let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../data/text/validation.txt");
+        let text: String = std::fs::read_to_string(text).unwrap().chars().take(4096).collect();
+        let tokenizer = Checkpoint::open(folder).unwrap().tokenizer().unwrap();
+        let mut input_ids = tokenizer.encode(&text, false).unwrap();
+        let next = input_ids[TOKENS];
+        input_ids.truncate(TOKENS);
+        let options = LoadOptions { context: Some(TOKENS), ..OPTIONS };
+        let logits = Device::Reference.load(folder, &options).unwrap().logits_of(&input_ids, 32);
+        (Golden { input_ids, logits }, next)
+    })
+}
+
+/// Teacher-forced, as a prompt and token by token, as GPUs run models: another token is preferred only where two are as good, the mean
+/// divergence from the reference is below 1e-4 nats, and perplexity the same within 0.1 %.
+fn distributions(folder: &Path, device: Device) {
+    let (golden, next) = of_reference(folder);
+    let options = LoadOptions { context: Some(TOKENS), kv_type: KvType::F16, ..OPTIONS };
+    let mut model = device.load(folder, &options).unwrap();
+    let mut sequence = model.sequence();
+    let (prompt, decoded) = golden.input_ids.split_at(TOKENS - DECODED);
+    let mut found: Vec<f32> = prompt.chunks(32).flat_map(|tokens| model.extend(&mut sequence, tokens)).collect();
+    found.extend(decoded.chunks(1).flat_map(|token| model.extend(&mut sequence, token)));
+    model.release(sequence);
+
+    let targets: Vec<u32> = golden.input_ids[1..].iter().copied().chain([*next]).collect();
+    let vocabulary = golden.vocabulary();
+    let mut nll = [0.0; 2];
+    for (what, rows) in [("prompt", 0..TOKENS - DECODED), ("decoded", TOKENS - DECODED..TOKENS)] {
+        let values = rows.start * vocabulary..rows.end * vocabulary;
+        let (found, wanted) = (&found[values.clone()], &golden.logits[values]);
+        let error = found.iter().zip(wanted).map(|(f, w)| (f - w).abs()).fold(0.0, f32::max);
+        let mut divergence = 0.0;
+        for (row, (found, wanted)) in found.chunks(vocabulary).zip(wanted.chunks(vocabulary)).enumerate() {
+            let (first, gap) = top_two(wanted);
+            assert!(
+                argmax(found) == first || gap < 2.0 * error,
+                "{what} {row}: another token, gap {gap}, error {error}"
+            );
+            let [found, wanted] = [found, wanted].map(log_softmax);
+            divergence += wanted.iter().zip(&found).map(|(w, f)| w.exp() * (w - f)).sum::<f64>();
+            let target = targets[rows.start + row] as usize;
+            nll[0] -= found[target];
+            nll[1] -= wanted[target];
+        }
+        let divergence = divergence / rows.len() as f64;
+        // Unlike with `<`, numbers that are none fail.
+        assert!((-1e-9..1e-4).contains(&divergence), "{what}: mean KL {divergence:e}");
+    }
+    // Over all of them: of few tokens, those that become likelier do not make up for the others.
+    let ratio = ((nll[0] - nll[1]) / TOKENS as f64).exp();
+    assert!((0.999..1.001).contains(&ratio), "perplexity of {ratio} times the reference's");
+}
+
+fn log_softmax(logits: &[f32]) -> Vec<f64> {
+    let largest = logits.iter().fold(f64::NEG_INFINITY, |most, &logit| most.max(f64::from(logit)));
+    let sum: f64 = logits.iter().map(|&logit| (f64::from(logit) - largest).exp()).sum();
+    logits.iter().map(|&logit| f64::from(logit) - largest - sum.ln()).collect()
 }
 
 /// The golden logits; the errors seen are near 1e-6.

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use marlin_checkpoint::Checkpoint;
 use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions};
-use marlin_kernels::gpu::{GpuBackend, GpuChoice, GpuOptions};
+use marlin_kernels::gpu::{GpuArithmetic, GpuBackend, GpuChoice, GpuOptions};
 use marlin_kernels::{KernelError, KvType, MemoryUse};
 use marlin_model::{LanguageModel, LoadOptions, ModelError};
 
@@ -28,8 +28,8 @@ pub struct DeviceOptions {
     #[arg(long, value_name = "N", value_parser = parse_threads)]
     pub threads: Option<NonZeroUsize>,
 
-    /// Keep activations in f32 instead of rounding them to int8 before each matrix product: slower, closer to the
-    /// original
+    /// Keep activations in f32 instead of rounding them, to int8 on a CPU and to f16 on a GPU, before each matrix product:
+    /// slower, closer to the original
     #[arg(long)]
     pub exact: bool,
 
@@ -135,6 +135,7 @@ impl DeviceOptions {
         };
         let options = GpuOptions {
             adapter,
+            arithmetic: if self.exact { GpuArithmetic::Exact } else { GpuArithmetic::Half },
             batch_invariant: self.batch_invariant,
             pipeline_cache: kernels_folder(),
             ..GpuOptions::default()

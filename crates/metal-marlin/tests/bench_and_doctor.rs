@@ -2,6 +2,7 @@
 
 use std::process::{Command, Output};
 
+use marlin_kernels::gpu::{GpuBackend, GpuOptions};
 use serde_json::Value;
 
 fn metal_marlin(args: &[&str]) -> Output {
@@ -192,6 +193,8 @@ fn what_cannot_be_measured_is_explained() {
     assert!(large.contains("fewer --streams"), "{large}");
     let nothing = failure(&["bench", "--shape", "tiny", "--prefill", "0", "--decode", "0"], 1);
     assert!(nothing.contains("nothing to measure"), "{nothing}");
+    let clock = failure(&[&TINY[..], &["--device", "cpu", "--profile"]].concat(), 1);
+    assert!(clock.contains("the CPU is none") && clock.contains("--device gpu"), "{clock}");
     let sparse = failure(&["bench", "--shape", "tiny", "--format", "int8", "--sparse-24"], 1);
     assert!(sparse.contains("int8 has no variant with 2:4 sparsity"), "{sparse}");
     let groups = failure(&["bench", "--shape", "tiny", "--format", "mxfp4", "--group-size", "64"], 1);
@@ -210,6 +213,51 @@ fn what_cannot_be_measured_is_explained() {
         let error = failure(&["bench", "--shape", "tiny", &format!("--streams={streams}")], 2);
         assert!(error.contains("--streams") && error.contains("must be a number from 1 to 512"), "{error}");
     }
+}
+
+/// Whether there is a GPU with a clock; there must be one where a GPU is asked for.
+fn has_clocked_gpu() -> bool {
+    let clock = GpuBackend::new(GpuOptions::default()).map(|gpu| gpu.caps().timestamps);
+    let is_required = std::env::var_os("METAL_MARLIN_REQUIRE_GPU").is_some();
+    assert!(!is_required || matches!(clock, Ok(true)), "a GPU with a clock is required: {clock:?}");
+    clock.unwrap_or(false)
+}
+
+#[test]
+fn a_profile_tells_what_a_step_is_made_of() {
+    if !has_clocked_gpu() {
+        return;
+    }
+    let args = ["bench", "--shape", "tiny", "--device", "gpu", "--depths", "0", "--repetitions", "1", "--profile"];
+    let profiled = |more: &[&str]| success(&[&args[..], more].concat());
+    let json = profiled(&["--prefill", "20", "--decode", "3", "--streams", "1,2", "--output", "json"]);
+    let report: Value = serde_json::from_str(&json).unwrap();
+    let profiles = report["profiles"].as_array().unwrap();
+    let results = report["results"].as_array().unwrap();
+    assert_eq!((profiles.len(), results.len()), (3, 3));
+    for (profile, result) in profiles.iter().zip(results) {
+        assert_eq!(profile["test"], result["test"]);
+        let kernels = profile["kernels"].as_array().unwrap();
+        // As many kernels as were counted when none was timed.
+        let dispatches: f64 = kernels.iter().map(|kernel| number(&kernel["dispatches"])).sum();
+        assert_eq!(dispatches, number(&result["kernels"]), "{profile:#}");
+        let busy: f64 = kernels.iter().map(|kernel| number(&kernel["seconds"])).sum();
+        assert!(0.0 < busy && number(&profile["idle_seconds"]) >= 0.0, "{profile:#}");
+    }
+    // Decoding: the head, and gate and up of both layers.
+    let linears = profiles[1]["kernels"].as_array().unwrap().iter().filter(|kernel| kernel["kernel"] == "linear_rows");
+    let matrices: Vec<(&Value, f64)> = linears.map(|it| (&it["matrix"], number(&it["dispatches"]))).collect();
+    assert!(matrices.contains(&(&serde_json::json!([256, 64]), 3.0)), "{matrices:?}");
+
+    let text = profiled(&["--prefill", "7", "--decode", "1"]);
+    for wanted in ["\npp7: a prompt takes ", "\ntg1: a token takes ", "\nlinear_rows ", "\nbetween kernels "] {
+        assert!(text.contains(wanted), "{wanted:?}: {text}");
+    }
+    let markdown = profiled(&["--prefill", "0", "--decode", "1", "--streams", "2", "--output", "markdown"]);
+    assert!(markdown.contains("\ntg1 x2: a token of each stream takes "), "{markdown}");
+    assert!(markdown.contains("\n| between kernels | "), "{markdown}");
+    let csv = failure(&[&args[..], &["--output", "csv"]].concat(), 1);
+    assert!(csv.contains("--output csv has no place for a profile"), "{csv}");
 }
 
 #[cfg(feature = "bundled-model")]

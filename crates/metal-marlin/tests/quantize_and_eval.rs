@@ -336,3 +336,26 @@ mod bundled {
         assert!(error.contains("tokenizers") && error.contains(&other), "{error}");
     }
 }
+
+/// The baseline of `eval` is exact on every device, and so is the model with `--exact`.
+#[cfg(feature = "bundled-model")]
+#[test]
+fn exact_means_exact_on_a_gpu() {
+    let has_gpu = marlin_kernels::gpu::adapters().iter().any(|gpu| gpu.missing.is_none());
+    assert!(has_gpu || std::env::var_os("METAL_MARLIN_REQUIRE_GPU").is_none(), "a GPU is required");
+    if !has_gpu {
+        return;
+    }
+    let text = repository("data/text/validation.txt");
+    let mean_kl = |more: &[&str]| {
+        let args = ["eval", "bundled", "--text", &text, "--baseline", "bundled", "--device", "gpu", "--json"];
+        // Drivers have things of their own to say to standard error.
+        let run = metal_marlin(&[&args[..], &["--context", "32", "--windows", "1"], more].concat());
+        assert_eq!(run.code, Some(0), "{}", run.stderr);
+        let report: Value = serde_json::from_str(&run.stdout).unwrap();
+        report["mean_kl"].as_f64().unwrap()
+    };
+    assert_eq!(mean_kl(&["--exact"]), 0.0);
+    let rounded = mean_kl(&[]);
+    assert!(0.0 < rounded && rounded < 1e-4, "{rounded}");
+}

@@ -41,6 +41,8 @@ pub use self::matrices::schemes;
 
 pub(crate) use self::matrices::random;
 pub(crate) use self::support::Rng;
+#[cfg(test)]
+pub(crate) use self::support::{limits, mean_square, poisoned, read, upload};
 use crate::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
 use crate::gpu::{GpuArithmetic, GpuBackend, GpuMatrices, GpuOptions, MatrixSize};
 use crate::{Backend, KernelError};

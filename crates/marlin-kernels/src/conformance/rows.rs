@@ -10,6 +10,16 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
         table.add(device, format!("rms-norm/width={width}"), move |device| rms_norm(device, width, false));
         table.add(device, format!("rms-norm-add/width={width}"), move |device| rms_norm(device, width, true));
     }
+    for width in [1, 7, 33, 576, 2048, 5000] {
+        table.add(device, format!("layer-norm/width={width}"), move |device| layer_norm(device, width));
+    }
+    // Blocks in a row and within a tile, tiles that the last row does not fill, one block a row, blocks beyond a tile.
+    for (width, block) in
+        [(1, 1), (6, 2), (96, 32), (1152, 128), (5120, 1024), (2560, 512), (4096, 4096), (16384, 8192)]
+    {
+        table
+            .add(device, format!("hadamard/width={width},block={block}"), move |device| hadamard(device, width, block));
+    }
     for (frequencies, scaling) in [(1, 1.0), (16, 1.0), (33, 0.5), (64, 1.2)] {
         table.add(device, format!("rope-angles/{frequencies}"), move |device| angles(device, frequencies, scaling));
     }
@@ -64,6 +74,76 @@ impl Case for RmsNorm {
             }
         };
         read::<B>(&mut encoder, &out, self.x.len())
+    }
+}
+
+fn layer_norm<B: Backend>(device: &Device<B>, width: usize) -> Result<(), String> {
+    let mut rng = Rng(13);
+    for rows in [1, 3, 5] {
+        // Values, their mean, and one that is larger than the others.
+        for (what, magnitude, mean, outlier) in [
+            ("", 1.0, 0.0, None),
+            (" with outliers", 1.0, 0.0, Some(1e5)),
+            (" tiny", 1e-18, 0.0, None),
+            (" far from 0", 1.0, 1000.0, None),
+        ] {
+            let mut x: Vec<f32> = rng.normals(rows * width).iter().map(|x| x * magnitude + mean).collect();
+            if let Some(outlier) = outlier {
+                x.iter_mut().skip(rng.below(width)).step_by(width).for_each(|x| *x = outlier);
+            }
+            for bias in [None, Some(rng.normals(width))] {
+                let case = LayerNorm { x: x.clone(), weight: rng.normals(width), bias, eps: 1e-6 };
+                device.check(&case, 1e-12, &format!("{rows} rows{what}"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+struct LayerNorm {
+    x: Vec<f32>,
+    weight: Vec<f32>,
+    bias: Option<Vec<f32>>,
+    eps: f32,
+}
+
+impl Case for LayerNorm {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<f32> {
+        let width = self.weight.len();
+        let rows = self.x.len() / width;
+        let weight = backend.load_vector(&self.weight).expect("a vector");
+        let bias = self.bias.as_ref().map(|bias| backend.load_vector(bias).expect("a vector"));
+        let mut encoder = backend.encoder(&limits(rows, width)).expect("an encoder");
+        let x = upload(backend, width, &self.x);
+        let mut out = poisoned(backend, rows, width);
+        encoder.layer_norm(&x, &weight, bias.as_ref(), self.eps, &mut out);
+        read::<B>(&mut encoder, &out, self.x.len())
+    }
+}
+
+fn hadamard<B: Backend>(device: &Device<B>, width: usize, block: usize) -> Result<(), String> {
+    let mut rng = Rng(14);
+    for rows in [1, 2] {
+        let mut x = rng.normals(rows * width);
+        // What the transform is for.
+        x[rng.below(width)] = 1e3;
+        device.check(&Hadamard { x, width, block }, 1e-12, &format!("{rows} rows"))?;
+    }
+    Ok(())
+}
+
+struct Hadamard {
+    x: Vec<f32>,
+    width: usize,
+    block: usize,
+}
+
+impl Case for Hadamard {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<f32> {
+        let mut encoder = backend.encoder(&limits(self.x.len() / self.width, self.width)).expect("an encoder");
+        let mut x = upload(backend, self.width, &self.x);
+        encoder.hadamard(&mut x, self.block);
+        read::<B>(&mut encoder, &x, self.x.len())
     }
 }
 

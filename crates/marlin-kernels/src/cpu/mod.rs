@@ -25,6 +25,7 @@ use self::attention::Attention;
 use self::disjoint::Disjoint;
 use self::linear::{Activations, Epilogue, TiledLinear};
 use self::threads::Threads;
+use crate::backend::check_hadamard;
 use crate::host::HostStep;
 use crate::sampling::host::{HostSamplings, token_of};
 use crate::{
@@ -225,6 +226,25 @@ impl Encoder<CpuBackend> for CpuEncoder {
         assert_eq!(out.rows(), x.rows(), "the residual stream has a row for each input row");
         let out = out.output(x.rows(), width);
         rows::rms_norm_add(x.values(), weight, eps, out, self.simd, &self.threads);
+    }
+
+    fn layer_norm(
+        &mut self,
+        x: &HostBuffer,
+        weight: &Vec<f32>,
+        bias: Option<&Vec<f32>>,
+        eps: f32,
+        out: &mut HostBuffer,
+    ) {
+        let width = x.width();
+        assert!(weight.len() == width && bias.is_none_or(|bias| bias.len() == width), "a weight for each value");
+        let out = out.output(x.rows(), width);
+        rows::layer_norm(x.values(), weight, bias.map(Vec::as_slice), eps, out, &self.threads);
+    }
+
+    fn hadamard(&mut self, x: &mut HostBuffer, block: usize) {
+        check_hadamard(x.width(), block);
+        rows::hadamard(x.values_mut(), block, &self.threads);
     }
 
     fn soft_cap(&mut self, x: &mut HostBuffer, cap: f32) {

@@ -94,6 +94,58 @@ impl WithSimd for AddNormRows<'_> {
     }
 }
 
+/// Layer norm of each row. Sums run in double precision: a mean far from 0 costs nothing.
+pub(super) fn layer_norm(
+    x: &[f32],
+    weight: &[f32],
+    bias: Option<&[f32]>,
+    eps: f32,
+    out: &mut [f32],
+    threads: &Threads,
+) {
+    let width = weight.len();
+    if width == 0 {
+        return;
+    }
+    let task = TASK_ROWS * width;
+    threads.for_each_chunk(out, task, |i, rows| {
+        for (x, out) in x[i * task..].chunks_exact(width).zip(rows.chunks_exact_mut(width)) {
+            let mean = x.iter().map(|&x| f64::from(x)).sum::<f64>() / width as f64;
+            let variance = x.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / width as f64;
+            let scale = 1.0 / (variance + f64::from(eps)).sqrt();
+            for ((out, &x), &weight) in out.iter_mut().zip(x).zip(weight) {
+                *out = ((f64::from(x) - mean) * scale) as f32 * weight;
+            }
+            for (out, &bias) in out.iter_mut().zip(bias.unwrap_or_default()) {
+                *out += bias;
+            }
+        }
+    });
+}
+
+/// Values of a task of [`hadamard`], if its blocks are no larger.
+const HADAMARD_TASK: usize = 4096;
+
+/// The orthogonal Hadamard transform of each block, by butterflies (the fast Walsh-Hadamard transform).
+pub(super) fn hadamard(x: &mut [f32], block: usize, threads: &Threads) {
+    let factor = (1.0 / (block as f64).sqrt()) as f32;
+    threads.for_each_chunk(x, block.max(HADAMARD_TASK), |_, values| {
+        for block in values.chunks_exact_mut(block) {
+            let mut half = 1;
+            while half < block.len() {
+                for pair in block.chunks_exact_mut(2 * half) {
+                    let (low, high) = pair.split_at_mut(half);
+                    for (a, b) in low.iter_mut().zip(high) {
+                        (*a, *b) = (*a + *b, *a - *b);
+                    }
+                }
+                half *= 2;
+            }
+            block.iter_mut().for_each(|x| *x *= factor);
+        }
+    });
+}
+
 /// `x = cap · tanh(x / cap)`.
 pub(super) fn soft_cap(x: &mut HostBuffer, cap: f32, threads: &Threads) {
     threads.for_each_chunk(x.values_mut(), SOFT_CAP_TASK, |_, values| {

@@ -1,6 +1,6 @@
 //! The GPUs of this machine.
 
-use super::device::NEEDED;
+use super::caps::NEEDED;
 use super::memory;
 use crate::KernelError;
 

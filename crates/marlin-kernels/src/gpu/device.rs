@@ -7,12 +7,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::adapter::{self, GpuChoice};
+use super::caps::{GpuCaps, MatrixSize};
 use super::disk_cache::DiskCache;
-use super::memory;
+use super::memory::{Account, Taken};
 use super::pipeline::{Kernel, Pipeline};
+use super::profile::Profiler;
 use super::registry::KernelVariant;
 use crate::KernelError;
-use crate::error::size_in_words;
 
 /// Which GPU, and how its kernels are compiled.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -53,111 +54,6 @@ pub enum GpuMatrices {
     Emulated(MatrixSize),
 }
 
-/// What the device is and can do.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct GpuCaps {
-    /// Name of the device.
-    pub name: String,
-    /// Metal or Vulkan, and the driver.
-    pub driver: String,
-    /// Invocations of a subgroup, the least and the most.
-    pub subgroup: [u32; 2],
-    /// Its memory is the machine's.
-    pub shares_memory: bool,
-    /// Bytes of one storage binding; larger matrices are split.
-    pub max_binding: u64,
-    /// Bytes of workgroup memory.
-    pub workgroup_memory: u32,
-    /// Kernels may use operations of subgroups.
-    pub subgroups: bool,
-    /// The sizes of matrices in half precision that its matrix units multiply and sum in single precision, largest first.
-    pub matrices: Vec<MatrixSize>,
-    /// It tells the time between kernels.
-    pub timestamps: bool,
-    /// Compiled kernels can be kept on disk.
-    pub pipeline_cache: bool,
-    /// Bytes of its memory that a program should take at most, as of when it was opened: what other programs left of a Vulkan device's own
-    /// memory, what Metal recommends as a working set. `None` if it does not tell.
-    pub memory: Option<u64>,
-}
-
-impl GpuCaps {
-    /// What every GPU of Apple silicon can do (M1 and later), for kernels that are looked at without one: Metal's feature set tables,
-    /// families Apple7 and later.
-    pub fn apple() -> Self {
-        Self {
-            name: "Apple GPU".into(),
-            driver: "Metal".into(),
-            subgroup: [32, 32],
-            shares_memory: true,
-            max_binding: MAX_BINDING,
-            workgroup_memory: 32 << 10,
-            subgroups: true,
-            matrices: vec![MatrixSize::Eight],
-            timestamps: true,
-            pipeline_cache: false,
-            memory: None,
-        }
-    }
-
-    fn of(adapter: &wgpu::Adapter) -> Self {
-        let (info, limits, features) = (adapter.get_info(), adapter.limits(), adapter.features());
-        Self {
-            driver: format!("{} {} {}", info.backend, info.driver, info.driver_info),
-            shares_memory: matches!(info.device_type, wgpu::DeviceType::IntegratedGpu | wgpu::DeviceType::Cpu),
-            // Those of Apple's GPUs are 32, though wgpu cannot ask.
-            subgroup: match info.backend {
-                wgpu::Backend::Metal if info.name.starts_with("Apple") => [32, 32],
-                _ => [info.subgroup_min_size, info.subgroup_max_size],
-            },
-            name: info.name,
-            max_binding: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min(MAX_BINDING),
-            workgroup_memory: limits.max_compute_workgroup_storage_size,
-            subgroups: features.contains(SUBGROUPS),
-            matrices: matrices(adapter, features),
-            timestamps: features.contains(TIMESTAMPS),
-            pipeline_cache: features.contains(PIPELINE_CACHE),
-            memory: memory::budget(adapter),
-        }
-    }
-
-    /// Its name, and how much memory it had to give.
-    fn in_words(&self) -> String {
-        let memory = self.memory.map(|bytes| format!(" (with {} free when it was opened)", size_in_words(bytes)));
-        format!("{}{}", self.name, memory.unwrap_or_default())
-    }
-
-    /// The features of a device of these capabilities that kernels use.
-    fn features(&self) -> wgpu::Features {
-        let wanted = [
-            (self.subgroups, SUBGROUPS),
-            (!self.matrices.is_empty(), MATRICES),
-            (self.timestamps, TIMESTAMPS),
-            (self.pipeline_cache, PIPELINE_CACHE),
-        ];
-        wanted.iter().filter(|(has, _)| *has).fold(NEEDED, |features, (_, feature)| features | *feature)
-    }
-}
-
-/// The rows and columns of matrices that matrix units multiply at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum MatrixSize {
-    /// 8 × 8, Metal's simdgroup matrices.
-    Eight,
-    /// 16 × 16, the cooperative matrices of NVIDIA's and others' Vulkan drivers.
-    Sixteen,
-}
-
-impl MatrixSize {
-    /// Rows and columns.
-    pub fn rows(self) -> usize {
-        match self {
-            Self::Eight => 8,
-            Self::Sixteen => 16,
-        }
-    }
-}
-
 /// An open device.
 pub(super) struct Gpu {
     pub(super) device: wgpu::Device,
@@ -173,6 +69,9 @@ pub(super) struct Gpu {
     pub(super) disk_cache: Option<DiskCache>,
     /// Kernels that encoders recorded.
     pub(super) recorded: AtomicU64,
+    pub(super) profiler: Profiler,
+    /// Of buffers that kernels use.
+    pub(super) account: Account,
     /// The first thing that went wrong since it was last asked for.
     failure: Arc<Mutex<Option<String>>>,
     /// Why the device is gone for good, if it is.
@@ -218,48 +117,26 @@ impl Matrices {
 pub(super) struct Storage {
     pub(super) id: u64,
     pub(super) buffer: wgpu::Buffer,
+    _taken: Taken,
 }
 
 /// Bytes of kernel parameters, at most.
 const IMMEDIATE_BYTES: u32 = 64;
 
-/// What the kernels need of a device.
-pub(super) const NEEDED: wgpu::Features = wgpu::Features::SHADER_F16.union(wgpu::Features::IMMEDIATES);
-
-// What they use where it is there.
-const SUBGROUPS: wgpu::Features = wgpu::Features::SUBGROUP;
-const MATRICES: wgpu::Features = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
-const TIMESTAMPS: wgpu::Features = wgpu::Features::TIMESTAMP_QUERY.union(wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES);
-const PIPELINE_CACHE: wgpu::Features = wgpu::Features::PIPELINE_CACHE;
-
-/// Bytes of a binding, at most: kernels count words and values in 32 bits.
-const MAX_BINDING: u64 = (1 << 31) - 4;
-
 /// Bytes of workgroup memory that all tiles of matrices can do with.
 pub(super) const MATRICES_WORKGROUP_MEMORY: u32 = 32 << 10;
 
-fn matrices(adapter: &wgpu::Adapter, features: wgpu::Features) -> Vec<MatrixSize> {
-    use wgpu::CooperativeScalarType::{F16, F32};
-    let info = adapter.get_info();
-    // Kernels count on 32 invocations that share a matrix. Metal's do, though wgpu cannot ask.
-    let subgroups_of_32 =
-        info.backend == wgpu::Backend::Metal || (info.subgroup_min_size, info.subgroup_max_size) == (32, 32);
-    if !features.contains(MATRICES) || !subgroups_of_32 {
-        return Vec::new();
-    }
-    let properties = adapter.cooperative_matrix_properties();
-    let has = |rows: u32| {
-        properties.iter().any(|it| {
-            (it.ab_type, it.cr_type) == (F16, F32) && [it.m_size, it.n_size, it.k_size].iter().all(|&size| size == rows)
-        })
-    };
-    [MatrixSize::Sixteen, MatrixSize::Eight].into_iter().filter(|size| has(size.rows() as u32)).collect()
-}
-
 impl Gpu {
     pub(super) fn open(options: GpuOptions) -> Result<Self, KernelError> {
+        Self::open_limited(options, |_| ())
+    }
+
+    /// The same, as if it were no more than `limit` leaves of it.
+    pub(super) fn open_limited(options: GpuOptions, limit: impl FnOnce(&mut GpuCaps)) -> Result<Self, KernelError> {
         let adapter = adapter::find(options.adapter)?;
-        Self::of_adapter(&adapter, GpuCaps::of(&adapter), options)
+        let mut caps = GpuCaps::of(&adapter);
+        limit(&mut caps);
+        Self::of_adapter(&adapter, caps, options)
     }
 
     /// A device that has these capabilities and runs nothing: kernels are put together and checked as for a device that does, memory is
@@ -328,6 +205,8 @@ impl Gpu {
             pipelines: Mutex::default(),
             disk_cache,
             recorded: AtomicU64::new(0),
+            profiler: Profiler::default(),
+            account: Account::default(),
             failure,
             loss,
             next_id: AtomicU64::new(0),
@@ -377,9 +256,31 @@ impl Gpu {
         self.pipelines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Its name, and what is known of its memory: for errors.
+    fn in_words(&self) -> String {
+        self.caps.in_words(self.account.taken())
+    }
+
     /// Memory on the device, zeroed.
     pub(super) fn storage(&self, what: &str, bytes: usize) -> Result<Storage, KernelError> {
-        let out_of_memory = || KernelError::OutOfMemory { what: what.into(), bytes, device: self.caps.in_words() };
+        self.buffer(what, bytes, wgpu::BufferUsages::empty(), false)
+    }
+
+    /// Memory on the device for what it keeps, zeroed: of the kind that the host can write, where there is that kind, and mapped for it to
+    /// do so at once.
+    pub(super) fn weight_storage(&self, what: &str, bytes: usize, is_mapped: bool) -> Result<Storage, KernelError> {
+        let usage = if self.caps.mappable { wgpu::BufferUsages::MAP_WRITE } else { wgpu::BufferUsages::empty() };
+        self.buffer(what, bytes, usage, is_mapped)
+    }
+
+    fn buffer(
+        &self,
+        what: &str,
+        bytes: usize,
+        usage: wgpu::BufferUsages,
+        mapped_at_creation: bool,
+    ) -> Result<Storage, KernelError> {
+        let out_of_memory = || KernelError::OutOfMemory { what: what.into(), bytes, device: self.in_words() };
         // An empty buffer cannot be bound; kernels see vectors of 16 bytes.
         let size = (bytes.max(16) as u64).checked_next_multiple_of(16).ok_or_else(out_of_memory)?;
         if size > self.caps.max_binding {
@@ -389,26 +290,22 @@ impl Gpu {
         let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some(what),
             size,
-            usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC,
-            mapped_at_creation: false,
+            usage: usage | wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC,
+            mapped_at_creation,
         });
         match pollster::block_on(scope.pop()) {
-            None => Ok(Storage { id: self.next_id.fetch_add(1, Ordering::Relaxed), buffer }),
+            None => {
+                let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+                Ok(Storage { id, buffer, _taken: self.account.take(size) })
+            }
             Some(_) => Err(out_of_memory()),
         }
-    }
-
-    /// Memory on the device with these contents.
-    pub(super) fn storage_of<T: bytemuck::NoUninit>(&self, what: &str, values: &[T]) -> Result<Storage, KernelError> {
-        let storage = self.storage(what, size_of_val(values))?;
-        self.write(&storage, 0, bytemuck::cast_slice(values));
-        Ok(storage)
     }
 
     /// Memory with the same contents as another.
     pub(super) fn duplicate(&self, storage: &Storage) -> Result<Storage, KernelError> {
         let size = storage.buffer.size();
-        let copy = self.storage("a copy", size as usize)?;
+        let copy = self.weight_storage("a copy", size as usize, false)?;
         let mut commands = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         commands.copy_buffer_to_buffer(&storage.buffer, 0, &copy.buffer, 0, size);
         self.queue.submit([commands.finish()]);
@@ -429,7 +326,7 @@ impl Gpu {
     pub(super) fn check(&self) -> Result<(), KernelError> {
         let loss = self.loss.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let failure = loss.or_else(|| self.failure.lock().unwrap_or_else(PoisonError::into_inner).take());
-        failure.map_or(Ok(()), |failure| Err(KernelError::Device(format!("{}: {failure}", self.caps.name))))
+        failure.map_or(Ok(()), |failure| Err(KernelError::Device(format!("{}: {failure}", self.in_words()))))
     }
 
     /// Memory that kernels' results are copied to and the host can read, see [`Gpu::read_mapped`].
@@ -476,9 +373,9 @@ impl Gpu {
         let poll = AssertUnwindSafe(|| self.device.poll(poll_type));
         let waited = panic::catch_unwind(poll).map_err(|_| {
             remember(&self.loss, "the device failed".into());
-            KernelError::Device(format!("{} failed; use the CPU instead", self.caps.name))
+            KernelError::Device(format!("{} failed; use the CPU instead", self.in_words()))
         })?;
-        waited.map_err(|error| KernelError::Device(format!("{} does not finish: {error}", self.caps.name)))?;
+        waited.map_err(|error| KernelError::Device(format!("{} does not finish: {error}", self.in_words())))?;
         self.check()
     }
 }

@@ -11,6 +11,7 @@ use super::recorder::Recorder;
 use super::sampling::Sampler;
 use super::step::StepBuffers;
 use super::{GpuBackend, GpuBuffer, GpuKvCache, GpuVector, MAX_WORKGROUPS};
+use crate::backend::check_hadamard;
 use crate::{Activation, AttentionShape, Encoder, Input, KernelError, QkNorm, SampleRow, SamplingId, Step, StepLimits};
 
 /// Records operations, and runs them when it is told to.
@@ -31,6 +32,9 @@ pub struct GpuEncoder {
 /// Kernels over rows of activations.
 struct Kernels {
     rms_norm: [Arc<Pipeline>; 2],
+    /// Without and with a bias.
+    layer_norm: [Arc<Pipeline>; 2],
+    hadamard: Arc<Pipeline>,
     soft_cap: Arc<Pipeline>,
     select_rows: Arc<Pipeline>,
 }
@@ -84,9 +88,34 @@ impl Kernels {
         let select = [read("x", "f32"), read("logit_rows", "u32"), write("out", "f32")];
         Ok(Self {
             rms_norm: [gpu.pipeline(&Kernel::rms_norm(false))?, gpu.pipeline(&Kernel::rms_norm(true))?],
+            layer_norm: [gpu.pipeline(&layer_norm_kernel(false))?, gpu.pipeline(&layer_norm_kernel(true))?],
+            hadamard: gpu.pipeline(&Kernel {
+                name: "hadamard",
+                prelude: format!("const MOST = {HADAMARD_TILE}u;\n"),
+                bindings: vec![write("x", "f32")],
+                files: vec![include_str!("shaders/hadamard.wgsl")],
+            })?,
             soft_cap: kernel("soft_cap", &[write("x", "f32")], include_str!("shaders/soft_cap.wgsl"))?,
             select_rows: kernel("select_rows", &select, include_str!("shaders/select_rows.wgsl"))?,
         })
+    }
+}
+
+/// Values that a workgroup transforms: the largest Hadamard block that is done at once. Every device has memory for them.
+const HADAMARD_TILE: usize = 4096;
+/// Smaller blocks share a workgroup, up to so many values.
+const SHARED_HADAMARD_TILE: usize = 1024;
+
+fn layer_norm_kernel(has_bias: bool) -> Kernel {
+    let bias = if has_bias { "bias[i]" } else { "0.0" };
+    let (read, write) = (Binding::read, Binding::write);
+    let mut bindings = vec![read("x", "f32"), read("weight", "f32"), write("out", "f32")];
+    bindings.extend(has_bias.then(|| read("bias", "f32")));
+    Kernel {
+        name: "layer_norm",
+        prelude: format!("const HAS_BIAS = {has_bias};\nfn bias_of(i: u32) -> f32 {{\n    return {bias};\n}}\n"),
+        bindings,
+        files: vec![include_str!("shaders/reduce.wgsl"), include_str!("shaders/layer_norm.wgsl")],
     }
 }
 
@@ -127,6 +156,39 @@ impl Encoder<GpuBackend> for GpuEncoder {
         assert_eq!((out.rows, out.width), (x.rows, x.width), "the residual stream has a value for each input value");
         out.written();
         self.rms_norm_into(1, x, weight, eps, out);
+    }
+
+    fn layer_norm(
+        &mut self,
+        x: &GpuBuffer,
+        weight: &GpuVector,
+        bias: Option<&GpuVector>,
+        eps: f32,
+        out: &mut GpuBuffer,
+    ) {
+        let is_as_wide = |vector: &GpuVector| vector.values.len() == x.width;
+        assert!(is_as_wide(weight) && bias.is_none_or(is_as_wide), "a weight for each value of a row");
+        out.output(x.rows, x.width);
+        let kernel = &self.kernels.layer_norm[usize::from(bias.is_some())];
+        let buffers = [&x.storage, &weight.storage, &out.storage].into_iter().chain(bias.map(|bias| &bias.storage));
+        self.recorder.dispatch(kernel, buffers, &[x.width as u32, eps.to_bits()], [x.rows, 1, 1]);
+    }
+
+    fn hadamard(&mut self, x: &mut GpuBuffer, block: usize) {
+        check_hadamard(x.width, block);
+        x.written();
+        // Blocks of a block: the transform of the whole is that of its parts, and then of the values at the same place of each part.
+        let (mut done, kernel) = (1, &self.kernels.hadamard);
+        while done < block {
+            let part = (block / done).min(HADAMARD_TILE);
+            // Whole blocks in a row lie one after the other in the first pass alone.
+            let tile = if done == 1 { part.max(SHARED_HADAMARD_TILE) } else { part };
+            let factor = (1.0 / (part as f64).sqrt()) as f32;
+            let parameters = [x.width as u32, part as u32, done as u32, tile as u32, factor.to_bits()];
+            let workgroups = [x.width.div_ceil(tile), x.rows, 1];
+            self.recorder.dispatch(kernel, [&x.storage], &parameters, workgroups);
+            done *= part;
+        }
     }
 
     fn soft_cap(&mut self, x: &mut GpuBuffer, cap: f32) {

@@ -1,4 +1,35 @@
-//! How much of a device's memory a program can have.
+//! How much of a device's memory a program can have, and how much it has.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Bytes of a device's memory that are taken.
+#[derive(Debug, Default)]
+pub(super) struct Account(Arc<AtomicU64>);
+
+/// Bytes that count as taken while it exists.
+#[derive(Debug)]
+pub(super) struct Taken {
+    account: Arc<AtomicU64>,
+    bytes: u64,
+}
+
+impl Account {
+    pub(super) fn take(&self, bytes: u64) -> Taken {
+        self.0.fetch_add(bytes, Ordering::Relaxed);
+        Taken { account: self.0.clone(), bytes }
+    }
+
+    pub(super) fn taken(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.account.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
 
 /// Bytes that a new program should take of the device's memory, at most; `None` if the device does not tell. Of the memory that is free
 /// or recommended, a little stays for the driver itself.

@@ -6,6 +6,7 @@
 
 mod adapter;
 mod attention;
+mod caps;
 mod device;
 mod disk_cache;
 mod encoder;
@@ -15,14 +16,18 @@ mod memory;
 mod msl;
 mod pipeline;
 mod probe;
+mod profile;
 mod recorder;
 mod registry;
 mod sampling;
 #[cfg(test)]
 mod spirv;
 mod step;
+#[cfg(test)]
+mod tests;
 mod timing;
 mod unroll;
+mod upload;
 #[cfg(not(target_vendor = "apple"))]
 mod vulkan;
 
@@ -32,16 +37,19 @@ use std::sync::atomic::Ordering;
 use marlin_format::Scheme;
 
 pub use adapter::{GpuAdapter, GpuChoice, adapters};
-pub use device::{GpuArithmetic, GpuCaps, GpuMatrices, GpuOptions, MatrixSize};
+pub use caps::{GpuCaps, MatrixSize};
+pub use device::{GpuArithmetic, GpuMatrices, GpuOptions};
 pub use disk_cache::PIPELINE_CACHE_EXTENSION;
 pub use encoder::GpuEncoder;
 pub use kv::GpuKvCache;
 pub use linear::GpuLinear;
 pub use msl::{Msl, metal_kernels};
 pub use probe::{GpuProbe, ProbeRates};
+pub use profile::{GpuProfile, KernelTime};
 pub use registry::{KernelVariant, kernels};
 
 use self::device::{Gpu, Storage};
+use self::upload::Upload;
 use crate::{Backend, DeviceInfo, KernelError, KvLayout, KvType, LinearPart, MemoryUse, StepLimits};
 
 /// Workgroups along one axis, at most.
@@ -98,6 +106,11 @@ impl GpuBackend {
         &self.gpu.caps
     }
 
+    /// Bytes of its memory that buffers of weights, activations, caches and encoders take now; what drivers need besides is not known.
+    pub fn memory_taken(&self) -> u64 {
+        self.gpu.account.taken()
+    }
+
     /// How many kernels its encoders recorded so far.
     pub fn kernels_recorded(&self) -> u64 {
         self.gpu.recorded.load(Ordering::Relaxed)
@@ -125,7 +138,12 @@ impl Backend for GpuBackend {
 
     fn info(&self) -> DeviceInfo {
         let GpuCaps { name, driver, subgroup: [least, most], .. } = &self.gpu.caps;
-        DeviceInfo { name: "gpu".into(), detail: format!("{name}, {driver}, subgroups of {least} to {most}") }
+        let arithmetic = match self.gpu.arithmetic {
+            GpuArithmetic::Exact => "f32",
+            GpuArithmetic::Half => "f16",
+        };
+        let detail = format!("{name}, {driver}, subgroups of {least} to {most}, {arithmetic} activations");
+        DeviceInfo { name: "gpu".into(), detail }
     }
 
     fn load_linear(&self, parts: &[LinearPart<'_>]) -> Result<GpuLinear, KernelError> {
@@ -133,7 +151,7 @@ impl Backend for GpuBackend {
     }
 
     fn load_vector(&self, values: &[f32]) -> Result<GpuVector, KernelError> {
-        Ok(GpuVector { storage: self.gpu.storage_of("a vector", values)?, values: values.to_vec() })
+        Ok(GpuVector { storage: Upload::all(&self.gpu, "a vector", values)?, values: values.to_vec() })
     }
 
     fn buffer(&self, rows: usize, width: usize) -> Result<GpuBuffer, KernelError> {

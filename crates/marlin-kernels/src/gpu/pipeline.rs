@@ -56,6 +56,13 @@ impl Kernel {
         }
     }
 
+    /// Rows and columns of the packed matrix that it reads, if it reads one, with these parameters: they begin with its shape.
+    pub(super) fn matrix(&self, parameters: &[u32]) -> Option<[usize; 2]> {
+        let reads_matrix = self.bindings.first().is_some_and(|binding| binding.name == "codes");
+        let &[cols, rows, ..] = parameters else { return None };
+        reads_matrix.then_some([rows as usize, cols as usize])
+    }
+
     /// The whole WGSL, its loops unrolled.
     pub(super) fn source(&self) -> String {
         let mut source = String::from("enable f16;\n");

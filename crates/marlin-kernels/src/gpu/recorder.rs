@@ -30,7 +30,7 @@ pub(super) struct Recorder {
 
 /// The pass goes before its encoder.
 struct Recording {
-    pass: wgpu::ComputePass<'static>,
+    pass: Option<wgpu::ComputePass<'static>>,
     commands: wgpu::CommandEncoder,
     dispatches: usize,
 }
@@ -71,16 +71,18 @@ impl Recorder {
                 entries: &entries,
             })
         });
-        let recording = self.recording.get_or_insert_with(|| Recording::new(&self.gpu, self.timing.as_mut()));
+        let recording = self.recording.get_or_insert_with(|| Recording::new(&self.gpu));
         recording.dispatches += 1;
+        let is_piece = recording.dispatches == PIECE;
         self.dispatches += 1;
         self.gpu.recorded.fetch_add(1, Ordering::Relaxed);
-        recording.pass.set_pipeline(&pipeline.pipeline);
-        recording.pass.set_bind_group(0, &*bind_group, &[]);
-        recording.pass.set_immediates(0, bytemuck::cast_slice(parameters));
+        let pass = recording.pass_of(&self.gpu, &mut self.timing, pipeline, parameters);
+        pass.set_pipeline(&pipeline.pipeline);
+        pass.set_bind_group(0, &*bind_group, &[]);
+        pass.set_immediates(0, bytemuck::cast_slice(parameters));
         let [x, y, z] = workgroups.map(|count| u32::try_from(count).expect("few workgroups"));
-        recording.pass.dispatch_workgroups(x, y, z);
-        if recording.dispatches == PIECE {
+        pass.dispatch_workgroups(x, y, z);
+        if is_piece {
             self.flush();
         }
     }
@@ -114,16 +116,41 @@ impl Recorder {
     /// The seconds that the device took from the first timed pass's beginning to the last one's end.
     pub(super) fn stop_timing(&mut self) -> Result<f64, KernelError> {
         self.flush();
-        self.timing.take().map_or(Ok(0.0), |timing| timing.seconds(&self.gpu))
+        let passes = self.timing.take().map(|timing| timing.seconds(&self.gpu)).transpose()?;
+        Ok(passes.and_then(|passes| passes.last().map(|[_, end]| *end)).unwrap_or(0.0))
     }
 }
 
 impl Recording {
-    fn new(gpu: &Gpu, timing: Option<&mut Timing>) -> Self {
-        let mut commands = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        let timestamp_writes = timing.and_then(Timing::next_pass);
-        let descriptor = wgpu::ComputePassDescriptor { label: None, timestamp_writes };
-        let pass = commands.begin_compute_pass(&descriptor).forget_lifetime();
-        Self { pass, commands, dispatches: 0 }
+    fn new(gpu: &Gpu) -> Self {
+        let commands = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        Self { pass: None, commands, dispatches: 0 }
     }
+
+    /// The pass that a kernel goes into: one of its own while kernels are profiled.
+    fn pass_of(
+        &mut self,
+        gpu: &Gpu,
+        timing: &mut Option<Timing>,
+        pipeline: &Pipeline,
+        parameters: &[u32],
+    ) -> &mut wgpu::ComputePass<'static> {
+        let Self { pass, commands, .. } = self;
+        let profiled = gpu.profiler.time(gpu, &pipeline.kernel, parameters, |writes| {
+            // It ends before the next one begins.
+            *pass = None;
+            begin_pass(commands, Some(writes))
+        });
+        if profiled.is_some() {
+            *pass = profiled;
+        }
+        pass.get_or_insert_with(|| begin_pass(commands, timing.as_mut().map(|timing| timing.next_pass(gpu))))
+    }
+}
+
+fn begin_pass(
+    commands: &mut wgpu::CommandEncoder,
+    timestamp_writes: Option<wgpu::ComputePassTimestampWrites<'_>>,
+) -> wgpu::ComputePass<'static> {
+    commands.begin_compute_pass(&wgpu::ComputePassDescriptor { label: None, timestamp_writes }).forget_lifetime()
 }

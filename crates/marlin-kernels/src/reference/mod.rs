@@ -14,6 +14,7 @@ use std::borrow::Cow;
 use half::f16;
 use marlin_format::{FormatError, Scheme};
 
+use crate::backend::check_hadamard;
 use crate::host::{HostStep, KvData, KvPlane, visible};
 use crate::sampling::host::{HostSamplings, token_of};
 use crate::{
@@ -161,6 +162,39 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
             rms_norm(&mut normed, weight, eps);
             for (y, normed) in out.row_mut(t).iter_mut().zip(normed) {
                 *y += normed;
+            }
+        }
+    }
+
+    fn layer_norm(
+        &mut self,
+        x: &HostBuffer,
+        weight: &Vec<f32>,
+        bias: Option<&Vec<f32>>,
+        eps: f32,
+        out: &mut HostBuffer,
+    ) {
+        let width = x.width();
+        assert!(weight.len() == width && bias.is_none_or(|bias| bias.len() == width), "a weight for each value");
+        out.output(x.rows(), width);
+        for t in 0..x.rows() {
+            let mean = x.row(t).iter().map(|&x| f64::from(x)).sum::<f64>() / width as f64;
+            let variance = x.row(t).iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / width as f64;
+            let scale = 1.0 / (variance + f64::from(eps)).sqrt();
+            for (i, y) in out.row_mut(t).iter_mut().enumerate() {
+                let normed = (f64::from(x.row(t)[i]) - mean) * scale * f64::from(weight[i]);
+                *y = (normed + bias.map_or(0.0, |bias| f64::from(bias[i]))) as f32;
+            }
+        }
+    }
+
+    fn hadamard(&mut self, x: &mut HostBuffer, block: usize) {
+        check_hadamard(x.width(), block);
+        for values in x.values_mut().chunks_exact_mut(block) {
+            let before: Vec<f64> = values.iter().map(|&x| f64::from(x)).collect();
+            for (i, y) in values.iter_mut().enumerate() {
+                let signed = |(j, x): (usize, &f64)| if (i & j).count_ones() % 2 == 0 { *x } else { -x };
+                *y = (before.iter().enumerate().map(signed).sum::<f64>() / (block as f64).sqrt()) as f32;
             }
         }
     }

@@ -43,6 +43,38 @@ fn assert_close(found: &[f32], expected: &[f32]) {
 }
 
 #[test]
+fn layer_norms_and_rotations() {
+    let mut encoder = ReferenceBackend.encoder(&LIMITS).unwrap();
+    // Mean 2, variance 4.5.
+    let x = buffer(4, &[0.0, 0.0, 3.0, 5.0]);
+    let (weight, bias) = (vec![1.0, 2.0, 1.0, 1.0], vec![0.5, 0.0, 0.0, -1.0]);
+    let mut out = ReferenceBackend.buffer(1, 4).unwrap();
+    let root = 4.5f32.sqrt();
+    encoder.layer_norm(&x, &weight, None, 0.0, &mut out);
+    assert_close(out.values(), &[-2.0 / root, -4.0 / root, 1.0 / root, 3.0 / root]);
+    // An eps of 11.5 makes the root 4.
+    encoder.layer_norm(&x, &weight, Some(&bias), 11.5, &mut out);
+    assert_close(out.values(), &[0.0, -1.0, 0.25, -0.25]);
+
+    let mut x = buffer(4, &[1.0, 2.0, 3.0, 4.0, 0.0, 1.0, 0.0, 0.0]);
+    encoder.hadamard(&mut x, 4);
+    assert_close(x.values(), &[5.0, -1.0, -2.0, 0.0, 0.5, -0.5, 0.5, -0.5]);
+    // It is its own inverse; a block of one stays.
+    encoder.hadamard(&mut x, 4);
+    encoder.hadamard(&mut x, 1);
+    assert_close(x.values(), &[1.0, 2.0, 3.0, 4.0, 0.0, 1.0, 0.0, 0.0]);
+    encoder.hadamard(&mut x, 2);
+    let root = 2f32.sqrt();
+    assert_close(&x.values()[..4], &[3.0 / root, -1.0 / root, 7.0 / root, -1.0 / root]);
+}
+
+#[test]
+#[should_panic(expected = "power of two that divides the width of 6, found 4")]
+fn rotations_of_broken_blocks_are_refused() {
+    ReferenceBackend.encoder(&LIMITS).unwrap().hadamard(&mut buffer(6, &[0.0; 6]), 4);
+}
+
+#[test]
 fn linears() {
     let mut encoder = ReferenceBackend.encoder(&LIMITS).unwrap();
     let x = buffer(2, &[1.0, 2.0, -1.0, 0.5]);

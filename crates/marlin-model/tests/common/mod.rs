@@ -3,12 +3,13 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 
+use libtest_mimic::Trial;
 use marlin_checkpoint::{Checkpoint, CheckpointWriter, PlannedTensor, WriterOptions};
 use marlin_format::{EncodeOptions, Format, Scheme, encode};
+use marlin_kernels::conformance::gpu_label;
 use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
-use marlin_kernels::gpu::{GpuArithmetic, GpuBackend, GpuOptions};
+use marlin_kernels::gpu::{GpuBackend, GpuOptions};
 use marlin_kernels::reference::ReferenceBackend;
 use marlin_kernels::{KvType, SampleRow};
 use marlin_model::{KvSequence, LanguageModel, LoadOptions, LogitRows, ModelError, StepBatch, load_model};
@@ -101,31 +102,24 @@ pub(crate) fn packed_in(target: &TempDir) -> PathBuf {
 pub(crate) enum Device {
     Reference,
     Cpu(CpuOptions),
-    Gpu(GpuArithmetic),
-    /// The GPU in its usual arithmetic, batch-invariant.
-    InvariantGpu,
+    Gpu(&'static GpuBackend),
 }
 
-/// The GPU, if there is one: opened once for each arithmetic, because its kernels are compiled once.
-fn gpu(arithmetic: GpuArithmetic) -> Option<&'static GpuBackend> {
-    static EXACT: OnceLock<Option<GpuBackend>> = OnceLock::new();
-    static HALF: OnceLock<Option<GpuBackend>> = OnceLock::new();
-    let open = || match GpuBackend::new(GpuOptions { arithmetic, ..GpuOptions::default() }) {
-        Err(error) if std::env::var_os("METAL_MARLIN_REQUIRE_GPU").is_some() => panic!("a GPU is required: {error}"),
-        opened => opened.ok(),
-    };
-    let opened = match arithmetic {
-        GpuArithmetic::Exact => &EXACT,
-        GpuArithmetic::Half => &HALF,
-    };
-    opened.get_or_init(open).as_ref()
-}
-
-/// The same, batch-invariant.
-fn invariant_gpu() -> Option<&'static GpuBackend> {
-    static INVARIANT: OnceLock<Option<GpuBackend>> = OnceLock::new();
-    let options = GpuOptions { batch_invariant: true, ..GpuOptions::default() };
-    INVARIANT.get_or_init(|| gpu(options.arithmetic).and_then(|_| GpuBackend::new(options).ok())).as_ref()
+/// The tests that `tests` makes for the first GPU in one of its variants, which has a name. Without a GPU there is one test that says why:
+/// reported as ignored, or as failed if the environment variable `METAL_MARLIN_REQUIRE_GPU` is set.
+pub(crate) fn gpu_trials(
+    options: GpuOptions,
+    tests: impl FnOnce(&'static GpuBackend, &str) -> Vec<Trial>,
+) -> Vec<Trial> {
+    let label = gpu_label(&options) + if options.batch_invariant { "-invariant" } else { "" };
+    match GpuBackend::new(options) {
+        // Kernels are compiled once for all of its tests.
+        Ok(backend) => tests(Box::leak(Box::new(backend)), &label),
+        Err(error) => {
+            let trial = Trial::test(format!("all/{label}: {error}"), move || Err(error.into()));
+            vec![trial.with_ignored_flag(std::env::var_os("METAL_MARLIN_REQUIRE_GPU").is_none())]
+        }
+    }
 }
 
 impl Device {
@@ -134,15 +128,10 @@ impl Device {
         Self::Cpu(CpuOptions { threads: Some(threads), arithmetic, simd })
     }
 
-    /// The GPU in this arithmetic, if there is one.
-    pub(crate) fn gpu(arithmetic: GpuArithmetic) -> Option<Self> {
-        gpu(arithmetic).map(|_| Self::Gpu(arithmetic))
-    }
-
-    /// The reference, the CPU in exact mode at every level this processor has, and the GPU in single precision.
+    /// The reference, and the CPU in exact mode at every level this processor has.
     pub(crate) fn exact() -> Vec<Self> {
         let cpus = SimdLevel::available().into_iter().map(|simd| Self::cpu(Arithmetic::Exact, 1, Some(simd)));
-        std::iter::once(Self::Reference).chain(cpus).chain(Self::gpu(GpuArithmetic::Exact)).collect()
+        std::iter::once(Self::Reference).chain(cpus).collect()
     }
 
     pub(crate) fn load(self, folder: &Path, options: &LoadOptions) -> Result<Model, ModelError> {
@@ -150,8 +139,7 @@ impl Device {
         let model = match self {
             Self::Reference => load_model(&ReferenceBackend, &checkpoint, options)?,
             Self::Cpu(cpu) => load_model(&CpuBackend::new(cpu).expect("a CPU"), &checkpoint, options)?,
-            Self::InvariantGpu => load_model(invariant_gpu().expect("a GPU"), &checkpoint, options)?,
-            Self::Gpu(arithmetic) => load_model(gpu(arithmetic).expect("a GPU"), &checkpoint, options)?,
+            Self::Gpu(gpu) => load_model(gpu, &checkpoint, options)?,
         };
         Ok(Model { model, batch: StepBatch::new() })
     }

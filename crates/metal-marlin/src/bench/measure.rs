@@ -37,13 +37,7 @@ pub(super) fn run(
 
     let mut measurements = Vec::with_capacity(tests.len());
     for &test in tests {
-        runner.fill(test)?;
-        if runner.model.info().overlaps {
-            let begin = Instant::now();
-            while begin.elapsed() < GPU_WARM_UP {
-                runner.run(test)?;
-            }
-        }
+        runner.prepare(test)?;
         let mut samples = Vec::with_capacity(repetitions);
         let recorded_before = recorded();
         for _ in 0..repetitions {
@@ -71,7 +65,8 @@ pub(super) fn run(
     Ok(measurements)
 }
 
-struct Runner<'a> {
+/// Runs tests, one after the other.
+pub(super) struct Runner<'a> {
     model: &'a mut dyn LanguageModel,
     /// Of every stream; a prompt is the first one's.
     sequences: Vec<KvSequence>,
@@ -80,9 +75,21 @@ struct Runner<'a> {
 }
 
 impl<'a> Runner<'a> {
-    fn new(model: &'a mut dyn LanguageModel) -> Self {
+    pub(super) fn new(model: &'a mut dyn LanguageModel) -> Self {
         let sequences = vec![model.kv().sequence()];
         Self { model, sequences, batch: StepBatch::new(), rng: ChaCha8Rng::seed_from_u64(0) }
+    }
+
+    /// Makes everything ready for a test: what comes before it in the KV cache, and the clock of a GPU.
+    pub(super) fn prepare(&mut self, test: Test) -> Result<(), ModelError> {
+        self.fill(test)?;
+        if self.model.info().overlaps {
+            let begin = Instant::now();
+            while begin.elapsed() < GPU_WARM_UP {
+                self.run(test)?;
+            }
+        }
+        Ok(())
     }
 
     /// Brings each of a test's sequences to as many tokens as come before those that are timed. Streams share no blocks: they would
@@ -103,20 +110,30 @@ impl<'a> Runner<'a> {
     fn run(&mut self, test: Test) -> Result<f64, ModelError> {
         self.model.wait()?;
         let started = Instant::now();
+        self.start(test, || ())?;
+        self.model.wait()?;
+        Ok(started.elapsed().as_secs_f64())
+    }
+
+    /// Starts the steps of a test without waiting for them, after which its sequences are as they were; `each` is told after each: a
+    /// whole prompt, or a token of every stream.
+    pub(super) fn start(&mut self, test: Test, mut each: impl FnMut()) -> Result<(), ModelError> {
         match test {
-            Test::Prefill(tokens) => self.prefill(0, tokens, LogitRows::Last)?,
+            Test::Prefill(tokens) => {
+                self.prefill(0, tokens, LogitRows::Last)?;
+                each();
+            }
             Test::Decode { tokens, streams, .. } => {
                 for _ in 0..tokens {
                     self.decode(streams)?;
+                    each();
                 }
             }
         }
-        self.model.wait()?;
-        let seconds = started.elapsed().as_secs_f64();
         for sequence in &mut self.sequences[..test.streams()] {
             self.model.kv().truncate(sequence, test.depth());
         }
-        Ok(seconds)
+        Ok(())
     }
 
     /// Adds random tokens to a stream and runs them, in as few steps as they fit; the last one computes logits if asked.
@@ -146,7 +163,7 @@ impl<'a> Runner<'a> {
         self.model.forward(&self.batch)
     }
 
-    fn release(self) {
+    pub(super) fn release(self) {
         for sequence in self.sequences {
             self.model.kv().release(sequence);
         }

@@ -5,6 +5,7 @@
 
 mod measure;
 mod output;
+mod profile;
 mod random;
 mod shape;
 
@@ -26,6 +27,7 @@ use crate::stats::Spread;
 use crate::{LoadError, load};
 
 pub use output::OutputFormat;
+pub use profile::{KernelShare, Profile};
 pub(crate) use random::random_matrix;
 pub use random::random_model;
 pub use shape::Shape;
@@ -47,6 +49,8 @@ pub struct Plan {
     pub repetitions: usize,
     /// Number format of the KV cache.
     pub kv_type: KvType,
+    /// Whether each kernel of a step is timed, too, after the tests.
+    pub profile: bool,
 }
 
 /// Why nothing could be measured.
@@ -93,6 +97,15 @@ pub enum BenchError {
     /// There is nothing to measure.
     #[error("nothing to measure: --prefill and --decode are 0")]
     Nothing,
+    /// Kernels cannot be timed.
+    #[error(
+        "--profile times the kernels of a GPU that has a clock (timestamp queries), and {device} is none; choose --device gpu, or leave \
+         --profile out"
+    )]
+    NoProfile {
+        /// The device.
+        device: String,
+    },
     /// The format does not suit the model.
     #[error(transparent)]
     Format(#[from] FormatError),
@@ -195,6 +208,8 @@ pub struct Report {
     pub read_buffer: usize,
     /// Every test in the order it ran.
     pub measurements: Vec<Measurement>,
+    /// What the kernels of each test took, if that was asked for.
+    pub profiles: Vec<Profile>,
 }
 
 impl Plan {
@@ -308,6 +323,7 @@ pub fn run(
     let weights = StepWeights::of(&checkpoint);
     let started = Instant::now();
     let opened = device.open().map_err(LoadError::Device)?;
+    let profiled = plan.profile.then(|| profile::device(&opened)).transpose()?;
     let (options, memory_plan) = load_options(&checkpoint, &tests, context, plan.kv_type, &opened, memory)?;
     let mut loaded = load::load_model(&checkpoint, &opened, &options)?;
     let load = started.elapsed();
@@ -316,6 +332,10 @@ pub fn run(
     let recorded = || opened.gpu().map(GpuBackend::kernels_recorded);
     let repetitions = plan.repetitions.max(1);
     let measurements = measure::run(loaded.as_mut(), &tests, repetitions, weights, &recorded, progress)?;
+    let profiles = match profiled {
+        Some(gpu) => profile::run(loaded.as_mut(), gpu, &tests, repetitions)?,
+        None => Vec::new(),
+    };
     let peak_memory = machine::peak_memory().filter(|_| counts_peak);
     let info = loaded.info().clone();
     drop(loaded);
@@ -336,6 +356,7 @@ pub fn run(
         read_bandwidth: probe.rate().ok_or(BenchError::Nothing)?,
         read_buffer: probe.bytes(),
         measurements,
+        profiles,
     })
 }
 
@@ -465,6 +486,7 @@ mod tests {
             streams: [32, 1, 32].map(|streams| NonZeroUsize::new(streams).unwrap()).to_vec(),
             repetitions: 1,
             kv_type: KvType::F16,
+            profile: false,
         };
         let names: Vec<String> = plan.tests().iter().map(ToString::to_string).collect();
         assert_eq!(names, ["pp128", "pp64", "tg8", "tg8 x32", "tg8 @ d1024", "tg8 x32 @ d1024"]);

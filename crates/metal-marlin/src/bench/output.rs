@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Measurement, Report, Test};
+use super::{Measurement, Profile, Report, Test};
 
 /// How a report is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
@@ -135,16 +135,9 @@ impl Report {
     }
 
     fn to_text(&self) -> String {
-        let rows = self.table();
-        let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
-        let mut text = format!("{}\n\n", self.facts().join("\n"));
-        for row in &rows {
-            let mut line = format!("{:<width$}", row[0], width = width(0));
-            for (column, cell) in row.iter().enumerate().skip(1) {
-                line += &format!("  {cell:>width$}", width = width(column));
-            }
-            text += line.trim_end();
-            text.push('\n');
+        let mut text = format!("{}\n\n{}", self.facts().join("\n"), text_table(&self.table()));
+        for profile in &self.profiles {
+            text += &format!("\n{}\n\n{}", profile.heading(), text_table(&profile.rows()));
         }
         text
     }
@@ -154,12 +147,9 @@ impl Report {
         for fact in self.facts() {
             text += &format!("- {fact}\n");
         }
-        text.push('\n');
-        for (index, cells) in self.table().iter().enumerate() {
-            text += &format!("| {} |\n", cells.join(" | "));
-            if index == 0 {
-                text += &format!("| --- |{}\n", " ---: |".repeat(cells.len() - 1));
-            }
+        text += &format!("\n{}", markdown_table(&self.table()));
+        for profile in &self.profiles {
+            text += &format!("\n{}\n\n{}", profile.heading(), markdown_table(&profile.rows()));
         }
         text
     }
@@ -258,8 +248,33 @@ impl Report {
             "read_bytes_per_second": self.read_bandwidth.to_json(),
             "read_buffer_bytes": self.read_buffer,
             "results": self.measurements.iter().map(result).collect::<Vec<_>>(),
+            "profiles": self.profiles.iter().map(Profile::to_json).collect::<Vec<_>>(),
         })
     }
+}
+
+/// The first row are headings, the first column names.
+fn text_table(rows: &[Vec<String>]) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let mut text = String::new();
+    for row in rows {
+        let mut line = format!("{:<width$}", row[0], width = width(0));
+        for (column, cell) in row.iter().enumerate().skip(1) {
+            line += &format!("  {cell:>width$}", width = width(column));
+        }
+        text += line.trim_end();
+        text.push('\n');
+    }
+    text
+}
+
+/// The same for documents.
+fn markdown_table(rows: &[Vec<String>]) -> String {
+    let line = |cells: &Vec<String>| format!("| {} |\n", cells.join(" | "));
+    let mut lines = rows.iter().map(line);
+    let headings = lines.next().unwrap_or_default();
+    let columns = rows.first().map_or(0, Vec::len).saturating_sub(1);
+    format!("{headings}| --- |{}\n{}", " ---: |".repeat(columns), lines.collect::<String>())
 }
 
 /// Texts in quotes, as RFC 4180 says; nothing for what is not known.

@@ -23,6 +23,7 @@ Examples:
   metal-marlin bench --shape llama-3.1-8b --format int4 --group-size 32 --threads 8
   metal-marlin bench --shape qwen3-4b --format fp4 --sparse-24
   metal-marlin bench --shape qwen3-0.6b --prefill 512 --decode 32 --depths 0 --repetitions 3
+  metal-marlin bench --shape qwen3-4b --device gpu --prefill 0 --depths 0 --profile
   metal-marlin bench --shape qwen3-4b --prefill 0 --decode 128 --streams 1,8,32
   metal-marlin bench bundled --output json
 
@@ -40,6 +41,11 @@ measured before and after the tests; a model that fits the caches can be faster.
 
 MODEL runs as it is stored; with --format it is quantised first, once: the result is kept
 (`metal-marlin cache`).
+
+--profile runs each test again with every kernel in a pass of its own, whose begin and end the GPU's
+clock tells: for each kind of kernel, how many a token or a prompt has, what they take together, and
+what passes between kernels. Steps are slower that way, mostly those of many small kernels; compare
+with tokens/s.
 
 Peak memory counts from the beginning of the load, which holds a shape's random matrices (one of each
 size) beside the loaded model.";
@@ -118,6 +124,10 @@ pub(crate) struct Args {
     #[arg(long, short, value_name = "N", default_value = "5", value_parser = repetitions, help_heading = "Tests")]
     repetitions: NonZeroUsize,
 
+    /// Time each kernel of a GPU, too, and print what a step is made of (with a GPU's clock; not in CSV)
+    #[arg(long, help_heading = "Tests")]
+    profile: bool,
+
     #[command(flatten)]
     device: DeviceOptions,
 
@@ -135,6 +145,11 @@ pub(crate) struct Args {
 
 /// Runs the command.
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+    if args.profile && args.output == OutputFormat::Csv {
+        anyhow::bail!(
+            "--output csv has no place for a profile, whose lines are kernels; choose text, markdown or json"
+        );
+    }
     let (checkpoint, _temporary) = match (&args.shape, &args.model) {
         (Some(name), _) => {
             let shape: Shape = name.parse()?;
@@ -159,6 +174,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         streams: args.streams.clone(),
         repetitions: args.repetitions.get(),
         kv_type: args.kv.into(),
+        profile: args.profile,
     };
     let report = {
         let mut bar = Bar::counting("Measuring", "runs");

@@ -10,7 +10,6 @@ mod pack;
 use std::sync::Arc;
 
 use marlin_format::{FormatError, Grouping, PackedMatrix, Scheme};
-use rayon::prelude::*;
 
 pub(super) use self::encode::{LinearEncoder, embed};
 use self::few_rows::FewRows;
@@ -22,6 +21,7 @@ use self::pack::{Packing, Prepared};
 use super::GpuArithmetic;
 use super::device::{Gpu, Storage};
 use super::pipeline::{Binding, Kernel, Pipeline};
+use super::upload::{PIECE, Upload};
 use crate::{KernelError, LinearPart};
 
 /// Matrices that share their input.
@@ -198,7 +198,7 @@ impl Part {
                 None => codes.write_rows(matrix.rows, row_words, |row, words| source.codes(row, words))?,
             }
         }
-        let mut buffers = vec![codes.storage];
+        let mut buffers = vec![codes.finish()];
         let quads = |bytes: usize, what: &'static str, push: &dyn Fn(&Rows<'_>, usize, &mut Vec<u8>)| {
             let groups = shape.groups as usize * rows.div_ceil(QUAD);
             let mut upload = Upload::new(gpu, what, groups * bytes)?;
@@ -206,14 +206,14 @@ impl Part {
                 let mut bytes = Vec::new();
                 for row in (0..matrix.rows).step_by(QUAD) {
                     push(source, row, &mut bytes);
-                    if bytes.len() >= STAGING {
+                    if bytes.len() >= PIECE {
                         upload.write(&bytes)?;
                         bytes.clear();
                     }
                 }
                 upload.write(&bytes)?;
             }
-            Ok::<_, KernelError>(upload.storage)
+            Ok::<_, KernelError>(upload.finish())
         };
         if format.scale_quad_bytes() > 0 {
             buffers.push(quads(format.scale_quad_bytes(), "scales", &|rows, row, bytes| rows.scales(row, bytes))?);
@@ -228,7 +228,7 @@ impl Part {
             for (source, Source { matrix, .. }) in &sources {
                 index.write_rows(matrix.rows, units, |row, words| source.sparse_index(row, words))?;
             }
-            buffers.push(index.storage);
+            buffers.push(index.finish());
         }
         let affine: Vec<[f32; 2]> = sources
             .iter()
@@ -236,57 +236,9 @@ impl Part {
                 (0..matrix.rows).map(move |row| [source.factor(row), bias.map_or(0.0, |bias| bias[row])])
             })
             .collect();
-        buffers.push(gpu.storage_of("row factors", &affine)?);
+        buffers.push(Upload::all(gpu, "row factors", &affine)?);
         let is_gated = matches!(&sources[..], [(_, gate), (_, up)] if gate.matrix.rows == up.matrix.rows);
         Ok(Self { shape, matrix, first, buffers, kernels: PartKernels::new(gpu, format, &shape, is_gated)? })
-    }
-}
-
-/// Bytes that go to the device in one piece of staging memory.
-const STAGING: usize = 16 << 20;
-
-/// Device memory that is filled from its beginning.
-struct Upload<'a> {
-    gpu: &'a Gpu,
-    storage: Storage,
-    filled: usize,
-}
-
-impl<'a> Upload<'a> {
-    fn new(gpu: &'a Gpu, what: &str, bytes: usize) -> Result<Self, KernelError> {
-        Ok(Self { gpu, storage: gpu.storage(what, bytes)?, filled: 0 })
-    }
-
-    /// Appends bytes, whole words.
-    fn write(&mut self, bytes: &[u8]) -> Result<(), KernelError> {
-        for piece in bytes.chunks(STAGING) {
-            self.gpu.write(&self.storage, self.filled as u64, piece);
-            self.filled += piece.len();
-            // Staging memory is given back when its copy has run.
-            self.gpu.queue.submit([]);
-            if piece.len() == STAGING {
-                self.gpu.wait()?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Appends rows of so many words each, which `fill` makes.
-    fn write_rows(
-        &mut self,
-        rows: usize,
-        row_words: usize,
-        fill: impl Fn(usize, &mut [u32]) + Sync,
-    ) -> Result<(), KernelError> {
-        let step = (STAGING / (row_words * 4)).clamp(1, rows);
-        let mut words = vec![0; step * row_words];
-        for start in (0..rows).step_by(step) {
-            let words = &mut words[..step.min(rows - start) * row_words];
-            let each = words.par_chunks_exact_mut(row_words).enumerate();
-            each.for_each(|(row, words)| fill(start + row, words));
-            self.write(bytemuck::cast_slice(words))?;
-        }
-        Ok(())
     }
 }
 
