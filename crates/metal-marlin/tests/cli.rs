@@ -285,4 +285,26 @@ mod bundled {
         let exact = json(&[&args[..], &["--exact", "--kv", "f32"]].concat());
         assert_eq!(fast["tokens"], exact["tokens"]);
     }
+
+    /// The engine gives a GPU its next step before it has read the token of the last one.
+    #[test]
+    fn a_gpu_writes_what_the_processor_writes() {
+        let has_gpu = marlin_kernels::gpu::adapters().iter().any(|gpu| gpu.missing.is_none());
+        assert!(has_gpu || std::env::var_os("METAL_MARLIN_REQUIRE_GPU").is_none(), "a GPU is required");
+        if !has_gpu {
+            return;
+        }
+        let write = |device: &str, sampling: &[&str]| {
+            let args = ["run", "Once upon a time", "-n", "24", "--exact", "--kv", "f32", "--device", device];
+            // Drivers have things of their own to say to standard error.
+            let run = metal_marlin(&[&args[..], sampling].concat());
+            assert_eq!(run.code, Some(0), "{}", run.stderr);
+            run.stdout
+        };
+        for sampling in [&["--temperature", "0"][..], &["--seed", "7", "--top-k", "40", "--top-p", "0.9"]] {
+            let written = write("cpu", sampling);
+            assert!(written.len() > 24);
+            assert_eq!(write("gpu", sampling), written, "{sampling:?}");
+        }
+    }
 }

@@ -11,12 +11,18 @@ use super::load::load_decoder;
 use super::*;
 use crate::{LoadOptions, LogitRows};
 
+/// Tokens of a sequence, at most: more positions than attention leaves to one workgroup.
+const CONTEXT: usize = 160;
+/// Tokens that no device multiplies by matrices.
+const FEW: usize = 4;
+
 /// A copy of a tiny Qwen3 that has only its first layers.
 fn with_layers(layers: usize) -> TempDir {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/qwen3-gqa2-tied");
     let source = Checkpoint::open(&source).unwrap();
     let mut config = source.config().clone();
     config["num_hidden_layers"] = json!(layers);
+    config["max_position_embeddings"] = json!(CONTEXT);
     config["layer_types"] = json!(vec!["full_attention"; layers]);
     let is_kept = |name: &&str| {
         let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next());
@@ -37,18 +43,25 @@ fn with_layers(layers: usize) -> TempDir {
     target
 }
 
-/// Kernels of a step that brings so many tokens of one sequence.
-fn kernels(backend: &GpuBackend, layers: usize, tokens: usize) -> u64 {
+/// Kernels of a step that brings so many tokens of one sequence, after others.
+fn kernels(backend: &GpuBackend, layers: usize, before: usize, tokens: usize) -> u64 {
     let folder = with_layers(layers);
     let checkpoint = Checkpoint::open(&folder.path().join("model")).unwrap();
     let mut model = load_decoder(backend, &checkpoint, &LoadOptions::default()).unwrap();
     let mut batch = StepBatch::new();
     let mut sequence = model.kv().sequence();
-    model.kv().append(&mut sequence, tokens).unwrap();
-    batch.push(&sequence, &vec![1; tokens], LogitRows::Last);
-    model.forward(&batch).unwrap();
+    let mut recorded = 0;
+    // A few at a time: emulated matrices would take long.
+    let steps = std::iter::repeat_n(FEW, before / FEW).chain([tokens]);
+    for tokens in steps {
+        recorded = model.encoder.dispatches();
+        model.kv().append(&mut sequence, tokens).unwrap();
+        batch.clear();
+        batch.push(&sequence, &vec![1; tokens], LogitRows::Last);
+        model.forward(&batch).unwrap();
+    }
     model.kv().release(sequence);
-    model.encoder.dispatches()
+    model.encoder.dispatches() - recorded
 }
 
 #[test]
@@ -61,10 +74,12 @@ fn a_dense_layer_takes_few_kernels() {
             Err(_) => return,
             Ok(backend) => backend,
         };
-        let of_layer = |tokens| kernels(&backend, 2, tokens) - kernels(&backend, 1, tokens);
-        // Of Q, K and V, rotation, attention, its output, gate and up, down. Attention over more positions takes a second one.
-        assert_eq!(of_layer(1), 6);
+        let of_layer = |before, tokens| kernels(&backend, 2, before, tokens) - kernels(&backend, 1, before, tokens);
+        // Of Q, K and V, rotation, attention, its output, gate and up, down.
+        assert_eq!(of_layer(8, 1), 6);
+        // Attention over many positions is split, and put together by another one.
+        assert_eq!(of_layer(140, 1), 7);
         // Norms of several rows are not worth repeating in each workgroup.
-        assert_eq!(of_layer(4), 8);
+        assert_eq!(of_layer(8, FEW), 8);
     }
 }
