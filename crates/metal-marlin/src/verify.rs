@@ -11,7 +11,11 @@ use marlin_format::{Format, Scheme};
 use marlin_kernels::conformance::{self, ErrorFound, HEAD_DIMS, Outcome, Table, schemes};
 use marlin_kernels::gpu::{self, GpuArithmetic, GpuBackend, GpuOptions, KernelVariant};
 use marlin_kernels::{Backend, KernelError};
+use rayon::prelude::*;
 use serde_json::{Value, json};
+
+/// Kernels that are compiled before progress is told.
+const KERNELS_AT_ONCE: usize = 64;
 
 const ARITHMETICS: [GpuArithmetic; 2] = [GpuArithmetic::Exact, GpuArithmetic::Half];
 
@@ -143,10 +147,12 @@ pub fn verify(
     };
     let mut report = Report { device: name, kernels: Vec::new(), rows: Vec::new() };
     for (label, backend, kernels, rows) in devices {
-        for kernel in kernels.iter().filter(|kernel| selection.has_kernel(kernel)) {
+        let chosen: Vec<_> = kernels.iter().filter(|kernel| selection.has_kernel(kernel)).collect();
+        // Drivers compile on the thread that asks them to.
+        for some in chosen.chunks(KERNELS_AT_ONCE) {
             // A failure is found again below.
-            let _ = backend.compile(kernel);
-            advance();
+            some.par_iter().for_each(|kernel| drop(backend.compile(kernel)));
+            some.iter().for_each(|_| advance());
         }
         let mut rows_of: HashMap<String, Vec<usize>> = HashMap::new();
         backend.take_used();

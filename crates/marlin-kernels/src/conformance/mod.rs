@@ -39,10 +39,10 @@ use std::time::{Duration, Instant};
 pub use self::attention::HEAD_DIMS;
 pub use self::matrices::schemes;
 
-pub(crate) use self::matrices::random;
-pub(crate) use self::support::Rng;
 #[cfg(test)]
-pub(crate) use self::support::{limits, mean_square, poisoned, read, upload};
+pub(crate) use self::matrices::random;
+#[cfg(test)]
+pub(crate) use self::support::{Rng, limits, mean_square, poisoned, read, upload};
 use crate::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
 use crate::gpu::{GpuArithmetic, GpuBackend, GpuMatrices, GpuOptions, MatrixSize};
 use crate::{Backend, KernelError};

@@ -7,16 +7,16 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use marlin_format::{Element, PackedMatrix, Scheme};
+use marlin_format::Scheme;
+use rayon::prelude::*;
 
 use super::attention;
 use super::device::Gpu;
 use super::encoder::GpuEncoder;
-use super::linear::GpuLinear;
+use super::linear;
 use super::pipeline::Kernel;
 use super::{GpuArithmetic, GpuBackend, GpuCaps, GpuOptions};
-use crate::conformance::{Rng, random};
-use crate::{KernelError, LinearPart, StepLimits};
+use crate::{KernelError, StepLimits};
 
 /// A kernel as a device compiles it.
 #[derive(Debug, Clone)]
@@ -30,8 +30,8 @@ pub struct KernelVariant {
 /// Widths of matrices, at least one for every way in which kernels divide a row among invocations: those of models of 0.1 to 70
 /// billion parameters.
 const WIDTHS: [usize; 9] = [64, 256, 576, 1024, 2560, 4096, 5120, 9728, 28672];
-/// Rows of them.
-const ROWS: usize = 8;
+/// Rows of them: few, and more than the tiles for few are made for.
+const HEIGHTS: [usize; 2] = [8, 9728];
 /// The least of which an encoder can be made.
 const LIMITS: StepLimits = StepLimits { tokens: 1, context: 1, width: 1, vocabulary: 1, logit_rows: 1 };
 
@@ -52,29 +52,16 @@ pub fn kernels(
     GpuEncoder::new(gpu.clone(), &LIMITS)?;
     attention::compile(&gpu, head_dims)?;
     registry.add(&gpu, None);
-    for (name, scheme) in schemes {
+    let of_scheme = |scheme: &Scheme| {
         let gpu = open()?;
-        for cols in WIDTHS {
-            for weight in matrices(*scheme, cols) {
-                let part = || LinearPart { weight: weight.borrowed(), bias: None };
-                GpuLinear::load(&gpu, &[part()])?;
-                GpuLinear::load(&gpu, &[part(), part()])?;
-            }
+        for (rows, cols) in HEIGHTS.into_iter().flat_map(|rows| WIDTHS.map(|cols| (rows, cols))) {
+            linear::compile(&gpu, scheme, rows, cols)?;
         }
-        registry.add(&gpu, Some(name));
-    }
+        Ok(gpu)
+    };
+    let gpus = schemes.par_iter().map(|(_, scheme)| of_scheme(scheme)).collect::<Result<Vec<_>, KernelError>>()?;
+    gpus.iter().zip(schemes).for_each(|(gpu, (name, _))| registry.add(gpu, Some(name)));
     Ok(registry.into_variants())
-}
-
-/// A matrix for each way in which a device keeps the scheme: codes that are no numbers may ask for another one.
-fn matrices(scheme: Scheme, cols: usize) -> Vec<PackedMatrix<'static>> {
-    let matrix = random(scheme, ROWS, cols, &mut Rng(50));
-    let with_nan = (scheme.element == Element::E4M3).then(|| {
-        let mut matrix = matrix.clone();
-        matrix.codes.to_mut()[0] = 0x7f;
-        matrix
-    });
-    [matrix].into_iter().chain(with_nan).collect()
 }
 
 #[derive(Default)]

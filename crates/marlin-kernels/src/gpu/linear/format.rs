@@ -90,11 +90,20 @@ impl DeviceFormat {
     pub(super) fn of_matrix(matrix: &PackedMatrix<'_>, arithmetic: GpuArithmetic) -> Self {
         let is_nan = |code: &u8| code & 0x7f == 0x7f;
         if matrix.scheme.element == Element::E4M3 && matrix.codes.iter().any(is_nan) {
-            // Decoding by shifts takes them for numbers.
-            let element = if arithmetic == GpuArithmetic::Exact { Element::F32 } else { Element::F16 };
-            return Self::converted(element, arithmetic);
+            return Self::of_nan(arithmetic);
         }
         Self::of(&matrix.scheme, arithmetic)
+    }
+
+    /// All that [`DeviceFormat::of_matrix`] may give for matrices of a scheme.
+    pub(super) fn all_of(scheme: &Scheme, arithmetic: GpuArithmetic) -> impl Iterator<Item = Self> {
+        let of_nan = (scheme.element == Element::E4M3).then(|| Self::of_nan(arithmetic));
+        std::iter::once(Self::of(scheme, arithmetic)).chain(of_nan)
+    }
+
+    /// That of E4M3 codes with a NaN among them, which decoding by shifts takes for a number.
+    fn of_nan(arithmetic: GpuArithmetic) -> Self {
+        Self::converted(if arithmetic == GpuArithmetic::Exact { Element::F32 } else { Element::F16 }, arithmetic)
     }
 
     /// Words of the codes of a unit.

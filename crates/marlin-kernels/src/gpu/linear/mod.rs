@@ -242,6 +242,17 @@ impl Part {
     }
 }
 
+/// Compiles the kernels of linears of `[rows, cols]` in a scheme: of one matrix, and of two that go together.
+pub(super) fn compile(gpu: &Gpu, scheme: &Scheme, rows: usize, cols: usize) -> Result<(), KernelError> {
+    let groups = scheme.groups_per_row(cols) as u32;
+    for format in DeviceFormat::all_of(scheme, gpu.arithmetic) {
+        for (rows, is_gated) in [(rows, false), (2 * rows, true)] {
+            PartKernels::new(gpu, &format, &Shape { k: cols as u32, rows: rows as u32, groups }, is_gated)?;
+        }
+    }
+    Ok(())
+}
+
 impl PartKernels {
     fn new(gpu: &Gpu, format: &DeviceFormat, shape: &Shape, is_gated: bool) -> Result<Self, KernelError> {
         let (cols, rows) = (shape.k as usize, shape.rows as usize);
