@@ -1,5 +1,6 @@
 //! What a number format is on a device: how its codes, scales and zero points become numbers, as WGSL that stands before a kernel.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use half::f16;
@@ -288,11 +289,8 @@ impl DeviceFormat {
             // Writing to a string does not fail.
             let _ = writeln!(code, "let w{word} = codes.v{}{component};", word / width);
         }
-        if let Element::Uint(bits) | Element::Int(bits) = self.element {
-            // Integers become the last bits of 1024 in half precision, from which it is subtracted with the zero point.
-            let center = if matches!(self.element, Element::Int(_)) { 1u32 << (bits - 1) } else { 0 };
-            let _ = writeln!(code, "let low = pair(num({}.0 + zeros.x));", 1024 + center);
-            let _ = writeln!(code, "let high = pair(num({}.0 + zeros.y));", 1024 + center);
+        if matches!(self.element, Element::Uint(_) | Element::Int(_)) {
+            self.write_integer_starts(&mut code);
         }
         let pairs: Vec<String> = if self.is_sparse {
             self.write_sparse(&mut code);
@@ -339,9 +337,39 @@ impl DeviceFormat {
             Element::E4M3 => format!("to_pair(e4m3_halves({}))", self.codes_of_pair(pair, bits)),
             Element::Iq4Nl => format!("iq4_nl_pair({})", self.codes_of_pair(pair, bits)),
             Element::Uint(_) | Element::Int(_) => {
-                let start = if low { "low" } else { "high" };
-                format!("to_pair({} | 0x64006400u) - {start}", self.codes_of_pair(pair, bits))
+                let half = if low { "low" } else { "high" };
+                match integer_place(pair, bits) {
+                    Some((source, 0)) => format!("to_pair(({source} & {:#x}u) | 0x64006400u) - {half}_0", ones(bits)),
+                    Some((source, bit)) => format!(
+                        "fma(to_pair(({source} & {:#x}u) | 0x64006400u), pair(num({:?})), -{half}_{bit})",
+                        ones(bits) << bit,
+                        1.0 / f32::from(1u16 << bit)
+                    ),
+                    None => format!("to_pair({} | 0x64006400u) - {half}_0", self.codes_of_pair(pair, bits)),
+                }
             }
+        }
+    }
+
+    /// Integers become bits of the mantissa of 1024 in half precision: at bit `b` they add their product with 2^b, so that this sum over 2^b, less
+    /// 1024 over 2^b and the zero point, is their value, to the bit. Writes what is subtracted in each half of the unit, and words shifted for
+    /// all codes that lie too high.
+    fn write_integer_starts(&self, code: &mut String) {
+        let bits = self.element.bits();
+        let center = if matches!(self.element, Element::Int(_)) { 1u32 << (bits - 1) } else { 0 };
+        let pairs = if self.is_sparse { 8 } else { 16 };
+        let places: Vec<_> = (0..pairs).filter_map(|pair| integer_place(pair, bits)).collect();
+        let places_bits: BTreeSet<u32> = places.iter().map(|(_, bit)| *bit).chain([0]).collect();
+        // Writing to a string does not fail.
+        for bit in places_bits {
+            let start = (1024 >> bit) + center;
+            let _ = writeln!(code, "let low_{bit} = pair(num({start}.0 + zeros.x));");
+            let _ = writeln!(code, "let high_{bit} = pair(num({start}.0 + zeros.y));");
+        }
+        if !places.is_empty() {
+            (0..self.unit_words()).for_each(|word| {
+                let _ = writeln!(code, "let upper{word} = w{word} >> 8u;");
+            });
         }
     }
 
@@ -353,14 +381,29 @@ impl DeviceFormat {
         for width in planes(bits) {
             let pairs_of_word = 16 / width as usize;
             let word = first_word + pair / pairs_of_word;
-            let mask = ((1u32 << width) - 1) * 0x0001_0001;
-            let plane = format!("((w{word} >> {}u) & {mask:#x}u)", width as usize * (pair % pairs_of_word));
+            let plane = format!("((w{word} >> {}u) & {:#x}u)", width as usize * (pair % pairs_of_word), ones(width));
             terms.push(if shift == 0 { plane } else { format!("({plane} << {shift}u)") });
             first_word += pairs / pairs_of_word;
             shift += width;
         }
         terms.join(" | ")
     }
+}
+
+/// Ones in the last bits of both halves of a word.
+fn ones(bits: u32) -> u32 {
+    ((1 << bits) - 1) * 0x0001_0001
+}
+
+/// Where a pair of integer codes lies within the 10 bits of a mantissa: the word, or the word shifted by 8, and its first bit. Not for codes of
+/// several planes, nor for those of 8 bits.
+fn integer_place(pair: usize, bits: u32) -> Option<(String, u32)> {
+    if !matches!(bits, 2 | 4) {
+        return None;
+    }
+    let pairs_of_word = 16 / bits as usize;
+    let (word, bit) = (pair / pairs_of_word, bits * (pair % pairs_of_word) as u32);
+    Some(if bit + bits <= 10 { (format!("w{word}"), bit) } else { (format!("upper{word}"), bit - 8) })
 }
 
 /// Whether the device reads a scheme as it is.
