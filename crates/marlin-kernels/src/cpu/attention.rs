@@ -13,7 +13,7 @@ use half::f16;
 use super::disjoint::Disjoint;
 use super::simd::{Simd, SimdLevel, WithSimd};
 use super::threads::Threads;
-use super::vector::{LANES, dots, exp, load, sum};
+use super::vector::{LANES, exp, load, max, sum};
 use crate::host::{HostKvCache, HostKvLayer, HostStep, KvData, KvPlane, visible};
 use crate::{AttentionShape, HostBuffer};
 
@@ -315,10 +315,7 @@ impl<S: Simd> Softmax<'_, S> {
         let mut shrink = [0.0; N];
         for n in 0..N {
             let (largest, total) = (&mut self.largest[first + n], &mut self.total[first + n]);
-            let mut new = *largest;
-            for score in weights[n] {
-                new = if score > new { score } else { new };
-            }
+            let new = max(weights[n], *largest);
             for weight in &mut weights[n] {
                 *weight = exp(*weight - new);
             }
@@ -327,53 +324,101 @@ impl<S: Simd> Softmax<'_, S> {
             *largest = new;
         }
 
-        self.add_values(first, &keys, &shrink, &weights);
+        let vectors = self.stride / LANES;
+        let mut i = 0;
+        while i + 4 <= vectors {
+            self.add_values::<N, 4>(first, i, &keys, &shrink, &weights);
+            i += 4;
+        }
+        while i < vectors {
+            self.add_values::<N, 1>(first, i, &keys, &shrink, &weights);
+            i += 1;
+        }
         N
     }
 
     /// Scores of `keys`; −∞ for others.
     #[inline(always)]
     fn scores<const N: usize>(&self, first: usize, keys: &Range<usize>) -> [[f32; PARTITION]; N] {
-        let mut queries: [&[f32]; N] = [&[]; N];
-        for (n, query) in queries.iter_mut().enumerate() {
-            *query = &self.scratch.queries[(first + n) * self.stride..][..self.stride];
-        }
         let mut scores = [[f32::NEG_INFINITY; PARTITION]; N];
-        for key in keys.clone() {
-            let values = dots(self.simd, queries, &self.scratch.keys[key * self.stride..][..self.stride]);
-            for n in 0..N {
-                scores[n][key] = values[n];
+        let mut eight = keys.start / 8 * 8;
+        while eight < keys.end {
+            let mut n = 0;
+            // Two queries share each key.
+            while n + 2 <= N {
+                let low = self.products::<2>(first + n, eight);
+                let high = self.products::<2>(first + n, eight + 4);
+                for (n, of_query) in [(n, 0), (n + 1, 1)] {
+                    let (a, b) = (low[of_query], high[of_query]);
+                    let sums = self.simd.sums_of_lanes([a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]]);
+                    scores[n][eight..eight + 8].copy_from_slice(&sums);
+                }
+                n += 2;
             }
+            if n < N {
+                let ([a], [b]) = (self.products::<1>(first + n, eight), self.products::<1>(first + n, eight + 4));
+                let sums = self.simd.sums_of_lanes([a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]]);
+                scores[n][eight..eight + 8].copy_from_slice(&sums);
+            }
+            eight += 8;
+        }
+        for scores in &mut scores {
+            // Of keys that are not seen, whatever lay in memory was multiplied.
+            scores[..keys.start].fill(f32::NEG_INFINITY);
+            scores[keys.end..].fill(f32::NEG_INFINITY);
         }
         scores
     }
 
-    /// `sums = sums · shrink + Σ weight · value`.
+    /// Products of `N` queries from `first` on with four keys from `key` on, of which the lanes are still to be summed up.
     #[inline(always)]
-    fn add_values<const N: usize>(
+    fn products<const N: usize>(&self, first: usize, key: usize) -> [[S::F32; 4]; N] {
+        let (simd, vectors) = (self.simd, self.stride / LANES);
+        let queries = &self.scratch.queries.as_chunks::<LANES>().0[first * vectors..][..N * vectors];
+        let keys = &self.scratch.keys.as_chunks::<LANES>().0[key * vectors..][..4 * vectors];
+        let mut products = [[simd.splat(0.0); 4]; N];
+        for i in 0..vectors {
+            let mut query = [simd.splat(0.0); N];
+            for n in 0..N {
+                query[n] = simd.load(&queries[n * vectors + i]);
+            }
+            for k in 0..4 {
+                let key = simd.load(&keys[k * vectors + i]);
+                for n in 0..N {
+                    products[n][k] = simd.mul_add(query[n], key, products[n][k]);
+                }
+            }
+        }
+        products
+    }
+
+    /// `sums = sums · shrink + Σ weight · value`, of `V` vectors of a head from `at` on.
+    #[inline(always)]
+    fn add_values<const N: usize, const V: usize>(
         &mut self,
         first: usize,
+        at: usize,
         keys: &Range<usize>,
         shrink: &[f32; N],
         weights: &[[f32; PARTITION]; N],
     ) {
-        let simd = self.simd;
-        let vectors = self.stride / LANES;
+        let (simd, vectors) = (self.simd, self.stride / LANES);
         let sums = &mut self.scratch.sums.as_chunks_mut::<LANES>().0[first * vectors..][..N * vectors];
         let values = self.scratch.values.as_chunks::<LANES>().0;
-        for i in 0..vectors {
-            let mut partial = [simd.splat(0.0); N];
-            for n in 0..N {
-                partial[n] = simd.mul(simd.load(&sums[n * vectors + i]), simd.splat(shrink[n]));
+        for n in 0..N {
+            let mut partial = [simd.splat(0.0); V];
+            for v in 0..V {
+                partial[v] = simd.mul(simd.load(&sums[n * vectors + at + v]), simd.splat(shrink[n]));
             }
             for key in keys.clone() {
-                let value = simd.load(&values[key * vectors + i]);
-                for n in 0..N {
-                    partial[n] = simd.mul_add(simd.splat(weights[n][key]), value, partial[n]);
+                let weight = simd.splat(weights[n][key]);
+                let values = &values[key * vectors + at..][..V];
+                for v in 0..V {
+                    partial[v] = simd.mul_add(weight, simd.load(&values[v]), partial[v]);
                 }
             }
-            for n in 0..N {
-                sums[n * vectors + i] = simd.store(partial[n]);
+            for v in 0..V {
+                sums[n * vectors + at + v] = simd.store(partial[v]);
             }
         }
     }

@@ -60,6 +60,19 @@ pub(super) fn sum<const N: usize>(mut values: [f32; N]) -> f32 {
     values[0]
 }
 
+/// The largest of all values and `least`, by halves. If there are NaNs, any of them.
+#[inline(always)]
+pub(super) fn max<const N: usize>(mut values: [f32; N], least: f32) -> f32 {
+    let mut half = N / 2;
+    while half > 0 {
+        for i in 0..half {
+            values[i] = if values[i + half] > values[i] { values[i + half] } else { values[i] };
+        }
+        half /= 2;
+    }
+    if values[0] > least { values[0] } else { least }
+}
+
 /// eˣ for x ≤ 0 within 2 ulp; 0 below −87. (Cephes' expf, arranged without branches so that loops over it vectorise.)
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {

@@ -202,6 +202,17 @@ impl Simd for Avx2 {
         out
     }
     #[inline(always)]
+    fn sums_of_lanes(self, v: [__m256; 8]) -> [f32; 8] {
+        intrinsics!({
+            // Each half of a vector is summed up for four vectors at once.
+            let first = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+            let last = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+            let low = _mm256_permute2f128_ps::<0x20>(first, last);
+            let high = _mm256_permute2f128_ps::<0x31>(first, last);
+            self.store(_mm256_add_ps(low, high))
+        })
+    }
+    #[inline(always)]
     fn add(self, a: __m256, b: __m256) -> __m256 {
         intrinsics!(_mm256_add_ps(a, b))
     }

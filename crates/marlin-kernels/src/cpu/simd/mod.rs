@@ -155,6 +155,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// OCP E4M3; the two NaN codes give ±480.
     fn load_e4m3(self, from: &[u8; 8]) -> Self::F32;
     fn store(self, v: Self::F32) -> [f32; 8];
+    /// The sum of the lanes of each vector: ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)).
+    fn sums_of_lanes(self, vectors: [Self::F32; 8]) -> [f32; 8];
     fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
     fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32;
     fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32;

@@ -279,6 +279,18 @@ impl Simd for Neon {
         out
     }
     #[inline(always)]
+    fn sums_of_lanes(self, v: [F32; 8]) -> [f32; 8] {
+        intrinsics!({
+            // Each half of a vector is summed up for four vectors at once.
+            let low = vpaddq_f32(vpaddq_f32(v[0].0, v[1].0), vpaddq_f32(v[2].0, v[3].0));
+            let high = vpaddq_f32(vpaddq_f32(v[0].1, v[1].1), vpaddq_f32(v[2].1, v[3].1));
+            let first = vaddq_f32(low, high);
+            let low = vpaddq_f32(vpaddq_f32(v[4].0, v[5].0), vpaddq_f32(v[6].0, v[7].0));
+            let high = vpaddq_f32(vpaddq_f32(v[4].1, v[5].1), vpaddq_f32(v[6].1, v[7].1));
+            self.store((first, vaddq_f32(low, high)))
+        })
+    }
+    #[inline(always)]
     fn add(self, a: F32, b: F32) -> F32 {
         intrinsics!((vaddq_f32(a.0, b.0), vaddq_f32(a.1, b.1)))
     }

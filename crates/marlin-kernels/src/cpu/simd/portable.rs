@@ -146,6 +146,10 @@ impl Simd for Portable {
         v
     }
     #[inline(always)]
+    fn sums_of_lanes(self, vectors: [[f32; 8]; 8]) -> [f32; 8] {
+        vectors.map(|v| ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])))
+    }
+    #[inline(always)]
     fn add(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
         from_fn(|i| a[i] + b[i])
     }

@@ -187,6 +187,12 @@ fn floats() {
                     std::array::from_fn(entry)
                 );
             }
+            // The order shows in the last bits.
+            let rows: [[f32; 8]; 8] = std::array::from_fn(|r| std::array::from_fn(|i| 1.0 / (1 + 9 * r + i) as f32));
+            assert_eq!(
+                simd.sums_of_lanes(rows.each_ref().map(|row| simd.load(row))),
+                rows.map(|r| ((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7])))
+            );
             let fused: [f32; 8] = std::array::from_fn(|i| a[i].mul_add(b[i], 2.0));
             for (found, fused) in simd.store(simd.mul_add(va, vb, two)).into_iter().zip(fused) {
                 assert!((found - fused).abs() <= f32::EPSILON * fused.abs(), "{found} {fused}");
