@@ -56,6 +56,16 @@ pub trait MemoryUse {
     /// Bytes of scratch memory that [`Backend::encoder`] makes for these limits. What a thread needs for one tile of attention, some
     /// kilobytes, is not counted.
     fn encoder_bytes(&self, limits: &StepLimits) -> usize;
+
+    /// KV blocks that [`Backend::kv_cache`] can make at most, however much memory there is. The host's memory has no such limit.
+    fn most_kv_blocks(&self, _layout: &KvLayout, _kv_type: KvType) -> usize {
+        usize::MAX
+    }
+
+    /// Fails as [`Backend::kv_cache`] would with more blocks than [`MemoryUse::most_kv_blocks`].
+    fn check_kv_blocks(&self, _layout: &KvLayout, _kv_type: KvType, _blocks: usize) -> Result<(), KernelError> {
+        Ok(())
+    }
 }
 
 /// A device in words.

@@ -49,12 +49,35 @@ pub enum KernelError {
         /// The device.
         device: String,
     },
+    /// A kernel's buffer is larger than the device binds.
+    #[error(transparent)]
+    Binding(Box<BeyondBinding>),
     /// There is no GPU of the kind that is asked for.
     #[error("no GPU was found: it needs Metal, or Vulkan with its driver; use the CPU instead")]
     NoGpu,
     /// The device cannot be used as asked.
     #[error("{0}")]
     Device(String),
+}
+
+/// What kernels read as one, and a device cannot bind as one, however much memory it has.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{what} needs {}, and {device} binds no more than {} at once; {advice}",
+    size_in_words(*bytes as u64),
+    size_in_words(*limit)
+)]
+pub struct BeyondBinding {
+    /// What was to be allocated.
+    pub what: String,
+    /// Its size.
+    pub bytes: usize,
+    /// Bytes that the device binds at most.
+    pub limit: u64,
+    /// The device.
+    pub device: String,
+    /// What to do about it.
+    pub advice: String,
 }
 
 /// `1.50 GiB`, or the number of bytes where that says more.

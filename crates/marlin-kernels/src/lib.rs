@@ -25,7 +25,7 @@ pub mod reference;
 pub use backend::{
     Activation, AttentionShape, Backend, DeviceInfo, Encoder, Input, LinearPart, MemoryUse, QkNorm, StepLimits,
 };
-pub use error::KernelError;
+pub use error::{BeyondBinding, KernelError};
 pub use host::{HostBuffer, HostKvCache};
 pub use kv::{KvLayer, KvLayout, KvType};
 pub use sampling::{SampleRow, SamplingId, TokenCount};

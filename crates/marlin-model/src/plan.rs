@@ -74,6 +74,8 @@ pub struct MemoryPlan {
     pub block_tokens: usize,
     /// One KV block of all layers.
     pub block_bytes: u64,
+    /// KV blocks that the device can have at most, however much memory there is.
+    pub most_blocks: u64,
 }
 
 impl MemoryPlan {
@@ -99,10 +101,10 @@ impl MemoryPlan {
         [self.activations, self.logits, self.program].iter().fold(self.weights, |sum, &bytes| sum.saturating_add(bytes))
     }
 
-    /// Blocks that `memory` has room for, less the one to spare.
+    /// Blocks that `memory` has room for and the device can have, less the one to spare.
     fn usable_blocks(&self, memory: u64) -> Option<u64> {
         let room = memory.checked_sub(self.without_kv())?;
-        room.checked_div(self.block_bytes)?.checked_sub(1)
+        room.checked_div(self.block_bytes)?.min(self.most_blocks).checked_sub(1)
     }
 }
 
@@ -223,7 +225,17 @@ impl<'a> Planner<'a> {
             program: self.program,
             block_tokens: self.kv_layout.block_tokens,
             block_bytes: self.kv_layout.pool_bytes(options.kv_type, 1) as u64,
+            most_blocks: self.device.most_kv_blocks(&self.kv_layout, options.kv_type) as u64,
         })
+    }
+
+    /// Refuses a KV cache that the device cannot have, however much memory there is, as loading the model would after its weights.
+    ///
+    /// # Errors
+    /// The cache is beyond what the device can bind, or an option does not suit the model.
+    pub fn check_kv_cache(&self, options: &LoadOptions) -> Result<(), ModelError> {
+        let sizes = Sizes::new(&self.spec, options, self.checkpoint.name())?;
+        Ok(self.device.check_kv_blocks(&self.kv_layout, options.kv_type, sizes.kv_blocks)?)
     }
 
     /// Bytes that the device holds of a matrix in this storage.

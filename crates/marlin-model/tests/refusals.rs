@@ -6,8 +6,10 @@ use std::error::Error;
 use std::path::Path;
 
 use common::{Device, golden, options};
-use marlin_kernels::KvType;
-use marlin_model::LoadOptions;
+use marlin_checkpoint::Checkpoint;
+use marlin_kernels::gpu::{GpuBackend, GpuCaps, GpuOptions};
+use marlin_kernels::{KernelError, KvType};
+use marlin_model::{LoadOptions, ModelError, Planner, load_model};
 use safetensors::SafeTensors;
 use serde_json::{Map, Value, json};
 
@@ -195,4 +197,42 @@ fn options_must_suit_the_model() {
     assert_says(&error(LoadOptions { logit_rows: 0, ..default }), &["logit_rows = 0"]);
     assert_says(&error(LoadOptions { kv_blocks: Some(0), ..default }), &["kv_blocks = 0"]);
     assert_says(&error(LoadOptions { kv_blocks: Some(usize::MAX), ..default }), &["kv_blocks"]);
+}
+
+/// A device that binds too little for a layer's keys refuses before weights are loaded, and its plans count with that.
+#[test]
+fn a_kv_cache_beyond_a_binding_is_refused_by_the_plan() {
+    let checkpoint = Checkpoint::open(&golden("qwen3-gqa2-tied")).unwrap();
+    let device = |max_binding| {
+        let caps = GpuCaps { max_binding, ..GpuCaps::apple() };
+        GpuBackend::imaginary(caps, GpuOptions::default()).unwrap()
+    };
+    let roomy = device(GpuCaps::apple().max_binding);
+    let planner = Planner::new(&roomy, &checkpoint).unwrap();
+    let options = planner.load_options(64, 4);
+    let plan = planner.plan(&options).unwrap();
+    planner.check_kv_cache(&options).unwrap();
+
+    // Keys of all the blocks, and as much less as makes a block too many.
+    let shape = planner.shape();
+    let keys = (planner.kv_blocks(64, 4) * plan.block_tokens * shape.kv_heads * shape.head_dim * 2) as u64;
+    Planner::new(&device(keys), &checkpoint).unwrap().check_kv_cache(&options).unwrap();
+    let tight = device(keys - 16);
+    let planner = Planner::new(&tight, &checkpoint).unwrap();
+    let error = planner.check_kv_cache(&options).unwrap_err();
+    assert!(matches!(error, ModelError::Kernel(KernelError::Binding(_))), "{error}");
+    assert_says(&error.to_string(), &["(keys of ", "in f16) needs ", "binds no more than ", "--context", "--kv"]);
+    assert_eq!(load_model(&tight, &checkpoint, &options).err().unwrap().to_string(), error.to_string());
+
+    // Fewer sequences, a shorter context and fewer bits do; so plans say.
+    let memory = plan.total() * 2;
+    let plan = planner.plan(&options).unwrap();
+    assert_eq!(plan.most_sequences(memory), Some(3));
+    let longest = plan.longest_context(memory, 4).unwrap();
+    assert!(longest < 64, "{longest}");
+    planner.check_kv_cache(&planner.load_options(longest, 4)).unwrap();
+    assert!(planner.check_kv_cache(&planner.load_options(longest + 1, 4)).is_err());
+    planner.check_kv_cache(&planner.load_options(64, 3)).unwrap();
+    planner.check_kv_cache(&LoadOptions { kv_type: KvType::Int8, ..options }).unwrap();
+    assert_eq!(tight.memory_taken(), 0);
 }

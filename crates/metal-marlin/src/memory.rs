@@ -48,13 +48,15 @@ pub struct DoesNotFit {
     pub advice: String,
 }
 
-/// What a load with these options takes, refused with the numbers and advice if that is more than `memory`.
+/// What a load with these options takes, refused with the numbers and advice if that is more than `memory`, or if the device cannot
+/// have such a KV cache.
 ///
 /// # Errors
-/// [`DoesNotFit`], or what [`Planner::plan`] fails with.
+/// [`DoesNotFit`], or what [`Planner::plan`] and [`Planner::check_kv_cache`] fail with.
 pub fn require_fit(planner: &Planner<'_>, options: &LoadOptions, memory: u64) -> Result<MemoryPlan, crate::LoadError> {
     let plan = planner.plan(options).map_err(crate::LoadError::Model)?;
     if plan.total() <= memory {
+        planner.check_kv_cache(options).map_err(crate::LoadError::Model)?;
         return Ok(plan);
     }
     let advice = match plan.longest_context(memory, 1) {

@@ -84,6 +84,28 @@ fn too_little_memory_is_refused_with_the_numbers() {
     assert!(code == Some(2) && stderr.contains("16GiB"), "{stderr}");
 }
 
+/// However much memory there is.
+#[test]
+fn a_kv_cache_beyond_what_a_gpu_binds_is_refused() {
+    let has_gpu = marlin_kernels::gpu::adapters().iter().any(|gpu| gpu.missing.is_none());
+    assert!(has_gpu || std::env::var_os("METAL_MARLIN_REQUIRE_GPU").is_none(), "a GPU is required");
+    if !has_gpu {
+        return;
+    }
+    let args = ["plan", "bundled", "--memory", "1000TiB", "--device", "gpu", "--concurrency"];
+    // Some 500 GiB of keys a layer.
+    let (code, stdout, stderr) = metal_marlin(&[&args[..], &["1000000"]].concat());
+    assert_eq!((code, stdout.as_str()), (Some(1), ""), "{stderr}");
+    for wanted in ["one layer of the KV cache (keys of ", " GiB, and ", "binds no more than ", "--concurrency", "CPU"] {
+        assert!(stderr.contains(wanted), "{wanted}: {stderr}");
+    }
+    // As many as the plan says can be planned for, one more cannot.
+    let (_, stdout, _) = metal_marlin(&[&args[..], &["1", "--json"]].concat());
+    let most = number(&serde_json::from_str(&stdout).unwrap(), "most_sequences");
+    let code_of = |sequences: u64| metal_marlin(&[&args[..], &[&sequences.to_string()]].concat()).0;
+    assert_eq!((code_of(most), code_of(most + 1)), (Some(0), Some(1)), "{most}");
+}
+
 /// Memory of its own that `run` takes stays within the plan, and the plan within half as much again.
 #[cfg(target_os = "linux")]
 #[test]

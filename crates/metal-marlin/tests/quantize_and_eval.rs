@@ -277,10 +277,12 @@ mod bundled {
     fn quality_measures_every_format() {
         let folder = Folder::new();
         let ((model, text), page) = (tiny_with_text(&folder), folder.path("quality.md"));
-        let run = metal_marlin(&["quality", &model, "--text", &text, "--out", &page]);
+        let run = metal_marlin(&["quality", &model, "--text", &text, "--out", &page, "--device", "cpu"]);
         assert_eq!((run.code, run.stderr.as_str()), (Some(0), ""));
         let page = fs::read_to_string(page).unwrap();
         for row in [
+            "metal-marlin quality model --text text.txt --out quality.md --device cpu\n",
+            "| top-1 | int8 KL |",
             "| unquantised |",
             "| fp4 g128 | RTN |",
             "| nvfp4 | MSE |",
@@ -292,6 +294,69 @@ mod bundled {
         }
         // A heading, a rule, the original, and two rows for each of 17 dense and 3 sparse variants; and a table of five KV caches.
         assert_eq!(page.lines().filter(|line| line.starts_with('|')).count(), 3 + 2 * 20 + 2 + 5);
+    }
+
+    #[test]
+    fn quality_refuses_what_does_not_fit_before_it_measures() {
+        let folder = Folder::new();
+        let ((model, text), page) = (tiny_with_text(&folder), folder.path("quality.md"));
+        let error = failure(&["quality", &model, "--text", &text, "--out", &page, "--memory", "1MiB"]);
+        for words in ["needs ", "weights ", "1.0 MiB are available", "shorter --context", "smaller model"] {
+            assert!(error.contains(words), "{words}: {error}");
+        }
+        assert!(!error.contains("metal-marlin quantize"), "no help to who measures that: {error}");
+        assert!(!Path::new(&page).exists());
+    }
+
+    /// What is exact is the same on every device; what a GPU rounds is another column.
+    #[test]
+    fn quality_measures_on_a_gpu() {
+        if !has_gpu() {
+            return;
+        }
+        let folder = Folder::new();
+        let ((model, text), page) = (tiny_with_text(&folder), folder.path("quality.md"));
+        let measure = |options: &[&str]| -> Vec<Vec<String>> {
+            let args = ["quality", &model, "--text", &text, "--out", &page, "--context", "16", "--windows", "1"];
+            let run = metal_marlin(&[&args[..], options].concat());
+            assert_eq!(run.code, Some(0), "{}", run.stderr);
+            let page = fs::read_to_string(&page).unwrap();
+            assert!(page.contains(&format!("--device {}", options[1])), "{page}");
+            let rows = page.lines().filter(|line| line.contains("| MSE |"));
+            rows.map(|row| row.split('|').map(|cell| cell.trim().to_owned()).collect()).collect()
+        };
+        let (exact, rounded) = (measure(&["--device", "cpu", "--exact"]), measure(&["--device", "gpu"]));
+        assert_eq!((exact.len(), rounded.len()), (20, 20));
+        for (exact, rounded) in exact.iter().zip(&rounded) {
+            const MEAN_KL: usize = 6;
+            let [on_cpu, on_gpu] = [exact, rounded].map(|row| row[MEAN_KL].parse::<f64>().unwrap());
+            assert!((on_gpu - on_cpu).abs() <= 2e-5 + 1e-3 * on_cpu, "{exact:?} {rounded:?}");
+        }
+        // Rounding changes some of the divergences that are written in five digits, none of them by much.
+        let [exact, f16] = [6, 9].map(|column| rounded.iter().map(|row| row[column].parse::<f64>().unwrap()).collect());
+        let (exact, f16): (Vec<f64>, Vec<f64>) = (exact, f16);
+        assert!(exact != f16, "{exact:?}");
+        assert!(
+            exact.iter().zip(&f16).all(|(exact, f16)| (exact - f16).abs() <= 1e-3 + 0.05 * exact),
+            "{exact:?} {f16:?}"
+        );
+    }
+
+    /// Without the column of rounded activations, and in shorter windows.
+    #[test]
+    fn quality_can_be_exact_throughout() {
+        let folder = Folder::new();
+        let ((model, text), page) = (tiny_with_text(&folder), folder.path("quality.md"));
+        let options = ["--device", "cpu", "--exact", "--context", "16", "--windows", "2"];
+        let run = metal_marlin(&[&["quality", &model, "--text", &text, "--out", &page], &options[..]].concat());
+        assert_eq!((run.code, run.stderr.as_str()), (Some(0), ""));
+        let page = fs::read_to_string(page).unwrap();
+        assert!(page.contains(&(options.join(" ") + "\n")) && page.contains("in 2 windows of 16"), "{page}");
+        assert!(page.contains("All columns are measured with `--exact`") && !page.contains("int8 KL"), "{page}");
+        let columns = |line: &str| line.matches('|').count() - 1;
+        let table: Vec<&str> = page.lines().skip_while(|line| !line.starts_with('|')).collect();
+        let table = table.split(|line| line.is_empty()).next().unwrap();
+        assert!(table.iter().all(|line| columns(line) == 8), "{table:?}");
     }
 
     #[test]
@@ -337,13 +402,19 @@ mod bundled {
     }
 }
 
+/// Whether there is a GPU, which there must be if tests are told so.
+#[cfg(feature = "bundled-model")]
+fn has_gpu() -> bool {
+    let has_gpu = marlin_kernels::gpu::adapters().iter().any(|gpu| gpu.missing.is_none());
+    assert!(has_gpu || std::env::var_os("METAL_MARLIN_REQUIRE_GPU").is_none(), "a GPU is required");
+    has_gpu
+}
+
 /// The baseline of `eval` is exact on every device, and so is the model with `--exact`.
 #[cfg(feature = "bundled-model")]
 #[test]
 fn exact_means_exact_on_a_gpu() {
-    let has_gpu = marlin_kernels::gpu::adapters().iter().any(|gpu| gpu.missing.is_none());
-    assert!(has_gpu || std::env::var_os("METAL_MARLIN_REQUIRE_GPU").is_none(), "a GPU is required");
-    if !has_gpu {
+    if !has_gpu() {
         return;
     }
     let text = repository("data/text/validation.txt");

@@ -13,7 +13,7 @@ use super::memory::{Account, Taken};
 use super::pipeline::{Kernel, Pipeline};
 use super::profile::Profiler;
 use super::registry::KernelVariant;
-use crate::KernelError;
+use crate::{BeyondBinding, KernelError};
 
 /// Which GPU, and how its kernels are compiled.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -261,6 +261,17 @@ impl Gpu {
         self.caps.in_words(self.account.taken())
     }
 
+    /// The error that something is larger than a binding.
+    pub(super) fn beyond_binding(&self, what: &str, bytes: usize, advice: &str) -> KernelError {
+        KernelError::Binding(Box::new(BeyondBinding {
+            what: what.into(),
+            bytes,
+            limit: self.caps.max_binding,
+            device: self.caps.name.clone(),
+            advice: advice.into(),
+        }))
+    }
+
     /// Memory on the device, zeroed.
     pub(super) fn storage(&self, what: &str, bytes: usize) -> Result<Storage, KernelError> {
         self.buffer(what, bytes, wgpu::BufferUsages::empty(), false)
@@ -280,12 +291,11 @@ impl Gpu {
         usage: wgpu::BufferUsages,
         mapped_at_creation: bool,
     ) -> Result<Storage, KernelError> {
-        let out_of_memory = || KernelError::OutOfMemory { what: what.into(), bytes, device: self.in_words() };
         // An empty buffer cannot be bound; kernels see vectors of 16 bytes.
-        let size = (bytes.max(16) as u64).checked_next_multiple_of(16).ok_or_else(out_of_memory)?;
-        if size > self.caps.max_binding {
-            return Err(out_of_memory());
-        }
+        let size = (bytes.max(16) as u64).checked_next_multiple_of(16).filter(|size| *size <= self.caps.max_binding);
+        let size = size.ok_or_else(|| {
+            self.beyond_binding(what, bytes, "compute fewer tokens or sequences at once, or use the CPU instead")
+        })?;
         let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some(what),
@@ -298,7 +308,7 @@ impl Gpu {
                 let id = self.next_id.fetch_add(1, Ordering::Relaxed);
                 Ok(Storage { id, buffer, _taken: self.account.take(size) })
             }
-            Some(_) => Err(out_of_memory()),
+            Some(_) => Err(KernelError::OutOfMemory { what: what.into(), bytes, device: self.in_words() }),
         }
     }
 

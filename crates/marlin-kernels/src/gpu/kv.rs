@@ -48,14 +48,28 @@ impl GpuKvLayer {
 impl GpuKvPlane {
     /// Words of a slot of one head.
     pub(super) fn words(&self, kv_type: KvType) -> usize {
-        let scales = self.scales_of_head(kv_type) * size_of::<f16>();
-        (kv_type.head_bytes(self.dim) - scales) / size_of::<u32>()
+        value_bytes(kv_type, self.dim) / size_of::<u32>()
     }
 
     /// Scales of a slot of one head.
     pub(super) fn scales_of_head(&self, kv_type: KvType) -> usize {
         kv_type.code().map_or(0, |code| code.scales(self.dim))
     }
+}
+
+/// Bytes of a head's values, or of their codes without the scales.
+fn value_bytes(kv_type: KvType, dim: usize) -> usize {
+    kv_type.code().map_or_else(|| kv_type.head_bytes(dim), |code| code.bytes(dim))
+}
+
+/// The plane of a layer that is the largest, in words, and its bytes of a slot. The scales of codes are fewer than the codes.
+fn largest_plane(layout: &KvLayout, kv_type: KvType) -> Option<(&'static str, usize)> {
+    let planes = layout.layers.iter().flat_map(|layer| {
+        [("keys", layer.key_dim), ("values", layer.value_dim)]
+            .map(|(plane, dim)| (plane, layer.heads.saturating_mul(value_bytes(kv_type, dim))))
+    });
+    // Of those of a size the first.
+    planes.rev().max_by_key(|(_, bytes)| *bytes)
 }
 
 impl GpuKvCache {
@@ -69,13 +83,14 @@ impl GpuKvCache {
                  use the CPU instead"
             )));
         }
+        Self::check_blocks(gpu, layout, kv_type, blocks)?;
         let slots = blocks.saturating_mul(layout.block_tokens);
         let plane = |heads: usize, dim: usize| -> Result<_, KernelError> {
             let storage = |bytes: usize| gpu.storage("the KV cache", heads.saturating_mul(slots).saturating_mul(bytes));
             let scales = kv_type.code().map(|code| code.scales(dim) * size_of::<f16>());
             Ok(GpuKvPlane {
                 dim,
-                storage: storage(kv_type.head_bytes(dim) - scales.unwrap_or(0))?,
+                storage: storage(value_bytes(kv_type, dim))?,
                 scales: scales.map(storage).transpose()?,
             })
         };
@@ -92,6 +107,37 @@ impl GpuKvCache {
             blocks,
             layers: layers.collect::<Result<_, KernelError>>()?,
         })
+    }
+
+    /// As [`MemoryUse::most_kv_blocks`](crate::MemoryUse::most_kv_blocks).
+    pub(super) fn most_blocks(gpu: &Gpu, layout: &KvLayout, kv_type: KvType) -> usize {
+        let Some((_, slot_bytes)) = largest_plane(layout, kv_type) else { return usize::MAX };
+        // Buffers are multiples of 16 bytes.
+        let binding = usize::try_from(gpu.caps.max_binding / 16 * 16).unwrap_or(usize::MAX);
+        (binding / slot_bytes.max(1)) / layout.block_tokens.max(1)
+    }
+
+    /// As [`MemoryUse::check_kv_blocks`](crate::MemoryUse::check_kv_blocks).
+    pub(super) fn check_blocks(
+        gpu: &Gpu,
+        layout: &KvLayout,
+        kv_type: KvType,
+        blocks: usize,
+    ) -> Result<(), KernelError> {
+        let most = Self::most_blocks(gpu, layout, kv_type);
+        match largest_plane(layout, kv_type) {
+            Some((plane, slot_bytes)) if blocks > most => {
+                let tokens = blocks.saturating_mul(layout.block_tokens);
+                let what = format!("one layer of the KV cache ({plane} of {tokens} tokens in {})", kv_type.name());
+                let advice = format!(
+                    "choose room for {} tokens at most besides a spare block, by a shorter context (--context), fewer sequences at once (--streams, \
+                     --concurrency) or keys and values of fewer bits (--kv), or use the CPU instead",
+                    most.saturating_sub(1) * layout.block_tokens
+                );
+                Err(gpu.beyond_binding(&what, slot_bytes.saturating_mul(tokens), &advice))
+            }
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn slots(&self) -> usize {

@@ -125,6 +125,14 @@ impl MemoryUse for GpuBackend {
     fn encoder_bytes(&self, limits: &StepLimits) -> usize {
         GpuEncoder::bytes(&self.gpu, limits)
     }
+
+    fn most_kv_blocks(&self, layout: &KvLayout, kv_type: KvType) -> usize {
+        GpuKvCache::most_blocks(&self.gpu, layout, kv_type)
+    }
+
+    fn check_kv_blocks(&self, layout: &KvLayout, kv_type: KvType, blocks: usize) -> Result<(), KernelError> {
+        GpuKvCache::check_blocks(&self.gpu, layout, kv_type, blocks)
+    }
 }
 
 impl Backend for GpuBackend {

@@ -10,7 +10,7 @@ use super::upload::{PIECE, Upload};
 use super::{GpuArithmetic, GpuBackend, GpuCaps, GpuOptions, KernelTime};
 use crate::conformance::{Rng, limits, mean_square, poisoned, random, read, schemes, upload};
 use crate::reference::ReferenceBackend;
-use crate::{Activation, Backend, Encoder, Input, KernelError, KvLayer, KvLayout, KvType, LinearPart, Step};
+use crate::{Activation, Backend, Encoder, Input, KernelError, KvLayer, KvLayout, KvType, LinearPart, MemoryUse, Step};
 
 /// A GPU as if it were no more than `limit` leaves of it; `None` if there is none, and need not be.
 fn open(arithmetic: GpuArithmetic, limit: impl FnOnce(&mut GpuCaps)) -> Option<GpuBackend> {
@@ -166,17 +166,57 @@ fn what_does_not_fit_is_an_error_with_sizes() {
     assert_eq!(backend.memory_taken(), 4 << 20);
     for (rows, width) in [(usize::MAX, 2), (usize::MAX / 8, 1), (1 << 22, 1 << 9)] {
         let error = backend.buffer(rows, width).expect_err("more than a binding");
-        assert!(matches!(error, KernelError::OutOfMemory { .. }), "{error}");
-        let error = error.to_string();
-        assert!(error.contains("(with 3.00 GiB free when it was opened, 4.0 MiB taken) cannot give"), "{error}");
+        assert!(matches!(error, KernelError::Binding(_)), "{error}");
     }
-    assert!(backend.buffer(1 << 22, 1 << 9).unwrap_err().to_string().contains("needs 8.00 GiB"));
-    let layer = KvLayer { heads: 2, key_dim: 64, value_dim: 64, window: None };
-    let layout = KvLayout { block_tokens: 4, layers: vec![layer] };
-    let error = backend.kv_cache(&layout, KvType::F16, usize::MAX / 2).unwrap_err();
-    assert!(matches!(error, KernelError::OutOfMemory { .. }), "{error}");
+    let error = backend.buffer(1 << 22, 1 << 9).unwrap_err().to_string();
+    assert!(error.contains("needs 8.00 GiB, and ") && error.contains("binds no more than "), "{error}");
+    let device = backend.caps().in_words(backend.memory_taken());
+    let error = KernelError::OutOfMemory { what: "a vector".into(), bytes: 8 << 30, device }.to_string();
+    assert!(
+        error.contains("needs 8.00 GiB") && error.contains("(with 3.00 GiB free when it was opened, 4.0 MiB taken)"),
+        "{error}"
+    );
     drop(taken);
     assert_eq!(backend.memory_taken(), 0);
+}
+
+/// Heads of two layers, the second of which has the larger values.
+fn uneven_layout() -> KvLayout {
+    let layer = |heads, value_dim| KvLayer { heads, key_dim: 64, value_dim, window: None };
+    KvLayout { block_tokens: 4, layers: vec![layer(2, 64), layer(2, 128)] }
+}
+
+#[test]
+fn a_kv_cache_is_bounded_by_the_binding() {
+    let max_binding = 1 << 20;
+    let caps = GpuCaps { max_binding, ..GpuCaps::apple() };
+    let backend = GpuBackend::imaginary(caps, GpuOptions::default()).expect("a device");
+    let layout = uneven_layout();
+    // 2 heads of 128 values: so many bytes a token.
+    for (kv_type, bytes) in
+        [(KvType::F32, 1024), (KvType::F16, 512), (KvType::Fp8, 256), (KvType::Int8, 256), (KvType::Fp4, 128)]
+    {
+        let most = backend.most_kv_blocks(&layout, kv_type);
+        assert_eq!(most, (max_binding as usize / bytes) / layout.block_tokens, "{kv_type:?}");
+        let cache = backend.kv_cache(&layout, kv_type, most).expect("as much as is bound");
+        let planes = cache.layers.iter().flat_map(|layer| [&layer.keys, &layer.values]);
+        let sizes = planes.map(|plane| plane.storage.buffer.size());
+        assert_eq!(sizes.max(), Some(max_binding), "{kv_type:?}");
+        drop(cache);
+        for blocks in [most + 1, usize::MAX] {
+            let error = backend.kv_cache(&layout, kv_type, blocks).unwrap_err();
+            assert!(matches!(error, KernelError::Binding(_)), "{error}");
+            assert_eq!(backend.check_kv_blocks(&layout, kv_type, blocks).unwrap_err().to_string(), error.to_string());
+        }
+        assert_eq!(backend.memory_taken(), 0, "{kv_type:?}: nothing is allocated for a cache that cannot be");
+    }
+    let error = backend.kv_cache(&layout, KvType::F16, 1024).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "one layer of the KV cache (values of 4096 tokens in f16) needs 2.0 MiB, and Apple GPU binds no more than 1.0 MiB at \
+         once; choose room for 2044 tokens at most besides a spare block, by a shorter context (--context), fewer sequences at \
+         once (--streams, --concurrency) or keys and values of fewer bits (--kv), or use the CPU instead"
+    );
 }
 
 #[test]

@@ -6,7 +6,8 @@ use marlin_model::{KvSequence, LanguageModel, LogitRows, ModelError, ModelInfo, 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use super::{BytesPerToken, Measurement, StepWeights, Test};
+use super::weights::StepWeights;
+use super::{BytesPerToken, Measurement, Test};
 use crate::stats::Spread;
 
 /// Tokens of the untimed step that comes before everything.

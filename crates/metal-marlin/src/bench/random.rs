@@ -168,11 +168,42 @@ fn no_random(scheme: &Scheme) -> FormatError {
     FormatError::InvalidScheme(format!("there are no random weights in {scheme}; choose another format"))
 }
 
+/// A model of this shape in FP4, its embedding in INT8.
+#[cfg(test)]
+pub(super) fn made(shape: &str) -> Checkpoint {
+    let shape: Shape = shape.parse().unwrap();
+    random_model(
+        &shape,
+        &marlin_format::Format::Fp4.scheme(None).unwrap(),
+        &marlin_format::Format::Int8.scheme(None).unwrap(),
+    )
+    .unwrap()
+}
+
 #[cfg(test)]
 mod tests {
     use marlin_format::{Format, Grouping};
+    use marlin_model::LoadOptions;
 
     use super::*;
+    use crate::DeviceOptions;
+    use crate::load;
+
+    #[test]
+    fn random_weights_keep_logits_finite() {
+        let options = LoadOptions { context: Some(8), ..LoadOptions::default() };
+        let mut model = load::load_model(&made("tiny"), &DeviceOptions::default().open().unwrap(), &options).unwrap();
+        let mut sequence = model.kv().sequence();
+        model.kv().append(&mut sequence, 3).unwrap();
+        let mut batch = marlin_model::StepBatch::new();
+        batch.push(&sequence, &[1, 2, 3], marlin_model::LogitRows::Last);
+        model.forward(&batch).unwrap();
+        let mut logits = Vec::new();
+        model.read_logits(&mut logits).unwrap();
+        model.kv().release(sequence);
+        let largest = logits.iter().fold(0f32, |largest, logit| largest.max(logit.abs()));
+        assert!(logits.iter().all(|logit| logit.is_finite()) && (0.1..100.0).contains(&largest), "{largest}");
+    }
 
     #[test]
     fn weights_of_every_format_are_valid_and_of_the_size_that_is_wanted() {

@@ -174,3 +174,22 @@ impl FromStr for Shape {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use marlin_quantize::Footprint;
+
+    use super::super::random::made;
+    use super::*;
+
+    #[test]
+    fn a_shape_has_the_weights_of_its_model() {
+        // The numbers of parameters that the models' pages state.
+        for (name, weights) in [("qwen3-0.6b", 0.596e9), ("llama-3.2-1b", 1.236e9)] {
+            let footprint = Footprint::of(&made(name));
+            let relative = footprint.weights as f64 / weights;
+            assert!((0.99..1.01).contains(&relative), "{name}: {}", footprint.weights);
+        }
+        assert_eq!("qwen3-9b".parse::<Shape>().unwrap_err().to_string().matches("qwen3-8b").count(), 1);
+    }
+}

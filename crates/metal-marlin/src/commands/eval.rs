@@ -7,14 +7,13 @@ use std::time::Instant;
 
 use marlin_checkpoint::Checkpoint;
 use marlin_kernels::KvType;
-use marlin_model::Planner;
 use marlin_quantize::{Footprint, LogitSource, ModelLogits, Quality, evaluate};
-use metal_marlin::device::{Device, KvFormat};
-use metal_marlin::memory::{self, MemoryOptions};
+use metal_marlin::device::KvFormat;
+use metal_marlin::memory::MemoryOptions;
 use metal_marlin::{DeviceOptions, LoadError};
 use serde_json::{Value, json};
 
-use super::measure::{load_model, load_options, usual_context, usual_kv, windows};
+use super::measure::{Subject, usual_context, usual_kv, windows};
 use super::model::{HubOptions, QuantizeOptions};
 use super::{in_pool, model};
 use crate::progress::Bar;
@@ -101,17 +100,21 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         None => None,
     };
     let kv_type = args.kv.map_or(usual_kv(args.device.exact), KvType::from);
+    let model = Subject { checkpoint: &checkpoint, device: &device, kv_type, context };
+    let baseline = baseline.as_ref().map(|(checkpoint, device)| {
+        let kv_type = usual_kv(true);
+        Subject { checkpoint, device, kv_type, context }
+    });
     if let Some(memory) = args.memory.budget(&device) {
         // The baseline is there at the same time.
-        let taken = match &baseline {
-            Some((baseline, device)) => require_fit(baseline, device, usual_kv(true), context, memory)?,
+        let taken = match baseline {
+            Some(baseline) => baseline.require_fit(memory)?,
             None => 0,
         };
-        require_fit(&checkpoint, &device, kv_type, context, memory - taken)?;
+        model.require_fit(memory - taken)?;
     }
-    let mut model = load_model(&checkpoint, &device, kv_type, context)?;
-    let mut baseline =
-        baseline.map(|(baseline, device)| load_model(&baseline, &device, usual_kv(true), context)).transpose()?;
+    let mut model = model.load()?;
+    let mut baseline = baseline.map(|baseline| baseline.load()).transpose()?;
     let quality = in_pool(args.device.threads, || {
         let mut bar = Bar::counting("Evaluating", "tokens");
         let mut model = ModelLogits::new(model.as_mut());
@@ -129,18 +132,6 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     };
     stdout().write_all(text.as_bytes())?;
     Ok(())
-}
-
-/// The bytes that [`load_model`] will take, if there are so many.
-fn require_fit(
-    checkpoint: &Checkpoint,
-    device: &Device,
-    kv_type: KvType,
-    context: usize,
-    memory: u64,
-) -> Result<u64, LoadError> {
-    let planner = Planner::new(device.memory_use(), checkpoint).map_err(LoadError::Model)?;
-    Ok(memory::require_fit(&planner, &load_options(kv_type, context), memory)?.total())
 }
 
 fn to_json(

@@ -7,10 +7,10 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use marlin_checkpoint::Checkpoint;
 use marlin_kernels::KvType;
-use marlin_model::{LanguageModel, LoadOptions};
+use marlin_model::{LanguageModel, LoadOptions, Planner};
 use marlin_quantize::Windows;
 use metal_marlin::device::Device;
-use metal_marlin::{LoadError, load};
+use metal_marlin::{LoadError, load, memory};
 
 use crate::progress;
 
@@ -58,18 +58,36 @@ pub(super) fn usual_kv(exact: bool) -> KvType {
     if exact { KvType::F32 } else { KvType::F16 }
 }
 
-/// Loads a model whose steps bring all their logits.
-pub(super) fn load_model(
-    checkpoint: &Checkpoint,
-    device: &Device,
-    kv_type: KvType,
-    context: usize,
-) -> Result<Box<dyn LanguageModel>, LoadError> {
-    let options = load_options(kv_type, context);
-    progress::spinner(&format!("Loading {}", checkpoint.name()), || load::load_model(checkpoint, device, &options))
+/// A model that is measured, and what it runs on.
+#[derive(Clone, Copy)]
+pub(super) struct Subject<'a> {
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) device: &'a Device,
+    pub(super) kv_type: KvType,
+    /// Tokens of a window.
+    pub(super) context: usize,
 }
 
-/// How [`load_model`] loads a model.
-pub(super) fn load_options(kv_type: KvType, context: usize) -> LoadOptions {
-    LoadOptions { context: Some(context), step_tokens: CHUNK, logit_rows: CHUNK, kv_type, ..LoadOptions::default() }
+impl Subject<'_> {
+    /// The bytes that [`Subject::load`] will take, if there are so many.
+    pub(super) fn require_fit(&self, memory: u64) -> Result<u64, LoadError> {
+        let planner = Planner::new(self.device.memory_use(), self.checkpoint).map_err(LoadError::Model)?;
+        Ok(memory::require_fit(&planner, &self.options(), memory)?.total())
+    }
+
+    /// Loads the model, whose steps bring all their logits.
+    pub(super) fn load(&self) -> Result<Box<dyn LanguageModel>, LoadError> {
+        let message = format!("Loading {}", self.checkpoint.name());
+        progress::spinner(&message, || load::load_model(self.checkpoint, self.device, &self.options()))
+    }
+
+    fn options(&self) -> LoadOptions {
+        LoadOptions {
+            context: Some(self.context),
+            step_tokens: CHUNK,
+            logit_rows: CHUNK,
+            kv_type: self.kv_type,
+            ..LoadOptions::default()
+        }
+    }
 }

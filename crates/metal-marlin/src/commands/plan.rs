@@ -72,6 +72,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let memory = memory.context("the system does not tell how much memory is available; say --memory")?;
     let context = args.context.map_or_else(|| usual_context(&planner), NonZeroUsize::get);
     let options = LoadOptions { kv_type: args.kv.into(), ..planner.load_options(context, args.concurrency.get()) };
+    planner.check_kv_cache(&options)?;
     let plan = match args.format {
         Some(format) => plan_in(&planner, &options, format)?,
         None => planner.plan(&options)?,

@@ -8,26 +8,33 @@ use anyhow::Context;
 use marlin_checkpoint::Checkpoint;
 use marlin_format::{Format, FormatError, Grouping, ScaleSearch, Scheme};
 use marlin_kernels::KvType;
-use marlin_model::Planner;
+use marlin_model::{LanguageModel, Planner};
 use marlin_quantize::{
     Divergence, Footprint, LogitSource, ModelLogits, Quality, QuantizeOptions, Recipe, RecordedLogits, Windows,
     embedding_scheme, evaluate, quantize,
 };
-use metal_marlin::device::{Device, parse_threads};
+use metal_marlin::device::Device;
+use metal_marlin::memory::{DoesNotFit, MemoryOptions};
 use metal_marlin::{DeviceOptions, LoadError};
 
 use super::in_pool;
-use super::measure::{load_model, usual_context, usual_kv, windows};
+use super::measure::{Subject, usual_context, usual_kv, windows};
 use super::model::{self, HubOptions};
 use crate::progress::Bar;
 
 const EXAMPLES: &str = "\
 Examples:
   metal-marlin quality path/to/model --text data/text/validation.txt --out docs/quality.md
-  metal-marlin quality path/to/model --text data/text/validation.txt --out quick.md --windows 2
+  metal-marlin quality path/to/model --text data/text/validation.txt --out quick.md --windows 2 --exact
+  metal-marlin quality path/to/model --text data/text/validation.txt --out gpu.md --device gpu
 
-Each variant is quantised into a temporary folder and removed after it is measured. The logits of
-the unquantised model are kept in a temporary file of 4 bytes x vocabulary x tokens (TMPDIR says where).";
+All but the last column of the page is measured with f32 activations and an f32 KV cache, the last
+one as the device computes by default. With --exact there is no such column.
+
+Variants are quantised on the CPU and measured on the device. Only one model is in its memory at a
+time; the unquantised one must fit. Each variant is quantised into a temporary folder and removed
+after it is measured. The logits of the unquantised model are kept in a temporary file of 4 bytes x
+vocabulary x tokens (TMPDIR says where).";
 
 /// Measure every number format on a model and write a page about it
 #[derive(Debug, clap::Args)]
@@ -47,13 +54,19 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
 
+    /// Tokens of a window [default: 1024, or what the model allows]
+    #[arg(long, value_name = "N")]
+    context: Option<NonZeroUsize>,
+
     /// Measure on the first windows only
     #[arg(long, value_name = "N")]
     windows: Option<NonZeroUsize>,
 
-    /// CPU threads [default: all cores]
-    #[arg(long, value_name = "N", value_parser = parse_threads)]
-    threads: Option<NonZeroUsize>,
+    #[command(flatten)]
+    device: DeviceOptions,
+
+    #[command(flatten)]
+    memory: MemoryOptions,
 }
 
 const fn columns(columns: u32) -> Option<Grouping> {
@@ -95,18 +108,22 @@ struct Row {
     footprint: Footprint,
     perplexity: f64,
     exact: Divergence,
-    /// With int8 activations; measured for searched scales only, since rounding activations does not depend on how scales were
+    /// With rounded activations; measured for searched scales only, since rounding activations does not depend on how scales were
     /// chosen.
-    int8: Option<Divergence>,
+    rounded: Option<Divergence>,
 }
 
 /// Runs the command.
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let source = model::open(Some(&args.model), &args.hub)?;
-    let context = usual_context(&[&source]);
+    let context = args.context.map_or_else(|| usual_context(&[&source]), NonZeroUsize::get);
     let windows = windows(&[&source], &args.text, context, args.windows)?;
-    let measure = Measure { source: &source, windows: &windows, context, threads: args.threads };
-    let page = in_pool(args.threads, || -> anyhow::Result<String> {
+    let open = |exact| DeviceOptions { exact, ..args.device.clone() }.open().map_err(LoadError::Device);
+    let exact = open(true)?;
+    let rounding = if args.device.exact { None } else { Some(open(false)?) };
+    let memory = args.memory.budget(&exact);
+    let measure = Measure { source: &source, windows: &windows, context, exact, rounding, memory };
+    let page = in_pool(args.device.threads, || -> anyhow::Result<String> {
         let measured = measure.all()?;
         Ok(page(&args, &measure, &measured))
     })??;
@@ -126,7 +143,12 @@ struct Measure<'a> {
     source: &'a Checkpoint,
     windows: &'a Windows,
     context: usize,
-    threads: Option<NonZeroUsize>,
+    /// Computes in f32.
+    exact: Device,
+    /// The same device as it computes by default, for the last column.
+    rounding: Option<Device>,
+    /// What a model may take of the device's memory, as of before the first was loaded.
+    memory: Option<u64>,
 }
 
 impl Measure<'_> {
@@ -135,7 +157,7 @@ impl Measure<'_> {
         let schemes = variants()?;
         let kv_types = KvType::ALL.into_iter().filter(|&kv_type| kv_type != usual_kv(true));
         let variants = schemes.len() * METHODS.len() + kv_types.clone().count();
-        let mut model = load_model(self.source, &self.device(true)?, usual_kv(true), self.context)?;
+        let mut model = self.load(self.source, &self.exact, usual_kv(true))?;
         let mut recorded = {
             let mut bar = Bar::counting("Measuring the original", "tokens");
             let mut logits = ModelLogits::new(model.as_mut());
@@ -157,20 +179,22 @@ impl Measure<'_> {
                 let out = folder.path().join("model");
                 let report = quantize(self.source, &out, &recipe, QuantizeOptions::default())?;
                 let quantized = Checkpoint::open(&out)?;
-                let (perplexity, exact) = self.compare(&quantized, true, usual_kv(true), &mut recorded)?;
-                let int8 = match search {
-                    ScaleSearch::AbsMax => None,
-                    ScaleSearch::Mse => Some(self.compare(&quantized, false, usual_kv(false), &mut recorded)?.1),
+                let (perplexity, exact) = self.compare(&quantized, &self.exact, usual_kv(true), &mut recorded)?;
+                let rounded = match &self.rounding {
+                    Some(device) if search == ScaleSearch::Mse => {
+                        Some(self.compare(&quantized, device, usual_kv(false), &mut recorded)?.1)
+                    }
+                    _ => None,
                 };
                 let name = recipe.linears.to_string();
-                rows.push(Row { name, method, footprint: report.after, perplexity, exact, int8 });
+                rows.push(Row { name, method, footprint: report.after, perplexity, exact, rounded });
                 bar.set(rows.len() as u64, variants as u64);
             }
         }
-        let head_dim = Planner::new(self.device(true)?.memory_use(), self.source)?.shape().head_dim;
+        let head_dim = Planner::new(self.exact.memory_use(), self.source)?.shape().head_dim;
         let mut kv = Vec::new();
         for kv_type in kv_types {
-            let (perplexity, divergence) = self.compare(self.source, true, kv_type, &mut recorded)?;
+            let (perplexity, divergence) = self.compare(self.source, &self.exact, kv_type, &mut recorded)?;
             let bits = (8 * kv_type.head_bytes(head_dim)) as f64 / head_dim as f64;
             kv.push((kv_type, bits, perplexity, divergence));
             bar.set((rows.len() + kv.len()) as u64, variants as u64);
@@ -182,20 +206,71 @@ impl Measure<'_> {
     fn compare(
         &self,
         variant: &Checkpoint,
-        exact: bool,
+        device: &Device,
         kv_type: KvType,
         baseline: &mut dyn LogitSource,
     ) -> anyhow::Result<(f64, Divergence)> {
-        let mut model = load_model(variant, &self.device(exact)?, kv_type, self.context)?;
+        let mut model = self.load(variant, device, kv_type)?;
         let mut logits = ModelLogits::new(model.as_mut());
         let quality = evaluate(&mut logits, Some(baseline), self.windows, |_| {})?;
         let divergence = quality.divergence.context("an evaluation against a baseline has a divergence")?;
         Ok((quality.perplexity(), divergence))
     }
 
-    fn device(&self, exact: bool) -> Result<Device, LoadError> {
-        let options = DeviceOptions { threads: self.threads, exact, ..DeviceOptions::default() };
-        options.open().map_err(LoadError::Device)
+    /// The options that what is measured depends on, as they are given again.
+    fn options(&self, args: &Args) -> String {
+        let device = if self.exact.gpu().is_some() { "gpu" } else { "cpu" };
+        [
+            format!(" --device {device}"),
+            if args.device.exact { " --exact".into() } else { String::new() },
+            if args.device.batch_invariant { " --batch-invariant".into() } else { String::new() },
+            args.context.map_or(String::new(), |context| format!(" --context {context}")),
+            args.windows.map_or(String::new(), |windows| format!(" --windows {windows}")),
+        ]
+        .concat()
+    }
+
+    /// Loads a model, the only one at that time, if the device has memory for it.
+    fn load(
+        &self,
+        checkpoint: &Checkpoint,
+        device: &Device,
+        kv_type: KvType,
+    ) -> Result<Box<dyn LanguageModel>, LoadError> {
+        let subject = Subject { checkpoint, device, kv_type, context: self.context };
+        if let Some(memory) = self.memory {
+            subject.require_fit(memory).map_err(advise_what_helps)?;
+        }
+        subject.load()
+    }
+}
+
+/// To quantise the model, which other commands advise, is no help here.
+fn advise_what_helps(error: LoadError) -> LoadError {
+    match error {
+        LoadError::DoesNotFit(refused) => LoadError::DoesNotFit(DoesNotFit {
+            advice: "the model is measured as it is before it is quantised: choose a shorter --context, another --device or a \
+                     smaller model"
+                .into(),
+            ..refused
+        }),
+        other => other,
+    }
+}
+
+/// Names of the last column's arithmetic, in its heading and in a sentence.
+fn rounding(device: &Device) -> [&'static str; 2] {
+    match device {
+        Device::Cpu(_) => [
+            "int8",
+            "the CPU's default arithmetic: activations rounded to int8 in groups\n  \
+             of 32 (for weights that are no floats of 8 or more bits), KV cache in f16",
+        ],
+        Device::Gpu(_) => [
+            "f16",
+            "the GPU's default arithmetic: activations and weights rounded to\n  \
+             f16, KV cache in f16",
+        ],
     }
 }
 
@@ -203,12 +278,15 @@ fn page(args: &Args, measure: &Measure<'_>, measured: &Measured) -> String {
     let Measured { baseline, rows, kv } = measured;
     let before = Footprint::of(measure.source);
     let model = name(&args.model);
+    let rounding = measure.rounding.as_ref().map(rounding);
+    // With `--exact` there is no last column.
+    let last = |cell: String| if rounding.is_some() { format!(" {cell} |") } else { String::new() };
     let mut page = format!(
         "# What quantisation costs\n\n\
          `{model}` quantised by `metal-marlin quantize` into every format, measured on `{text}`: {tokens} predicted\n\
          tokens in {windows} windows of {context} (`metal-marlin eval --help` says how). This page is written by\n\n\
          ```\n\
-         metal-marlin quality {model} --text {text} --out {out}{limit}\n\
+         metal-marlin quality {model} --text {text} --out {out}{options}\n\
          ```\n\n\
          - **bits**: per weight, scales and zero points counted; of everything (embedding, norms) and of the decoder's\n  \
            linears alone. Embedding and tied head are int8 in groups of 32 in every row but the first.\n\
@@ -219,27 +297,38 @@ fn page(args: &Args, measure: &Measure<'_>, measured: &Measured) -> String {
            squared error.\n\
          - **KL**: divergence of the next-token distribution from the unquantised model's, KL(P ‖ Q) in nats a token; its\n  \
            mean and 99th percentile. **top-1**: how often both find the same token most likely.\n\
-         - All columns but the last are measured with `--exact` (f32 activations and KV cache), so they show the weights'\n  \
-           rounding alone. **int8 KL** is the mean with the CPU's default arithmetic: activations rounded to int8 in groups\n  \
-           of 32 (for weights that are no floats of 8 or more bits), KV cache in f16.\n\n\
-         | format | scales | bits, all | bits, linears | perplexity | mean KL | p99 KL | top-1 | int8 KL |\n\
-         | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n",
+         - {arithmetic}.\n\n\
+         | format | scales | bits, all | bits, linears | perplexity | mean KL | p99 KL | top-1 |{heading}\n\
+         | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |{rule}\n",
         text = name(&args.text),
         tokens = baseline.tokens,
         windows = baseline.window_nll.len(),
         context = measure.context,
         out = name(&args.out),
-        limit = args.windows.map_or(String::new(), |windows| format!(" --windows {windows}")),
+        options = measure.options(args),
+        arithmetic = match rounding {
+            Some([name, words]) => format!(
+                "All columns but the last are measured with `--exact` (f32 activations and KV cache), so they show the weights'\n  \
+                 rounding alone. **{name} KL** is the mean with {words}"
+            ),
+            None =>
+                "All columns are measured with `--exact` (f32 activations and KV cache), so they show the weights'\n  \
+                     rounding alone"
+                    .into(),
+        },
+        heading = last(rounding.map_or(String::new(), |[name, _]| format!("{name} KL"))),
+        rule = last("---:".into()),
     );
     page += &format!(
-        "| unquantised | | {:.2} | {:.2} | {:.4} | 0 | 0 | 100 % | |\n",
+        "| unquantised | | {:.2} | {:.2} | {:.4} | 0 | 0 | 100 % |{}\n",
         before.bits_per_weight(),
         before.linear_bits_per_weight(),
-        baseline.perplexity()
+        baseline.perplexity(),
+        last(String::new()),
     );
     for row in rows {
         page += &format!(
-            "| {} | {} | {:.2} | {:.3} | {:.3} | {:.5} | {:.4} | {:.2} % | {} |\n",
+            "| {} | {} | {:.2} | {:.3} | {:.3} | {:.5} | {:.4} | {:.2} % |{}\n",
             row.name,
             row.method,
             row.footprint.bits_per_weight(),
@@ -248,7 +337,7 @@ fn page(args: &Args, measure: &Measure<'_>, measured: &Measured) -> String {
             row.exact.mean_kl,
             row.exact.p99_kl,
             row.exact.top1_agreement * 100.0,
-            row.int8.map_or(String::new(), |int8| format!("{:.5}", int8.mean_kl)),
+            last(row.rounded.map_or(String::new(), |rounded| format!("{:.5}", rounded.mean_kl))),
         );
     }
     page += "\n## KV caches\n\n\

@@ -39,7 +39,8 @@ Examples:
 
 Group sizes, where they are not given: fp4, int4, int4-sym and int8 128, int3 64, int2 32, fp8 row;
 mxfp4 always has 32 and nvfp4 16. Norms and biases are kept as they are. An interrupted run leaves
-OUT.partial; the same command goes on from there.
+OUT.partial; the same command goes on from there. All of it is done on the CPU: the result is the same
+whatever device it will run on.
 
 --sparse-24 keeps two of every four weights, those of largest magnitude. That saves a quarter of fp4's and
 int4's bytes and three eighths of fp8's, and costs much quality unless the model was trained for it.
@@ -47,7 +48,7 @@ int4's bytes and three eighths of fp8's, and costs much quality unless the model
 The layout compressed-tensors is for other engines (vLLM, transformers). It takes int4, int4-sym and int8 in
 groups of columns or rows, fp8 a row, a tensor or a tile, mxfp4 and nvfp4; embedding and head are kept.
 
---fit mixes formats so that `run --memory SIZE` has room for everything: weights, a KV cache in f16
+--fit mixes formats so that `run --device cpu --memory SIZE` has room for everything: weights, a KV cache in f16
 for --concurrency sequences of --context tokens, activations, the program. It takes the first of
 int8 g32, int8 g128, int4 g32, int4-sym g32, int4 g128, int4-sym g128, int3 g64 and int2 g32 that
 fits for all matrices. Then it raises one matrix after the other to the format before, each time
