@@ -1,6 +1,7 @@
 //! Quantised keys and values in host memory.
 
 use half::f16;
+use marlin_format::Element;
 
 use crate::KernelError;
 use crate::host::{allocate, copy_blocks};
@@ -14,6 +15,18 @@ pub(crate) struct KvCodes {
     /// Least-significant bits first.
     codes: Vec<u8>,
     scales: Vec<f16>,
+}
+
+/// A row of codes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct KvRow<'a> {
+    pub(crate) element: Element,
+    pub(crate) dim: usize,
+    pub(crate) codes: &'a [u8],
+    /// One for each group.
+    pub(crate) scales: &'a [f16],
+    /// Values of a group.
+    pub(crate) group: usize,
 }
 
 impl KvCodes {
@@ -41,6 +54,18 @@ impl KvCodes {
                 let code = element.encode_nearest(value * inverse) as u8;
                 codes[i / per_byte] |= code << (i % per_byte * element.bits() as usize);
             }
+        }
+    }
+
+    /// A row as it is stored.
+    pub(crate) fn row(&self, row: usize) -> KvRow<'_> {
+        let (bytes, scales) = (self.code.bytes(self.dim), self.code.scales(self.dim));
+        KvRow {
+            element: self.code.element,
+            dim: self.dim,
+            codes: &self.codes[row * bytes..][..bytes],
+            scales: &self.scales[row * scales..][..scales],
+            group: self.code.group.min(self.dim),
         }
     }
 

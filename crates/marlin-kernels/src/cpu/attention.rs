@@ -8,13 +8,12 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use half::f16;
-
 use super::disjoint::Disjoint;
+use super::kv::load_cached;
 use super::simd::{Simd, SimdLevel, WithSimd};
 use super::threads::Threads;
 use super::vector::{LANES, exp, load, max, sum};
-use crate::host::{HostKvCache, HostKvLayer, HostStep, KvData, KvPlane, visible};
+use crate::host::{HostKvCache, HostKvLayer, HostStep, visible};
 use crate::{AttentionShape, HostBuffer};
 
 /// Keys whose scores are exponentiated together.
@@ -231,36 +230,6 @@ impl Call<'_> {
             let to = (position - start) * stride;
             load_cached(simd, &self.cache.keys, kv_head, slot, &mut scratch.keys[to..][..stride]);
             load_cached(simd, &self.cache.values, kv_head, slot, &mut scratch.values[to..][..stride]);
-        }
-    }
-}
-
-/// Loads one head's key or value of one token, padded with zeros.
-#[inline(always)]
-fn load_cached<S: Simd>(simd: S, plane: &KvPlane, head: usize, slot: usize, to: &mut [f32]) {
-    match &plane.data {
-        KvData::F16(data) => {
-            let (to, _) = to.as_chunks_mut::<LANES>();
-            let (chunks, tail) = data[plane.range(head, slot)].as_chunks::<LANES>();
-            for (to, from) in to.iter_mut().zip(chunks) {
-                *to = simd.store(simd.load_f16(from));
-            }
-            if !tail.is_empty() {
-                let mut padded = [f16::ZERO; LANES];
-                padded[..tail.len()].copy_from_slice(tail);
-                to[chunks.len()] = simd.store(simd.load_f16(&padded));
-            }
-        }
-        KvData::F32(data) => {
-            let from = &data[plane.range(head, slot)];
-            for (i, to) in to.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-                *to = simd.store(load(simd, from, i * LANES));
-            }
-        }
-        KvData::Codes(codes) => {
-            let (values, padding) = to.split_at_mut(plane.dim);
-            codes.load(plane.row(head, slot), values);
-            padding.fill(0.0);
         }
     }
 }

@@ -8,6 +8,7 @@
 
 mod attention;
 mod disjoint;
+mod kv;
 mod linear;
 mod rows;
 mod simd;
