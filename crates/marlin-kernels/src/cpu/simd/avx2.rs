@@ -1,18 +1,34 @@
-//! x86-64 with AVX2, FMA and F16C.
+//! x86-64 with AVX2, FMA and F16C, and the ways in which such processors multiply bytes.
 
 use std::arch::x86_64::*;
+use std::fmt;
+use std::marker::PhantomData;
 
+use super::dots::Dots;
 use super::{Simd, WithSimd};
 
-/// Proof that the processor has AVX2, FMA and F16C.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Avx2(());
+/// Proof that the processor has AVX2, FMA and F16C, and what `D` needs besides.
+pub(crate) struct Avx2<D>(PhantomData<D>);
 
-impl Avx2 {
+impl<D> Clone for Avx2<D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<D> Copy for Avx2<D> {}
+
+impl<D> fmt::Debug for Avx2<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(std::any::type_name::<Self>())
+    }
+}
+
+impl<D: Dots> Avx2<D> {
     pub(crate) fn detect() -> Option<Self> {
         let found =
             is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
-        found.then_some(Self(()))
+        (found && D::detect()).then_some(Self(PhantomData))
     }
 }
 
@@ -27,18 +43,14 @@ macro_rules! intrinsics {
     }};
 }
 
-impl Simd for Avx2 {
+impl<D: Dots> Simd for Avx2<D> {
     type Bytes = __m256i;
     type I32 = __m256i;
     type F32 = __m256;
 
     #[inline]
     fn vectorize<W: WithSimd>(self, operation: W) -> W::Output {
-        #[target_feature(enable = "avx2,fma,f16c")]
-        fn inner<W: WithSimd>(simd: Avx2, operation: W) -> W::Output {
-            operation.with_simd(simd)
-        }
-        intrinsics!(inner(self, operation))
+        intrinsics!(D::vectorize(self, operation))
     }
 
     #[inline(always)]
@@ -82,30 +94,11 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn dot_unsigned(self, weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
-        // An i16 holds two products of each of the four vectors: at most 8·32·127 = 32512.
-        intrinsics!({
-            let p0 = _mm256_maddubs_epi16(weights[0], x[0]);
-            let p1 = _mm256_maddubs_epi16(weights[1], x[1]);
-            let p2 = _mm256_maddubs_epi16(weights[2], x[2]);
-            let p3 = _mm256_maddubs_epi16(weights[3], x[3]);
-            let sum = _mm256_add_epi16(_mm256_add_epi16(p0, p1), _mm256_add_epi16(p2, p3));
-            _mm256_madd_epi16(sum, _mm256_set1_epi16(1))
-        })
+        intrinsics!(D::dot_unsigned(weights, x))
     }
     #[inline(always)]
     fn dot_signed(self, weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
-        // The first factor of maddubs is unsigned: w·x = |w|·(x with the sign of w). |−128| = 128 is right as an unsigned byte,
-        // and x is never −128, so that negating it does not overflow. Pairs sum to at most 2·128·127 = 32512.
-        intrinsics!({
-            let mut sum = _mm256_setzero_si256();
-            let mut q = 0;
-            while q < 4 {
-                let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights[q]), _mm256_sign_epi8(x[q], weights[q]));
-                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-                q += 1;
-            }
-            sum
-        })
+        intrinsics!(D::dot_signed(weights, x))
     }
 
     #[inline(always)]

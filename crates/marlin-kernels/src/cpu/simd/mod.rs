@@ -11,6 +11,8 @@ use crate::KernelError;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod dots;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
@@ -25,12 +27,16 @@ pub enum SimdLevel {
     Portable,
     /// x86-64 with AVX2, FMA and F16C (2013 and later).
     Avx2,
+    /// The same with AVX-VNNI (2021 and later).
+    AvxVnni,
+    /// The same with AVX-512 VNNI, in vectors of 256 bits (2019 and later).
+    Avx512Vnni,
     /// AArch64 with Advanced SIMD.
     Neon,
 }
 
 impl SimdLevel {
-    const ALL: [Self; 3] = [Self::Portable, Self::Avx2, Self::Neon];
+    const ALL: [Self; 5] = [Self::Portable, Self::Avx2, Self::AvxVnni, Self::Avx512Vnni, Self::Neon];
 
     /// The best level of this processor.
     pub fn detect() -> Self {
@@ -55,7 +61,11 @@ impl SimdLevel {
         match self {
             Self::Portable => Some(portable::Portable.vectorize(operation)),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => avx2::Avx2::detect().map(|simd| simd.vectorize(operation)),
+            Self::Avx2 => avx2::Avx2::<dots::Maddubs>::detect().map(|simd| simd.vectorize(operation)),
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => avx2::Avx2::<dots::AvxVnni>::detect().map(|simd| simd.vectorize(operation)),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => avx2::Avx2::<dots::Avx512Vnni>::detect().map(|simd| simd.vectorize(operation)),
             #[cfg(target_arch = "aarch64")]
             Self::Neon => neon::Neon::detect().map(|simd| simd.vectorize(operation)),
             #[allow(unreachable_patterns, reason = "levels of other architectures")]
@@ -72,6 +82,8 @@ impl fmt::Display for SimdLevel {
         f.pad(match self {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
+            Self::AvxVnni => "avx-vnni",
+            Self::Avx512Vnni => "avx512-vnni",
             Self::Neon => "neon",
         })
     }

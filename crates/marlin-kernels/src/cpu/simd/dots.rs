@@ -1,0 +1,149 @@
+//! Sums of products of bytes on x86-64: what each generation of processors has for them.
+
+use std::arch::x86_64::*;
+
+use super::WithSimd;
+use super::avx2::Avx2;
+
+/// Instructions that multiply bytes and sum them up, beside AVX2, FMA and F16C.
+pub(crate) trait Dots: Send + Sync + Sized + 'static {
+    /// Whether the processor has them.
+    fn detect() -> bool;
+
+    /// Runs `operation` with all instructions enabled.
+    ///
+    /// # Safety
+    /// The processor has them: `simd` is proof of it.
+    unsafe fn vectorize<W: WithSimd>(simd: Avx2<Self>, operation: W) -> W::Output;
+
+    /// [`super::Simd::dot_unsigned`].
+    ///
+    /// # Safety
+    /// The processor has the instructions.
+    unsafe fn dot_unsigned(weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i;
+
+    /// [`super::Simd::dot_signed`].
+    ///
+    /// # Safety
+    /// The processor has the instructions.
+    unsafe fn dot_signed(weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i;
+}
+
+/// Those of AVX2, which sum in 16 bits.
+pub(crate) struct Maddubs;
+
+impl Dots for Maddubs {
+    fn detect() -> bool {
+        true
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn vectorize<W: WithSimd>(simd: Avx2<Self>, operation: W) -> W::Output {
+        operation.with_simd(simd)
+    }
+
+    #[inline(always)]
+    unsafe fn dot_unsigned(weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
+        // An i16 holds two products of each of the four vectors: at most 8·32·127 = 32512.
+        // SAFETY: the caller's.
+        unsafe {
+            let p0 = _mm256_maddubs_epi16(weights[0], x[0]);
+            let p1 = _mm256_maddubs_epi16(weights[1], x[1]);
+            let p2 = _mm256_maddubs_epi16(weights[2], x[2]);
+            let p3 = _mm256_maddubs_epi16(weights[3], x[3]);
+            let sum = _mm256_add_epi16(_mm256_add_epi16(p0, p1), _mm256_add_epi16(p2, p3));
+            _mm256_madd_epi16(sum, _mm256_set1_epi16(1))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_signed(weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
+        // Pairs sum to at most 2·128·127 = 32512.
+        // SAFETY: the caller's.
+        unsafe {
+            let mut sum = _mm256_setzero_si256();
+            let mut q = 0;
+            while q < 4 {
+                let (size, x) = signs_moved(weights[q], x[q]);
+                let pairs = _mm256_maddubs_epi16(size, x);
+                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+                q += 1;
+            }
+            sum
+        }
+    }
+}
+
+/// The first factor of all these instructions is unsigned: w·x = |w|·(x with the sign of w). |−128| = 128 is right as an unsigned byte,
+/// and x is never −128, so that negating it does not overflow.
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+unsafe fn signs_moved(weights: __m256i, x: __m256i) -> (__m256i, __m256i) {
+    // SAFETY: the caller's.
+    unsafe { (_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights)) }
+}
+
+/// Implements [`Dots`] with an instruction that adds four products of bytes to each lane, exactly.
+macro_rules! vnni {
+    ($(#[$doc:meta])* $name:ident, $features:literal, $detect:expr, $dpbusd:ident) => {
+        $(#[$doc])*
+        pub(crate) struct $name;
+
+        impl Dots for $name {
+            fn detect() -> bool {
+                $detect
+            }
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            unsafe fn vectorize<W: WithSimd>(simd: Avx2<Self>, operation: W) -> W::Output {
+                operation.with_simd(simd)
+            }
+
+            #[inline(always)]
+            unsafe fn dot_unsigned(weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
+                // Two chains, which need not wait for each other.
+                // SAFETY: the caller's.
+                unsafe {
+                    let zero = _mm256_setzero_si256();
+                    let even = $dpbusd($dpbusd(zero, weights[0], x[0]), weights[2], x[2]);
+                    let odd = $dpbusd($dpbusd(zero, weights[1], x[1]), weights[3], x[3]);
+                    _mm256_add_epi32(even, odd)
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn dot_signed(weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
+                // SAFETY: the caller's.
+                unsafe {
+                    let mut sum = _mm256_setzero_si256();
+                    let mut q = 0;
+                    while q < 4 {
+                        let (size, x) = signs_moved(weights[q], x[q]);
+                        sum = $dpbusd(sum, size, x);
+                        q += 1;
+                    }
+                    sum
+                }
+            }
+        }
+    };
+}
+
+vnni!(
+    /// AVX-VNNI: Alder Lake, Zen 5 and later.
+    AvxVnni,
+    "avx2,fma,f16c,avxvnni",
+    is_x86_feature_detected!("avxvnni"),
+    _mm256_dpbusd_avx_epi32
+);
+vnni!(
+    /// AVX-512 VNNI in vectors of 256 bits: Ice Lake, Zen 4 and later.
+    Avx512Vnni,
+    "avx2,fma,f16c,avx512vl,avx512vnni",
+    is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512vnni"),
+    _mm256_dpbusd_epi32
+);
