@@ -80,17 +80,22 @@ impl Pattern for Dense {
     ) -> S::I32 {
         let (w_first, w_second) = ([w[0], w[1], w[2], w[3]], [w[4], w[5], w[6], w[7]]);
         let [x_first, x_second] = x.halves();
-        let (dot, x_sum) = match PART {
-            FIRST_HALF => (integer_dot::<S, C>(simd, w_first, quads(simd, x_first)), x.sums[0]),
-            SECOND_HALF => (integer_dot::<S, C>(simd, w_second, quads(simd, x_second)), x.sums[1]),
-            _ => {
-                let first = integer_dot::<S, C>(simd, w_first, quads(simd, x_first));
-                let second = integer_dot::<S, C>(simd, w_second, quads(simd, x_second));
-                (simd.add_i32(first, second), x.sums[0] + x.sums[1])
-            }
-        };
         // Σ (byte − offset)·x = Σ byte·x − offset·Σx.
-        simd.sub_i32(dot, simd.mul_i16(offset, x_sum))
+        let x_sum = match PART {
+            FIRST_HALF => x.sums[0],
+            SECOND_HALF => x.sums[1],
+            _ => x.sums[0] + x.sums[1],
+        };
+        let less = simd.mul_i16(offset, -x_sum);
+        match PART {
+            FIRST_HALF => add_dot::<S, C>(simd, less, w_first, quads(simd, x_first)),
+            SECOND_HALF => add_dot::<S, C>(simd, less, w_second, quads(simd, x_second)),
+            _ => {
+                // Two chains, which need not wait for each other.
+                let first = add_dot::<S, C>(simd, less, w_first, quads(simd, x_first));
+                simd.add_i32(first, add_dot::<S, C>(simd, simd.splat_i32(0), w_second, quads(simd, x_second)))
+            }
+        }
     }
 }
 
@@ -172,7 +177,8 @@ impl Pattern for TwoOfFour {
         }
         // Rows differ in which inputs they keep, and so in their sum.
         let offset = [simd.repeat_byte(offset); 4];
-        simd.sub_i32(integer_dot::<S, C>(simd, w, inputs), integer_dot::<S, C>(simd, offset, inputs))
+        let zero = simd.splat_i32(0);
+        simd.sub_i32(add_dot::<S, C>(simd, zero, w, inputs), add_dot::<S, C>(simd, zero, offset, inputs))
     }
 }
 
@@ -183,6 +189,6 @@ fn quads<S: Simd>(simd: S, x: &[i8; 16]) -> [S::Bytes; 4] {
 }
 
 #[inline(always)]
-fn integer_dot<S: Simd, C: Codes>(simd: S, weights: [S::Bytes; 4], x: [S::Bytes; 4]) -> S::I32 {
-    if C::SIGNED { simd.dot_signed(weights, x) } else { simd.dot_unsigned(weights, x) }
+fn add_dot<S: Simd, C: Codes>(simd: S, sum: S::I32, weights: [S::Bytes; 4], x: [S::Bytes; 4]) -> S::I32 {
+    if C::SIGNED { simd.add_dot_signed(sum, weights, x) } else { simd.add_dot_unsigned(sum, weights, x) }
 }

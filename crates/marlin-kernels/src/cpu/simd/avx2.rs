@@ -93,12 +93,12 @@ impl<D: Dots> Simd for Avx2<D> {
         })
     }
     #[inline(always)]
-    fn dot_unsigned(self, weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
-        intrinsics!(D::dot_unsigned(weights, x))
+    fn add_dot_unsigned(self, sum: __m256i, weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
+        intrinsics!(D::add_dot_unsigned(sum, weights, x))
     }
     #[inline(always)]
-    fn dot_signed(self, weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
-        intrinsics!(D::dot_signed(weights, x))
+    fn add_dot_signed(self, sum: __m256i, weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
+        intrinsics!(D::add_dot_signed(sum, weights, x))
     }
 
     #[inline(always)]

@@ -16,17 +16,17 @@ pub(crate) trait Dots: Send + Sync + Sized + 'static {
     /// The processor has them: `simd` is proof of it.
     unsafe fn vectorize<W: WithSimd>(simd: Avx2<Self>, operation: W) -> W::Output;
 
-    /// [`super::Simd::dot_unsigned`].
+    /// [`super::Simd::add_dot_unsigned`].
     ///
     /// # Safety
     /// The processor has the instructions.
-    unsafe fn dot_unsigned(weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i;
+    unsafe fn add_dot_unsigned(sum: __m256i, weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i;
 
-    /// [`super::Simd::dot_signed`].
+    /// [`super::Simd::add_dot_signed`].
     ///
     /// # Safety
     /// The processor has the instructions.
-    unsafe fn dot_signed(weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i;
+    unsafe fn add_dot_signed(sum: __m256i, weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i;
 }
 
 /// Those of AVX2, which sum in 16 bits.
@@ -44,7 +44,7 @@ impl Dots for Maddubs {
     }
 
     #[inline(always)]
-    unsafe fn dot_unsigned(weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
+    unsafe fn add_dot_unsigned(sum: __m256i, weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
         // An i16 holds two products of each of the four vectors: at most 8·32·127 = 32512.
         // SAFETY: the caller's.
         unsafe {
@@ -52,18 +52,17 @@ impl Dots for Maddubs {
             let p1 = _mm256_maddubs_epi16(weights[1], x[1]);
             let p2 = _mm256_maddubs_epi16(weights[2], x[2]);
             let p3 = _mm256_maddubs_epi16(weights[3], x[3]);
-            let sum = _mm256_add_epi16(_mm256_add_epi16(p0, p1), _mm256_add_epi16(p2, p3));
-            _mm256_madd_epi16(sum, _mm256_set1_epi16(1))
+            let pairs = _mm256_add_epi16(_mm256_add_epi16(p0, p1), _mm256_add_epi16(p2, p3));
+            _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
         }
     }
 
     #[inline(always)]
-    unsafe fn dot_signed(weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
+    unsafe fn add_dot_signed(sum: __m256i, weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
         // Pairs sum to at most 2·128·127 = 32512.
         // SAFETY: the caller's.
         unsafe {
-            let mut sum = _mm256_setzero_si256();
-            let mut q = 0;
+            let (mut sum, mut q) = (sum, 0);
             while q < 4 {
                 let (size, x) = signs_moved(weights[q], x[q]);
                 let pairs = _mm256_maddubs_epi16(size, x);
@@ -104,23 +103,23 @@ macro_rules! vnni {
             }
 
             #[inline(always)]
-            unsafe fn dot_unsigned(weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
-                // Two chains, which need not wait for each other.
+            unsafe fn add_dot_unsigned(sum: __m256i, weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
                 // SAFETY: the caller's.
                 unsafe {
-                    let zero = _mm256_setzero_si256();
-                    let even = $dpbusd($dpbusd(zero, weights[0], x[0]), weights[2], x[2]);
-                    let odd = $dpbusd($dpbusd(zero, weights[1], x[1]), weights[3], x[3]);
-                    _mm256_add_epi32(even, odd)
+                    let (mut sum, mut q) = (sum, 0);
+                    while q < 4 {
+                        sum = $dpbusd(sum, weights[q], x[q]);
+                        q += 1;
+                    }
+                    sum
                 }
             }
 
             #[inline(always)]
-            unsafe fn dot_signed(weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
+            unsafe fn add_dot_signed(sum: __m256i, weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
                 // SAFETY: the caller's.
                 unsafe {
-                    let mut sum = _mm256_setzero_si256();
-                    let mut q = 0;
+                    let (mut sum, mut q) = (sum, 0);
                     while q < 4 {
                         let (size, x) = signs_moved(weights[q], x[q]);
                         sum = $dpbusd(sum, size, x);

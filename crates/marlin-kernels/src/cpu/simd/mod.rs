@@ -125,11 +125,11 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn quad(self, x: &[i8; 16], q: usize) -> Self::Bytes;
     /// The low byte of each lane in all four of its bytes.
     fn repeat_byte(self, v: Self::I32) -> Self::Bytes;
-    /// The dot product of each lane's 16 weights with its 16 bytes of `x`. Weights are unsigned and at most 32, so that eight
+    /// `sum` and the dot product of each lane's 16 weights with its 16 bytes of `x`. Weights are unsigned and at most 32, so that eight
     /// products of at most 32·127 sum to at most 32512 and fit i16 (a lane's 16 products are summed as two such sums).
-    fn dot_unsigned(self, weights: [Self::Bytes; 4], x: [Self::Bytes; 4]) -> Self::I32;
-    /// The dot product of each lane's 16 signed weights (−128 to 127) with its 16 bytes of `x`, none of them −128.
-    fn dot_signed(self, weights: [Self::Bytes; 4], x: [Self::Bytes; 4]) -> Self::I32;
+    fn add_dot_unsigned(self, sum: Self::I32, weights: [Self::Bytes; 4], x: [Self::Bytes; 4]) -> Self::I32;
+    /// `sum` and the dot product of each lane's 16 signed weights (−128 to 127) with its 16 bytes of `x`, none of them −128.
+    fn add_dot_signed(self, sum: Self::I32, weights: [Self::Bytes; 4], x: [Self::Bytes; 4]) -> Self::I32;
 
     fn splat_i32(self, value: i32) -> Self::I32;
     fn widen_i8(self, from: &[i8; 8]) -> Self::I32;

@@ -149,17 +149,17 @@ impl Simd for Neon {
         })
     }
     #[inline(always)]
-    fn dot_unsigned(self, weights: [Bytes; 4], x: [Bytes; 4]) -> I32 {
+    fn add_dot_unsigned(self, sum: I32, weights: [Bytes; 4], x: [Bytes; 4]) -> I32 {
         // Weights of at most 32 are the same signed.
-        self.dot_signed(weights, x)
+        self.add_dot_signed(sum, weights, x)
     }
     #[inline(always)]
-    fn dot_signed(self, weights: [Bytes; 4], x: [Bytes; 4]) -> I32 {
+    fn add_dot_signed(self, sum: I32, weights: [Bytes; 4], x: [Bytes; 4]) -> I32 {
         let ([a, b, c, d], [x0, x1, x2, x3]) = (weights, x);
         intrinsics!({
             let low = vaddq_s32(dot_pair([a.0, b.0], [x0.0, x1.0]), dot_pair([c.0, d.0], [x2.0, x3.0]));
             let high = vaddq_s32(dot_pair([a.1, b.1], [x0.1, x1.1]), dot_pair([c.1, d.1], [x2.1, x3.1]));
-            (low, high)
+            (vaddq_s32(sum.0, low), vaddq_s32(sum.1, high))
         })
     }
 

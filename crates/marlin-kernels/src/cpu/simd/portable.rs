@@ -48,8 +48,7 @@ impl Simd for Portable {
         from_fn(|i| v[i / 4] as u8)
     }
     #[inline(always)]
-    fn dot_unsigned(self, weights: [[u8; 32]; 4], x: [[u8; 32]; 4]) -> [i32; 8] {
-        let mut sums = [0; 8];
+    fn add_dot_unsigned(self, mut sums: [i32; 8], weights: [[u8; 32]; 4], x: [[u8; 32]; 4]) -> [i32; 8] {
         for (q, w) in weights.iter().enumerate() {
             for (lane, sum) in sums.iter_mut().enumerate() {
                 for j in 0..4 {
@@ -60,8 +59,7 @@ impl Simd for Portable {
         sums
     }
     #[inline(always)]
-    fn dot_signed(self, weights: [[u8; 32]; 4], x: [[u8; 32]; 4]) -> [i32; 8] {
-        let mut sums = [0; 8];
+    fn add_dot_signed(self, mut sums: [i32; 8], weights: [[u8; 32]; 4], x: [[u8; 32]; 4]) -> [i32; 8] {
         for (q, w) in weights.iter().enumerate() {
             for (lane, sum) in sums.iter_mut().enumerate() {
                 for j in 0..4 {

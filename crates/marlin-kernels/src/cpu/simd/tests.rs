@@ -75,6 +75,7 @@ fn dot_products_hold_at_their_extremes() {
             let weights = |f: &dyn Fn(usize) -> u8| -> [[u8; 32]; 4] {
                 std::array::from_fn(|q| std::array::from_fn(|i| f(31 * q + 7 * i)))
             };
+            let start = simd.splat_i32(-9);
             let inputs: [[i8; 16]; 4] =
                 [[127; 16], [-127; 16], [0; 16], std::array::from_fn(|i| (16 * i as i32 - 120) as i8)];
             for x in inputs {
@@ -89,12 +90,13 @@ fn dot_products_hold_at_their_extremes() {
                 for x in [quads, rotated.each_ref().map(|x| simd.bytes(x))] {
                     let plain_x = x.map(|x| bytes(simd, x));
                     for w in [weights(&|_| 32), weights(&|_| 0), weights(&|i| (i % 33) as u8)] {
-                        let dot = simd.dot_unsigned(w.each_ref().map(|w| simd.bytes(w)), x);
-                        assert_eq!(lanes(simd, dot), plain_dot(&w, &plain_x, i32::from));
+                        let dot = simd.add_dot_unsigned(start, w.each_ref().map(|w| simd.bytes(w)), x);
+                        assert_eq!(lanes(simd, dot), plain_dot(&w, &plain_x, i32::from).map(|dot| dot - 9));
                     }
                     for w in [weights(&|_| 0x80), weights(&|_| 127), weights(&|i| i as u8)] {
-                        let dot = simd.dot_signed(w.each_ref().map(|w| simd.bytes(w)), x);
-                        assert_eq!(lanes(simd, dot), plain_dot(&w, &plain_x, |w| i32::from(w as i8)));
+                        let dot = simd.add_dot_signed(start, w.each_ref().map(|w| simd.bytes(w)), x);
+                        let plain = plain_dot(&w, &plain_x, |w| i32::from(w as i8));
+                        assert_eq!(lanes(simd, dot), plain.map(|dot| dot - 9));
                     }
                 }
             }
