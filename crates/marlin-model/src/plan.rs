@@ -229,7 +229,7 @@ impl<'a> Planner<'a> {
         })
     }
 
-    /// Refuses a KV cache that the device cannot have, however much memory there is, as loading the model would after its weights.
+    /// Refuses a KV cache that the device cannot have, however much memory there is, as loading the model would.
     ///
     /// # Errors
     /// The cache is beyond what the device can bind, or an option does not suit the model.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use marlin_checkpoint::{Checkpoint, CheckpointError};
 use marlin_kernels::KernelError;
-use marlin_model::{LanguageModel, LoadOptions, ModelError, Planner};
+use marlin_model::{LanguageModel, LoadOptions, ModelError};
 use marlin_quantize::{QuantizeError, Recipe, source_fingerprint};
 
 use sha2::{Digest, Sha256};
@@ -244,15 +244,12 @@ pub fn allowed_context(checkpoint: &Checkpoint) -> Option<usize> {
     checkpoint.config()["max_position_embeddings"].as_u64().and_then(|n| usize::try_from(n).ok())
 }
 
-/// Loads a checkpoint's model onto the device: its weights are put into the device's own order here, once. A KV cache that the device
-/// cannot have is refused before them.
+/// Loads a checkpoint's model onto the device: its weights are put into the device's own order here, once.
 pub fn load_model(
     checkpoint: &Checkpoint,
     device: &Device,
     options: &LoadOptions,
 ) -> Result<Box<dyn LanguageModel>, LoadError> {
-    let planner = Planner::new(device.memory_use(), checkpoint).map_err(LoadError::Model)?;
-    planner.check_kv_cache(options).map_err(LoadError::Model)?;
     device.load(checkpoint, options).map_err(LoadError::Model)
 }
 

@@ -35,6 +35,8 @@ pub(super) fn load_decoder<B: Backend>(
 ) -> Result<Decoder<B>, ModelError> {
     let (architecture, spec) = families::spec(checkpoint)?;
     let sizes = Sizes::new(&spec, options, checkpoint.name())?;
+    let kv_layout = spec.kv_layout();
+    backend.check_kv_blocks(&kv_layout, options.kv_type, sizes.kv_blocks)?;
 
     // Weights come first: once they are there, the sizes that config.json claims are known to be real.
     let loader = Loader { backend, checkpoint, spec: &spec, read: RefCell::default() };
@@ -45,7 +47,6 @@ pub(super) fn load_decoder<B: Backend>(
     loader.refuse_unread()?;
 
     let limits = sizes.step_limits(&spec, options.step_tokens);
-    let kv_layout = spec.kv_layout();
     let rope = |rope: &crate::rope::Rope| {
         Ok::<_, ModelError>(Rope { inv_freq: backend.load_vector(&rope.inv_freq)?, scaling: rope.scaling })
     };
