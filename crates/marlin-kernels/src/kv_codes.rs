@@ -71,13 +71,9 @@ impl KvCodes {
 
     /// The `dim` values of a row.
     pub(crate) fn load(&self, row: usize, values: &mut [f32]) {
-        let KvCode { element, group, .. } = self.code;
-        let (bytes, scales) = (self.code.bytes(self.dim), self.code.scales(self.dim));
-        let codes = &self.codes[row * bytes..][..bytes];
-        let scales = &self.scales[row * scales..][..scales];
+        let KvRow { element, dim, codes, scales, group } = self.row(row);
         let decoded = element.values();
-        let group = group.min(self.dim);
-        for ((g, values), scale) in values[..self.dim].chunks_mut(group).enumerate().zip(scales) {
+        for ((g, values), scale) in values[..dim].chunks_mut(group).enumerate().zip(scales) {
             let scale = scale.to_f32();
             if element.bits() == 8 {
                 for (value, &code) in values.iter_mut().zip(&codes[g * group..]) {

@@ -6,12 +6,12 @@ mod common;
 use std::process::ExitCode;
 
 use common::{
-    Device, Golden, assert_parity, golden, goldens, gpu_trials, options, packed, packed_in, same_bits, schemes,
-    sparse_schemes, top_two,
+    Device, Golden, assert_parity, each_packed_model, golden, goldens, gpu_trials, options, packed, packed_in,
+    same_bits, schemes, sparse_schemes, top_two,
 };
 use libtest_mimic::{Arguments, Trial};
 use marlin_checkpoint::Checkpoint;
-use marlin_format::{Format, Scheme};
+use marlin_format::Format;
 use marlin_kernels::KvType;
 use marlin_kernels::gpu::{GpuArithmetic, GpuBackend, GpuOptions};
 use marlin_model::{LoadOptions, Planner, load_model};
@@ -84,21 +84,7 @@ fn logits(gpu: &'static GpuBackend, kv_type: KvType, bound: f32) {
 }
 
 fn packed_models(gpu: &'static GpuBackend, bound: f32) {
-    let mut all = schemes(Format::ALL.into_iter().filter(|format| !format.is_dense()));
-    all.extend(sparse_schemes());
-    // Each alone, and all mixed, so that the parts of fused linears differ.
-    for schemes in all.iter().map(|&scheme| vec![scheme]).chain([all.clone()]) {
-        let formats = schemes.iter().map(Scheme::to_string).collect::<Vec<_>>().join(", ");
-        for name in ["llama-gqa4-bias-sharded", "qwen3-gqa2-tied", "phi3-mha-window"] {
-            let input_ids = Golden::read(&golden(name)).input_ids;
-            let target = packed(&golden(name), &schemes);
-            let logits = |device: Device| {
-                device.load(&packed_in(&target), &options(KvType::F32)).unwrap().logits_of(&input_ids, 40)
-            };
-            let wanted = Golden { logits: logits(Device::Reference), input_ids: input_ids.clone() };
-            assert_parity(&format!("{name} in {formats}"), &logits(Device::Gpu(gpu)), &wanted, bound);
-        }
-    }
+    each_packed_model(|what, wanted, logits| assert_parity(what, &logits(Device::Gpu(gpu)), wanted, bound));
 }
 
 fn sampling(gpu: &'static GpuBackend) {

@@ -3,10 +3,8 @@
 mod common;
 
 use common::{
-    Device, Golden, argmax, assert_parity, golden, goldens, l2_error, options, packed, packed_in, same_bits, schemes,
-    sparse_schemes, top_two,
+    Device, Golden, argmax, assert_parity, each_packed_model, golden, goldens, l2_error, options, same_bits, top_two,
 };
-use marlin_format::{Format, Scheme};
 use marlin_kernels::KvType;
 use marlin_kernels::cpu::Arithmetic;
 
@@ -41,26 +39,14 @@ fn logits_agree_with_transformers() {
 
 #[test]
 fn packed_models_agree_on_all_devices() {
-    let mut all = schemes(Format::ALL.into_iter().filter(|format| !format.is_dense()));
-    all.extend(sparse_schemes());
-    // Each alone, and all mixed, so that the parts of fused linears differ.
-    for schemes in all.iter().map(|&scheme| vec![scheme]).chain([all.clone()]) {
-        let formats = schemes.iter().map(Scheme::to_string).collect::<Vec<_>>().join(", ");
-        for name in ["llama-gqa4-bias-sharded", "qwen3-gqa2-tied", "phi3-mha-window"] {
-            let input_ids = Golden::read(&golden(name)).input_ids;
-            let target = packed(&golden(name), &schemes);
-            let logits = |device: Device| {
-                device.load(&packed_in(&target), &options(KvType::F32)).unwrap().logits_of(&input_ids, 40)
-            };
-            let wanted = Golden { logits: logits(Device::Reference), input_ids: input_ids.clone() };
-            for device in Device::exact() {
-                assert_parity(&format!("{name} in {formats} on {device:?}"), &logits(device), &wanted, BOUND);
-            }
-            // Activations of int8 cost about as much as 8-bit weights: a percent or two.
-            let error = l2_error(&logits(Device::cpu(Arithmetic::Int8, 1, None)), &wanted.logits);
-            assert!(error < INT8_BOUND, "{name} in {formats}: relative L2 error {error}");
+    each_packed_model(|what, wanted, logits| {
+        for device in Device::exact() {
+            assert_parity(&format!("{what} on {device:?}"), &logits(device), wanted, BOUND);
         }
-    }
+        // Activations of int8 cost about as much as 8-bit weights: a percent or two.
+        let error = l2_error(&logits(Device::cpu(Arithmetic::Int8, 1, None)), &wanted.logits);
+        assert!(error < INT8_BOUND, "{what}: relative L2 error {error}");
+    });
 }
 
 #[test]

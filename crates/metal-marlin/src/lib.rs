@@ -24,6 +24,7 @@ pub mod machine;
 pub mod memory;
 pub mod model_cache;
 pub mod stats;
+mod table;
 pub mod verify;
 
 pub use device::DeviceOptions;

@@ -315,19 +315,14 @@ impl<S: Simd> Softmax<'_, S> {
             let mut n = 0;
             // Two queries share each key.
             while n + 2 <= N {
-                let low = self.products::<2>(first + n, eight);
-                let high = self.products::<2>(first + n, eight + 4);
-                for (n, of_query) in [(n, 0), (n + 1, 1)] {
-                    let (a, b) = (low[of_query], high[of_query]);
-                    let sums = self.simd.sums_of_lanes([a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]]);
-                    scores[n][eight..eight + 8].copy_from_slice(&sums);
-                }
+                let [a, b] = self.scores_of_eight::<2>(first + n, eight);
+                scores[n][eight..eight + 8].copy_from_slice(&a);
+                scores[n + 1][eight..eight + 8].copy_from_slice(&b);
                 n += 2;
             }
             if n < N {
-                let ([a], [b]) = (self.products::<1>(first + n, eight), self.products::<1>(first + n, eight + 4));
-                let sums = self.simd.sums_of_lanes([a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]]);
-                scores[n][eight..eight + 8].copy_from_slice(&sums);
+                let [a] = self.scores_of_eight::<1>(first + n, eight);
+                scores[n][eight..eight + 8].copy_from_slice(&a);
             }
             eight += 8;
         }
@@ -335,6 +330,18 @@ impl<S: Simd> Softmax<'_, S> {
             // Of keys that are not seen, whatever lay in memory was multiplied.
             scores[..keys.start].fill(f32::NEG_INFINITY);
             scores[keys.end..].fill(f32::NEG_INFINITY);
+        }
+        scores
+    }
+
+    /// Scores of `N` queries from `first` on for eight keys from `key` on.
+    #[inline(always)]
+    fn scores_of_eight<const N: usize>(&self, first: usize, key: usize) -> [[f32; 8]; N] {
+        let (low, high) = (self.products::<N>(first, key), self.products::<N>(first, key + 4));
+        let mut scores = [[0.0; 8]; N];
+        for n in 0..N {
+            let ([a, b, c, d], [e, f, g, h]) = (low[n], high[n]);
+            scores[n] = self.simd.sums_of_lanes([a, b, c, d, e, f, g, h]);
         }
         scores
     }

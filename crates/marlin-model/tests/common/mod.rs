@@ -97,6 +97,25 @@ pub(crate) fn packed_in(target: &TempDir) -> PathBuf {
     target.path().join("packed")
 }
 
+/// Tiny models with their matrices packed in each format and sparse variant, and in all of them mixed, so that the parts of fused linears differ.
+/// `check` is given what it is, what the reference makes of it, and how to have a device's logits.
+pub(crate) fn each_packed_model(check: impl Fn(&str, &Golden, &dyn Fn(Device) -> Vec<f32>)) {
+    let mut all = schemes(Format::ALL.into_iter().filter(|format| !format.is_dense()));
+    all.extend(sparse_schemes());
+    for schemes in all.iter().map(|&scheme| vec![scheme]).chain([all.clone()]) {
+        let formats = schemes.iter().map(Scheme::to_string).collect::<Vec<_>>().join(", ");
+        for name in ["llama-gqa4-bias-sharded", "qwen3-gqa2-tied", "phi3-mha-window"] {
+            let input_ids = Golden::read(&golden(name)).input_ids;
+            let target = packed(&golden(name), &schemes);
+            let logits = |device: Device| {
+                device.load(&packed_in(&target), &options(KvType::F32)).unwrap().logits_of(&input_ids, 40)
+            };
+            let wanted = Golden { logits: logits(Device::Reference), input_ids: input_ids.clone() };
+            check(&format!("{name} in {formats}"), &wanted, &logits);
+        }
+    }
+}
+
 /// A device to run on.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Device {

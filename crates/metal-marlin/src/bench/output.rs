@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::{Measurement, Profile, Report, Test};
+use crate::table::text_table;
 
 /// How a report is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
@@ -253,22 +254,7 @@ impl Report {
     }
 }
 
-/// The first row are headings, the first column names.
-fn text_table(rows: &[Vec<String>]) -> String {
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let mut text = String::new();
-    for row in rows {
-        let mut line = format!("{:<width$}", row[0], width = width(0));
-        for (column, cell) in row.iter().enumerate().skip(1) {
-            line += &format!("  {cell:>width$}", width = width(column));
-        }
-        text += line.trim_end();
-        text.push('\n');
-    }
-    text
-}
-
-/// The same for documents.
+/// The table for documents: the first row are headings.
 fn markdown_table(rows: &[Vec<String>]) -> String {
     let line = |cells: &Vec<String>| format!("| {} |\n", cells.join(" | "));
     let mut lines = rows.iter().map(line);

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use super::timer::Rates;
 use super::{Group, Measurement, Report};
+use crate::table::text_table;
 
 /// A clock that moved by more than this makes figures doubtful.
 const STEADY: f64 = 0.03;
@@ -61,16 +62,7 @@ impl Report {
         for group in &self.groups {
             let mut rows = vec![COLUMNS.map(str::to_owned)];
             rows.extend(group.measurements.iter().map(|measurement| group.cells(measurement)));
-            let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-            text += &format!("\n{}: {}\n", group.name, group.facts());
-            for row in &rows {
-                let mut line = format!("{:<width$}", row[0], width = width(0));
-                for (column, cell) in row.iter().enumerate().skip(1) {
-                    line += &format!("  {cell:>width$}", width = width(column));
-                }
-                text += line.trim_end();
-                text.push('\n');
-            }
+            text += &format!("\n{}: {}\n{}", group.name, group.facts(), text_table(&rows));
         }
         text
     }
