@@ -2,19 +2,21 @@
 
 use marlin_format::{ColumnOrder, Element, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind, bits};
 
-use super::codes::{CHUNK, E2M1, Int8, LANES, array};
+use super::codes::{CHUNK, E2M1, Int8};
 use super::kernel::{Group, PanelKernel};
 use crate::KernelError;
 use crate::cpu::simd::Simd;
 use crate::cpu::threads::Threads;
 use crate::host::allocate;
 
-/// A matrix `[N, K]` in tile order: panels of 8 rows, each a run of chunks of 32 columns. N and K are padded with zeros. Under 2:4
-/// sparsity chunks hold 16 codes a row, and where they stand.
+/// A matrix `[N, K]` in tile order: panels of as many rows as the kernel's vectors have lanes, each a run of chunks of 32 columns. N and
+/// K are padded with zeros. Under 2:4 sparsity chunks hold 16 codes a row, and where they stand.
 #[derive(Debug)]
 pub(super) struct Tiles {
     /// Output features, N.
     pub(super) rows: usize,
+    /// Rows of a panel.
+    lanes: usize,
     /// Chunks of a panel.
     pub(super) chunks: usize,
     /// Groups of a panel.
@@ -26,7 +28,7 @@ pub(super) struct Tiles {
     /// `[panels, chunks, bytes of a chunk]`.
     codes: AlignedBytes,
     scale_type: ScaleType,
-    /// `[panels, groups, LANES]`, in the storage of the checkpoint.
+    /// `[panels, groups, lanes]`, in the storage of the checkpoint.
     scales: Vec<u8>,
     offsets: Offsets,
 }
@@ -76,8 +78,8 @@ impl ScaleType {
 #[derive(Debug)]
 enum Offsets {
     Constant(i32),
-    /// `[panels, groups]`
-    PerGroup(Vec<[i8; LANES]>),
+    /// `[panels, groups, lanes]`
+    PerGroup(Vec<i8>),
 }
 
 /// Whether kernels read a matrix as it is. If not, [`to_dense`] gives one that they do.
@@ -98,11 +100,11 @@ pub(super) fn is_native_scheme(scheme: &Scheme, cols: usize) -> bool {
 pub(super) fn tile_bytes(scheme: &Scheme, rows: usize, cols: usize, kernel: &dyn PanelKernel) -> Option<usize> {
     let span = group_span(scheme.group_cols(cols), cols)?;
     let offset = if scheme.zero == ZeroKind::Integer { size_of::<i8>() } else { 0 };
-    let group_bytes = LANES * (scale_type(scheme.scale)?.bytes() + offset);
+    let group_bytes = kernel.lanes() * (scale_type(scheme.scale)?.bytes() + offset);
     let chunks = cols.div_ceil(CHUNK);
     let codes = chunks.checked_mul(kernel.chunk_bytes())?;
     let panel = codes.checked_add(span.groups(chunks).checked_mul(group_bytes)?)?;
-    rows.div_ceil(LANES).checked_mul(panel)
+    rows.div_ceil(kernel.lanes()).checked_mul(panel)
 }
 
 /// The kernels know no NaN of E4M3.
@@ -168,25 +170,26 @@ impl Tiles {
         threads: &Threads,
     ) -> Result<Self, KernelError> {
         let (scheme, cols) = (&matrix.scheme, matrix.cols);
-        let (panels, chunks) = (matrix.rows.div_ceil(LANES), cols.div_ceil(CHUNK));
+        let lanes = kernel.lanes();
+        let (panels, chunks) = (matrix.rows.div_ceil(lanes), cols.div_ceil(CHUNK));
         let not_native = || KernelError::Device(format!("the CPU has no kernel for {scheme}"));
         let scale_type = scale_type(scheme.scale).ok_or_else(not_native)?;
         let span = group_span(scheme.group_cols(cols), cols).ok_or_else(not_native)?;
         let groups = span.groups(chunks);
         let element_factor = if scheme.element == Element::E2M1 { E2M1::FACTOR } else { 1.0 };
         let global = match scheme.scale {
-            ScaleKind::E4M3Global => f32::from_le_bytes(*array(&matrix.globals, 0)),
+            ScaleKind::E4M3Global => f32::from_le_bytes(*matrix.globals.first_chunk().expect("a global scale")),
             _ => 1.0,
         };
 
         let panel_bytes = chunks * kernel.chunk_bytes();
         let mut codes = AlignedBytes::zeroed(panels, panel_bytes)?;
         threads.for_each_chunk(codes.bytes_mut(), panel_bytes, |panel, tiles| {
-            kernel.pack(&PanelCodes::of(matrix, panel, chunks * CHUNK, kernel.code_bytes()), tiles);
+            kernel.pack(&PanelCodes::of(matrix, panel, lanes, chunks * CHUNK, kernel.code_bytes()), tiles);
         });
 
-        let groups_of = Groups { matrix, span, count: groups };
-        let scale_bytes = groups * LANES * scale_type.bytes();
+        let groups_of = Groups { matrix, span, lanes, count: groups };
+        let scale_bytes = groups * lanes * scale_type.bytes();
         let mut scales = allocate("scales", &[panels, scale_bytes], "cpu")?;
         if scale_type != ScaleType::One {
             threads.for_each_chunk(&mut scales, scale_bytes, |panel, scales| {
@@ -194,26 +197,27 @@ impl Tiles {
             });
         }
         let offsets = if scheme.zero == ZeroKind::Integer {
-            let mut offsets = allocate("zero points", &[panels, groups], "cpu")?;
-            threads.for_each_chunk(&mut offsets, groups, |panel, offsets| groups_of.fill_offsets(panel, offsets));
+            let mut offsets = allocate("zero points", &[panels, groups * lanes], "cpu")?;
+            threads
+                .for_each_chunk(&mut offsets, groups * lanes, |panel, offsets| groups_of.fill_offsets(panel, offsets));
             Offsets::PerGroup(offsets)
         } else {
             Offsets::Constant(offset(scheme.element, 0))
         };
         let factor = element_factor * global;
-        Ok(Self { rows: matrix.rows, chunks, groups, span, factor, codes, scale_type, scales, offsets })
+        Ok(Self { rows: matrix.rows, lanes, chunks, groups, span, factor, codes, scale_type, scales, offsets })
     }
 
-    /// Panels of 8 rows.
+    /// How many panels there are.
     pub(super) fn panels(&self) -> usize {
-        self.rows.div_ceil(LANES)
+        self.rows.div_ceil(self.lanes)
     }
 
     /// Memory held.
     pub(super) fn bytes(&self) -> usize {
         let offsets = match &self.offsets {
             Offsets::Constant(_) => 0,
-            Offsets::PerGroup(offsets) => offsets.len() * LANES,
+            Offsets::PerGroup(offsets) => offsets.len(),
         };
         self.codes.bytes().len() + self.scales.len() + offsets
     }
@@ -229,39 +233,39 @@ impl Tiles {
     /// Scales and offsets of group `g` of a panel.
     #[inline(always)]
     pub(super) fn group<S: Simd>(&self, simd: S, panel: usize, g: usize) -> Group<S> {
-        let index = panel * self.groups + g;
-        let scales = &self.scales;
+        let index = (panel * self.groups + g) * S::LANES;
+        let scales = &self.scales[self.scale_type.bytes() * index..];
         let scale = match self.scale_type {
             ScaleType::One => simd.splat(1.0),
-            ScaleType::F32 => simd.load_le_f32(array(scales, 32 * index)),
-            ScaleType::F16 => simd.load_le_f16(array(scales, 16 * index)),
-            ScaleType::Bf16 => simd.load_le_bf16(array(scales, 16 * index)),
-            ScaleType::E8M0 => simd.load_e8m0(array(scales, 8 * index)),
-            ScaleType::E4M3 => simd.load_e4m3(array(scales, 8 * index)),
+            ScaleType::F32 => simd.load_le_f32(scales),
+            ScaleType::F16 => simd.load_le_f16(scales),
+            ScaleType::Bf16 => simd.load_le_bf16(scales),
+            ScaleType::E8M0 => simd.load_e8m0(scales),
+            ScaleType::E4M3 => simd.load_e4m3(scales),
         };
         let offset = match &self.offsets {
             Offsets::Constant(offset) => simd.splat_i32(*offset),
-            Offsets::PerGroup(offsets) => simd.widen_i8(&offsets[index]),
+            Offsets::PerGroup(offsets) => simd.widen_i8(&offsets[index..]),
         };
-        Group { scale, offset, offset_f32: simd.to_f32(offset) }
+        Group { scale, offset, offset_pairs: simd.repeat_half(offset), offset_f32: simd.to_f32(offset) }
     }
 }
 
-/// The codes of 8 rows, padded with zeros to whole chunks.
+/// The codes of a panel's rows, padded with zeros to whole chunks.
 pub(super) struct PanelCodes {
-    /// `[LANES, stored codes]`, one in as many bytes as the kernel wants.
+    /// `[lanes, stored codes]`, one in as many bytes as the kernel wants.
     pub(super) codes: Vec<u8>,
     /// Under 2:4 the position of each code among its four columns, one a byte; empty for dense matrices.
     pub(super) positions: Vec<u8>,
 }
 
 impl PanelCodes {
-    fn of(matrix: &PackedMatrix<'_>, panel: usize, padded_cols: usize, code_bytes: usize) -> Self {
+    fn of(matrix: &PackedMatrix<'_>, panel: usize, lanes: usize, padded_cols: usize, code_bytes: usize) -> Self {
         let (stored, padded) = (matrix.scheme.stored_cols(matrix.cols), matrix.scheme.stored_cols(padded_cols));
         let is_sparse = matrix.scheme.sparsity == Sparsity::TwoOfFour;
-        let mut codes = vec![0; LANES * padded * code_bytes];
-        let mut positions = vec![0; if is_sparse { LANES * padded } else { 0 }];
-        let rows = panel * LANES..matrix.rows.min((panel + 1) * LANES);
+        let mut codes = vec![0; lanes * padded * code_bytes];
+        let mut positions = vec![0; if is_sparse { lanes * padded } else { 0 }];
+        let rows = panel * lanes..matrix.rows.min((panel + 1) * lanes);
         for (lane, row) in rows.enumerate() {
             let codes = &mut codes[lane * padded * code_bytes..][..stored * code_bytes];
             if matrix.scheme.element.is_dense() {
@@ -283,6 +287,7 @@ impl PanelCodes {
 struct Groups<'a> {
     matrix: &'a PackedMatrix<'a>,
     span: GroupSpan,
+    lanes: usize,
     count: usize,
 }
 
@@ -293,8 +298,8 @@ impl Groups<'_> {
             GroupSpan::Chunks(span) => span * CHUNK,
             GroupSpan::HalfChunk => CHUNK / 2,
         };
-        (0..self.count * LANES).map(move |i| {
-            let (row, col) = (panel * LANES + i % LANES, i / LANES * tile_cols);
+        (0..self.count * self.lanes).map(move |i| {
+            let (row, col) = (panel * self.lanes + i % self.lanes, i / self.lanes * tile_cols);
             (row < self.matrix.rows && col < self.matrix.cols).then(|| (row, self.matrix.group_of(col)))
         })
     }
@@ -310,8 +315,8 @@ impl Groups<'_> {
         }
     }
 
-    fn fill_offsets(&self, panel: usize, offsets: &mut [[i8; LANES]]) {
-        for (to, source) in offsets.as_flattened_mut().iter_mut().zip(self.sources(panel)) {
+    fn fill_offsets(&self, panel: usize, offsets: &mut [i8]) {
+        for (to, source) in offsets.iter_mut().zip(self.sources(panel)) {
             if let Some((row, group)) = source {
                 // Fits: an offset is a code, less 128 where codes have more than four bits.
                 *to = offset(self.matrix.scheme.element, self.matrix.zero_at(row, group)) as i8;
