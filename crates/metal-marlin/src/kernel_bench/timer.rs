@@ -1,9 +1,8 @@
 //! How long a device takes.
 
-use std::thread;
 use std::time::{Duration, Instant};
 
-use marlin_kernels::cpu::CpuBackend;
+use marlin_kernels::cpu::{CpuBackend, default_threads};
 use marlin_kernels::gpu::{GpuBackend, GpuEncoder, GpuProbe};
 use marlin_kernels::{Backend, Encoder, KernelError, LinearPart, StepLimits};
 
@@ -90,7 +89,7 @@ impl Timed for CpuBackend {
     }
 
     fn rates(&self, _probe: &mut ()) -> Result<Rates, KernelBenchError> {
-        let mut probe = BandwidthProbe::new(thread::available_parallelism().map_or(1, usize::from));
+        let mut probe = BandwidthProbe::new(default_threads());
         probe.run()?;
         Ok(Rates { read: probe.rate().map_or(0.0, |rate| rate.median), copy: None, clock: None })
     }
