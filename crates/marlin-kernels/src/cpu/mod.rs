@@ -23,11 +23,11 @@ use marlin_format::Scheme;
 pub use cores::default_threads;
 pub use linear::Arithmetic;
 pub use simd::SimdLevel;
+pub use threads::Threads;
 
 use self::attention::Attention;
 use self::disjoint::Disjoint;
 use self::linear::{Activations, Epilogue, TiledLinear};
-use self::threads::Threads;
 use crate::backend::check_hadamard;
 use crate::host::HostStep;
 use crate::sampling::host::{HostSamplings, token_of};
@@ -90,6 +90,11 @@ impl CpuBackend {
         }
         let threads = Threads::new(options.threads.unwrap_or_else(default_threads))?;
         Ok(Self { threads, arithmetic: options.arithmetic, simd })
+    }
+
+    /// The threads that its operations run on.
+    pub fn threads(&self) -> &Threads {
+        &self.threads
     }
 }
 

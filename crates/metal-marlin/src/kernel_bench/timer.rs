@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use marlin_kernels::cpu::{CpuBackend, default_threads};
+use marlin_kernels::cpu::{CpuBackend, Threads, default_threads};
 use marlin_kernels::gpu::{GpuBackend, GpuEncoder, GpuProbe};
 use marlin_kernels::{Backend, Encoder, KernelError, LinearPart, StepLimits};
 
@@ -41,6 +41,11 @@ pub(super) trait Timed: Backend {
 
     /// So many linears of the same weights, each in memory of its own.
     fn copies(&self, parts: &[LinearPart<'_>], count: usize) -> Result<Vec<Self::Linear>, KernelError>;
+
+    /// The processor's threads that kernels run on, of a device that has them.
+    fn threads(&self) -> Option<&Threads> {
+        None
+    }
 }
 
 /// A probe of a GPU, and for how long it runs before it counts.
@@ -107,6 +112,10 @@ impl Timed for CpuBackend {
 
     fn copies(&self, parts: &[LinearPart<'_>], count: usize) -> Result<Vec<Self::Linear>, KernelError> {
         (0..count).map(|_| self.load_linear(parts)).collect()
+    }
+
+    fn threads(&self) -> Option<&Threads> {
+        Some(self.threads())
     }
 }
 
