@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::disjoint::Disjoint;
-use super::kv::load_cached;
+use super::kv::{load_cached, prefetch_cached};
 use super::simd::{MOST_LANES, Simd, SimdLevel, WithSimd};
 use super::threads::Threads;
 use super::vector::{exp, load, max, sum};
@@ -17,7 +17,7 @@ use crate::host::{HostKvCache, HostKvLayer, HostStep, visible};
 use crate::{AttentionShape, HostBuffer};
 
 /// Keys whose scores are exponentiated together.
-const PARTITION: usize = 16;
+const PARTITION: usize = 32;
 /// Rows of a work item, which share a pass over the keys.
 const TILE_ROWS: usize = 16;
 /// Query heads of a work item that share a pass over the keys.
@@ -170,6 +170,7 @@ impl WithSimd for Item<'_> {
                 kv_head,
                 intersection(&partition, &seen),
                 start,
+                seen.end,
                 softmax.scratch,
             );
             let mut query = 0;
@@ -212,7 +213,8 @@ impl Call<'_> {
         keys.start - partition.start..keys.end - partition.start
     }
 
-    /// Loads keys and values of `positions`, to where they lie in the partition that begins at `start`.
+    /// Loads keys and values of `positions`, to where they lie in the partition that begins at `start`, and has those of the next partition
+    /// fetched, as far as `end`: while this one is multiplied, they arrive.
     #[inline(always)]
     fn load_keys_and_values<S: Simd>(
         &self,
@@ -221,6 +223,7 @@ impl Call<'_> {
         kv_head: usize,
         positions: Range<usize>,
         start: usize,
+        end: usize,
         scratch: &mut Scratch,
     ) {
         let pieces = scratch.pieces;
@@ -229,6 +232,11 @@ impl Call<'_> {
             let to = (position - start) * pieces;
             load_cached(simd, &self.cache.keys, kv_head, slot, scratch.keys[to..][..pieces].as_flattened_mut());
             load_cached(simd, &self.cache.values, kv_head, slot, scratch.values[to..][..pieces].as_flattened_mut());
+            if position + PARTITION < end {
+                let slot = self.step.slot(sequence, position + PARTITION, self.block_tokens);
+                prefetch_cached(simd, &self.cache.keys, kv_head, slot);
+                prefetch_cached(simd, &self.cache.values, kv_head, slot);
+            }
         }
     }
 }

@@ -42,6 +42,22 @@ pub(super) fn load_cached<S: Simd>(simd: S, plane: &KvPlane, head: usize, slot: 
     }
 }
 
+/// Asks for one head's key or value of one token to be fetched from memory.
+#[inline(always)]
+pub(super) fn prefetch_cached<S: Simd>(simd: S, plane: &KvPlane, head: usize, slot: usize) {
+    let bytes: &[u8] = match &plane.data {
+        KvData::F16(data) => bytemuck::cast_slice(&data[plane.range(head, slot)]),
+        KvData::F32(data) => bytemuck::cast_slice(&data[plane.range(head, slot)]),
+        KvData::Codes(codes) => codes.row(plane.row(head, slot)).codes,
+    };
+    for line in bytes.chunks(CACHE_LINE) {
+        simd.prefetch(line);
+    }
+}
+
+/// Bytes that come from memory together.
+const CACHE_LINE: usize = 64;
+
 /// Codes that become numbers a vector at a time.
 trait KvElement {
     /// Bits of a code.

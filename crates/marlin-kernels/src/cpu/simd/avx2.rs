@@ -75,6 +75,10 @@ impl<D: Dots> Simd for Avx2<D> {
     }
 
     #[inline(always)]
+    fn prefetch(self, at: &[u8]) {
+        intrinsics!(_mm_prefetch::<_MM_HINT_T0>(at.as_ptr().cast()));
+    }
+    #[inline(always)]
     fn bytes(self, from: &[u8]) -> __m256i {
         let from: &[u8; 32] = first(from);
         intrinsics!(_mm256_loadu_si256(from.as_ptr().cast()))

@@ -51,6 +51,10 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn prefetch(self, at: &[u8]) {
+        intrinsics!(_mm_prefetch::<_MM_HINT_T0>(at.as_ptr().cast()));
+    }
+    #[inline(always)]
     fn bytes(self, from: &[u8]) -> __m512i {
         let from: &[u8; 64] = first(from);
         intrinsics!(_mm512_loadu_si512(from.as_ptr().cast()))

@@ -122,6 +122,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Runs `operation` with this instruction set enabled.
     fn vectorize<W: WithSimd>(self, operation: W) -> W::Output;
 
+    /// Asks for the memory that `at` begins in to be brought into the caches; only a hint.
+    #[inline(always)]
+    fn prefetch(self, _at: &[u8]) {}
     fn bytes(self, from: &[u8]) -> Self::Bytes;
     /// `(v >> shift) & mask`, byte by byte; `mask` leaves no bit that comes from a neighbouring byte.
     fn bits(self, v: Self::Bytes, shift: u32, mask: u8) -> Self::Bytes;
