@@ -164,15 +164,7 @@ impl WithSimd for Item<'_> {
         let mut start = seen.start / PARTITION * PARTITION;
         while start < seen.end {
             let partition = start..start + PARTITION;
-            call.load_keys_and_values(
-                simd,
-                tile.sequence,
-                kv_head,
-                intersection(&partition, &seen),
-                start,
-                seen.end,
-                softmax.scratch,
-            );
+            call.load_keys_and_values(simd, tile.sequence, kv_head, &partition, &seen, softmax.scratch);
             let mut query = 0;
             while query < queries {
                 // Queries that see the same keys of the partition share the loads.
@@ -213,26 +205,24 @@ impl Call<'_> {
         keys.start - partition.start..keys.end - partition.start
     }
 
-    /// Loads keys and values of `positions`, to where they lie in the partition that begins at `start`, and has those of the next partition
-    /// fetched, as far as `end`: while this one is multiplied, they arrive.
+    /// Loads the keys and values of a partition that are seen, and has those of the next one fetched: while these are multiplied, they arrive.
     #[inline(always)]
     fn load_keys_and_values<S: Simd>(
         &self,
         simd: S,
         sequence: usize,
         kv_head: usize,
-        positions: Range<usize>,
-        start: usize,
-        end: usize,
+        partition: &Range<usize>,
+        seen: &Range<usize>,
         scratch: &mut Scratch,
     ) {
         let pieces = scratch.pieces;
-        for position in positions {
+        for position in intersection(partition, seen) {
             let slot = self.step.slot(sequence, position, self.block_tokens);
-            let to = (position - start) * pieces;
+            let to = (position - partition.start) * pieces;
             load_cached(simd, &self.cache.keys, kv_head, slot, scratch.keys[to..][..pieces].as_flattened_mut());
             load_cached(simd, &self.cache.values, kv_head, slot, scratch.values[to..][..pieces].as_flattened_mut());
-            if position + PARTITION < end {
+            if position + PARTITION < seen.end {
                 let slot = self.step.slot(sequence, position + PARTITION, self.block_tokens);
                 prefetch_cached(simd, &self.cache.keys, kv_head, slot);
                 prefetch_cached(simd, &self.cache.values, kv_head, slot);
