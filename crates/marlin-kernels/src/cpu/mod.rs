@@ -13,14 +13,16 @@ mod linear;
 mod rows;
 mod simd;
 mod threads;
+mod tile_file;
 mod vector;
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use marlin_format::Scheme;
 
 pub use linear::Arithmetic;
 pub use simd::SimdLevel;
+pub use tile_file::{TileFile, TileFileOptions};
 
 use self::attention::Attention;
 use self::disjoint::Disjoint;
@@ -31,7 +33,7 @@ use crate::host::HostStep;
 use crate::sampling::host::{HostSamplings, token_of};
 use crate::{
     Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, Input, KernelError, KvLayout,
-    KvType, LinearPart, MemoryUse, QkNorm, SampleRow, SamplingId, Step, StepLimits,
+    KvType, LinearPart, MemoryUse, PartHeader, QkNorm, SampleRow, SamplingId, Step, StepLimits,
 };
 
 const NAME: &str = "cpu";
@@ -47,12 +49,13 @@ pub struct CpuOptions {
     pub simd: Option<SimdLevel>,
 }
 
-/// A processor.
-#[derive(Debug)]
+/// A processor. Clones share its threads.
+#[derive(Debug, Clone)]
 pub struct CpuBackend {
     threads: Threads,
     arithmetic: Arithmetic,
     simd: SimdLevel,
+    tiles: Option<Arc<TileFile>>,
 }
 
 /// Matrices in tile order.
@@ -90,7 +93,21 @@ impl CpuBackend {
             Some(count) => count,
             None => std::thread::available_parallelism().map_or(1, usize::from).min(threads::MOST_THREADS),
         };
-        Ok(Self { threads: Threads::new(threads)?, arithmetic: options.arithmetic, simd })
+        Ok(Self { threads: Threads::new(threads)?, arithmetic: options.arithmetic, simd, tiles: None })
+    }
+
+    /// The same processor, for loading one model whose linears are kept in a file, or come from it.
+    pub fn with_tiles(&self, file: Arc<TileFile>) -> Self {
+        Self { tiles: Some(file), ..self.clone() }
+    }
+
+    /// A fingerprint of the order that linears are put into: those that were put into it by a backend of the same layout are what this one
+    /// would make of them, to the bit.
+    ///
+    /// # Errors
+    /// There is no memory for a few small matrices.
+    pub fn tile_layout(&self) -> Result<String, KernelError> {
+        linear::layout(self.arithmetic, self.simd)
     }
 }
 
@@ -134,6 +151,15 @@ impl Backend for CpuBackend {
 
     fn load_linear(&self, parts: &[LinearPart<'_>]) -> Result<CpuLinear, KernelError> {
         TiledLinear::load(parts, self.arithmetic, self.simd, &self.threads).map(CpuLinear)
+    }
+
+    fn load_named_linear(&self, name: &str, parts: &[LinearPart<'_>]) -> Result<CpuLinear, KernelError> {
+        let Some(file) = &self.tiles else { return self.load_linear(parts) };
+        TiledLinear::load_kept(file, name, parts, self.arithmetic, self.simd, &self.threads).map(CpuLinear)
+    }
+
+    fn find_linear(&self, name: &str, parts: &[PartHeader]) -> Option<CpuLinear> {
+        TiledLinear::find(self.tiles.as_ref()?, name, parts, self.arithmetic, self.simd).map(CpuLinear)
     }
 
     fn load_vector(&self, values: &[f32]) -> Result<Vec<f32>, KernelError> {

@@ -2,6 +2,7 @@
 
 use marlin_format::{ColumnOrder, Element, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind, bits};
 
+use super::bytes::TileBytes;
 use super::codes::{CHUNK, E2M1, Int8, LANES, array};
 use super::kernel::{Group, PanelKernel};
 use crate::KernelError;
@@ -24,10 +25,10 @@ pub(super) struct Tiles {
     /// What the kernel's sums are multiplied by in the end.
     pub(super) factor: f32,
     /// `[panels, chunks, bytes of a chunk]`.
-    codes: AlignedBytes,
+    codes: TileBytes,
     scale_type: ScaleType,
     /// `[panels, groups, LANES]`, in the storage of the checkpoint.
-    scales: Vec<u8>,
+    scales: TileBytes,
     offsets: Offsets,
 }
 
@@ -76,8 +77,8 @@ impl ScaleType {
 #[derive(Debug)]
 enum Offsets {
     Constant(i32),
-    /// `[panels, groups]`
-    PerGroup(Vec<[i8; LANES]>),
+    /// `[panels, groups, LANES]`, i8.
+    PerGroup(TileBytes),
 }
 
 /// Whether kernels read a matrix as it is. If not, [`to_dense`] gives one that they do.
@@ -96,13 +97,18 @@ pub(super) fn is_native_scheme(scheme: &Scheme, cols: usize) -> bool {
 
 /// What [`Tiles::bytes`] will be for a native scheme; `None` if that cannot be addressed.
 pub(super) fn tile_bytes(scheme: &Scheme, rows: usize, cols: usize, kernel: &dyn PanelKernel) -> Option<usize> {
+    let sections = section_bytes(scheme, rows, cols, kernel)?;
+    sections.into_iter().try_fold(0usize, usize::checked_add)
+}
+
+/// Bytes of codes, scales and offsets for a native scheme; `None` if they cannot be addressed.
+fn section_bytes(scheme: &Scheme, rows: usize, cols: usize, kernel: &dyn PanelKernel) -> Option<[usize; 3]> {
     let span = group_span(scheme.group_cols(cols), cols)?;
-    let offset = if scheme.zero == ZeroKind::Integer { size_of::<i8>() } else { 0 };
-    let group_bytes = LANES * (scale_type(scheme.scale)?.bytes() + offset);
-    let chunks = cols.div_ceil(CHUNK);
-    let codes = chunks.checked_mul(kernel.chunk_bytes())?;
-    let panel = codes.checked_add(span.groups(chunks).checked_mul(group_bytes)?)?;
-    rows.div_ceil(LANES).checked_mul(panel)
+    let (panels, chunks) = (rows.div_ceil(LANES), cols.div_ceil(CHUNK));
+    let groups = span.groups(chunks).checked_mul(LANES)?.checked_mul(panels)?;
+    let codes = chunks.checked_mul(kernel.chunk_bytes())?.checked_mul(panels)?;
+    let offset_bytes = if scheme.zero == ZeroKind::Integer { size_of::<i8>() } else { 0 };
+    Some([codes, groups.checked_mul(scale_type(scheme.scale)?.bytes())?, groups.checked_mul(offset_bytes)?])
 }
 
 /// The kernels know no NaN of E4M3.
@@ -167,41 +173,80 @@ impl Tiles {
         kernel: &dyn PanelKernel,
         threads: &Threads,
     ) -> Result<Self, KernelError> {
-        let (scheme, cols) = (&matrix.scheme, matrix.cols);
-        let (panels, chunks) = (matrix.rows.div_ceil(LANES), cols.div_ceil(CHUNK));
+        let scheme = &matrix.scheme;
+        let (panels, chunks) = (matrix.rows.div_ceil(LANES), matrix.cols.div_ceil(CHUNK));
+        let panel_bytes = chunks * kernel.chunk_bytes();
+        let mut codes = TileBytes::zeroed("weights", panels, panel_bytes)?;
+        threads.for_each_chunk(codes.bytes_mut(), panel_bytes, |panel, tiles| {
+            kernel.pack(&PanelCodes::of(matrix, panel, chunks * CHUNK, kernel.code_bytes()), tiles);
+        });
+
         let not_native = || KernelError::Device(format!("the CPU has no kernel for {scheme}"));
-        let scale_type = scale_type(scheme.scale).ok_or_else(not_native)?;
-        let span = group_span(scheme.group_cols(cols), cols).ok_or_else(not_native)?;
-        let groups = span.groups(chunks);
+        let scale_bytes = scale_type(scheme.scale).ok_or_else(not_native)?.bytes();
+        let span = group_span(scheme.group_cols(matrix.cols), matrix.cols).ok_or_else(not_native)?;
+        let groups = Groups { matrix, span, count: span.groups(chunks) };
+        let panel_scales = groups.count * LANES * scale_bytes;
+        let mut scales = TileBytes::zeroed("scales", panels, panel_scales)?;
+        if panel_scales > 0 {
+            threads.for_each_chunk(scales.bytes_mut(), panel_scales, |panel, scales| {
+                groups.copy_scales(panel, scale_bytes, scales);
+            });
+        }
+        let panel_offsets = if scheme.zero == ZeroKind::Integer { groups.count * LANES } else { 0 };
+        let mut offsets = TileBytes::zeroed("zero points", panels, panel_offsets)?;
+        if panel_offsets > 0 {
+            threads.for_each_chunk(offsets.bytes_mut(), panel_offsets, |panel, offsets| {
+                groups.fill_offsets(panel, offsets);
+            });
+        }
         let element_factor = if scheme.element == Element::E2M1 { E2M1::FACTOR } else { 1.0 };
         let global = match scheme.scale {
             ScaleKind::E4M3Global => f32::from_le_bytes(*array(&matrix.globals, 0)),
             _ => 1.0,
         };
+        let sections = [codes, scales, offsets];
+        Self::from_sections(scheme, matrix.rows, matrix.cols, kernel, element_factor * global, sections)
+            .ok_or_else(not_native)
+    }
 
-        let panel_bytes = chunks * kernel.chunk_bytes();
-        let mut codes = AlignedBytes::zeroed(panels, panel_bytes)?;
-        threads.for_each_chunk(codes.bytes_mut(), panel_bytes, |panel, tiles| {
-            kernel.pack(&PanelCodes::of(matrix, panel, chunks * CHUNK, kernel.code_bytes()), tiles);
-        });
-
-        let groups_of = Groups { matrix, span, count: groups };
-        let scale_bytes = groups * LANES * scale_type.bytes();
-        let mut scales = allocate("scales", &[panels, scale_bytes], "cpu")?;
-        if scale_type != ScaleType::One {
-            threads.for_each_chunk(&mut scales, scale_bytes, |panel, scales| {
-                groups_of.copy_scales(panel, scale_type.bytes(), scales);
-            });
+    /// Tiles whose bytes are there: codes, scales and offsets of a matrix in a native scheme. `None` if they are not as long as they must
+    /// be.
+    pub(super) fn from_sections(
+        scheme: &Scheme,
+        rows: usize,
+        cols: usize,
+        kernel: &dyn PanelKernel,
+        factor: f32,
+        sections: [TileBytes; 3],
+    ) -> Option<Self> {
+        if sections.each_ref().map(|section| section.bytes().len()) != section_bytes(scheme, rows, cols, kernel)? {
+            return None;
         }
-        let offsets = if scheme.zero == ZeroKind::Integer {
-            let mut offsets = allocate("zero points", &[panels, groups], "cpu")?;
-            threads.for_each_chunk(&mut offsets, groups, |panel, offsets| groups_of.fill_offsets(panel, offsets));
-            Offsets::PerGroup(offsets)
-        } else {
-            Offsets::Constant(offset(scheme.element, 0))
+        let [codes, scales, offsets] = sections;
+        let offsets = match scheme.zero {
+            ZeroKind::Integer => Offsets::PerGroup(offsets),
+            _ => Offsets::Constant(offset(scheme.element, 0)),
         };
-        let factor = element_factor * global;
-        Ok(Self { rows: matrix.rows, chunks, groups, span, factor, codes, scale_type, scales, offsets })
+        let (scale_type, span) = (scale_type(scheme.scale)?, group_span(scheme.group_cols(cols), cols)?);
+        let chunks = cols.div_ceil(CHUNK);
+        Some(Self { rows, chunks, groups: span.groups(chunks), span, factor, codes, scale_type, scales, offsets })
+    }
+
+    /// Puts other memory that holds the same bytes in the place of codes, scales and offsets.
+    pub(super) fn replace_sections(&mut self, [codes, scales, offsets]: [TileBytes; 3]) {
+        (self.codes, self.scales) = (codes, scales);
+        if let Offsets::PerGroup(bytes) = &mut self.offsets {
+            *bytes = offsets;
+        }
+    }
+
+    /// The bytes of codes, scales and offsets.
+    pub(super) fn sections(&self) -> [&[u8]; 3] {
+        let offsets = match &self.offsets {
+            Offsets::Constant(_) => &[],
+            Offsets::PerGroup(offsets) => offsets.bytes(),
+        };
+        [self.codes.bytes(), self.scales.bytes(), offsets]
     }
 
     /// Panels of 8 rows.
@@ -211,11 +256,7 @@ impl Tiles {
 
     /// Memory held.
     pub(super) fn bytes(&self) -> usize {
-        let offsets = match &self.offsets {
-            Offsets::Constant(_) => 0,
-            Offsets::PerGroup(offsets) => offsets.len() * LANES,
-        };
-        self.codes.bytes().len() + self.scales.len() + offsets
+        self.sections().map(<[u8]>::len).iter().sum()
     }
 
     /// The chunks of a panel.
@@ -230,7 +271,7 @@ impl Tiles {
     #[inline(always)]
     pub(super) fn group<S: Simd>(&self, simd: S, panel: usize, g: usize) -> Group<S> {
         let index = panel * self.groups + g;
-        let scales = &self.scales;
+        let scales = self.scales.bytes();
         let scale = match self.scale_type {
             ScaleType::One => simd.splat(1.0),
             ScaleType::F32 => simd.load_le_f32(array(scales, 32 * index)),
@@ -241,7 +282,9 @@ impl Tiles {
         };
         let offset = match &self.offsets {
             Offsets::Constant(offset) => simd.splat_i32(*offset),
-            Offsets::PerGroup(offsets) => simd.widen_i8(&offsets[index]),
+            Offsets::PerGroup(offsets) => {
+                simd.widen_i8(bytemuck::cast_ref(array::<LANES>(offsets.bytes(), LANES * index)))
+            }
         };
         Group { scale, offset, offset_f32: simd.to_f32(offset) }
     }
@@ -310,40 +353,12 @@ impl Groups<'_> {
         }
     }
 
-    fn fill_offsets(&self, panel: usize, offsets: &mut [[i8; LANES]]) {
-        for (to, source) in offsets.as_flattened_mut().iter_mut().zip(self.sources(panel)) {
+    fn fill_offsets(&self, panel: usize, offsets: &mut [u8]) {
+        for (to, source) in offsets.iter_mut().zip(self.sources(panel)) {
             if let Some((row, group)) = source {
                 // Fits: an offset is a code, less 128 where codes have more than four bits.
-                *to = offset(self.matrix.scheme.element, self.matrix.zero_at(row, group)) as i8;
+                *to = offset(self.matrix.scheme.element, self.matrix.zero_at(row, group)) as i8 as u8;
             }
         }
-    }
-}
-
-/// Bytes that begin on a cache line, so that no vector of a tile straddles two.
-#[derive(Debug)]
-struct AlignedBytes {
-    memory: Vec<u8>,
-    start: usize,
-    len: usize,
-}
-
-impl AlignedBytes {
-    const ALIGNMENT: usize = 64;
-
-    fn zeroed(panels: usize, panel_bytes: usize) -> Result<Self, KernelError> {
-        // One panel more than needed leaves room to align: the smallest has a whole cache line.
-        let memory: Vec<u8> = allocate("weights", &[panels + 1, panel_bytes], "cpu")?;
-        let start = memory.as_ptr().align_offset(Self::ALIGNMENT).min(panel_bytes);
-        Ok(Self { memory, start, len: panels * panel_bytes })
-    }
-
-    #[inline(always)]
-    fn bytes(&self) -> &[u8] {
-        &self.memory[self.start..][..self.len]
-    }
-
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..][..self.len]
     }
 }
