@@ -7,17 +7,17 @@ use memmap2::Mmap;
 use crate::KernelError;
 use crate::host::allocate;
 
-/// Bytes of tiles. They begin on a cache line, so that no vector of a tile straddles two.
-#[derive(Debug)]
+/// Bytes of tiles. They begin on a cache line, so that no vector of a tile straddles two. Clones share them.
+#[derive(Debug, Clone)]
 pub(crate) struct TileBytes {
     memory: Memory,
     start: usize,
     len: usize,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Memory {
-    Owned(Vec<u8>),
+    Owned(Arc<Vec<u8>>),
     /// Of a file that nobody changes (see [`crate::cpu::TileFile`]), so that processes share it.
     Mapped(Arc<Mmap>),
 }
@@ -31,7 +31,7 @@ impl TileBytes {
         let memory: Vec<u8> = allocate(what, &[len.saturating_add(Self::ALIGNMENT)], "cpu")?;
         // An address has an offset to any power of two; the minimum is for the compiler.
         let start = memory.as_ptr().align_offset(Self::ALIGNMENT).min(Self::ALIGNMENT);
-        Ok(Self { memory: Memory::Owned(memory), start, len })
+        Ok(Self { memory: Memory::Owned(Arc::new(memory)), start, len })
     }
 
     /// `len` bytes of a mapped file from `start` on, which are within it.
@@ -41,7 +41,7 @@ impl TileBytes {
     }
 
     #[inline(always)]
-    pub(super) fn bytes(&self) -> &[u8] {
+    pub(crate) fn bytes(&self) -> &[u8] {
         let memory: &[u8] = match &self.memory {
             Memory::Owned(memory) => memory,
             Memory::Mapped(map) => map,
@@ -52,11 +52,12 @@ impl TileBytes {
     /// The bytes, to fill them in.
     ///
     /// # Panics
-    /// They are a file's.
+    /// They are a file's, or shared.
     pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
-        match &mut self.memory {
-            Memory::Owned(memory) => &mut memory[self.start..][..self.len],
-            Memory::Mapped(_) => panic!("a mapped file is read only"),
-        }
+        let memory = match &mut self.memory {
+            Memory::Owned(memory) => Arc::get_mut(memory),
+            Memory::Mapped(_) => None,
+        };
+        &mut memory.expect("bytes of one's own")[self.start..][..self.len]
     }
 }

@@ -3,14 +3,16 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
-use super::{Arithmetic, ChooseKernel, Part, SimdLevel, Threads, TiledLinear, Tiles, tiles};
+use marlin_format::{PackedMatrix, Scheme};
+
+use super::{Arithmetic, ChooseKernel, Part, SimdLevel, Threads, TileBytes, TiledLinear, Tiles, tiles};
 use crate::conformance::matrices;
 use crate::conformance::support::Rng;
 use crate::cpu::tile_file::{Kept, Key, TileFile};
 use crate::{KernelError, LinearPart, PartHeader};
 
 impl TiledLinear {
-    /// [`TiledLinear::load`]; if the file is being made, the linear is kept there under this name, and its tiles are the file's.
+    /// [`TiledLinear::load`]; if the file is being made, the linear is kept there under this name.
     pub(crate) fn load_kept(
         file: &Arc<TileFile>,
         name: &str,
@@ -19,14 +21,12 @@ impl TiledLinear {
         simd: SimdLevel,
         threads: &Threads,
     ) -> Result<Self, KernelError> {
-        let mut linear = Self::load(parts, arithmetic, simd, threads)?;
-        for (index, (part, LinearPart { weight, .. })) in linear.parts.iter_mut().zip(parts).enumerate() {
-            let key = Key { linear: name, part: index, scheme: &weight.scheme, rows: weight.rows, cols: weight.cols };
+        let linear = Self { _file: Some(Arc::clone(file)), ..Self::load(parts, arithmetic, simd, threads)? };
+        for (index, (part, LinearPart { weight, .. })) in linear.parts.iter().zip(parts).enumerate() {
+            let PackedMatrix { scheme, rows, cols, .. } = weight;
+            let key = Key { linear: name, part: index, scheme, rows: *rows, cols: *cols };
             let (converted, factor, sections) = (part.converted, part.tiles.factor, part.tiles.sections());
-            if let Some(sections) = file.keep(&key, &Kept { converted, factor, sections }) {
-                part.tiles.replace_sections(sections);
-                linear.file = Some(Arc::clone(file));
-            }
+            file.keep(&key, Kept { converted, factor, sections: sections.map(Clone::clone) });
         }
         Ok(linear)
     }
@@ -40,13 +40,13 @@ impl TiledLinear {
         simd: SimdLevel,
     ) -> Option<Self> {
         let cols = parts.first()?.cols;
-        let mut linear = Self { file: Some(Arc::clone(file)), ..Self::empty(cols, simd) };
+        let mut linear = Self { _file: Some(Arc::clone(file)), ..Self::empty(cols, simd) };
         for (index, PartHeader { scheme, rows, bias, .. }) in parts.iter().enumerate() {
             if parts[index].cols != cols || bias.as_ref().is_some_and(|bias| bias.len() != *rows) {
                 return None;
             }
             let kept = file.find(&Key { linear: name, part: index, scheme, rows: *rows, cols })?;
-            let scheme = if kept.converted { &marlin_format::Scheme::F32 } else { scheme };
+            let scheme = if kept.converted { &Scheme::F32 } else { scheme };
             let kernel = simd.dispatch(ChooseKernel { scheme, arithmetic }).ok()?;
             let tiles = Tiles::from_sections(scheme, *rows, cols, kernel.as_ref(), kept.factor, kept.sections)?;
             linear.push(Part::new(tiles, kernel, bias.as_deref(), kept.converted));
@@ -57,7 +57,7 @@ impl TiledLinear {
     /// The bytes of each part's tiles.
     #[cfg(test)]
     pub(crate) fn sections(&self) -> Vec<[&[u8]; 3]> {
-        self.parts.iter().map(|part| part.tiles.sections()).collect()
+        self.parts.iter().map(|part| part.tiles.sections().map(TileBytes::bytes)).collect()
     }
 }
 
@@ -74,7 +74,7 @@ pub(crate) fn layout(arithmetic: Arithmetic, simd: SimdLevel) -> Result<String, 
         let matrix = matrices::random(scheme, ROWS, COLS, &mut rng);
         let kernel = simd.dispatch(ChooseKernel { scheme: &scheme, arithmetic })?;
         let tiles = Tiles::pack(&matrix, kernel.as_ref(), &threads)?;
-        (name, tiles.factor.to_bits(), tiles.sections()).hash(&mut hasher);
+        (name, tiles.factor.to_bits(), tiles.sections().map(TileBytes::bytes)).hash(&mut hasher);
     }
     Ok(format!("{:016x}", hasher.finish()))
 }

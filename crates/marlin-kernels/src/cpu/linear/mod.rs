@@ -64,8 +64,8 @@ pub(crate) struct TiledLinear {
     cols: usize,
     forms: Forms,
     simd: SimdLevel,
-    /// Where tiles lie, if that is a file: it is finished before the last of its linears is gone.
-    file: Option<Arc<TileFile>>,
+    /// Where tiles are kept. It is written before the last of its linears is gone.
+    _file: Option<Arc<TileFile>>,
 }
 
 #[derive(Debug)]
@@ -103,7 +103,7 @@ impl TiledLinear {
 
     /// No part yet.
     fn empty(cols: usize, simd: SimdLevel) -> Self {
-        Self { parts: Vec::new(), part_rows: Vec::new(), cols, forms: Forms::default(), simd, file: None }
+        Self { parts: Vec::new(), part_rows: Vec::new(), cols, forms: Forms::default(), simd, _file: None }
     }
 
     /// Adds a part after the others.

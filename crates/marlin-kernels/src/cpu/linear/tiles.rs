@@ -29,7 +29,10 @@ pub(super) struct Tiles {
     scale_type: ScaleType,
     /// `[panels, groups, LANES]`, in the storage of the checkpoint.
     scales: TileBytes,
-    offsets: Offsets,
+    /// What is subtracted from unpacked bytes, of a group without a zero point.
+    offset: i32,
+    /// The same for groups with one, `[panels, groups, LANES]`, i8; empty without.
+    offsets: TileBytes,
 }
 
 /// How groups of columns lie over chunks.
@@ -71,14 +74,6 @@ impl ScaleType {
             Self::E8M0 | Self::E4M3 => 1,
         }
     }
-}
-
-/// What is subtracted from unpacked bytes.
-#[derive(Debug)]
-enum Offsets {
-    Constant(i32),
-    /// `[panels, groups, LANES]`, i8.
-    PerGroup(TileBytes),
 }
 
 /// Whether kernels read a matrix as it is. If not, [`to_dense`] gives one that they do.
@@ -223,30 +218,16 @@ impl Tiles {
             return None;
         }
         let [codes, scales, offsets] = sections;
-        let offsets = match scheme.zero {
-            ZeroKind::Integer => Offsets::PerGroup(offsets),
-            _ => Offsets::Constant(offset(scheme.element, 0)),
-        };
+        let offset = offset(scheme.element, 0);
         let (scale_type, span) = (scale_type(scheme.scale)?, group_span(scheme.group_cols(cols), cols)?);
         let chunks = cols.div_ceil(CHUNK);
-        Some(Self { rows, chunks, groups: span.groups(chunks), span, factor, codes, scale_type, scales, offsets })
-    }
-
-    /// Puts other memory that holds the same bytes in the place of codes, scales and offsets.
-    pub(super) fn replace_sections(&mut self, [codes, scales, offsets]: [TileBytes; 3]) {
-        (self.codes, self.scales) = (codes, scales);
-        if let Offsets::PerGroup(bytes) = &mut self.offsets {
-            *bytes = offsets;
-        }
+        let groups = span.groups(chunks);
+        Some(Self { rows, chunks, groups, span, factor, codes, scale_type, scales, offset, offsets })
     }
 
     /// The bytes of codes, scales and offsets.
-    pub(super) fn sections(&self) -> [&[u8]; 3] {
-        let offsets = match &self.offsets {
-            Offsets::Constant(_) => &[],
-            Offsets::PerGroup(offsets) => offsets.bytes(),
-        };
-        [self.codes.bytes(), self.scales.bytes(), offsets]
+    pub(super) fn sections(&self) -> [&TileBytes; 3] {
+        [&self.codes, &self.scales, &self.offsets]
     }
 
     /// Panels of 8 rows.
@@ -256,7 +237,7 @@ impl Tiles {
 
     /// Memory held.
     pub(super) fn bytes(&self) -> usize {
-        self.sections().map(<[u8]>::len).iter().sum()
+        self.sections().map(|section| section.bytes().len()).iter().sum()
     }
 
     /// The chunks of a panel.
@@ -280,11 +261,9 @@ impl Tiles {
             ScaleType::E8M0 => simd.load_e8m0(array(scales, 8 * index)),
             ScaleType::E4M3 => simd.load_e4m3(array(scales, 8 * index)),
         };
-        let offset = match &self.offsets {
-            Offsets::Constant(offset) => simd.splat_i32(*offset),
-            Offsets::PerGroup(offsets) => {
-                simd.widen_i8(bytemuck::cast_ref(array::<LANES>(offsets.bytes(), LANES * index)))
-            }
+        let offset = match self.offsets.bytes() {
+            [] => simd.splat_i32(self.offset),
+            offsets => simd.widen_i8(bytemuck::cast_ref(array::<LANES>(offsets, LANES * index))),
         };
         Group { scale, offset, offset_f32: simd.to_f32(offset) }
     }

@@ -5,14 +5,14 @@ mod format;
 mod tests;
 
 use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, TryLockError};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 
 use marlin_format::Scheme;
-use memmap2::{Mmap, MmapOptions};
+use memmap2::Mmap;
 
 use self::format::{HEADER_BYTES, Matrix, MatrixName, Section, Table};
 use super::CpuBackend;
@@ -40,8 +40,8 @@ pub struct TileFileOptions {
 /// The linears of one model in tile order, in a file ([`CpuBackend::with_tiles`]).
 ///
 /// If the file is there, linears are mapped from it: they are not put into order again, the weights they come from are not read, and
-/// processes that use the same file share its memory. If it is not, each linear is written to it and then mapped, so that no more than
-/// one matrix is in memory twice; [`TileFile::finish`] puts the file in its place.
+/// processes that use the same file share its memory. If it is not, linears are put into order in memory as ever, and
+/// [`TileFile::finish`] writes them to the file from there, while the model runs.
 ///
 /// Nobody may change or truncate the file while it is mapped. To remove or to replace it is allowed.
 #[derive(Debug)]
@@ -58,9 +58,9 @@ enum Role {
 
 #[derive(Debug)]
 struct Making {
-    /// None once it is being finished, or cannot be written.
-    unfinished: Option<Unfinished>,
-    finishing: Option<JoinHandle<()>>,
+    /// None once it is being written.
+    unwritten: Option<Unwritten>,
+    writing: Option<JoinHandle<()>>,
 }
 
 /// A matrix to keep or to find.
@@ -83,13 +83,13 @@ impl Key<'_> {
 
 /// A matrix in tile order.
 #[derive(Debug)]
-pub(super) struct Kept<B> {
+pub(super) struct Kept {
     /// The tiles are of the weights in f32.
     pub(super) converted: bool,
     /// What the kernel's sums are multiplied by in the end.
     pub(super) factor: f32,
     /// Codes, scales, offsets.
-    pub(super) sections: [B; 3],
+    pub(super) sections: [TileBytes; 3],
 }
 
 impl TileFile {
@@ -116,8 +116,9 @@ impl TileFile {
         if let Some(role) = stored(&path, &key)? {
             return Ok(Some(Self { role, report }));
         }
-        let unfinished = Unfinished::begin(path, lock_file, Table { key, model, matrices: Vec::new() })?;
-        let making = Making { unfinished: Some(unfinished), finishing: None };
+        let table = Table { key, model, matrices: Vec::new() };
+        let unwritten = Unwritten { path, table, sections: Vec::new(), end: HEADER_BYTES, _lock: lock_file };
+        let making = Making { unwritten: Some(unwritten), writing: None };
         Ok(Some(Self { role: Role::Making(Mutex::new(making)), report }))
     }
 
@@ -126,16 +127,16 @@ impl TileFile {
         matches!(self.role, Role::Stored { .. })
     }
 
-    /// Puts a file that was made in its place, when all linears are loaded. That takes as long as the disk needs to write it, and happens
-    /// while the model runs; whoever drops the file or the last of its linears waits for it.
+    /// Writes a file that is being made, when all linears are loaded. That takes as long as the disk needs, and happens while the model runs;
+    /// whoever drops the file or the last of its linears waits for it.
     pub fn finish(&self) {
         let Role::Making(making) = &self.role else { return };
         let mut making = lock(making);
-        let Some(unfinished) = making.unfinished.take() else { return };
+        let Some(unwritten) = making.unwritten.take() else { return };
         let report = self.report;
-        let work = move || unfinished.finish().unwrap_or_else(|error| report(&error));
+        let work = move || unwritten.write().unwrap_or_else(|error| report(&error));
         match thread::Builder::new().name("marlin-tiles".into()).spawn(work) {
-            Ok(finishing) => making.finishing = Some(finishing),
+            Ok(writing) => making.writing = Some(writing),
             Err(source) => report(&KernelError::Device(format!("cannot start a thread to write tiles: {source}"))),
         }
     }
@@ -146,7 +147,7 @@ impl TileFile {
     }
 
     /// What is kept of a matrix.
-    pub(super) fn find(&self, key: &Key<'_>) -> Option<Kept<TileBytes>> {
+    pub(super) fn find(&self, key: &Key<'_>) -> Option<Kept> {
         let Role::Stored { map, matrices } = &self.role else { return None };
         let matrix = matrices.get(&key.name())?;
         if (matrix.rows, matrix.cols) != (key.rows, key.cols) || matrix.scheme != describe(key.scheme) {
@@ -160,93 +161,69 @@ impl TileFile {
         })
     }
 
-    /// Keeps a matrix if the file is being made; the bytes are then those of the file.
-    pub(super) fn keep(&self, key: &Key<'_>, kept: &Kept<&[u8]>) -> Option<[TileBytes; 3]> {
-        let Role::Making(making) = &self.role else { return None };
-        let mut making = lock(making);
-        match making.unfinished.as_mut()?.keep(key, kept) {
-            Ok(sections) => Some(sections),
-            Err(error) => {
-                making.unfinished = None;
-                (self.report)(&error);
-                None
-            }
+    /// Keeps a matrix if the file is being made.
+    pub(super) fn keep(&self, key: &Key<'_>, kept: Kept) {
+        if let Role::Making(making) = &self.role
+            && let Some(unwritten) = &mut lock(making).unwritten
+        {
+            unwritten.add(key, kept);
         }
     }
 }
 
 impl Drop for Making {
     fn drop(&mut self) {
-        if let Some(finishing) = self.finishing.take() {
+        if let Some(writing) = self.writing.take() {
             // A panic was reported by the thread itself.
-            let _ = finishing.join();
+            let _ = writing.join();
         }
     }
 }
 
-/// A file that lacks matrices, table and header. It is removed when dropped.
+/// What is to be written.
 #[derive(Debug)]
-struct Unfinished {
-    file: File,
+struct Unwritten {
     path: PathBuf,
-    /// Where it is made.
-    partial: PathBuf,
+    table: Table,
+    /// Shared with linears, and where they begin.
+    sections: Vec<(u64, TileBytes)>,
     /// Where the next section begins.
     end: u64,
-    table: Table,
-    /// Held until nothing is left at `partial`.
+    /// Held until the file is in its place.
     _lock: File,
 }
 
-impl Unfinished {
-    fn begin(path: PathBuf, lock: File, table: Table) -> Result<Self, KernelError> {
-        let partial = path.with_extension(PARTIAL_EXTENSION);
-        // What a killed process left is removed and not overwritten: it may be mapped.
-        match fs::remove_file(&partial) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(error("remove", &partial)(source)),
-            _ => {}
-        }
-        let opened = OpenOptions::new().read(true).write(true).create_new(true).open(&partial);
-        let file = opened.map_err(error("create", &partial))?;
-        Ok(Self { file, path, partial, end: HEADER_BYTES, table, _lock: lock })
-    }
-
-    fn keep(&mut self, key: &Key<'_>, kept: &Kept<&[u8]>) -> Result<[TileBytes; 3], KernelError> {
-        let begin = self.end;
-        let mut sections = [Section::default(); 3];
-        for (section, bytes) in sections.iter_mut().zip(kept.sections) {
-            *section = Section { start: self.end, bytes: bytes.len() as u64 };
-            let written = self.file.seek(SeekFrom::Start(self.end)).and_then(|_| self.file.write_all(bytes));
-            written.map_err(error("write", &self.partial))?;
-            self.end = (self.end + section.bytes).next_multiple_of(TileBytes::ALIGNMENT as u64);
-        }
-        // Up to the last byte that was written.
-        let len = sections.iter().map(|section| section.start + section.bytes).max().unwrap_or(begin) - begin;
-        // SAFETY: as in `stored`; what follows is written behind the map.
-        let map = unsafe { MmapOptions::new().offset(begin).len(len as usize).map(&self.file) };
-        let map = Arc::new(map.map_err(error("map", &self.partial))?);
-        self.table.matrices.push(Matrix {
-            name: key.name(),
-            scheme: describe(key.scheme),
-            rows: key.rows,
-            cols: key.cols,
-            converted: kept.converted,
-            factor: kept.factor.to_bits(),
-            sections,
+impl Unwritten {
+    fn add(&mut self, key: &Key<'_>, Kept { converted, factor, sections }: Kept) {
+        let sections = sections.map(|bytes| {
+            let section = Section { start: self.end, bytes: bytes.bytes().len() as u64 };
+            self.end = (section.start + section.bytes).next_multiple_of(TileBytes::ALIGNMENT as u64);
+            self.sections.push((section.start, bytes));
+            section
         });
-        Ok(sections.map(|section| TileBytes::mapped(&map, (section.start - begin) as usize, section.bytes as usize)))
+        let (name, scheme, factor) = (key.name(), describe(key.scheme), factor.to_bits());
+        let matrix = Matrix { name, scheme, rows: key.rows, cols: key.cols, converted, factor, sections };
+        self.table.matrices.push(matrix);
     }
 
-    fn finish(self) -> Result<(), KernelError> {
-        format::complete(&self.file, self.end, &self.table).map_err(error("write", &self.partial))?;
-        fs::rename(&self.partial, &self.path).map_err(error("write", &self.path))
-    }
-}
-
-impl Drop for Unfinished {
-    fn drop(&mut self) {
-        // There is none any more if it is in its place.
-        let _ = fs::remove_file(&self.partial);
+    /// Writes the file beside its place and renames it.
+    fn write(mut self) -> Result<(), KernelError> {
+        let partial = self.path.with_extension(PARTIAL_EXTENSION);
+        let sections = std::mem::take(&mut self.sections);
+        let written = File::create(&partial).and_then(|mut file| {
+            for (start, bytes) in sections {
+                file.seek(SeekFrom::Start(start))?;
+                file.write_all(bytes.bytes())?;
+            }
+            format::complete(&file, self.end, &self.table)
+        });
+        written
+            .map_err(error("write", &partial))
+            .and_then(|()| fs::rename(&partial, &self.path).map_err(error("write", &self.path)))
+            .inspect_err(|_| {
+                // What cannot be removed is overwritten by the next that is made.
+                let _ = fs::remove_file(&partial);
+            })
     }
 }
 
@@ -261,8 +238,8 @@ fn stored(path: &Path, key: &str) -> Result<Option<Role>, KernelError> {
         return Ok(None);
     };
     // SAFETY: the map is read-only and only ever seen as bytes, for which every bit pattern is valid. What is left is that nobody changes
-    // or truncates the file while it is mapped. This project never does: files are written under another name, each a new one, and
-    // renamed. Of others it is asked in `TileFile`.
+    // or truncates the file while it is mapped. This project never does: files are written under another name, where no file is mapped,
+    // and renamed. Of others it is asked in `TileFile`.
     let map = unsafe { Mmap::map(&file) }.map_err(error("map", path))?;
     let matrices = table.matrices.into_iter().map(|matrix| (matrix.name.clone(), matrix)).collect();
     Ok(Some(Role::Stored { map: Arc::new(map), matrices }))
@@ -274,7 +251,7 @@ fn describe(scheme: &Scheme) -> String {
 }
 
 fn lock(making: &Mutex<Making>) -> MutexGuard<'_, Making> {
-    // What a panic leaves is a file without the matrix at hand; it is not found later, and packed again.
+    // What a panic leaves is a file without a matrix, which is then packed at every start.
     making.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
