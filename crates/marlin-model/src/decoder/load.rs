@@ -242,6 +242,7 @@ impl<B: Backend> Loader<'_, B> {
         if self.spec.tie_word_embeddings {
             let is_separate = self.checkpoint.contains(&weight(LM_HEAD))
                 && self.matrix(&weight(LM_HEAD), rows, cols)? != self.matrix(&weight(EMBED_TOKENS), rows, cols)?;
+            [LM_HEAD, EMBED_TOKENS].iter().for_each(|module| self.checkpoint.release(&weight(module)));
             if !is_separate {
                 return Ok(None);
             }
