@@ -24,7 +24,7 @@ pub struct DeviceOptions {
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: DeviceChoice,
 
-    /// CPU threads [default: all cores]
+    /// CPU threads [default: one for each performance core]
     #[arg(long, value_name = "N", value_parser = parse_threads)]
     pub threads: Option<NonZeroUsize>,
 

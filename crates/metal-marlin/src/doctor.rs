@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use marlin_format::Format;
-use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
+use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel, default_threads};
 use marlin_kernels::gpu::{GpuAdapter, GpuArithmetic, GpuBackend, GpuChoice, GpuOptions, adapters};
 use marlin_kernels::reference::ReferenceBackend;
 use marlin_kernels::{Backend, Encoder, Input, KernelError, LinearPart, Step, StepLimits};
@@ -62,7 +62,7 @@ struct Check {
 
 /// Looks and tries.
 pub fn examine() -> Report {
-    let threads = machine::threads();
+    let threads = default_threads();
     let adapters = adapters();
     let mut checks = conformance(&adapters);
     checks.push(Check { name: "bundled model".to_owned(), result: bundled_model() });

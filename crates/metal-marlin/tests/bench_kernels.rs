@@ -59,6 +59,20 @@ fn kernels_of_a_gpu_are_measured() {
 }
 
 #[test]
+fn fork_joins_of_the_cpu_are_measured() {
+    let args = ["--quick", "--repetitions", "1", "--device", "cpu", "--threads", "2", "--filter", "threads/", "--json"];
+    let report = serde_json::from_str::<Value>(&success(&args)).unwrap();
+    let results = report["groups"][0]["results"].as_array().unwrap();
+    for name in ["pool/empty/busy=0us", "rayon/empty/busy=0us", "pool/meeting/busy=200us", "rayon/meeting/busy=20us"] {
+        let name = format!("threads/fork-join/{name}");
+        let result = results.iter().find(|result| result["name"] == *name).unwrap_or_else(|| panic!("{report:#}"));
+        assert!(result["seconds"]["min"].as_f64().unwrap() > 0.0, "{result}");
+        // They read and compute nothing.
+        assert!(result["bytes_per_second"].is_null() && result["operations_per_second"].is_null(), "{result}");
+    }
+}
+
+#[test]
 fn tables_have_a_line_for_each_kernel() {
     let text = success(&["--quick", "--repetitions", "1", "--filter", "linear/int8/256x512/m=1/"]);
     let lines: Vec<_> = text.lines().filter(|line| line.starts_with("linear/int8/256x512/m=1/")).collect();

@@ -10,16 +10,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::disjoint::Disjoint;
 use super::kv::load_cached;
-use super::simd::{Simd, SimdLevel, WithSimd};
+use super::simd::{MOST_LANES, Simd, SimdLevel, WithSimd};
 use super::threads::Threads;
-use super::vector::{LANES, exp, load, max, sum};
+use super::vector::{exp, load, max, sum};
 use crate::host::{HostKvCache, HostKvLayer, HostStep, visible};
 use crate::{AttentionShape, HostBuffer};
 
 /// Keys whose scores are exponentiated together.
 const PARTITION: usize = 16;
 /// Rows of a work item, which share a pass over the keys.
-const TILE_ROWS: usize = 8;
+const TILE_ROWS: usize = 16;
 /// Query heads of a work item that share a pass over the keys.
 const TILE_HEADS: usize = 8;
 const TILE_QUERIES: usize = TILE_ROWS * TILE_HEADS;
@@ -38,18 +38,22 @@ struct Tile {
     rows: Range<usize>,
 }
 
-/// What a thread needs for a work item; grows to the widest head met. Rows are `stride` wide: `head_dim`, padded with zeros
-/// to whole vectors.
+/// A piece of a head: a whole number of vectors on every level.
+type Piece = [f32; MOST_LANES];
+
+/// What a thread needs for a work item; grows to the widest head met.
 #[derive(Debug, Default)]
 struct Scratch {
-    /// Scaled queries `[TILE_QUERIES, stride]`.
-    queries: Vec<f32>,
-    /// Weighted sums of values `[TILE_QUERIES, stride]`.
-    sums: Vec<f32>,
-    /// Keys of a partition `[PARTITION, stride]`.
-    keys: Vec<f32>,
-    /// Values of a partition `[PARTITION, stride]`.
-    values: Vec<f32>,
+    /// Pieces of a head, the last padded with zeros.
+    pieces: usize,
+    /// Scaled queries `[TILE_QUERIES, pieces]`.
+    queries: Vec<Piece>,
+    /// Weighted sums of values `[TILE_QUERIES, pieces]`.
+    sums: Vec<Piece>,
+    /// Keys of a partition `[PARTITION, pieces]`.
+    keys: Vec<Piece>,
+    /// Values of a partition `[PARTITION, pieces]`.
+    values: Vec<Piece>,
 }
 
 /// What all work items of one call share.
@@ -111,22 +115,17 @@ impl Attention {
                     let work = Item { call: &call, tile, kv_head, heads: heads.clone(), scratch: &mut scratch };
                     simd.dispatch(work).expect("the backend was made for a SIMD level of this processor");
                     for (query, sums) in
-                        scratch.sums.chunks_exact(padded(dim)).take(tile.rows.len() * heads.len()).enumerate()
+                        scratch.sums.chunks_exact(scratch.pieces).take(tile.rows.len() * heads.len()).enumerate()
                     {
                         let (row, head) = (tile.rows.start + query / heads.len(), first + query % heads.len());
                         // SAFETY: work items differ in their rows or their heads.
                         let out = unsafe { out.slice(row * width + head * dim, dim) };
-                        out.copy_from_slice(&sums[..dim]);
+                        out.copy_from_slice(&sums.as_flattened()[..dim]);
                     }
                 }
             }
         });
     }
-}
-
-/// A head's width in whole vectors.
-fn padded(dim: usize) -> usize {
-    dim.next_multiple_of(LANES)
 }
 
 /// Rows of one sequence × query heads of one KV head. Its queries are all heads of the first row, of the second, …
@@ -146,12 +145,12 @@ impl WithSimd for Item<'_> {
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { call, tile, kv_head, heads, scratch } = self;
         let queries = tile.rows.len() * heads.len();
-        let stride = padded(call.shape.head_dim);
-        scratch.resize(stride);
+        let pieces = call.shape.head_dim.div_ceil(MOST_LANES);
+        scratch.resize(pieces);
         load_queries(simd, call, tile, &heads, &mut scratch.queries);
-        scratch.sums[..queries * stride].fill(0.0);
+        scratch.sums[..queries * pieces].fill([0.0; MOST_LANES]);
         let mut softmax =
-            Softmax { simd, stride, scratch, largest: [f32::NEG_INFINITY; TILE_QUERIES], total: [0.0; TILE_QUERIES] };
+            Softmax { simd, pieces, scratch, largest: [f32::NEG_INFINITY; TILE_QUERIES], total: [0.0; TILE_QUERIES] };
         if let Some(sinks) = call.sinks {
             // A sink is a key that is seen first, whose value is 0.
             for query in 0..queries {
@@ -224,47 +223,50 @@ impl Call<'_> {
         start: usize,
         scratch: &mut Scratch,
     ) {
-        let stride = padded(self.shape.head_dim);
+        let pieces = scratch.pieces;
         for position in positions {
             let slot = self.step.slot(sequence, position, self.block_tokens);
-            let to = (position - start) * stride;
-            load_cached(simd, &self.cache.keys, kv_head, slot, &mut scratch.keys[to..][..stride]);
-            load_cached(simd, &self.cache.values, kv_head, slot, &mut scratch.values[to..][..stride]);
+            let to = (position - start) * pieces;
+            load_cached(simd, &self.cache.keys, kv_head, slot, scratch.keys[to..][..pieces].as_flattened_mut());
+            load_cached(simd, &self.cache.values, kv_head, slot, scratch.values[to..][..pieces].as_flattened_mut());
         }
     }
 }
 
 /// Loads the scaled queries of a work item, padded with zeros.
 #[inline(always)]
-fn load_queries<S: Simd>(simd: S, call: &Call<'_>, tile: &Tile, heads: &Range<usize>, to: &mut [f32]) {
+fn load_queries<S: Simd>(simd: S, call: &Call<'_>, tile: &Tile, heads: &Range<usize>, to: &mut [Piece]) {
     let dim = call.shape.head_dim;
     let scale = simd.splat(call.shape.scale);
-    let mut rows = to.chunks_exact_mut(padded(dim));
+    let mut rows = to.chunks_exact_mut(dim.div_ceil(MOST_LANES));
     for row in tile.rows.clone() {
         for head in heads.clone() {
             let from = &call.qkv.row(row)[head * dim..][..dim];
             let Some(to) = rows.next() else { unreachable!("scratch holds a whole tile") };
-            for (i, to) in to.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-                *to = simd.store(simd.mul(load(simd, from, i * LANES), scale));
+            for (i, to) in to.as_flattened_mut().chunks_exact_mut(S::LANES).enumerate() {
+                let values = load(simd, from, (i * S::LANES).min(dim));
+                simd.store(simd.mul(values, scale), to);
             }
         }
     }
 }
 
 impl Scratch {
-    /// Makes room for rows of `stride`.
-    fn resize(&mut self, stride: usize) {
-        self.queries.resize(TILE_QUERIES * stride, 0.0);
-        self.sums.resize(TILE_QUERIES * stride, 0.0);
-        self.keys.resize(PARTITION * stride, 0.0);
-        self.values.resize(PARTITION * stride, 0.0);
+    /// Makes room for heads of `pieces`.
+    fn resize(&mut self, pieces: usize) {
+        self.pieces = pieces;
+        let zero = [0.0; MOST_LANES];
+        self.queries.resize(TILE_QUERIES * pieces, zero);
+        self.sums.resize(TILE_QUERIES * pieces, zero);
+        self.keys.resize(PARTITION * pieces, zero);
+        self.values.resize(PARTITION * pieces, zero);
     }
 }
 
 /// The running softmax of a work item's queries.
 struct Softmax<'a, S> {
     simd: S,
-    stride: usize,
+    pieces: usize,
     scratch: &'a mut Scratch,
     /// The largest score of each query so far.
     largest: [f32; TILE_QUERIES],
@@ -293,15 +295,14 @@ impl<S: Simd> Softmax<'_, S> {
             *largest = new;
         }
 
-        let vectors = self.stride / LANES;
-        let mut i = 0;
-        while i + 4 <= vectors {
-            self.add_values::<N, 4>(first, i, &keys, &shrink, &weights);
-            i += 4;
+        let mut n = 0;
+        // Two queries share each value.
+        while n + 2 <= N {
+            self.add_values::<2>(first + n, &keys, [shrink[n], shrink[n + 1]], [&weights[n], &weights[n + 1]]);
+            n += 2;
         }
-        while i < vectors {
-            self.add_values::<N, 1>(first, i, &keys, &shrink, &weights);
-            i += 1;
+        if n < N {
+            self.add_values::<1>(first + n, &keys, [shrink[n]], [&weights[n]]);
         }
         N
     }
@@ -349,61 +350,108 @@ impl<S: Simd> Softmax<'_, S> {
     /// Products of `N` queries from `first` on with four keys from `key` on, of which the lanes are still to be summed up.
     #[inline(always)]
     fn products<const N: usize>(&self, first: usize, key: usize) -> [[S::F32; 4]; N] {
-        let (simd, vectors) = (self.simd, self.stride / LANES);
-        let queries = &self.scratch.queries.as_chunks::<LANES>().0[first * vectors..][..N * vectors];
-        let keys = &self.scratch.keys.as_chunks::<LANES>().0[key * vectors..][..4 * vectors];
+        let (simd, pieces) = (self.simd, self.pieces);
+        let mut queries = [&self.scratch.queries[..0]; N];
+        for (n, query) in queries.iter_mut().enumerate() {
+            *query = &self.scratch.queries[(first + n) * pieces..][..pieces];
+        }
+        let mut keys = [&self.scratch.keys[..0]; 4];
+        for (k, keys) in keys.iter_mut().enumerate() {
+            *keys = &self.scratch.keys[(key + k) * pieces..][..pieces];
+        }
         let mut products = [[simd.splat(0.0); 4]; N];
-        for i in 0..vectors {
-            let mut query = [simd.splat(0.0); N];
-            for n in 0..N {
-                query[n] = simd.load(&queries[n * vectors + i]);
-            }
-            for k in 0..4 {
-                let key = simd.load(&keys[k * vectors + i]);
+        for i in 0..pieces {
+            let mut at = 0;
+            while at < MOST_LANES {
+                let mut query = [simd.splat(0.0); N];
                 for n in 0..N {
-                    products[n][k] = simd.mul_add(query[n], key, products[n][k]);
+                    query[n] = simd.load(&queries[n][i][at..]);
                 }
+                for k in 0..4 {
+                    let key = simd.load(&keys[k][i][at..]);
+                    for n in 0..N {
+                        products[n][k] = simd.mul_add(query[n], key, products[n][k]);
+                    }
+                }
+                at += S::LANES;
             }
         }
         products
     }
 
-    /// `sums = sums · shrink + Σ weight · value`, of `V` vectors of a head from `at` on.
+    /// `sums = sums · shrink + Σ weight · value`
     #[inline(always)]
-    fn add_values<const N: usize, const V: usize>(
+    fn add_values<const N: usize>(
         &mut self,
         first: usize,
-        at: usize,
         keys: &Range<usize>,
-        shrink: &[f32; N],
-        weights: &[[f32; PARTITION]; N],
+        shrink: [f32; N],
+        weights: [&[f32; PARTITION]; N],
     ) {
-        let (simd, vectors) = (self.simd, self.stride / LANES);
-        let sums = &mut self.scratch.sums.as_chunks_mut::<LANES>().0[first * vectors..][..N * vectors];
-        let values = self.scratch.values.as_chunks::<LANES>().0;
+        let mut piece = 0;
+        // Four vectors of each query at a time are what registers hold.
+        while S::LANES == MOST_LANES && piece + 4 <= self.pieces {
+            self.add_pieces::<N, 4>(first, piece, keys, shrink, weights);
+            piece += 4;
+        }
+        while piece + 2 <= self.pieces {
+            self.add_pieces::<N, 2>(first, piece, keys, shrink, weights);
+            piece += 2;
+        }
+        if piece < self.pieces {
+            self.add_pieces::<N, 1>(first, piece, keys, shrink, weights);
+        }
+    }
+
+    /// [`Self::add_values`] of `P` pieces of a head.
+    #[inline(always)]
+    fn add_pieces<const N: usize, const P: usize>(
+        &mut self,
+        first: usize,
+        piece: usize,
+        keys: &Range<usize>,
+        shrink: [f32; N],
+        weights: [&[f32; PARTITION]; N],
+    ) {
+        let (simd, pieces) = (self.simd, self.pieces);
+        let vectors = MOST_LANES / S::LANES;
+        let Scratch { sums, values, .. } = &mut *self.scratch;
+        let sums = &mut sums[first * pieces + piece..][..(N - 1) * pieces + P];
+        let mut partial = [[[simd.splat(0.0); 2]; P]; N];
         for n in 0..N {
-            let mut partial = [simd.splat(0.0); V];
-            for v in 0..V {
-                partial[v] = simd.mul(simd.load(&sums[n * vectors + at + v]), simd.splat(shrink[n]));
-            }
-            for key in keys.clone() {
-                let weight = simd.splat(weights[n][key]);
-                let values = &values[key * vectors + at..][..V];
-                for v in 0..V {
-                    partial[v] = simd.mul_add(weight, simd.load(&values[v]), partial[v]);
+            for p in 0..P {
+                for v in 0..vectors {
+                    let sum = simd.load(&sums[n * pieces + p][v * S::LANES..]);
+                    partial[n][p][v] = simd.mul(sum, simd.splat(shrink[n]));
                 }
             }
-            for v in 0..V {
-                sums[n * vectors + at + v] = simd.store(partial[v]);
+        }
+        let seen = values[keys.start * pieces..keys.end * pieces].chunks_exact(pieces);
+        for (key, values) in keys.clone().zip(seen) {
+            let values = &values[piece..][..P];
+            for p in 0..P {
+                for v in 0..vectors {
+                    let value = simd.load(&values[p][v * S::LANES..]);
+                    for n in 0..N {
+                        partial[n][p][v] = simd.mul_add(simd.splat(weights[n][key]), value, partial[n][p][v]);
+                    }
+                }
+            }
+        }
+        for n in 0..N {
+            for p in 0..P {
+                for v in 0..vectors {
+                    simd.store(partial[n][p][v], &mut sums[n * pieces + p][v * S::LANES..]);
+                }
             }
         }
     }
 
     #[inline(always)]
     fn normalise(self, queries: usize) {
-        for (sums, total) in self.scratch.sums.chunks_exact_mut(self.stride).zip(&self.total[..queries]) {
+        for (sums, total) in self.scratch.sums.chunks_exact_mut(self.pieces).zip(&self.total[..queries]) {
             let share = 1.0 / total;
-            for sum in sums {
+            for sum in sums.as_flattened_mut() {
                 *sum *= share;
             }
         }

@@ -1,4 +1,4 @@
-//! Processors: SIMD chosen at run time, weights in tile order, all cores.
+//! Processors: SIMD chosen at run time, weights in tile order, a thread for each performance core.
 //!
 //! Results are bitwise the same for any number of threads, and a row's results are the same whatever else is in the step.
 //! They differ between SIMD levels (some fuse multiplication and addition) and arithmetics.
@@ -7,6 +7,7 @@
 //! compiled for each level.
 
 mod attention;
+mod cores;
 mod disjoint;
 mod kv;
 mod linear;
@@ -20,14 +21,15 @@ use std::sync::{Arc, Mutex};
 
 use marlin_format::Scheme;
 
+pub use cores::default_threads;
 pub use linear::Arithmetic;
 pub use simd::SimdLevel;
+pub use threads::Threads;
 pub use tile_file::{TileFile, TileFileOptions};
 
 use self::attention::Attention;
 use self::disjoint::Disjoint;
 use self::linear::{Activations, Epilogue, TiledLinear};
-use self::threads::Threads;
 use crate::backend::check_hadamard;
 use crate::host::HostStep;
 use crate::sampling::host::{HostSamplings, token_of};
@@ -41,7 +43,7 @@ const NAME: &str = "cpu";
 /// How to use the processor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct CpuOptions {
-    /// Threads to run on; all cores if `None`.
+    /// Threads to run on; [`default_threads`] if `None`.
     pub threads: Option<usize>,
     /// How linears multiply.
     pub arithmetic: Arithmetic,
@@ -89,11 +91,13 @@ impl CpuBackend {
             let available = available.join(", ");
             return Err(KernelError::Device(format!("this processor has no {simd} instructions; it has {available}")));
         }
-        let threads = match options.threads {
-            Some(count) => count,
-            None => std::thread::available_parallelism().map_or(1, usize::from).min(threads::MOST_THREADS),
-        };
-        Ok(Self { threads: Threads::new(threads)?, arithmetic: options.arithmetic, simd, tiles: None })
+        let threads = Threads::new(options.threads.unwrap_or_else(default_threads))?;
+        Ok(Self { threads, arithmetic: options.arithmetic, simd, tiles: None })
+    }
+
+    /// The threads that its operations run on.
+    pub fn threads(&self) -> &Threads {
+        &self.threads
     }
 
     /// The same processor, for loading one model whose linears are kept in a file, or come from it.

@@ -2,22 +2,18 @@
 //!
 //! Sums run in a fixed number of partial sums, so that a result depends on the data and the instruction set alone.
 
-use super::simd::Simd;
+use super::simd::{MOST_LANES, Simd};
 
-/// f32 values of a [`Simd`] vector.
-pub(super) const LANES: usize = 8;
-
-/// `LANES` values from `start` on; zeros beyond the end.
+/// A vector of values from `start` on; zeros beyond the end.
 #[inline(always)]
 pub(super) fn load<S: Simd>(simd: S, from: &[f32], start: usize) -> S::F32 {
-    match from[start..].first_chunk() {
-        Some(whole) => simd.load(whole),
-        None => {
-            let mut padded = [0.0; LANES];
-            padded[..from.len() - start].copy_from_slice(&from[start..]);
-            simd.load(&padded)
-        }
+    let from = &from[start..];
+    if from.len() >= S::LANES {
+        return simd.load(from);
     }
+    let mut padded = [0.0; MOST_LANES];
+    padded[..from.len()].copy_from_slice(from);
+    simd.load(&padded)
 }
 
 /// Dot products of several vectors with `y`, of equal lengths. Each is the same to the bit as if computed alone.
@@ -31,18 +27,18 @@ pub(super) fn dots<S: Simd, const N: usize>(simd: S, xs: [&[f32]; N], y: &[f32])
         for n in 0..N {
             even[n] = simd.mul_add(load(simd, xs[n], start), values, even[n]);
         }
-        start += LANES;
+        start += S::LANES;
         if start < y.len() {
             let values = load(simd, y, start);
             for n in 0..N {
                 odd[n] = simd.mul_add(load(simd, xs[n], start), values, odd[n]);
             }
-            start += LANES;
+            start += S::LANES;
         }
     }
     let mut results = [0.0; N];
     for n in 0..N {
-        results[n] = sum(simd.store(simd.add(even[n], odd[n])));
+        results[n] = sum(simd.lanes(simd.add(even[n], odd[n])));
     }
     results
 }
@@ -89,6 +85,23 @@ pub(super) fn exp(x: f32) -> f32 {
     let power = f32::from_bits(shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23);
     let result = (p * r * r + r + 1.0) * power;
     if x < -87.0 { 0.0 } else { result }
+}
+
+/// x · σ(x).
+#[inline(always)]
+pub(super) fn silu(x: f32) -> f32 {
+    // σ(x) of |x|, and σ(−x) = 1 − σ(x) without the difference.
+    let e = exp(-x.abs());
+    x * (if x < 0.0 { e } else { 1.0 }) / (1.0 + e)
+}
+
+/// x · (1 + tanh(√(2/π) · (x + 0.044715 · x³))) / 2.
+#[inline(always)]
+pub(super) fn gelu_tanh(x: f32) -> f32 {
+    // (1 + tanh(y)) / 2 = σ(2y)
+    let y = 2.0 * 0.797_884_6 * (x + 0.044715 * x * x * x);
+    let e = exp(-y.abs());
+    x * (if y < 0.0 { e } else { 1.0 }) / (1.0 + e)
 }
 
 /// `x = x / sqrt(mean(x²) + eps) · weight`.
@@ -142,5 +155,23 @@ mod tests {
         assert_eq!(exp(-87.5), 0.0);
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
         assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn activations_are_exact_to_a_few_bits() {
+        for i in -20_000..=20_000 {
+            let x = i as f32 / 1000.0;
+            let wide = f64::from(x);
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (wide + 0.044715 * wide.powi(3));
+            for (found, exact) in
+                [(silu(x), wide / (1.0 + (-wide).exp())), (gelu_tanh(x), wide / (1.0 + (-2.0 * inner).exp()))]
+            {
+                // Far out on the left, an error of the exponent is one of the result.
+                let bound = 1e-6 * exact.abs() * (1.0 + inner.abs()) + 1e-36;
+                assert!((f64::from(found) - exact).abs() <= bound, "{x}: {found:e}, {exact:e}");
+            }
+        }
+        assert!(silu(f32::NAN).is_nan() && gelu_tanh(f32::NAN).is_nan());
+        assert_eq!((silu(-200.0), silu(200.0), gelu_tanh(-200.0), gelu_tanh(200.0)), (0.0, 200.0, 0.0, 200.0));
     }
 }

@@ -17,7 +17,7 @@ mod weights;
 use std::time::Instant;
 
 use marlin_checkpoint::Checkpoint;
-use marlin_kernels::cpu::SimdLevel;
+use marlin_kernels::cpu::{SimdLevel, default_threads};
 use marlin_kernels::gpu::GpuBackend;
 use marlin_quantize::Footprint;
 
@@ -51,7 +51,7 @@ pub fn run(
 ) -> Result<Report, BenchError> {
     let tests = plan.tests();
     let context = requirements::context(&checkpoint, &tests)?;
-    let threads = device.threads.map_or_else(machine::threads, usize::from);
+    let threads = device.threads.map_or_else(default_threads, usize::from);
     let mut probe = BandwidthProbe::new(threads);
     probe.run()?;
     // The probe's buffer is not the model's.

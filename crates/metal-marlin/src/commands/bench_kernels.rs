@@ -15,6 +15,7 @@ Examples:
   metal-marlin bench-kernels --device gpu --filter linear/fp4
   metal-marlin bench-kernels --device gpu:1 --filter 4096x12288/m=16 --json
   metal-marlin bench-kernels --device gpu --filter layer/fp4,attention/f16
+  metal-marlin bench-kernels --device cpu --filter threads
   metal-marlin bench-kernels --device gpu --quick
 
 Linears are measured by format, matrix (columns x rows of weights) and rows of input, one after the other
@@ -22,6 +23,10 @@ Linears are measured by format, matrix (columns x rows of weights) and rows of i
 weights, of attention the keys and values that are seen. A layer is the linears of a decoder layer, each waiting for
 the one before, with norms and gates as a model has them. Weights and caches rotate among copies that no cache
 holds.
+
+Fork-joins of a processor have a task for each thread, those of the pool that kernels run on beside rayon's: tasks
+are empty, or wait for each other so that no thread is left out. The caller is busy before each for so long, in
+which threads may fall asleep.
 
 Before and after each group simple kernels read and copy memory, and a chain of multiply-adds tells the clock: a
 group in which it moved should be measured again.";

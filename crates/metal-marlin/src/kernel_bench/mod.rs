@@ -8,6 +8,7 @@ mod attention;
 mod layer;
 mod linear;
 mod output;
+mod threads;
 mod timer;
 
 use marlin_format::FormatError;
@@ -19,6 +20,7 @@ use crate::stats::Spread;
 use self::attention::AttentionGroup;
 use self::layer::LayerGroup;
 use self::linear::LinearGroup;
+use self::threads::ThreadsGroup;
 use self::timer::{Rates, Timed};
 
 /// What to measure.
@@ -49,8 +51,8 @@ pub enum KernelBenchError {
     /// The device failed, or has too little memory.
     #[error(transparent)]
     Kernel(#[from] KernelError),
-    /// Memory bandwidth cannot be measured.
-    #[error("cannot start threads to measure memory bandwidth")]
+    /// Memory bandwidth, or rayon's fork-joins, cannot be measured.
+    #[error("cannot start threads to measure with")]
     Threads(#[from] rayon::ThreadPoolBuildError),
 }
 
@@ -77,7 +79,8 @@ struct Measurement {
     name: String,
     /// Seconds that one run takes.
     seconds: Spread,
-    work: Work,
+    /// Of kernels.
+    work: Option<Work>,
 }
 
 /// What one run must do, at least.
@@ -135,7 +138,7 @@ fn run_on<B: Timed>(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Report, KernelBenchError> {
     let bench = Bench { backend, plan };
-    let all = groups::<B>(plan);
+    let all = groups(backend, plan);
     let cases = |group: &dyn Plans<B>| group.cases().into_iter().map(|case| full_name(&group.name(), &case)).collect();
     let names: Vec<Vec<String>> = all.iter().map(|group| cases(&**group)).collect();
     let total = names.iter().flatten().filter(|name| bench.is_wanted(name)).count();
@@ -161,11 +164,12 @@ fn run_on<B: Timed>(
     Ok(Report { device: backend.info(), repetitions: plan.repetitions, groups })
 }
 
-fn groups<B: Timed>(plan: &Plan) -> Vec<Box<dyn Plans<B>>> {
+fn groups<B: Timed>(backend: &B, plan: &Plan) -> Vec<Box<dyn Plans<B>>> {
     let linears = LinearGroup::all(plan.quick).into_iter().map(|group| Box::new(group) as Box<dyn Plans<B>>);
     let attention = AttentionGroup::all(plan.quick).into_iter().map(|group| Box::new(group) as Box<dyn Plans<B>>);
     let layers = LayerGroup::all(plan.quick).into_iter().map(|group| Box::new(group) as Box<dyn Plans<B>>);
-    linears.chain(layers).chain(attention).collect()
+    let threads = backend.threads().map(|threads| Box::new(ThreadsGroup(threads.clone())) as Box<dyn Plans<B>>);
+    linears.chain(layers).chain(attention).chain(threads).collect()
 }
 
 fn full_name(group: &str, case: &str) -> String {

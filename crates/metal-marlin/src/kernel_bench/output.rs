@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::timer::Rates;
-use super::{Group, Measurement, Report};
+use super::{Group, Measurement, Report, Work};
 use crate::table::text_table;
 
 /// A clock that moved by more than this makes figures doubtful.
@@ -37,15 +37,16 @@ impl Group {
 
     fn cells(&self, measurement: &Measurement) -> [String; 6] {
         let Measurement { name, seconds, work } = measurement;
-        let per_second = work.bytes / seconds.median;
-        [
-            name.clone(),
-            format!("{:.2}", seconds.median * 1e6),
-            format!("{:.2} to {:.2}", seconds.min * 1e6, seconds.max * 1e6),
-            format!("{:.1}", per_second / 1e9),
-            format!("{:.0} %", 100.0 * per_second / self.read_bandwidth()),
-            format!("{:.3}", work.operations / seconds.median / 1e12),
-        ]
+        let [rate, share, operations] = work.map_or(["-"; 3].map(str::to_owned), |work| {
+            let per_second = work.bytes / seconds.median;
+            [
+                format!("{:.1}", per_second / 1e9),
+                format!("{:.0} %", 100.0 * per_second / self.read_bandwidth()),
+                format!("{:.3}", work.operations / seconds.median / 1e12),
+            ]
+        });
+        let range = format!("{:.2} to {:.2}", seconds.min * 1e6, seconds.max * 1e6);
+        [name.clone(), format!("{:.2}", seconds.median * 1e6), range, rate, share, operations]
     }
 }
 
@@ -79,15 +80,16 @@ impl Report {
         let group = |group: &Group| {
             let result = |measurement: &Measurement| {
                 let Measurement { name, seconds, work } = measurement;
-                let per_second = work.bytes / seconds.median;
+                let per_second = |amount: fn(Work) -> f64| work.map(|work| amount(work) / seconds.median);
+                let bytes_per_second = per_second(|work| work.bytes);
                 json!({
                     "name": name,
                     "seconds": seconds.to_json(),
-                    "bytes": work.bytes,
-                    "operations": work.operations,
-                    "bytes_per_second": per_second,
-                    "share_of_read_bandwidth": per_second / group.read_bandwidth(),
-                    "operations_per_second": work.operations / seconds.median,
+                    "bytes": work.map(|work| work.bytes),
+                    "operations": work.map(|work| work.operations),
+                    "bytes_per_second": bytes_per_second,
+                    "share_of_read_bandwidth": bytes_per_second.map(|rate| rate / group.read_bandwidth()),
+                    "operations_per_second": per_second(|work| work.operations),
                 })
             };
             json!({

@@ -1,9 +1,8 @@
 //! How long a device takes.
 
-use std::thread;
 use std::time::{Duration, Instant};
 
-use marlin_kernels::cpu::CpuBackend;
+use marlin_kernels::cpu::{CpuBackend, Threads, default_threads};
 use marlin_kernels::gpu::{GpuBackend, GpuEncoder, GpuProbe};
 use marlin_kernels::{Backend, Encoder, KernelError, LinearPart, StepLimits};
 
@@ -42,6 +41,11 @@ pub(super) trait Timed: Backend {
 
     /// So many linears of the same weights, each in memory of its own.
     fn copies(&self, parts: &[LinearPart<'_>], count: usize) -> Result<Vec<Self::Linear>, KernelError>;
+
+    /// The processor's threads that kernels run on, of a device that has them.
+    fn threads(&self) -> Option<&Threads> {
+        None
+    }
 }
 
 /// A probe of a GPU, and for how long it runs before it counts.
@@ -90,7 +94,7 @@ impl Timed for CpuBackend {
     }
 
     fn rates(&self, _probe: &mut ()) -> Result<Rates, KernelBenchError> {
-        let mut probe = BandwidthProbe::new(thread::available_parallelism().map_or(1, usize::from));
+        let mut probe = BandwidthProbe::new(default_threads());
         probe.run()?;
         Ok(Rates { read: probe.rate().map_or(0.0, |rate| rate.median), copy: None, clock: None })
     }
@@ -108,6 +112,10 @@ impl Timed for CpuBackend {
 
     fn copies(&self, parts: &[LinearPart<'_>], count: usize) -> Result<Vec<Self::Linear>, KernelError> {
         (0..count).map(|_| self.load_linear(parts)).collect()
+    }
+
+    fn threads(&self) -> Option<&Threads> {
+        Some(self.threads())
     }
 }
 

@@ -32,11 +32,6 @@ pub struct Cache {
     pub shared_by: String,
 }
 
-/// Threads that run at once: the processors this program may use.
-pub fn threads() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
-}
-
 /// Physical cores; `None` where that is unknown.
 pub fn cores() -> Option<usize> {
     let cpus = fs::read_dir("/sys/devices/system/cpu").ok()?.flatten();

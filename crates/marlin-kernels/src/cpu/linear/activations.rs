@@ -13,8 +13,8 @@ use crate::host::allocate;
 #[repr(C)]
 pub(super) struct Block {
     pub(super) scale: f32,
-    /// Sums of the codes of each half, which weights with an offset are corrected by.
-    pub(super) sums: [i16; 2],
+    /// Sums of the codes of each half, negated, which weights with an offset are corrected by.
+    pub(super) minus_sums: [i16; 2],
     pub(super) codes: [i8; CHUNK],
 }
 
@@ -152,7 +152,7 @@ fn quantise(x: &[f32; CHUNK], block: &mut Block) {
         for &code in codes {
             sum += code as i8 as i32;
         }
-        block.sums[half] = sum as i16;
+        block.minus_sums[half] = -sum as i16;
     }
     for (to, &code) in block.codes.iter_mut().zip(&codes) {
         *to = code as i8;

@@ -1,39 +1,35 @@
 //! How each kind of code lies in a tile and becomes numbers.
 //!
-//! A *chunk* is 8 rows × 32 columns, of which all have codes or two of every four (see [`super::pattern`]). Quantised codes of a
-//! chunk form *quads*: quad `q` holds the codes `4q .. 4q + 4` of all rows, byte `4·row + j` being code `4q + j`. Vector lanes are
-//! therefore rows, and no sum ever crosses lanes. A dense chunk has eight quads, a sparse one four.
+//! A *chunk* is 32 columns of as many rows as a vector has lanes, of which all have codes or two of every four (see
+//! [`super::pattern`]). Quantised codes of a chunk form *quads*: quad `q` holds the codes `4q .. 4q + 4` of all rows, byte `4·row + j`
+//! being code `4q + j`. Vector lanes are therefore rows, and no sum ever crosses lanes. A dense chunk has eight quads, a sparse one four.
 
 use crate::cpu::simd::Simd;
 
-/// Rows of a panel, one a vector lane.
-pub(super) const LANES: usize = 8;
 /// Columns of a chunk.
 pub(super) const CHUNK: usize = 32;
 
-/// Four codes of each row, one a byte.
-pub(super) type Quad = [u8; 4 * LANES];
-
 /// Codes that stand for small integers: `value = unpacked byte − offset`, where the offset belongs to the group.
 pub(super) trait Codes: Send + Sync + 'static {
-    /// Bytes of eight quads.
-    const CHUNK_BYTES: usize;
-    /// Bytes of four quads.
-    const HALF_BYTES: usize = Self::CHUNK_BYTES / 2;
+    /// Bytes of a row in eight quads.
+    const ROW_BYTES: usize;
+    /// Bytes of a row in four quads.
+    const HALF_ROW_BYTES: usize = Self::ROW_BYTES / 2;
     /// Unpacked bytes are signed. If not, they are at most 32.
     const SIGNED: bool;
 
-    /// Puts four or eight quads into tile order.
-    fn pack(quads: &[Quad], tile: &mut [u8]);
+    /// Puts four or eight quads, of `quad` bytes each, into tile order.
+    fn pack(quads: &[u8], quad: usize, tile: &mut [u8]);
 
     /// The integers of so many quads, four or eight.
     fn unpack<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS];
 }
 
 /// Two quads a vector, the odd one in the high nibbles.
-fn pack_nibbles(quads: &[Quad], tile: &mut [u8]) {
-    for (pair, bytes) in quads.chunks_exact(2).zip(tile.chunks_exact_mut(32)) {
-        for (byte, (low, high)) in bytes.iter_mut().zip(pair[0].iter().zip(&pair[1])) {
+fn pack_nibbles(quads: &[u8], quad: usize, tile: &mut [u8]) {
+    for (pair, bytes) in quads.chunks_exact(2 * quad).zip(tile.chunks_exact_mut(quad)) {
+        let (even, odd) = pair.split_at(quad);
+        for (byte, (low, high)) in bytes.iter_mut().zip(even.iter().zip(odd)) {
             *byte = low | high << 4;
         }
     }
@@ -41,10 +37,10 @@ fn pack_nibbles(quads: &[Quad], tile: &mut [u8]) {
 
 #[inline(always)]
 fn unpack_nibbles<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS] {
-    let mut quads = [simd.bytes(array(tile, 0)); QUADS];
+    let mut quads = [simd.bytes(tile); QUADS];
     let mut q = 0;
     while q < QUADS {
-        let v = simd.bytes(array(tile, 16 * q));
+        let v = simd.bytes(&tile[2 * S::LANES * q..]);
         quads[q] = simd.bits(v, 0, 0x0f);
         quads[q + 1] = simd.bits(v, 4, 0x0f);
         q += 2;
@@ -76,11 +72,11 @@ impl E2M1 {
 }
 
 impl Codes for E2M1 {
-    const CHUNK_BYTES: usize = 128;
+    const ROW_BYTES: usize = 16;
     const SIGNED: bool = false;
 
-    fn pack(quads: &[Quad], tile: &mut [u8]) {
-        pack_nibbles(quads, tile);
+    fn pack(quads: &[u8], quad: usize, tile: &mut [u8]) {
+        pack_nibbles(quads, quad, tile);
     }
 
     #[inline(always)]
@@ -107,11 +103,11 @@ impl Iq4Nl {
 }
 
 impl Codes for Iq4Nl {
-    const CHUNK_BYTES: usize = 128;
+    const ROW_BYTES: usize = 16;
     const SIGNED: bool = true;
 
-    fn pack(quads: &[Quad], tile: &mut [u8]) {
-        pack_nibbles(quads, tile);
+    fn pack(quads: &[u8], quad: usize, tile: &mut [u8]) {
+        pack_nibbles(quads, quad, tile);
     }
 
     #[inline(always)]
@@ -124,11 +120,11 @@ impl Codes for Iq4Nl {
 pub(super) struct Int4;
 
 impl Codes for Int4 {
-    const CHUNK_BYTES: usize = 128;
+    const ROW_BYTES: usize = 16;
     const SIGNED: bool = false;
 
-    fn pack(quads: &[Quad], tile: &mut [u8]) {
-        pack_nibbles(quads, tile);
+    fn pack(quads: &[u8], quad: usize, tile: &mut [u8]) {
+        pack_nibbles(quads, quad, tile);
     }
 
     #[inline(always)]
@@ -138,20 +134,20 @@ impl Codes for Int4 {
 }
 
 /// The low two bits of the quads, four a vector.
-fn pack_pairs(quads: &[Quad], tile: &mut [u8]) {
-    for (four, bytes) in quads.chunks_exact(4).zip(tile.chunks_exact_mut(32)) {
+fn pack_pairs(quads: &[u8], quad: usize, tile: &mut [u8]) {
+    for (four, bytes) in quads.chunks_exact(4 * quad).zip(tile.chunks_exact_mut(quad)) {
         for (i, byte) in bytes.iter_mut().enumerate() {
-            *byte = (0..4).fold(0, |byte, q| byte | (four[q][i] & 3) << (2 * q));
+            *byte = (0..4).fold(0, |byte, q| byte | (four[q * quad + i] & 3) << (2 * q));
         }
     }
 }
 
 #[inline(always)]
 fn unpack_pairs<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS] {
-    let mut quads = [simd.bytes(array(tile, 0)); QUADS];
+    let mut quads = [simd.bytes(tile); QUADS];
     let mut q = 0;
     while q < QUADS {
-        let v = simd.bytes(array(tile, 8 * q));
+        let v = simd.bytes(&tile[S::LANES * q..]);
         quads[q] = simd.bits(v, 0, 3);
         quads[q + 1] = simd.bits(v, 2, 3);
         quads[q + 2] = simd.bits(v, 4, 3);
@@ -165,11 +161,11 @@ fn unpack_pairs<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes;
 pub(super) struct Int2;
 
 impl Codes for Int2 {
-    const CHUNK_BYTES: usize = 64;
+    const ROW_BYTES: usize = 8;
     const SIGNED: bool = false;
 
-    fn pack(quads: &[Quad], tile: &mut [u8]) {
-        pack_pairs(quads, tile);
+    fn pack(quads: &[u8], quad: usize, tile: &mut [u8]) {
+        pack_pairs(quads, quad, tile);
     }
 
     #[inline(always)]
@@ -182,22 +178,22 @@ impl Codes for Int2 {
 pub(super) struct Int3;
 
 impl Codes for Int3 {
-    const CHUNK_BYTES: usize = 96;
+    const ROW_BYTES: usize = 12;
     /// The upper half of the last vector's bits stays unused.
-    const HALF_BYTES: usize = 64;
+    const HALF_ROW_BYTES: usize = 8;
     const SIGNED: bool = false;
 
-    fn pack(quads: &[Quad], tile: &mut [u8]) {
-        pack_pairs(quads, tile);
-        for (i, byte) in tile[8 * quads.len()..].iter_mut().enumerate() {
-            *byte = quads.iter().rev().fold(0, |byte, quad| byte << 1 | (quad[i] >> 2 & 1));
+    fn pack(quads: &[u8], quad: usize, tile: &mut [u8]) {
+        pack_pairs(quads, quad, tile);
+        for (i, byte) in tile[quads.len() / 4..].iter_mut().enumerate() {
+            *byte = quads.chunks_exact(quad).rev().fold(0, |byte, quad| byte << 1 | (quad[i] >> 2 & 1));
         }
     }
 
     #[inline(always)]
     fn unpack<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS] {
         let mut quads = unpack_pairs(simd, tile);
-        let high = simd.bytes(array(tile, 8 * QUADS));
+        let high = simd.bytes(&tile[S::LANES * QUADS..]);
         let mut q = 0;
         while q < QUADS {
             let bit = simd.shift_left(simd.bits(high, q as u32, 1), 2);
@@ -217,21 +213,21 @@ impl Int8 {
 }
 
 impl Codes for Int8 {
-    const CHUNK_BYTES: usize = 256;
+    const ROW_BYTES: usize = 32;
     const SIGNED: bool = true;
 
-    fn pack(quads: &[Quad], tile: &mut [u8]) {
-        for (byte, code) in tile.iter_mut().zip(quads.as_flattened()) {
+    fn pack(quads: &[u8], _: usize, tile: &mut [u8]) {
+        for (byte, code) in tile.iter_mut().zip(quads) {
             *byte = code ^ 0x80;
         }
     }
 
     #[inline(always)]
     fn unpack<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS] {
-        let mut quads = [simd.bytes(array(tile, 0)); QUADS];
+        let mut quads = [simd.bytes(tile); QUADS];
         let mut q = 1;
         while q < QUADS {
-            quads[q] = simd.bytes(array(tile, 32 * q));
+            quads[q] = simd.bytes(&tile[4 * S::LANES * q..]);
             q += 1;
         }
         quads
@@ -256,7 +252,7 @@ impl Floats for E4M3 {
     const BYTES: usize = 1;
     #[inline(always)]
     fn column<S: Simd>(simd: S, tile: &[u8], k: usize) -> S::F32 {
-        simd.load_e4m3(array(tile, 8 * k))
+        simd.load_e4m3(&tile[S::LANES * k..])
     }
 }
 
@@ -264,7 +260,7 @@ impl Floats for F16 {
     const BYTES: usize = 2;
     #[inline(always)]
     fn column<S: Simd>(simd: S, tile: &[u8], k: usize) -> S::F32 {
-        simd.load_le_f16(array(tile, 16 * k))
+        simd.load_le_f16(&tile[2 * S::LANES * k..])
     }
 }
 
@@ -272,7 +268,7 @@ impl Floats for Bf16 {
     const BYTES: usize = 2;
     #[inline(always)]
     fn column<S: Simd>(simd: S, tile: &[u8], k: usize) -> S::F32 {
-        simd.load_le_bf16(array(tile, 16 * k))
+        simd.load_le_bf16(&tile[2 * S::LANES * k..])
     }
 }
 
@@ -280,12 +276,6 @@ impl Floats for F32 {
     const BYTES: usize = 4;
     #[inline(always)]
     fn column<S: Simd>(simd: S, tile: &[u8], k: usize) -> S::F32 {
-        simd.load_le_f32(array(tile, 32 * k))
+        simd.load_le_f32(&tile[4 * S::LANES * k..])
     }
-}
-
-/// `bytes[at .. at + N]` as an array.
-#[inline(always)]
-pub(super) fn array<const N: usize>(bytes: &[u8], at: usize) -> &[u8; N] {
-    bytes[at..].first_chunk().expect("tiles have whole chunks")
 }

@@ -7,15 +7,17 @@ use std::marker::PhantomData;
 use std::slice::ChunksExact;
 
 use super::activations::{Block, Forms, Inputs};
-use super::codes::{CHUNK, Codes, Floats, LANES, Quad};
+use super::codes::{CHUNK, Codes, Floats};
 use super::pattern::{FIRST_HALF, Pattern, SECOND_HALF, WHOLE};
 use super::tiles::{GroupSpan, PanelCodes, Tiles};
-use crate::cpu::simd::{Simd, WithSimd};
+use crate::cpu::simd::{MOST_LANES, Simd, WithSimd};
 
 /// Scale and offset of a group, one a lane.
 pub(super) struct Group<S: Simd> {
     pub(super) scale: S::F32,
     pub(super) offset: S::I32,
+    /// The same, as an i16 in each half of a lane.
+    pub(super) offset_pairs: S::I32,
     /// The same, as floats.
     pub(super) offset_f32: S::F32,
 }
@@ -28,17 +30,17 @@ pub(super) trait Dot: Send + Sync + 'static {
     type Input;
     /// The codes of a chunk, as far as they are decoded at once.
     type Weights<'t, S: Simd>: Copy;
-    /// Bytes of the codes of a chunk in tile order; those of the pattern follow.
-    const WEIGHT_BYTES: usize;
+    /// Bytes of a row's codes in a chunk in tile order; those of the pattern follow.
+    const WEIGHT_ROW_BYTES: usize;
     /// Bytes of one code while a chunk is packed.
     const CODE_BYTES: usize;
     const FORMS: Forms;
-    /// Bytes of a chunk in tile order.
-    const CHUNK_BYTES: usize = Self::WEIGHT_BYTES + Self::Pattern::INDEX_BYTES;
+    /// Bytes of a row of a chunk in tile order.
+    const ROW_BYTES: usize = Self::WEIGHT_ROW_BYTES + Self::Pattern::INDEX_ROW_BYTES;
 
     fn inputs(inputs: Inputs<'_>) -> &[Self::Input];
-    /// Puts code `t` of row `r`, at `(r · stride + t) · CODE_BYTES` of `rows`, into tile order.
-    fn pack(rows: &[u8], stride: usize, tile: &mut [u8]);
+    /// Puts code `t` of row `r`, at `(r · stride + t) · CODE_BYTES` of `rows`, into tile order; there are `lanes` rows.
+    fn pack(rows: &[u8], stride: usize, lanes: usize, tile: &mut [u8]);
     fn decode<S: Simd>(simd: S, tile: &[u8]) -> Self::Weights<'_, S>;
     /// Code `t` of each row, unscaled.
     fn column<S: Simd>(simd: S, weights: &Self::Weights<'_, S>, group: &Group<S>, t: usize) -> S::F32;
@@ -67,7 +69,7 @@ impl<C: Codes, P: Pattern> Dot for IntegerDot<C, P> {
     type Pattern = P;
     type Input = Block;
     type Weights<'t, S: Simd> = P::Quads<S>;
-    const WEIGHT_BYTES: usize = integer_bytes::<C, P>();
+    const WEIGHT_ROW_BYTES: usize = integer_bytes::<C, P>();
     const CODE_BYTES: usize = 1;
     const FORMS: Forms = Forms { blocks: true, floats: false };
 
@@ -75,8 +77,8 @@ impl<C: Codes, P: Pattern> Dot for IntegerDot<C, P> {
         inputs.blocks
     }
 
-    fn pack(rows: &[u8], stride: usize, tile: &mut [u8]) {
-        C::pack(&quads::<P>(rows, stride)[..P::STORED / 4], tile);
+    fn pack(rows: &[u8], stride: usize, lanes: usize, tile: &mut [u8]) {
+        C::pack(quads::<P>(rows, stride, lanes, &mut [0; CHUNK * MOST_LANES]), 4 * lanes, tile);
     }
 
     #[inline(always)]
@@ -99,15 +101,15 @@ impl<C: Codes, P: Pattern> Dot for IntegerDot<C, P> {
         sums: &mut [S::F32; ROWS],
     ) {
         for (x, sum) in x.into_iter().zip(sums) {
-            let dot = P::dot::<S, C, PART>(simd, *weights, index, group.offset, x);
+            let dot = P::dot::<S, C, PART>(simd, *weights, index, group, x);
             *sum = simd.mul_add(simd.to_f32(dot), simd.splat(x.scale), *sum);
         }
     }
 }
 
-/// Bytes of the codes of a chunk.
+/// Bytes of a row's codes in a chunk.
 const fn integer_bytes<C: Codes, P: Pattern>() -> usize {
-    if P::STORED == CHUNK { C::CHUNK_BYTES } else { C::HALF_BYTES }
+    if P::STORED == CHUNK { C::ROW_BYTES } else { C::HALF_ROW_BYTES }
 }
 
 #[inline(always)]
@@ -117,10 +119,15 @@ fn integer_column<S: Simd, C: Codes>(simd: S, weights: &[S::Bytes], group: &Grou
     simd.sub(value, group.offset_f32)
 }
 
-/// Puts the codes of a chunk, rows of one byte a code, into quads; those of a sparse chunk are the first half.
-fn quads<P: Pattern>(rows: &[u8], stride: usize) -> [Quad; CHUNK / 4] {
-    let mut quads = [[0; 4 * LANES]; CHUNK / 4];
-    for (q, quad) in quads[..P::STORED / 4].iter_mut().enumerate() {
+/// Puts the codes of a chunk, rows of one byte a code, into quads.
+fn quads<'a, P: Pattern>(
+    rows: &[u8],
+    stride: usize,
+    lanes: usize,
+    quads: &'a mut [u8; CHUNK * MOST_LANES],
+) -> &'a [u8] {
+    let quads = &mut quads[..P::STORED * lanes];
+    for (q, quad) in quads.chunks_exact_mut(4 * lanes).enumerate() {
         for (row, bytes) in quad.chunks_exact_mut(4).enumerate() {
             bytes.copy_from_slice(&rows[row * stride + 4 * q..][..4]);
         }
@@ -132,7 +139,7 @@ impl<C: Codes, P: Pattern> Dot for ExactDot<C, P> {
     type Pattern = P;
     type Input = [f32; CHUNK];
     type Weights<'t, S: Simd> = P::Quads<S>;
-    const WEIGHT_BYTES: usize = integer_bytes::<C, P>();
+    const WEIGHT_ROW_BYTES: usize = integer_bytes::<C, P>();
     const CODE_BYTES: usize = 1;
     const FORMS: Forms = Forms { blocks: false, floats: true };
 
@@ -140,8 +147,8 @@ impl<C: Codes, P: Pattern> Dot for ExactDot<C, P> {
         inputs.floats
     }
 
-    fn pack(rows: &[u8], stride: usize, tile: &mut [u8]) {
-        C::pack(&quads::<P>(rows, stride)[..P::STORED / 4], tile);
+    fn pack(rows: &[u8], stride: usize, lanes: usize, tile: &mut [u8]) {
+        C::pack(quads::<P>(rows, stride, lanes, &mut [0; CHUNK * MOST_LANES]), 4 * lanes, tile);
     }
 
     #[inline(always)]
@@ -171,7 +178,7 @@ impl<F: Floats, P: Pattern> Dot for FloatDot<F, P> {
     type Pattern = P;
     type Input = [f32; CHUNK];
     type Weights<'t, S: Simd> = &'t [u8];
-    const WEIGHT_BYTES: usize = LANES * P::STORED * F::BYTES;
+    const WEIGHT_ROW_BYTES: usize = P::STORED * F::BYTES;
     const CODE_BYTES: usize = F::BYTES;
     const FORMS: Forms = Forms { blocks: false, floats: true };
 
@@ -179,9 +186,9 @@ impl<F: Floats, P: Pattern> Dot for FloatDot<F, P> {
         inputs.floats
     }
 
-    fn pack(rows: &[u8], stride: usize, tile: &mut [u8]) {
+    fn pack(rows: &[u8], stride: usize, lanes: usize, tile: &mut [u8]) {
         for (i, code) in tile.chunks_exact_mut(F::BYTES).enumerate() {
-            let (t, row) = (i / LANES, i % LANES);
+            let (t, row) = (i / lanes, i % lanes);
             code.copy_from_slice(&rows[(row * stride + t) * F::BYTES..][..F::BYTES]);
         }
     }
@@ -244,13 +251,15 @@ fn add_float_dots<S: Simd, D: Dot, const PART: usize, const ROWS: usize>(
 /// A chunk of a panel: its codes, and where they stand.
 #[inline(always)]
 fn decode_chunk<S: Simd, D: Dot>(simd: S, panel: &[u8], chunk: usize) -> (D::Weights<'_, S>, Index<D, S>) {
-    let tile = &panel[chunk * D::CHUNK_BYTES..][..D::CHUNK_BYTES];
-    let (codes, index) = tile.split_at(D::WEIGHT_BYTES);
+    let bytes = D::ROW_BYTES * S::LANES;
+    let (codes, index) = panel[chunk * bytes..][..bytes].split_at(D::WEIGHT_ROW_BYTES * S::LANES);
     (D::decode(simd, codes), D::Pattern::load_index(simd, index))
 }
 
 /// A kernel for one format, arithmetic and instruction set.
 pub(super) trait PanelKernel: fmt::Debug + Send + Sync {
+    /// Rows of a panel.
+    fn lanes(&self) -> usize;
     /// Bytes of a chunk in tile order.
     fn chunk_bytes(&self) -> usize;
     /// Bytes of one code in what [`PanelKernel::pack`] reads.
@@ -259,8 +268,8 @@ pub(super) trait PanelKernel: fmt::Debug + Send + Sync {
     fn pack(&self, panel: &PanelCodes, tiles: &mut [u8]);
     /// The forms of input that it reads.
     fn forms(&self) -> Forms;
-    /// `sums[i] = x[first_row + i] · W(panel)ᵀ`.
-    fn run(&self, tiles: &Tiles, panel: usize, x: Inputs<'_>, first_row: usize, sums: &mut [[f32; LANES]]);
+    /// `sums[i] = x[first_row + i] · W(panel)ᵀ`; `sums` is `[rows, lanes]`.
+    fn run(&self, tiles: &Tiles, panel: usize, x: Inputs<'_>, first_row: usize, sums: &mut [f32]);
     /// The weights of one row of a panel.
     fn decode_row(&self, tiles: &Tiles, panel: usize, lane: usize, weights: &mut [f32]);
 }
@@ -284,8 +293,12 @@ impl<S, D> fmt::Debug for Kernel<S, D> {
 }
 
 impl<S: Simd, D: Dot> PanelKernel for Kernel<S, D> {
+    fn lanes(&self) -> usize {
+        S::LANES
+    }
+
     fn chunk_bytes(&self) -> usize {
-        D::CHUNK_BYTES
+        D::ROW_BYTES * S::LANES
     }
 
     fn code_bytes(&self) -> usize {
@@ -294,13 +307,15 @@ impl<S: Simd, D: Dot> PanelKernel for Kernel<S, D> {
 
     fn pack(&self, panel: &PanelCodes, tiles: &mut [u8]) {
         let stored = D::Pattern::STORED;
-        let stride = panel.codes.len() / LANES / D::CODE_BYTES;
-        for (chunk, tile) in tiles.chunks_exact_mut(D::CHUNK_BYTES).enumerate() {
-            let (codes, index) = tile.split_at_mut(D::WEIGHT_BYTES);
-            D::pack(&panel.codes[chunk * stored * D::CODE_BYTES..], stride, codes);
+        let mut memory = [0; CHUNK * MOST_LANES];
+        let stride = panel.codes.len() / S::LANES / D::CODE_BYTES;
+        for (chunk, tile) in tiles.chunks_exact_mut(self.chunk_bytes()).enumerate() {
+            let (codes, index) = tile.split_at_mut(D::WEIGHT_ROW_BYTES * S::LANES);
+            D::pack(&panel.codes[chunk * stored * D::CODE_BYTES..], stride, S::LANES, codes);
             if !index.is_empty() {
-                let positions = quads::<D::Pattern>(&panel.positions[chunk * stored..], stride);
-                D::Pattern::pack_index(&positions[..stored / 4], index);
+                let positions = &panel.positions[chunk * stored..];
+                let positions = quads::<D::Pattern>(positions, stride, S::LANES, &mut memory);
+                D::Pattern::pack_index(positions, 4 * S::LANES, index);
             }
         }
     }
@@ -309,7 +324,7 @@ impl<S: Simd, D: Dot> PanelKernel for Kernel<S, D> {
         D::FORMS
     }
 
-    fn run(&self, tiles: &Tiles, panel: usize, x: Inputs<'_>, first_row: usize, sums: &mut [[f32; LANES]]) {
+    fn run(&self, tiles: &Tiles, panel: usize, x: Inputs<'_>, first_row: usize, sums: &mut [f32]) {
         let x = &D::inputs(x)[first_row * tiles.chunks..];
         self.simd.vectorize(Run::<D> { tiles, panel, x, sums });
     }
@@ -323,7 +338,7 @@ struct Run<'a, D: Dot> {
     tiles: &'a Tiles,
     panel: usize,
     x: &'a [D::Input],
-    sums: &'a mut [[f32; LANES]],
+    sums: &'a mut [f32],
 }
 
 impl<D: Dot> WithSimd for Run<'_, D> {
@@ -332,31 +347,33 @@ impl<D: Dot> WithSimd for Run<'_, D> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { tiles, panel, x, sums } = self;
-        // A decoded chunk serves four rows of the input.
-        let (fours, rest) = sums.as_chunks_mut::<4>();
-        let (twos, ones) = rest.as_chunks_mut::<2>();
         let mut x = x.chunks_exact(tiles.chunks);
-        for four in fours {
-            panel_sums::<S, D, 4>(simd, tiles, panel, &mut x, four);
+        let mut rest = sums;
+        // A decoded chunk serves several rows of the input: as many as there are registers for.
+        while S::REGISTERS >= 32 && rest.len() >= 8 * S::LANES {
+            rest = panel_sums::<S, D, 8>(simd, tiles, panel, &mut x, rest);
         }
-        for two in twos {
-            panel_sums::<S, D, 2>(simd, tiles, panel, &mut x, two);
+        while rest.len() >= 4 * S::LANES {
+            rest = panel_sums::<S, D, 4>(simd, tiles, panel, &mut x, rest);
         }
-        for one in ones {
-            panel_sums::<S, D, 1>(simd, tiles, panel, &mut x, std::array::from_mut(one));
+        if rest.len() >= 2 * S::LANES {
+            rest = panel_sums::<S, D, 2>(simd, tiles, panel, &mut x, rest);
+        }
+        if !rest.is_empty() {
+            panel_sums::<S, D, 1>(simd, tiles, panel, &mut x, rest);
         }
     }
 }
 
-/// The outputs of one panel for the next `ROWS` rows of the input. A group is summed unscaled, then scaled.
+/// The outputs of one panel for the next `ROWS` rows of the input; gives what is left of `out`. A group is summed unscaled, then scaled.
 #[inline(always)]
-fn panel_sums<S: Simd, D: Dot, const ROWS: usize>(
+fn panel_sums<'o, S: Simd, D: Dot, const ROWS: usize>(
     simd: S,
     tiles: &Tiles,
     panel: usize,
     x: &mut ChunksExact<'_, D::Input>,
-    out: &mut [[f32; LANES]; ROWS],
-) {
+    out: &'o mut [f32],
+) -> &'o mut [f32] {
     let chunks = tiles.chunks;
     let mut rows: [&[D::Input]; ROWS] = [&[]; ROWS];
     for row in &mut rows {
@@ -393,9 +410,11 @@ fn panel_sums<S: Simd, D: Dot, const ROWS: usize>(
         }
     }
     let factor = simd.splat(tiles.factor);
+    let (out, rest) = out.split_at_mut(ROWS * S::LANES);
     for i in 0..ROWS {
-        out[i] = simd.store(simd.mul(totals[i], factor));
+        simd.store(simd.mul(totals[i], factor), &mut out[i * S::LANES..]);
     }
+    rest
 }
 
 /// A chunk of each input row.
@@ -437,8 +456,8 @@ impl<D: Dot> WithSimd for DecodeRow<'_, D> {
             };
             let group = tiles.group(simd, panel, group);
             let scale = simd.mul(group.scale, factor);
-            let tile = &codes[half / 2 * D::CHUNK_BYTES..][..D::CHUNK_BYTES];
-            let (weights, index) = tile.split_at(D::WEIGHT_BYTES);
+            let bytes = D::ROW_BYTES * S::LANES;
+            let (weights, index) = codes[half / 2 * bytes..][..bytes].split_at(D::WEIGHT_ROW_BYTES * S::LANES);
             let weights = D::decode(simd, weights);
             out.fill(0.0);
             let stored = D::Pattern::STORED / 2;
@@ -446,7 +465,7 @@ impl<D: Dot> WithSimd for DecodeRow<'_, D> {
                 // Columns beyond K are padding.
                 if let Some(out) = out.get_mut(D::Pattern::column(index, lane, t) % (CHUNK / 2)) {
                     let column = D::column(simd, &weights, &group, t);
-                    *out = simd.store(simd.mul(column, scale))[lane];
+                    *out = simd.lanes(simd.mul(column, scale))[lane];
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! Linears whose packed weights are multiplied as they lie in memory.
 //!
 //! At load, [`Tiles`] puts weights into an order in which a kernel streams them: vector lanes are output rows, so there are no
-//! sums across lanes, and K is walked from start to end for each output. Work is split over panels of 8 rows only. Every
+//! sums across lanes, and K is walked from start to end for each output. Work is split over panels of rows only. Every
 //! output is therefore bitwise the same whatever the batch and the number of threads.
 
 mod activations;
@@ -19,14 +19,15 @@ use std::sync::Arc;
 use marlin_format::{Element, FormatError, Scheme, Sparsity};
 
 use self::activations::{Forms, Inputs};
-use self::codes::{Bf16, Codes, E2M1, E4M3, F16, F32, Floats, Int2, Int3, Int4, Int8, Iq4Nl, LANES};
+use self::codes::{Bf16, Codes, E2M1, E4M3, F16, F32, Floats, Int2, Int3, Int4, Int8, Iq4Nl};
 use self::kernel::{ExactDot, FloatDot, IntegerDot, Kernel, PanelKernel};
 use self::pattern::{Dense, Pattern, TwoOfFour};
 use self::tiles::Tiles;
 use super::disjoint::Disjoint;
-use super::simd::{Simd, SimdLevel, WithSimd};
+use super::simd::{MOST_LANES, Simd, SimdLevel, WithSimd};
 use super::threads::Threads;
 use super::tile_file::TileFile;
+use super::vector::{gelu_tanh, silu};
 use crate::backend::check_parts;
 use crate::{Activation, KernelError, LinearPart};
 
@@ -73,7 +74,7 @@ struct Part {
     tiles: Tiles,
     kernel: Box<dyn PanelKernel>,
     /// Padded to whole panels with zeros.
-    bias: Vec<[f32; LANES]>,
+    bias: Vec<f32>,
     /// No kernel reads the matrix as it was; tiles are of its weights in f32.
     converted: bool,
     /// Its first column in the output.
@@ -140,7 +141,8 @@ impl TiledLinear {
         assert!(row < self.rows() && out.len() == self.cols, "row {row} of {}, {} values", self.rows(), out.len());
         let part = self.parts.iter().rfind(|part| part.first <= row).expect("the first part begins at 0");
         let row = row - part.first;
-        part.kernel.decode_row(&part.tiles, row / LANES, row % LANES, out);
+        let lanes = part.kernel.lanes();
+        part.kernel.decode_row(&part.tiles, row / lanes, row % lanes, out);
     }
 
     /// Multiplies `x`, `[m, K]`. `out` is `[m, N]`, or `[m, N / 2]` under [`Epilogue::Gated`].
@@ -169,30 +171,35 @@ impl TiledLinear {
         let tasks = panels.min(threads.count() * TASKS_PER_THREAD);
         threads.run(tasks, &|task| {
             let panels = panels * task / tasks..panels * (task + 1) / tasks;
+            let mut sums = [[0.0; ROW_BLOCK * MOST_LANES]; 2];
             for first_row in (0..m).step_by(ROW_BLOCK) {
                 let rows = first_row..m.min(first_row + ROW_BLOCK);
                 for panel in panels.clone() {
-                    self.apply_panel(panel, rows.clone(), &output, epilogue);
+                    self.apply_panel(panel, rows.clone(), &output, epilogue, &mut sums);
                 }
             }
         });
     }
 
-    fn apply_panel(&self, panel: usize, rows: std::ops::Range<usize>, output: &Output<'_>, epilogue: Epilogue) {
-        let mut sums = [[0.0; LANES]; ROW_BLOCK];
-        let sums = &mut sums[..rows.len()];
+    fn apply_panel(
+        &self,
+        panel: usize,
+        rows: std::ops::Range<usize>,
+        output: &Output<'_>,
+        epilogue: Epilogue,
+        [sums, up]: &mut [[f32; ROW_BLOCK * MOST_LANES]; 2],
+    ) {
         let (part, panel) = self.locate(panel);
+        let sums = &mut sums[..rows.len() * part.kernel.lanes()];
         part.sums(panel, rows.start, output.x, sums);
         match epilogue {
             Epilogue::Store => output.write(part, panel, rows, sums, |out, sum| *out = sum),
             Epilogue::Add => output.write(part, panel, rows, sums, |out, sum| *out += sum),
             Epilogue::Gated(activation) => {
-                let mut up = [[0.0; LANES]; ROW_BLOCK];
-                let up = &mut up[..rows.len()];
+                let up = &mut up[..sums.len()];
                 self.parts[1].sums(panel, rows.start, output.x, up);
-                for (gate, up) in sums.as_flattened_mut().iter_mut().zip(up.as_flattened()) {
-                    *gate = activate(activation, *gate) * up;
-                }
+                let gate = Gate { activation, gate: sums, up };
+                self.simd.dispatch(gate).expect("the level was checked when the linear was loaded");
                 output.write(part, panel, rows, sums, |out, value| *out = value);
             }
         }
@@ -226,20 +233,18 @@ impl Part {
     }
 
     /// A part that will be the first.
-    fn new(tiles: Tiles, kernel: Box<dyn PanelKernel>, values: Option<&[f32]>, converted: bool) -> Self {
-        let mut bias = Vec::new();
-        if let Some(values) = values {
-            bias.resize(tiles.panels(), [0.0; LANES]);
-            bias.as_flattened_mut()[..values.len()].copy_from_slice(values);
-        }
+    fn new(tiles: Tiles, kernel: Box<dyn PanelKernel>, bias: Option<&[f32]>, converted: bool) -> Self {
+        let mut bias = bias.map_or_else(Vec::new, <[f32]>::to_vec);
+        bias.resize(bias.len().next_multiple_of(kernel.lanes()), 0.0);
         Self { tiles, kernel, bias, converted, first: 0 }
     }
 
     /// `x · Wᵀ + bias` of one panel.
-    fn sums(&self, panel: usize, first_row: usize, x: Inputs<'_>, sums: &mut [[f32; LANES]]) {
+    fn sums(&self, panel: usize, first_row: usize, x: Inputs<'_>, sums: &mut [f32]) {
         self.kernel.run(&self.tiles, panel, x, first_row, sums);
-        if let Some(bias) = self.bias.get(panel) {
-            for sums in sums {
+        let lanes = self.kernel.lanes();
+        if let Some(bias) = self.bias.chunks_exact(lanes).nth(panel) {
+            for sums in sums.chunks_exact_mut(lanes) {
                 sums.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias);
             }
         }
@@ -269,31 +274,50 @@ struct Output<'a> {
 }
 
 impl Output<'_> {
-    /// Writes the outputs of one panel: 8 columns, or fewer at the end of a part.
+    /// Writes the outputs of one panel: a column a lane, or fewer at the end of a part.
     fn write(
         &self,
         part: &Part,
         panel: usize,
         rows: std::ops::Range<usize>,
-        values: &[[f32; LANES]],
+        values: &[f32],
         write: impl Fn(&mut f32, f32),
     ) {
-        let lanes = LANES.min(part.tiles.rows - panel * LANES);
-        let column = part.first + panel * LANES;
-        for (row, values) in rows.zip(values) {
+        let lanes = part.kernel.lanes();
+        let columns = lanes.min(part.tiles.rows - panel * lanes);
+        let column = part.first + panel * lanes;
+        for (row, values) in rows.zip(values.chunks_exact(lanes)) {
             // SAFETY: a panel belongs to one task, and its columns to no other panel.
-            let out = unsafe { self.out.slice(row * self.width + column, lanes) };
+            let out = unsafe { self.out.slice(row * self.width + column, columns) };
             out.iter_mut().zip(values).for_each(|(out, &value)| write(out, value));
         }
     }
 }
 
-fn activate(activation: Activation, x: f32) -> f32 {
-    match activation {
-        Activation::Silu => x / (1.0 + (-x).exp()),
-        Activation::GeluTanh => {
-            let inner = (2.0 / std::f32::consts::PI).sqrt() * (x + 0.044715 * x * x * x);
-            0.5 * x * (1.0 + inner.tanh())
+/// `gate = activation(gate) ⊙ up`
+struct Gate<'a> {
+    activation: Activation,
+    gate: &'a mut [f32],
+    up: &'a [f32],
+}
+
+impl WithSimd for Gate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let pairs = self.gate.iter_mut().zip(self.up);
+        match self.activation {
+            Activation::Silu => {
+                for (gate, up) in pairs {
+                    *gate = silu(*gate) * up;
+                }
+            }
+            Activation::GeluTanh => {
+                for (gate, up) in pairs {
+                    *gate = gelu_tanh(*gate) * up;
+                }
+            }
         }
     }
 }

@@ -5,8 +5,9 @@
 //! gathered: there are half as many products as in a dense chunk.
 
 use super::activations::Block;
-use super::codes::{CHUNK, Codes, LANES, Quad};
-use crate::cpu::simd::Simd;
+use super::codes::{CHUNK, Codes};
+use super::kernel::Group;
+use crate::cpu::simd::{MOST_LANES, Simd};
 
 /// The part of a chunk that a dot product is over.
 pub(super) const FIRST_HALF: usize = 0;
@@ -17,16 +18,16 @@ pub(super) const WHOLE: usize = 2;
 pub(super) trait Pattern: Send + Sync + 'static {
     /// Codes of a row in a chunk.
     const STORED: usize;
-    /// Bytes of what says where codes stand, after the codes of a chunk.
-    const INDEX_BYTES: usize;
+    /// Bytes a row of what says where codes stand, after the codes of a chunk.
+    const INDEX_ROW_BYTES: usize;
     /// The integers of a chunk, `STORED / 4` quads.
     type Quads<S: Simd>: Copy + AsRef<[S::Bytes]>;
     /// Where codes stand.
     type Index<S: Simd>: Copy;
 
     fn unpack<S: Simd, C: Codes>(simd: S, tile: &[u8]) -> Self::Quads<S>;
-    /// Puts the positions of the stored codes (0 to 3, four bytes of a row a quad) into tile order.
-    fn pack_index(positions: &[Quad], index: &mut [u8]);
+    /// Puts the positions of the stored codes (0 to 3, in quads of `quad` bytes) into tile order.
+    fn pack_index(positions: &[u8], quad: usize, index: &mut [u8]);
     fn load_index<S: Simd>(simd: S, index: &[u8]) -> Self::Index<S>;
     /// The column of code `t` of a row.
     fn column(index: &[u8], row: usize, t: usize) -> usize;
@@ -37,7 +38,7 @@ pub(super) trait Pattern: Send + Sync + 'static {
         simd: S,
         quads: Self::Quads<S>,
         index: Self::Index<S>,
-        offset: S::I32,
+        group: &Group<S>,
         x: &Block,
     ) -> S::I32;
 }
@@ -47,7 +48,7 @@ pub(super) struct Dense;
 
 impl Pattern for Dense {
     const STORED: usize = CHUNK;
-    const INDEX_BYTES: usize = 0;
+    const INDEX_ROW_BYTES: usize = 0;
     type Quads<S: Simd> = [S::Bytes; 8];
     type Index<S: Simd> = ();
 
@@ -56,7 +57,7 @@ impl Pattern for Dense {
         C::unpack(simd, tile)
     }
 
-    fn pack_index(_: &[Quad], _: &mut [u8]) {}
+    fn pack_index(_: &[u8], _: usize, _: &mut [u8]) {}
 
     #[inline(always)]
     fn load_index<S: Simd>(_: S, _: &[u8]) {}
@@ -75,25 +76,24 @@ impl Pattern for Dense {
         simd: S,
         w: [S::Bytes; 8],
         _: (),
-        offset: S::I32,
+        group: &Group<S>,
         x: &Block,
     ) -> S::I32 {
         let (w_first, w_second) = ([w[0], w[1], w[2], w[3]], [w[4], w[5], w[6], w[7]]);
         let [x_first, x_second] = x.halves();
         // Σ (byte − offset)·x = Σ byte·x − offset·Σx.
-        let x_sum = match PART {
-            FIRST_HALF => x.sums[0],
-            SECOND_HALF => x.sums[1],
-            _ => x.sums[0] + x.sums[1],
+        let minus_sums = match PART {
+            FIRST_HALF => [x.minus_sums[0], 0],
+            SECOND_HALF => [0, x.minus_sums[1]],
+            _ => x.minus_sums,
         };
-        let less = simd.mul_i16(offset, -x_sum);
+        let less = simd.dot_pairs(group.offset_pairs, &minus_sums);
         match PART {
             FIRST_HALF => add_dot::<S, C>(simd, less, w_first, quads(simd, x_first)),
             SECOND_HALF => add_dot::<S, C>(simd, less, w_second, quads(simd, x_second)),
             _ => {
-                // Two chains, which need not wait for each other.
                 let first = add_dot::<S, C>(simd, less, w_first, quads(simd, x_first));
-                simd.add_i32(first, add_dot::<S, C>(simd, simd.splat_i32(0), w_second, quads(simd, x_second)))
+                add_dot::<S, C>(simd, first, w_second, quads(simd, x_second))
             }
         }
     }
@@ -105,10 +105,10 @@ pub(super) struct TwoOfFour;
 
 impl TwoOfFour {
     /// What the positions of an even and of an odd quad's codes are added to: their place among the 16 inputs of a half.
-    const PLACES: [Quad; 2] = {
-        let mut places = [[0; 4 * LANES]; 2];
+    const PLACES: [[u8; 4 * MOST_LANES]; 2] = {
+        let mut places = [[0; 4 * MOST_LANES]; 2];
         let mut i = 0;
-        while i < 4 * LANES {
+        while i < 4 * MOST_LANES {
             places[0][i] = if i % 4 < 2 { 0 } else { 4 };
             places[1][i] = places[0][i] + 8;
             i += 1;
@@ -126,7 +126,7 @@ impl TwoOfFour {
 
 impl Pattern for TwoOfFour {
     const STORED: usize = CHUNK / 2;
-    const INDEX_BYTES: usize = 4 * LANES;
+    const INDEX_ROW_BYTES: usize = 4;
     type Quads<S: Simd> = [S::Bytes; 4];
     type Index<S: Simd> = S::Bytes;
 
@@ -135,15 +135,15 @@ impl Pattern for TwoOfFour {
         C::unpack(simd, tile)
     }
 
-    fn pack_index(positions: &[Quad], index: &mut [u8]) {
+    fn pack_index(positions: &[u8], quad: usize, index: &mut [u8]) {
         for (i, byte) in index.iter_mut().enumerate() {
-            *byte = positions.iter().rev().fold(0, |byte, quad| byte << 2 | quad[i]);
+            *byte = positions.chunks_exact(quad).rev().fold(0, |byte, quad| byte << 2 | quad[i]);
         }
     }
 
     #[inline(always)]
     fn load_index<S: Simd>(simd: S, index: &[u8]) -> S::Bytes {
-        simd.bytes(index.first_chunk().expect("tiles have whole chunks"))
+        simd.bytes(index)
     }
 
     fn column(index: &[u8], row: usize, t: usize) -> usize {
@@ -162,11 +162,11 @@ impl Pattern for TwoOfFour {
         simd: S,
         w: [S::Bytes; 4],
         index: S::Bytes,
-        offset: S::I32,
+        group: &Group<S>,
         x: &Block,
     ) -> S::I32 {
         let [first, second] = x.halves();
-        let mut inputs = [simd.bytes(&[0; 4 * LANES]); 4];
+        let mut inputs = [simd.bytes(&[0; 4 * MOST_LANES]); 4];
         if PART != SECOND_HALF {
             inputs[0] = Self::gather(simd, index, first, 0);
             inputs[1] = Self::gather(simd, index, first, 1);
@@ -176,7 +176,7 @@ impl Pattern for TwoOfFour {
             inputs[3] = Self::gather(simd, index, second, 3);
         }
         // Rows differ in which inputs they keep, and so in their sum.
-        let offset = [simd.repeat_byte(offset); 4];
+        let offset = [simd.repeat_byte(group.offset); 4];
         let zero = simd.splat_i32(0);
         simd.sub_i32(add_dot::<S, C>(simd, zero, w, inputs), add_dot::<S, C>(simd, zero, offset, inputs))
     }

@@ -3,19 +3,21 @@
 use marlin_format::{ColumnOrder, Element, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind, bits};
 
 use super::bytes::TileBytes;
-use super::codes::{CHUNK, E2M1, Int8, LANES, array};
+use super::codes::{CHUNK, E2M1, Int8};
 use super::kernel::{Group, PanelKernel};
 use crate::KernelError;
 use crate::cpu::simd::Simd;
 use crate::cpu::threads::Threads;
 use crate::host::allocate;
 
-/// A matrix `[N, K]` in tile order: panels of 8 rows, each a run of chunks of 32 columns. N and K are padded with zeros. Under 2:4
-/// sparsity chunks hold 16 codes a row, and where they stand.
+/// A matrix `[N, K]` in tile order: panels of as many rows as the kernel's vectors have lanes, each a run of chunks of 32 columns. N and
+/// K are padded with zeros. Under 2:4 sparsity chunks hold 16 codes a row, and where they stand.
 #[derive(Debug)]
 pub(super) struct Tiles {
     /// Output features, N.
     pub(super) rows: usize,
+    /// Rows of a panel.
+    lanes: usize,
     /// Chunks of a panel.
     pub(super) chunks: usize,
     /// Groups of a panel.
@@ -27,11 +29,11 @@ pub(super) struct Tiles {
     /// `[panels, chunks, bytes of a chunk]`.
     codes: TileBytes,
     scale_type: ScaleType,
-    /// `[panels, groups, LANES]`, in the storage of the checkpoint.
+    /// `[panels, groups, lanes]`, in the storage of the checkpoint.
     scales: TileBytes,
     /// What is subtracted from unpacked bytes, of a group without a zero point.
     offset: i32,
-    /// The same for groups with one, `[panels, groups, LANES]`, i8; empty without.
+    /// The same for groups with one, `[panels, groups, lanes]`, i8; empty without.
     offsets: TileBytes,
 }
 
@@ -99,8 +101,8 @@ pub(super) fn tile_bytes(scheme: &Scheme, rows: usize, cols: usize, kernel: &dyn
 /// Bytes of codes, scales and offsets for a native scheme; `None` if they cannot be addressed.
 fn section_bytes(scheme: &Scheme, rows: usize, cols: usize, kernel: &dyn PanelKernel) -> Option<[usize; 3]> {
     let span = group_span(scheme.group_cols(cols), cols)?;
-    let (panels, chunks) = (rows.div_ceil(LANES), cols.div_ceil(CHUNK));
-    let groups = span.groups(chunks).checked_mul(LANES)?.checked_mul(panels)?;
+    let (panels, chunks) = (rows.div_ceil(kernel.lanes()), cols.div_ceil(CHUNK));
+    let groups = span.groups(chunks).checked_mul(kernel.lanes())?.checked_mul(panels)?;
     let codes = chunks.checked_mul(kernel.chunk_bytes())?.checked_mul(panels)?;
     let offset_bytes = if scheme.zero == ZeroKind::Integer { size_of::<i8>() } else { 0 };
     Some([codes, groups.checked_mul(scale_type(scheme.scale)?.bytes())?, groups.checked_mul(offset_bytes)?])
@@ -168,26 +170,26 @@ impl Tiles {
         kernel: &dyn PanelKernel,
         threads: &Threads,
     ) -> Result<Self, KernelError> {
-        let scheme = &matrix.scheme;
-        let (panels, chunks) = (matrix.rows.div_ceil(LANES), matrix.cols.div_ceil(CHUNK));
+        let (scheme, lanes) = (&matrix.scheme, kernel.lanes());
+        let (panels, chunks) = (matrix.rows.div_ceil(lanes), matrix.cols.div_ceil(CHUNK));
         let panel_bytes = chunks * kernel.chunk_bytes();
         let mut codes = TileBytes::zeroed("weights", panels, panel_bytes)?;
         threads.for_each_chunk(codes.bytes_mut(), panel_bytes, |panel, tiles| {
-            kernel.pack(&PanelCodes::of(matrix, panel, chunks * CHUNK, kernel.code_bytes()), tiles);
+            kernel.pack(&PanelCodes::of(matrix, panel, lanes, chunks * CHUNK, kernel.code_bytes()), tiles);
         });
 
         let not_native = || KernelError::Device(format!("the CPU has no kernel for {scheme}"));
         let scale_bytes = scale_type(scheme.scale).ok_or_else(not_native)?.bytes();
         let span = group_span(scheme.group_cols(matrix.cols), matrix.cols).ok_or_else(not_native)?;
-        let groups = Groups { matrix, span, count: span.groups(chunks) };
-        let panel_scales = groups.count * LANES * scale_bytes;
+        let groups = Groups { matrix, span, lanes, count: span.groups(chunks) };
+        let panel_scales = groups.count * lanes * scale_bytes;
         let mut scales = TileBytes::zeroed("scales", panels, panel_scales)?;
         if panel_scales > 0 {
             threads.for_each_chunk(scales.bytes_mut(), panel_scales, |panel, scales| {
                 groups.copy_scales(panel, scale_bytes, scales);
             });
         }
-        let panel_offsets = if scheme.zero == ZeroKind::Integer { groups.count * LANES } else { 0 };
+        let panel_offsets = if scheme.zero == ZeroKind::Integer { groups.count * lanes } else { 0 };
         let mut offsets = TileBytes::zeroed("zero points", panels, panel_offsets)?;
         if panel_offsets > 0 {
             threads.for_each_chunk(offsets.bytes_mut(), panel_offsets, |panel, offsets| {
@@ -196,7 +198,7 @@ impl Tiles {
         }
         let element_factor = if scheme.element == Element::E2M1 { E2M1::FACTOR } else { 1.0 };
         let global = match scheme.scale {
-            ScaleKind::E4M3Global => f32::from_le_bytes(*array(&matrix.globals, 0)),
+            ScaleKind::E4M3Global => f32::from_le_bytes(*matrix.globals.first_chunk().expect("a global scale")),
             _ => 1.0,
         };
         let sections = [codes, scales, offsets];
@@ -222,7 +224,8 @@ impl Tiles {
         let (scale_type, span) = (scale_type(scheme.scale)?, group_span(scheme.group_cols(cols), cols)?);
         let chunks = cols.div_ceil(CHUNK);
         let groups = span.groups(chunks);
-        Some(Self { rows, chunks, groups, span, factor, codes, scale_type, scales, offset, offsets })
+        let lanes = kernel.lanes();
+        Some(Self { rows, lanes, chunks, groups, span, factor, codes, scale_type, scales, offset, offsets })
     }
 
     /// The bytes of codes, scales and offsets.
@@ -230,9 +233,9 @@ impl Tiles {
         [&self.codes, &self.scales, &self.offsets]
     }
 
-    /// Panels of 8 rows.
+    /// How many panels there are.
     pub(super) fn panels(&self) -> usize {
-        self.rows.div_ceil(LANES)
+        self.rows.div_ceil(self.lanes)
     }
 
     /// Memory held.
@@ -251,39 +254,39 @@ impl Tiles {
     /// Scales and offsets of group `g` of a panel.
     #[inline(always)]
     pub(super) fn group<S: Simd>(&self, simd: S, panel: usize, g: usize) -> Group<S> {
-        let index = panel * self.groups + g;
-        let scales = self.scales.bytes();
+        let index = (panel * self.groups + g) * S::LANES;
+        let scales = &self.scales.bytes()[self.scale_type.bytes() * index..];
         let scale = match self.scale_type {
             ScaleType::One => simd.splat(1.0),
-            ScaleType::F32 => simd.load_le_f32(array(scales, 32 * index)),
-            ScaleType::F16 => simd.load_le_f16(array(scales, 16 * index)),
-            ScaleType::Bf16 => simd.load_le_bf16(array(scales, 16 * index)),
-            ScaleType::E8M0 => simd.load_e8m0(array(scales, 8 * index)),
-            ScaleType::E4M3 => simd.load_e4m3(array(scales, 8 * index)),
+            ScaleType::F32 => simd.load_le_f32(scales),
+            ScaleType::F16 => simd.load_le_f16(scales),
+            ScaleType::Bf16 => simd.load_le_bf16(scales),
+            ScaleType::E8M0 => simd.load_e8m0(scales),
+            ScaleType::E4M3 => simd.load_e4m3(scales),
         };
         let offset = match self.offsets.bytes() {
             [] => simd.splat_i32(self.offset),
-            offsets => simd.widen_i8(bytemuck::cast_ref(array::<LANES>(offsets, LANES * index))),
+            offsets => simd.widen_i8(bytemuck::cast_slice(&offsets[index..])),
         };
-        Group { scale, offset, offset_f32: simd.to_f32(offset) }
+        Group { scale, offset, offset_pairs: simd.repeat_half(offset), offset_f32: simd.to_f32(offset) }
     }
 }
 
-/// The codes of 8 rows, padded with zeros to whole chunks.
+/// The codes of a panel's rows, padded with zeros to whole chunks.
 pub(super) struct PanelCodes {
-    /// `[LANES, stored codes]`, one in as many bytes as the kernel wants.
+    /// `[lanes, stored codes]`, one in as many bytes as the kernel wants.
     pub(super) codes: Vec<u8>,
     /// Under 2:4 the position of each code among its four columns, one a byte; empty for dense matrices.
     pub(super) positions: Vec<u8>,
 }
 
 impl PanelCodes {
-    fn of(matrix: &PackedMatrix<'_>, panel: usize, padded_cols: usize, code_bytes: usize) -> Self {
+    fn of(matrix: &PackedMatrix<'_>, panel: usize, lanes: usize, padded_cols: usize, code_bytes: usize) -> Self {
         let (stored, padded) = (matrix.scheme.stored_cols(matrix.cols), matrix.scheme.stored_cols(padded_cols));
         let is_sparse = matrix.scheme.sparsity == Sparsity::TwoOfFour;
-        let mut codes = vec![0; LANES * padded * code_bytes];
-        let mut positions = vec![0; if is_sparse { LANES * padded } else { 0 }];
-        let rows = panel * LANES..matrix.rows.min((panel + 1) * LANES);
+        let mut codes = vec![0; lanes * padded * code_bytes];
+        let mut positions = vec![0; if is_sparse { lanes * padded } else { 0 }];
+        let rows = panel * lanes..matrix.rows.min((panel + 1) * lanes);
         for (lane, row) in rows.enumerate() {
             let codes = &mut codes[lane * padded * code_bytes..][..stored * code_bytes];
             if matrix.scheme.element.is_dense() {
@@ -305,6 +308,7 @@ impl PanelCodes {
 struct Groups<'a> {
     matrix: &'a PackedMatrix<'a>,
     span: GroupSpan,
+    lanes: usize,
     count: usize,
 }
 
@@ -315,8 +319,8 @@ impl Groups<'_> {
             GroupSpan::Chunks(span) => span * CHUNK,
             GroupSpan::HalfChunk => CHUNK / 2,
         };
-        (0..self.count * LANES).map(move |i| {
-            let (row, col) = (panel * LANES + i % LANES, i / LANES * tile_cols);
+        (0..self.count * self.lanes).map(move |i| {
+            let (row, col) = (panel * self.lanes + i % self.lanes, i / self.lanes * tile_cols);
             (row < self.matrix.rows && col < self.matrix.cols).then(|| (row, self.matrix.group_of(col)))
         })
     }

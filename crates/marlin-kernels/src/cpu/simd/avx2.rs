@@ -5,7 +5,7 @@ use std::fmt;
 use std::marker::PhantomData;
 
 use super::dots::Dots;
-use super::{Simd, WithSimd};
+use super::{Simd, WithSimd, first, first_mut};
 
 /// Proof that the processor has AVX2, FMA and F16C, and what `D` needs besides.
 pub(crate) struct Avx2<D>(PhantomData<D>);
@@ -32,6 +32,25 @@ impl<D: Dots> Avx2<D> {
     }
 }
 
+/// [`Simd::sums_of_lanes`].
+///
+/// # Safety
+/// The processor has AVX.
+#[inline(always)]
+pub(super) unsafe fn sums_of_eight(v: [__m256; 8]) -> [f32; 8] {
+    let mut sums = [0.0; 8];
+    // SAFETY: the caller's, and the array has room for a vector.
+    unsafe {
+        // Each half of a vector is summed up for four vectors at once.
+        let first = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+        let last = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+        let low = _mm256_permute2f128_ps::<0x20>(first, last);
+        let high = _mm256_permute2f128_ps::<0x31>(first, last);
+        _mm256_storeu_ps(sums.as_mut_ptr(), _mm256_add_ps(low, high));
+    }
+    sums
+}
+
 /// Evaluates intrinsics of AVX2, FMA and F16C inside methods of [`Avx2`].
 macro_rules! intrinsics {
     ($e:expr) => {{
@@ -44,6 +63,8 @@ macro_rules! intrinsics {
 }
 
 impl<D: Dots> Simd for Avx2<D> {
+    const LANES: usize = 8;
+    const REGISTERS: usize = 16;
     type Bytes = __m256i;
     type I32 = __m256i;
     type F32 = __m256;
@@ -54,7 +75,8 @@ impl<D: Dots> Simd for Avx2<D> {
     }
 
     #[inline(always)]
-    fn bytes(self, from: &[u8; 32]) -> __m256i {
+    fn bytes(self, from: &[u8]) -> __m256i {
+        let from: &[u8; 32] = first(from);
         intrinsics!(_mm256_loadu_si256(from.as_ptr().cast()))
     }
     #[inline(always)]
@@ -106,21 +128,21 @@ impl<D: Dots> Simd for Avx2<D> {
         intrinsics!(_mm256_set1_epi32(value))
     }
     #[inline(always)]
-    fn widen_i8(self, from: &[i8; 8]) -> __m256i {
+    fn widen_i8(self, from: &[i8]) -> __m256i {
+        let from: &[i8; 8] = first(from);
         intrinsics!(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.as_ptr().cast())))
-    }
-    #[inline(always)]
-    fn add_i32(self, a: __m256i, b: __m256i) -> __m256i {
-        intrinsics!(_mm256_add_epi32(a, b))
     }
     #[inline(always)]
     fn sub_i32(self, a: __m256i, b: __m256i) -> __m256i {
         intrinsics!(_mm256_sub_epi32(a, b))
     }
     #[inline(always)]
-    fn mul_i16(self, a: __m256i, b: i16) -> __m256i {
-        // One instruction where a 32-bit product takes two: the high halves of `b` are 0.
-        intrinsics!(_mm256_madd_epi16(a, _mm256_set1_epi32(i32::from(b as u16))))
+    fn repeat_half(self, v: __m256i) -> __m256i {
+        intrinsics!(_mm256_or_si256(_mm256_slli_epi32::<16>(v), _mm256_and_si256(v, _mm256_set1_epi32(0xffff))))
+    }
+    #[inline(always)]
+    fn dot_pairs(self, v: __m256i, x: &[i16; 2]) -> __m256i {
+        intrinsics!(_mm256_madd_epi16(v, _mm256_set1_epi32(bytemuck::cast(*x))))
     }
     #[inline(always)]
     fn to_f32(self, v: __m256i) -> __m256 {
@@ -155,22 +177,26 @@ impl<D: Dots> Simd for Avx2<D> {
         })
     }
     #[inline(always)]
-    fn load_le_f32(self, from: &[u8; 32]) -> __m256 {
+    fn load_le_f32(self, from: &[u8]) -> __m256 {
+        let from: &[u8; 32] = first(from);
         intrinsics!(_mm256_loadu_ps(from.as_ptr().cast()))
     }
     #[inline(always)]
-    fn load_le_f16(self, from: &[u8; 16]) -> __m256 {
+    fn load_le_f16(self, from: &[u8]) -> __m256 {
+        let from: &[u8; 16] = first(from);
         intrinsics!(_mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().cast())))
     }
     #[inline(always)]
-    fn load_le_bf16(self, from: &[u8; 16]) -> __m256 {
+    fn load_le_bf16(self, from: &[u8]) -> __m256 {
+        let from: &[u8; 16] = first(from);
         intrinsics!({
             let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().cast()));
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
         })
     }
     #[inline(always)]
-    fn load_e8m0(self, from: &[u8; 8]) -> __m256 {
+    fn load_e8m0(self, from: &[u8]) -> __m256 {
+        let from: &[u8; 8] = first(from);
         intrinsics!({
             let exponents = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.as_ptr().cast()));
             // Exponent 0 is the subnormal 2^−127.
@@ -178,7 +204,8 @@ impl<D: Dots> Simd for Avx2<D> {
         })
     }
     #[inline(always)]
-    fn load_e4m3(self, from: &[u8; 8]) -> __m256 {
+    fn load_e4m3(self, from: &[u8]) -> __m256 {
+        let from: &[u8; 8] = first(from);
         intrinsics!({
             let codes = _mm_cvtepi8_epi16(_mm_loadl_epi64(from.as_ptr().cast()));
             // Exponent and mantissa in place of f16's, and the sign, which widening has spread to bits 7 to 15. By way of f16,
@@ -189,21 +216,13 @@ impl<D: Dots> Simd for Avx2<D> {
         })
     }
     #[inline(always)]
-    fn store(self, v: __m256) -> [f32; 8] {
-        let mut out = [0.0; 8];
-        intrinsics!(_mm256_storeu_ps(out.as_mut_ptr(), v));
-        out
+    fn store(self, v: __m256, to: &mut [f32]) {
+        let to: &mut [f32; 8] = first_mut(to);
+        intrinsics!(_mm256_storeu_ps(to.as_mut_ptr(), v));
     }
     #[inline(always)]
     fn sums_of_lanes(self, v: [__m256; 8]) -> [f32; 8] {
-        intrinsics!({
-            // Each half of a vector is summed up for four vectors at once.
-            let first = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
-            let last = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
-            let low = _mm256_permute2f128_ps::<0x20>(first, last);
-            let high = _mm256_permute2f128_ps::<0x31>(first, last);
-            self.store(_mm256_add_ps(low, high))
-        })
+        intrinsics!(sums_of_eight(v))
     }
     #[inline(always)]
     fn add(self, a: __m256, b: __m256) -> __m256 {

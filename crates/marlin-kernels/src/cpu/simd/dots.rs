@@ -85,64 +85,44 @@ unsafe fn signs_moved(weights: __m256i, x: __m256i) -> (__m256i, __m256i) {
     unsafe { (_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights)) }
 }
 
-/// Implements [`Dots`] with an instruction that adds four products of bytes to each lane, exactly.
-macro_rules! vnni {
-    ($(#[$doc:meta])* $name:ident, $features:literal, $detect:expr, $dpbusd:ident) => {
-        $(#[$doc])*
-        pub(crate) struct $name;
+/// AVX-VNNI (Alder Lake, Zen 5 and later): adds four products of bytes to each lane, exactly.
+pub(crate) struct AvxVnni;
 
-        impl Dots for $name {
-            fn detect() -> bool {
-                $detect
-            }
+impl Dots for AvxVnni {
+    fn detect() -> bool {
+        is_x86_feature_detected!("avxvnni")
+    }
 
-            #[inline]
-            #[target_feature(enable = $features)]
-            unsafe fn vectorize<W: WithSimd>(simd: Avx2<Self>, operation: W) -> W::Output {
-                operation.with_simd(simd)
-            }
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    unsafe fn vectorize<W: WithSimd>(simd: Avx2<Self>, operation: W) -> W::Output {
+        operation.with_simd(simd)
+    }
 
-            #[inline(always)]
-            unsafe fn add_dot_unsigned(sum: __m256i, weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
-                // SAFETY: the caller's.
-                unsafe {
-                    let (mut sum, mut q) = (sum, 0);
-                    while q < 4 {
-                        sum = $dpbusd(sum, weights[q], x[q]);
-                        q += 1;
-                    }
-                    sum
-                }
+    #[inline(always)]
+    unsafe fn add_dot_unsigned(sum: __m256i, weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
+        // SAFETY: the caller's.
+        unsafe {
+            let (mut sum, mut q) = (sum, 0);
+            while q < 4 {
+                sum = _mm256_dpbusd_avx_epi32(sum, weights[q], x[q]);
+                q += 1;
             }
-
-            #[inline(always)]
-            unsafe fn add_dot_signed(sum: __m256i, weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
-                // SAFETY: the caller's.
-                unsafe {
-                    let (mut sum, mut q) = (sum, 0);
-                    while q < 4 {
-                        let (size, x) = signs_moved(weights[q], x[q]);
-                        sum = $dpbusd(sum, size, x);
-                        q += 1;
-                    }
-                    sum
-                }
-            }
+            sum
         }
-    };
-}
+    }
 
-vnni!(
-    /// AVX-VNNI: Alder Lake, Zen 5 and later.
-    AvxVnni,
-    "avx2,fma,f16c,avxvnni",
-    is_x86_feature_detected!("avxvnni"),
-    _mm256_dpbusd_avx_epi32
-);
-vnni!(
-    /// AVX-512 VNNI in vectors of 256 bits: Ice Lake, Zen 4 and later.
-    Avx512Vnni,
-    "avx2,fma,f16c,avx512vl,avx512vnni",
-    is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512vnni"),
-    _mm256_dpbusd_epi32
-);
+    #[inline(always)]
+    unsafe fn add_dot_signed(sum: __m256i, weights: [__m256i; 4], x: [__m256i; 4]) -> __m256i {
+        // SAFETY: the caller's.
+        unsafe {
+            let (mut sum, mut q) = (sum, 0);
+            while q < 4 {
+                let (size, x) = signs_moved(weights[q], x[q]);
+                sum = _mm256_dpbusd_avx_epi32(sum, size, x);
+                q += 1;
+            }
+            sum
+        }
+    }
+}

@@ -1,4 +1,4 @@
-//! Vectors of eight lanes, chosen at run time.
+//! Vectors of eight or sixteen lanes, chosen at run time.
 //!
 //! Kernels are written once, generic over [`Simd`], and compiled for each instruction set. A value of a `Simd` type exists
 //! only where its instructions do, so its methods are safe to call.
@@ -11,6 +11,8 @@ use crate::KernelError;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod dots;
 #[cfg(target_arch = "aarch64")]
@@ -29,7 +31,7 @@ pub enum SimdLevel {
     Avx2,
     /// The same with AVX-VNNI (2021 and later).
     AvxVnni,
-    /// The same with AVX-512 VNNI, in vectors of 256 bits (2019 and later).
+    /// x86-64 with AVX-512 (F, BW, DQ, VL) and its VNNI, in vectors of 512 bits (2019 and later).
     Avx512Vnni,
     /// AArch64 with Advanced SIMD.
     Neon,
@@ -65,7 +67,7 @@ impl SimdLevel {
             #[cfg(target_arch = "x86_64")]
             Self::AvxVnni => avx2::Avx2::<dots::AvxVnni>::detect().map(|simd| simd.vectorize(operation)),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Vnni => avx2::Avx2::<dots::Avx512Vnni>::detect().map(|simd| simd.vectorize(operation)),
+            Self::Avx512Vnni => avx512::Avx512::detect().map(|simd| simd.vectorize(operation)),
             #[cfg(target_arch = "aarch64")]
             Self::Neon => neon::Neon::detect().map(|simd| simd.vectorize(operation)),
             #[allow(unreachable_patterns, reason = "levels of other architectures")]
@@ -98,21 +100,29 @@ pub(crate) trait WithSimd {
     fn with_simd<S: Simd>(self, simd: S) -> Self::Output;
 }
 
-/// An instruction set: vectors of eight lanes of 32 bits, or of 32 bytes of which four belong to each lane.
+/// The most lanes of any level.
+pub(crate) const MOST_LANES: usize = 16;
+
+/// An instruction set: vectors of [`Simd::LANES`] lanes of 32 bits, or of bytes of which four belong to each lane.
 ///
-/// All levels round alike except that only some fuse [`Simd::mul_add`].
+/// All levels round alike except that only some fuse [`Simd::mul_add`], and that sums over vectors take as many partial sums as there are
+/// lanes. What is loaded or stored is the beginning of a slice, which must have room for a whole vector.
 pub(crate) trait Simd: Copy + Send + Sync + 'static {
-    /// 32 bytes; byte `4·lane + j` is byte `j` of the lane.
+    /// Lanes of a vector, a power of two.
+    const LANES: usize;
+    /// Vector registers.
+    const REGISTERS: usize;
+    /// Four bytes a lane; byte `4·lane + j` is byte `j` of the lane.
     type Bytes: Copy;
-    /// 8 × i32.
+    /// An i32 a lane.
     type I32: Copy;
-    /// 8 × f32.
+    /// An f32 a lane.
     type F32: Copy;
 
     /// Runs `operation` with this instruction set enabled.
     fn vectorize<W: WithSimd>(self, operation: W) -> W::Output;
 
-    fn bytes(self, from: &[u8; 32]) -> Self::Bytes;
+    fn bytes(self, from: &[u8]) -> Self::Bytes;
     /// `(v >> shift) & mask`, byte by byte; `mask` leaves no bit that comes from a neighbouring byte.
     fn bits(self, v: Self::Bytes, shift: u32, mask: u8) -> Self::Bytes;
     /// `v << shift`, byte by byte, where no bit leaves its byte.
@@ -132,11 +142,12 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn add_dot_signed(self, sum: Self::I32, weights: [Self::Bytes; 4], x: [Self::Bytes; 4]) -> Self::I32;
 
     fn splat_i32(self, value: i32) -> Self::I32;
-    fn widen_i8(self, from: &[i8; 8]) -> Self::I32;
-    fn add_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    fn widen_i8(self, from: &[i8]) -> Self::I32;
     fn sub_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
-    /// `a · b` where both fit i16.
-    fn mul_i16(self, a: Self::I32, b: i16) -> Self::I32;
+    /// The low half of each lane in both of its halves.
+    fn repeat_half(self, v: Self::I32) -> Self::I32;
+    /// The dot product of the two i16 of each lane with `x`.
+    fn dot_pairs(self, v: Self::I32, x: &[i16; 2]) -> Self::I32;
     fn to_f32(self, v: Self::I32) -> Self::F32;
     /// Byte `j` of each lane, unsigned.
     fn byte_to_f32(self, v: Self::Bytes, j: usize) -> Self::F32;
@@ -144,36 +155,55 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn signed_byte_to_f32(self, v: Self::Bytes, j: usize) -> Self::F32;
 
     fn splat(self, value: f32) -> Self::F32;
-    /// Eight f32 in memory.
+    /// f32 in memory.
     #[inline(always)]
-    fn load(self, from: &[f32; 8]) -> Self::F32 {
-        self.load_le_f32(bytemuck::cast_ref(from))
+    fn load(self, from: &[f32]) -> Self::F32 {
+        self.load_le_f32(bytemuck::cast_slice(from))
     }
-    /// Eight f16 in memory.
+    /// f16 in memory.
     #[inline(always)]
-    fn load_f16(self, from: &[f16; 8]) -> Self::F32 {
-        self.load_le_f16(bytemuck::cast_ref(from))
+    fn load_f16(self, from: &[f16]) -> Self::F32 {
+        self.load_le_f16(bytemuck::cast_slice(from))
     }
     /// `x[(lane >> shift) & 3]` for each lane.
     fn select(self, x: &[f32; 4], lanes: Self::Bytes, shift: u32) -> Self::F32;
-    /// Eight little-endian f32.
-    fn load_le_f32(self, from: &[u8; 32]) -> Self::F32;
-    /// Eight little-endian f16.
-    fn load_le_f16(self, from: &[u8; 16]) -> Self::F32;
-    /// Eight little-endian bf16.
-    fn load_le_bf16(self, from: &[u8; 16]) -> Self::F32;
+    /// Little-endian f32.
+    fn load_le_f32(self, from: &[u8]) -> Self::F32;
+    /// Little-endian f16.
+    fn load_le_f16(self, from: &[u8]) -> Self::F32;
+    /// Little-endian bf16.
+    fn load_le_bf16(self, from: &[u8]) -> Self::F32;
     /// OCP E8M0: 2^(e − 127); 255 gives infinity.
-    fn load_e8m0(self, from: &[u8; 8]) -> Self::F32;
+    fn load_e8m0(self, from: &[u8]) -> Self::F32;
     /// OCP E4M3; the two NaN codes give ±480.
-    fn load_e4m3(self, from: &[u8; 8]) -> Self::F32;
-    fn store(self, v: Self::F32) -> [f32; 8];
-    /// The sum of the lanes of each vector: ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)).
+    fn load_e4m3(self, from: &[u8]) -> Self::F32;
+    fn store(self, v: Self::F32, to: &mut [f32]);
+    /// The lanes; zeros where a level has fewer.
+    #[inline(always)]
+    fn lanes(self, v: Self::F32) -> [f32; MOST_LANES] {
+        let mut lanes = [0.0; MOST_LANES];
+        self.store(v, &mut lanes);
+        lanes
+    }
+    /// The sum of the lanes of each vector: ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)), of sixteen lanes after 8 to 15 are added to 0 to 7.
     fn sums_of_lanes(self, vectors: [Self::F32; 8]) -> [f32; 8];
     fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
     fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32;
     fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32;
     /// `a · b + c`, rounded once where the instruction set can.
     fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
+}
+
+/// The beginning of a slice.
+#[inline(always)]
+fn first<T, const N: usize>(from: &[T]) -> &[T; N] {
+    from.first_chunk().expect("a whole vector in memory")
+}
+
+/// The beginning of a slice, to be written.
+#[inline(always)]
+fn first_mut<T, const N: usize>(to: &mut [T]) -> &mut [T; N] {
+    to.first_chunk_mut().expect("room for a whole vector in memory")
 }
 
 #[cfg(test)]

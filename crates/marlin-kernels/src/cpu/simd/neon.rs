@@ -3,7 +3,7 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use super::{Simd, WithSimd};
+use super::{Simd, WithSimd, first, first_mut};
 
 /// Proof that the processor has Advanced SIMD.
 #[derive(Debug, Clone, Copy)]
@@ -91,6 +91,9 @@ impl Neon {
 }
 
 impl Simd for Neon {
+    const LANES: usize = 8;
+    // 32 of 128 bits.
+    const REGISTERS: usize = 16;
     type Bytes = Bytes;
     type I32 = I32;
     type F32 = F32;
@@ -105,7 +108,8 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn bytes(self, from: &[u8; 32]) -> Bytes {
+    fn bytes(self, from: &[u8]) -> Bytes {
+        let from: &[u8; 32] = first(from);
         intrinsics!((vld1q_u8(from.as_ptr()), vld1q_u8(from[16..].as_ptr())))
     }
     #[inline(always)]
@@ -168,23 +172,30 @@ impl Simd for Neon {
         intrinsics!((vdupq_n_s32(value), vdupq_n_s32(value)))
     }
     #[inline(always)]
-    fn widen_i8(self, from: &[i8; 8]) -> I32 {
+    fn widen_i8(self, from: &[i8]) -> I32 {
+        let from: &[i8; 8] = first(from);
         intrinsics!({
             let wide = vmovl_s8(vld1_s8(from.as_ptr()));
             (vmovl_s16(vget_low_s16(wide)), vmovl_s16(vget_high_s16(wide)))
         })
     }
     #[inline(always)]
-    fn add_i32(self, a: I32, b: I32) -> I32 {
-        intrinsics!((vaddq_s32(a.0, b.0), vaddq_s32(a.1, b.1)))
-    }
-    #[inline(always)]
     fn sub_i32(self, a: I32, b: I32) -> I32 {
         intrinsics!((vsubq_s32(a.0, b.0), vsubq_s32(a.1, b.1)))
     }
     #[inline(always)]
-    fn mul_i16(self, a: I32, b: i16) -> I32 {
-        intrinsics!((vmulq_n_s32(a.0, i32::from(b)), vmulq_n_s32(a.1, i32::from(b))))
+    fn repeat_half(self, v: I32) -> I32 {
+        intrinsics!((vsliq_n_s32::<16>(v.0, v.0), vsliq_n_s32::<16>(v.1, v.1)))
+    }
+    #[inline(always)]
+    fn dot_pairs(self, v: I32, x: &[i16; 2]) -> I32 {
+        intrinsics!({
+            let x = vreinterpretq_s16_s32(vdupq_n_s32(bytemuck::cast(*x)));
+            let (a, b) = (vreinterpretq_s16_s32(v.0), vreinterpretq_s16_s32(v.1));
+            let low = vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(x)), vmull_high_s16(a, x));
+            let high = vpaddq_s32(vmull_s16(vget_low_s16(b), vget_low_s16(x)), vmull_high_s16(b, x));
+            (low, high)
+        })
     }
     #[inline(always)]
     fn to_f32(self, v: I32) -> F32 {
@@ -213,14 +224,16 @@ impl Simd for Neon {
         intrinsics!((select_four(x, lanes.0, shift), select_four(x, lanes.1, shift)))
     }
     #[inline(always)]
-    fn load_le_f32(self, from: &[u8; 32]) -> F32 {
+    fn load_le_f32(self, from: &[u8]) -> F32 {
+        let from: &[u8; 32] = first(from);
         intrinsics!((
             vreinterpretq_f32_u8(vld1q_u8(from.as_ptr())),
             vreinterpretq_f32_u8(vld1q_u8(from[16..].as_ptr()))
         ))
     }
     #[inline(always)]
-    fn load_le_f16(self, from: &[u8; 16]) -> F32 {
+    fn load_le_f16(self, from: &[u8]) -> F32 {
+        let from: &[u8; 16] = first(from);
         intrinsics!({
             let codes = vld1q_u8(from.as_ptr());
             let (low, high): F32;
@@ -237,7 +250,8 @@ impl Simd for Neon {
         })
     }
     #[inline(always)]
-    fn load_le_bf16(self, from: &[u8; 16]) -> F32 {
+    fn load_le_bf16(self, from: &[u8]) -> F32 {
+        let from: &[u8; 16] = first(from);
         intrinsics!({
             let codes = vreinterpretq_u16_u8(vld1q_u8(from.as_ptr()));
             let (low, high) = (vshll_n_u16::<16>(vget_low_u16(codes)), vshll_n_u16::<16>(vget_high_u16(codes)));
@@ -245,7 +259,8 @@ impl Simd for Neon {
         })
     }
     #[inline(always)]
-    fn load_e8m0(self, from: &[u8; 8]) -> F32 {
+    fn load_e8m0(self, from: &[u8]) -> F32 {
+        let from: &[u8; 8] = first(from);
         let exponents = self.widen_u8(from);
         intrinsics!({
             // Exponent 0 is the subnormal 2^−127.
@@ -256,7 +271,8 @@ impl Simd for Neon {
         })
     }
     #[inline(always)]
-    fn load_e4m3(self, from: &[u8; 8]) -> F32 {
+    fn load_e4m3(self, from: &[u8]) -> F32 {
+        let from: &[u8; 8] = first(from);
         let codes = self.widen_i8(&from.map(|code| code as i8));
         intrinsics!({
             // Exponent and mantissa in place of f32's, and the sign, which widening has spread to bits 7 to 31.
@@ -269,14 +285,13 @@ impl Simd for Neon {
         })
     }
     #[inline(always)]
-    fn store(self, v: F32) -> [f32; 8] {
-        let mut out = [0.0; 8];
-        let (low, high) = out.split_at_mut(4);
+    fn store(self, v: F32, to: &mut [f32]) {
+        let to: &mut [f32; 8] = first_mut(to);
+        let (low, high) = to.split_at_mut(4);
         intrinsics!({
             vst1q_f32(low.as_mut_ptr(), v.0);
             vst1q_f32(high.as_mut_ptr(), v.1);
         });
-        out
     }
     #[inline(always)]
     fn sums_of_lanes(self, v: [F32; 8]) -> [f32; 8] {
@@ -284,10 +299,12 @@ impl Simd for Neon {
             // Each half of a vector is summed up for four vectors at once.
             let low = vpaddq_f32(vpaddq_f32(v[0].0, v[1].0), vpaddq_f32(v[2].0, v[3].0));
             let high = vpaddq_f32(vpaddq_f32(v[0].1, v[1].1), vpaddq_f32(v[2].1, v[3].1));
-            let first = vaddq_f32(low, high);
+            let first_four = vaddq_f32(low, high);
             let low = vpaddq_f32(vpaddq_f32(v[4].0, v[5].0), vpaddq_f32(v[6].0, v[7].0));
             let high = vpaddq_f32(vpaddq_f32(v[4].1, v[5].1), vpaddq_f32(v[6].1, v[7].1));
-            self.store((first, vaddq_f32(low, high)))
+            let mut sums = [0.0; 8];
+            self.store((first_four, vaddq_f32(low, high)), &mut sums);
+            sums
         })
     }
     #[inline(always)]

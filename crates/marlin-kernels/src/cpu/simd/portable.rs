@@ -4,12 +4,14 @@ use std::array::from_fn;
 
 use half::{bf16, f16};
 
-use super::{Simd, WithSimd};
+use super::{Simd, WithSimd, first, first_mut};
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Portable;
 
 impl Simd for Portable {
+    const LANES: usize = 8;
+    const REGISTERS: usize = 16;
     type Bytes = [u8; 32];
     type I32 = [i32; 8];
     type F32 = [f32; 8];
@@ -19,7 +21,8 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn bytes(self, from: &[u8; 32]) -> [u8; 32] {
+    fn bytes(self, from: &[u8]) -> [u8; 32] {
+        let from: &[u8; 32] = first(from);
         *from
     }
     #[inline(always)]
@@ -75,20 +78,21 @@ impl Simd for Portable {
         [value; 8]
     }
     #[inline(always)]
-    fn widen_i8(self, from: &[i8; 8]) -> [i32; 8] {
+    fn widen_i8(self, from: &[i8]) -> [i32; 8] {
+        let from: &[i8; 8] = first(from);
         from.map(i32::from)
-    }
-    #[inline(always)]
-    fn add_i32(self, a: [i32; 8], b: [i32; 8]) -> [i32; 8] {
-        from_fn(|i| a[i] + b[i])
     }
     #[inline(always)]
     fn sub_i32(self, a: [i32; 8], b: [i32; 8]) -> [i32; 8] {
         from_fn(|i| a[i] - b[i])
     }
     #[inline(always)]
-    fn mul_i16(self, a: [i32; 8], b: i16) -> [i32; 8] {
-        a.map(|a| a * i32::from(b))
+    fn repeat_half(self, v: [i32; 8]) -> [i32; 8] {
+        v.map(|v| v << 16 | v & 0xffff)
+    }
+    #[inline(always)]
+    fn dot_pairs(self, v: [i32; 8], x: &[i16; 2]) -> [i32; 8] {
+        v.map(|v| i32::from(v as i16) * i32::from(x[0]) + (v >> 16) * i32::from(x[1]))
     }
     #[inline(always)]
     fn to_f32(self, v: [i32; 8]) -> [f32; 8] {
@@ -115,24 +119,29 @@ impl Simd for Portable {
         })
     }
     #[inline(always)]
-    fn load_le_f32(self, from: &[u8; 32]) -> [f32; 8] {
+    fn load_le_f32(self, from: &[u8]) -> [f32; 8] {
+        let from: &[u8; 32] = first(from);
         from_fn(|i| f32::from_le_bytes([from[4 * i], from[4 * i + 1], from[4 * i + 2], from[4 * i + 3]]))
     }
     #[inline(always)]
-    fn load_le_f16(self, from: &[u8; 16]) -> [f32; 8] {
+    fn load_le_f16(self, from: &[u8]) -> [f32; 8] {
+        let from: &[u8; 16] = first(from);
         from_fn(|i| f16::from_le_bytes([from[2 * i], from[2 * i + 1]]).to_f32())
     }
     #[inline(always)]
-    fn load_le_bf16(self, from: &[u8; 16]) -> [f32; 8] {
+    fn load_le_bf16(self, from: &[u8]) -> [f32; 8] {
+        let from: &[u8; 16] = first(from);
         from_fn(|i| bf16::from_le_bytes([from[2 * i], from[2 * i + 1]]).to_f32())
     }
     #[inline(always)]
-    fn load_e8m0(self, from: &[u8; 8]) -> [f32; 8] {
+    fn load_e8m0(self, from: &[u8]) -> [f32; 8] {
+        let from: &[u8; 8] = first(from);
         // Exponent 0 is the subnormal 2^−127.
         from.map(|e| f32::from_bits((u32::from(e) << 23).max(1 << 22)))
     }
     #[inline(always)]
-    fn load_e4m3(self, from: &[u8; 8]) -> [f32; 8] {
+    fn load_e4m3(self, from: &[u8]) -> [f32; 8] {
+        let from: &[u8; 8] = first(from);
         // Exponent and mantissa in place of f32's; the factor is the difference of the exponent biases.
         from.map(|code| {
             let code = u32::from(code);
@@ -140,8 +149,8 @@ impl Simd for Portable {
         })
     }
     #[inline(always)]
-    fn store(self, v: [f32; 8]) -> [f32; 8] {
-        v
+    fn store(self, v: [f32; 8], to: &mut [f32]) {
+        *first_mut(to) = v;
     }
     #[inline(always)]
     fn sums_of_lanes(self, vectors: [[f32; 8]; 8]) -> [f32; 8] {

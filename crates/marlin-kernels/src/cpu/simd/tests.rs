@@ -11,19 +11,30 @@ fn on_every_level<W: WithSimd<Output = ()> + Copy>(check: W) {
     }
 }
 
-fn lanes<S: Simd>(simd: S, v: S::I32) -> [i32; 8] {
-    simd.store(simd.to_f32(v)).map(|v| v as i32)
+fn lanes<S: Simd>(simd: S, v: S::I32) -> Vec<i32> {
+    floats_of(simd, simd.to_f32(v)).into_iter().map(|v| v as i32).collect()
+}
+
+fn floats_of<S: Simd>(simd: S, v: S::F32) -> Vec<f32> {
+    let mut out = vec![0.0; S::LANES];
+    simd.store(v, &mut out);
+    out
 }
 
 /// Byte `4·lane + j` of a vector.
-fn bytes<S: Simd>(simd: S, v: S::Bytes) -> [u8; 32] {
-    let mut out = [0; 32];
+fn bytes<S: Simd>(simd: S, v: S::Bytes) -> Vec<u8> {
+    let mut out = vec![0; 4 * S::LANES];
     for j in 0..4 {
-        for (lane, value) in simd.store(simd.byte_to_f32(v, j)).into_iter().enumerate() {
+        for (lane, value) in floats_of(simd, simd.byte_to_f32(v, j)).into_iter().enumerate() {
             out[4 * lane + j] = value as u8;
         }
     }
     out
+}
+
+/// `f(0)`, `f(1)` and so on.
+fn list<T>(count: usize, f: impl FnMut(usize) -> T) -> Vec<T> {
+    (0..count).map(f).collect()
 }
 
 #[test]
@@ -42,22 +53,23 @@ fn bytes_are_shifted_masked_and_looked_up() {
         type Output = ();
         fn with_simd<S: Simd>(self, simd: S) {
             let table: [u8; 16] = std::array::from_fn(|i| (i * i + 30) as u8);
-            for start in (0..=255u8).step_by(32) {
-                let from: [u8; 32] = std::array::from_fn(|i| start + i as u8);
+            let map = |from: &[u8], f: &dyn Fn(u8) -> u8| from.iter().map(|&b| f(b)).collect::<Vec<_>>();
+            for start in (0..=255u8).step_by(4 * S::LANES) {
+                let from = list(4 * S::LANES, |i| start + i as u8);
                 let v = simd.bytes(&from);
                 assert_eq!(bytes(simd, v), from);
                 for shift in 0..8 {
                     let mask = 0xff >> shift;
-                    assert_eq!(bytes(simd, simd.bits(v, shift, mask)), from.map(|b| b >> shift));
-                    assert_eq!(bytes(simd, simd.bits(v, shift, mask & 1)), from.map(|b| b >> shift & 1));
+                    assert_eq!(bytes(simd, simd.bits(v, shift, mask)), map(&from, &|b| b >> shift));
+                    assert_eq!(bytes(simd, simd.bits(v, shift, mask & 1)), map(&from, &|b| b >> shift & 1));
                 }
                 let low = simd.bits(v, 0, 15);
-                assert_eq!(bytes(simd, simd.shift_left(low, 4)), from.map(|b| b << 4));
-                assert_eq!(bytes(simd, simd.or(simd.shift_left(low, 4), low)), from.map(|b| b << 4 | b & 15));
-                assert_eq!(bytes(simd, simd.lookup(&table, low)), from.map(|b| table[usize::from(b & 15)]));
+                assert_eq!(bytes(simd, simd.shift_left(low, 4)), map(&from, &|b| b << 4));
+                assert_eq!(bytes(simd, simd.or(simd.shift_left(low, 4), low)), map(&from, &|b| b << 4 | b & 15));
+                assert_eq!(bytes(simd, simd.lookup(&table, low)), map(&from, &|b| table[usize::from(b & 15)]));
                 for j in 0..4 {
-                    let signed = simd.store(simd.signed_byte_to_f32(v, j));
-                    assert_eq!(signed, std::array::from_fn(|lane| f32::from(from[4 * lane + j] as i8)));
+                    let signed = floats_of(simd, simd.signed_byte_to_f32(v, j));
+                    assert_eq!(signed, list(S::LANES, |lane| f32::from(from[4 * lane + j] as i8)));
                 }
             }
         }
@@ -72,8 +84,8 @@ fn dot_products_hold_at_their_extremes() {
     impl WithSimd for Check {
         type Output = ();
         fn with_simd<S: Simd>(self, simd: S) {
-            let weights = |f: &dyn Fn(usize) -> u8| -> [[u8; 32]; 4] {
-                std::array::from_fn(|q| std::array::from_fn(|i| f(31 * q + 7 * i)))
+            let weights = |f: &dyn Fn(usize) -> u8| -> [Vec<u8>; 4] {
+                std::array::from_fn(|q| list(4 * S::LANES, |i| f(31 * q + 7 * i)))
             };
             let start = simd.splat_i32(-9);
             let inputs: [[i8; 16]; 4] =
@@ -83,20 +95,19 @@ fn dot_products_hold_at_their_extremes() {
                 let quads: [_; 4] = std::array::from_fn(|q| simd.quad(&x, q));
                 assert_eq!(
                     quads.map(|v| bytes(simd, v)),
-                    std::array::from_fn(|q| { std::array::from_fn(|i| x[4 * q + i % 4] as u8) })
+                    std::array::from_fn(|q| list(4 * S::LANES, |i| x[4 * q + i % 4] as u8))
                 );
-                let rotated: [[u8; 32]; 4] =
-                    std::array::from_fn(|q| std::array::from_fn(|i| x[(4 * q + 3 * i) % 16] as u8));
+                let rotated: [Vec<u8>; 4] =
+                    std::array::from_fn(|q| list(4 * S::LANES, |i| x[(4 * q + 3 * i) % 16] as u8));
                 for x in [quads, rotated.each_ref().map(|x| simd.bytes(x))] {
                     let plain_x = x.map(|x| bytes(simd, x));
                     for w in [weights(&|_| 32), weights(&|_| 0), weights(&|i| (i % 33) as u8)] {
                         let dot = simd.add_dot_unsigned(start, w.each_ref().map(|w| simd.bytes(w)), x);
-                        assert_eq!(lanes(simd, dot), plain_dot(&w, &plain_x, i32::from).map(|dot| dot - 9));
+                        assert_eq!(lanes(simd, dot), plain_dot(-9, &w, &plain_x, i32::from));
                     }
                     for w in [weights(&|_| 0x80), weights(&|_| 127), weights(&|i| i as u8)] {
                         let dot = simd.add_dot_signed(start, w.each_ref().map(|w| simd.bytes(w)), x);
-                        let plain = plain_dot(&w, &plain_x, |w| i32::from(w as i8));
-                        assert_eq!(lanes(simd, dot), plain.map(|dot| dot - 9));
+                        assert_eq!(lanes(simd, dot), plain_dot(-9, &w, &plain_x, |w| i32::from(w as i8)));
                     }
                 }
             }
@@ -105,9 +116,9 @@ fn dot_products_hold_at_their_extremes() {
     on_every_level(Check);
 }
 
-fn plain_dot(w: &[[u8; 32]; 4], x: &[[u8; 32]; 4], value: fn(u8) -> i32) -> [i32; 8] {
+fn plain_dot(start: i32, w: &[Vec<u8>; 4], x: &[Vec<u8>; 4], value: fn(u8) -> i32) -> Vec<i32> {
     let product = |k: usize, i: usize| value(w[k][i]) * i32::from(x[k][i] as i8);
-    std::array::from_fn(|lane| (0..16).map(|k| product(k / 4, 4 * lane + k % 4)).sum())
+    list(w[0].len() / 4, |lane| start + (0..16).map(|k| product(k / 4, 4 * lane + k % 4)).sum::<i32>())
 }
 
 #[test]
@@ -117,14 +128,16 @@ fn integers() {
     impl WithSimd for Check {
         type Output = ();
         fn with_simd<S: Simd>(self, simd: S) {
-            let from = [-128, -127, -1, 0, 1, 2, 100, 127];
+            let from = list(S::LANES, |i| [-128, -127, -1, 0, 1, 2, 100, 127][i * 3 % 8]);
+            let map = |f: &dyn Fn(i32) -> i32| from.iter().map(|&v| f(i32::from(v))).collect::<Vec<_>>();
             let v = simd.widen_i8(&from);
-            assert_eq!(lanes(simd, v), from.map(i32::from));
-            assert_eq!(bytes(simd, simd.repeat_byte(v)), std::array::from_fn(|i| from[i / 4] as u8));
-            assert_eq!(lanes(simd, simd.add_i32(v, simd.splat_i32(70_000))), from.map(|v| i32::from(v) + 70_000));
-            assert_eq!(lanes(simd, simd.sub_i32(v, simd.splat_i32(-9))), from.map(|v| i32::from(v) + 9));
-            for b in [-4064, -1, 0, 1, 4064] {
-                assert_eq!(lanes(simd, simd.mul_i16(v, b)), from.map(|v| i32::from(v) * i32::from(b)));
+            assert_eq!(lanes(simd, v), map(&|v| v));
+            assert_eq!(bytes(simd, simd.repeat_byte(v)), list(4 * S::LANES, |i| from[i / 4] as u8));
+            assert_eq!(lanes(simd, simd.sub_i32(v, simd.splat_i32(-70_000))), map(&|v| v + 70_000));
+            assert_eq!(lanes(simd, simd.sub_i32(v, simd.splat_i32(-9))), map(&|v| v + 9));
+            for pair in [[-4064, 1], [0, -1], [4064, 4064], [-4064, 0], [3, 5]] {
+                let sum = i32::from(pair[0]) + i32::from(pair[1]);
+                assert_eq!(lanes(simd, simd.dot_pairs(simd.repeat_half(v), &pair)), map(&|v| v * sum));
             }
         }
     }
@@ -138,23 +151,21 @@ fn every_code_of_every_float_is_exact() {
     impl WithSimd for Check {
         type Output = ();
         fn with_simd<S: Simd>(self, simd: S) {
-            for start in (0..=u16::MAX).step_by(8) {
-                let codes: [u16; 8] = std::array::from_fn(|i| start + i as u16);
-                let le = codes.map(u16::to_le_bytes);
-                let le = le.as_flattened().first_chunk().unwrap();
-                same(simd.store(simd.load_le_f16(le)), codes.map(|c| f16::from_bits(c).to_f32()));
-                same(simd.store(simd.load_le_bf16(le)), codes.map(|c| bf16::from_bits(c).to_f32()));
+            for start in (0..=u16::MAX).step_by(S::LANES) {
+                let codes = list(S::LANES, |i| start + i as u16);
+                let le: Vec<u8> = codes.iter().flat_map(|code| code.to_le_bytes()).collect();
+                same(simd, simd.load_le_f16(&le), codes.iter().map(|&c| f16::from_bits(c).to_f32()));
+                same(simd, simd.load_le_bf16(&le), codes.iter().map(|&c| bf16::from_bits(c).to_f32()));
             }
-            for start in (0..=u8::MAX).step_by(8) {
-                let codes: [u8; 8] = std::array::from_fn(|i| start + i as u8);
-                let e4m3 = codes.map(|c| match c & 0x7f {
+            for start in (0..=u8::MAX).step_by(S::LANES) {
+                let codes = list(S::LANES, |i| start + i as u8);
+                let e4m3 = codes.iter().map(|&c| match c & 0x7f {
                     0x7f => 480f32.copysign(if c < 128 { 1.0 } else { -1.0 }),
                     _ => marlin_format::Element::E4M3.value(u32::from(c)),
                 });
-                same(simd.store(simd.load_e4m3(&codes)), e4m3);
+                same(simd, simd.load_e4m3(&codes), e4m3);
                 // 2^128 overflows to the infinity wanted for code 255.
-                let e8m0 = codes.map(|c| 2f64.powi(i32::from(c) - 127) as f32);
-                same(simd.store(simd.load_e8m0(&codes)), e8m0);
+                same(simd, simd.load_e8m0(&codes), codes.iter().map(|&c| 2f64.powi(i32::from(c) - 127) as f32));
             }
         }
     }
@@ -162,8 +173,8 @@ fn every_code_of_every_float_is_exact() {
 }
 
 /// Equal bit for bit, but any NaN for a NaN.
-fn same(found: [f32; 8], wanted: [f32; 8]) {
-    for (found, wanted) in found.into_iter().zip(wanted) {
+fn same<S: Simd>(simd: S, found: S::F32, wanted: impl Iterator<Item = f32>) {
+    for (found, wanted) in floats_of(simd, found).into_iter().zip(wanted) {
         assert!(found.to_bits() == wanted.to_bits() || found.is_nan() && wanted.is_nan(), "{found:e} {wanted:e}");
     }
 }
@@ -175,28 +186,31 @@ fn floats() {
     impl WithSimd for Check {
         type Output = ();
         fn with_simd<S: Simd>(self, simd: S) {
-            let (a, b) = ([1.0, -2.0, 0.5, 3.0, 1e10, -0.0, 7.0, 8.0], [4.0, 0.25, -1.5, 2.0, 1e-10, 1.0, 3.0, 0.0]);
+            let numbers = [1.0, -2.0, 0.5, 3.0, 1e10, -0.0, 7.0, 8.0, 4.0, 0.25, -1.5, 2.0, 1e-10, 1.0, 3.0, 0.0];
+            let (a, b) = (list(S::LANES, |i| numbers[i]), list(S::LANES, |i| numbers[(i + 8) % 16]));
             let (va, vb, two) = (simd.load(&a), simd.load(&b), simd.splat(2.0));
-            assert_eq!(simd.store(simd.add(va, vb)), std::array::from_fn(|i| a[i] + b[i]));
-            assert_eq!(simd.store(simd.sub(va, vb)), std::array::from_fn(|i| a[i] - b[i]));
-            assert_eq!(simd.store(simd.mul(va, vb)), std::array::from_fn(|i| a[i] * b[i]));
-            let from: [u8; 32] = std::array::from_fn(|i| (37 * i + 11) as u8);
+            assert_eq!(floats_of(simd, simd.add(va, vb)), list(S::LANES, |i| a[i] + b[i]));
+            assert_eq!(floats_of(simd, simd.sub(va, vb)), list(S::LANES, |i| a[i] - b[i]));
+            assert_eq!(floats_of(simd, simd.mul(va, vb)), list(S::LANES, |i| a[i] * b[i]));
+            let mut lanes = a.clone();
+            lanes.resize(MOST_LANES, 0.0);
+            assert_eq!(simd.lanes(va).to_vec(), lanes);
+            let from = list(4 * S::LANES, |i| (37 * i + 11) as u8);
             let entries = [1.5, -2.0, f32::INFINITY, 3e-40];
             for shift in (0..32).step_by(2) {
                 let entry = |i: usize| entries[usize::from(from[4 * i + shift / 8] >> (shift % 8) & 3)];
-                assert_eq!(
-                    simd.store(simd.select(&entries, simd.bytes(&from), shift as u32)),
-                    std::array::from_fn(entry)
-                );
+                let found = simd.select(&entries, simd.bytes(&from), shift as u32);
+                assert_eq!(floats_of(simd, found), list(S::LANES, entry));
             }
             // The order shows in the last bits.
-            let rows: [[f32; 8]; 8] = std::array::from_fn(|r| std::array::from_fn(|i| 1.0 / (1 + 9 * r + i) as f32));
-            assert_eq!(
-                simd.sums_of_lanes(rows.each_ref().map(|row| simd.load(row))),
-                rows.map(|r| ((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7])))
-            );
-            let fused: [f32; 8] = std::array::from_fn(|i| a[i].mul_add(b[i], 2.0));
-            for (found, fused) in simd.store(simd.mul_add(va, vb, two)).into_iter().zip(fused) {
+            let rows: [Vec<f32>; 8] = std::array::from_fn(|r| list(S::LANES, |i| 1.0 / (1 + 9 * r + i) as f32));
+            let sum = |row: &Vec<f32>| {
+                let r = list(8, |i| row[i..].iter().step_by(8).copied().reduce(|a, b| a + b).unwrap());
+                ((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7]))
+            };
+            assert_eq!(simd.sums_of_lanes(rows.each_ref().map(|row| simd.load(row))), rows.each_ref().map(sum));
+            for (i, found) in floats_of(simd, simd.mul_add(va, vb, two)).into_iter().enumerate() {
+                let fused = a[i].mul_add(b[i], 2.0);
                 assert!((found - fused).abs() <= f32::EPSILON * fused.abs(), "{found} {fused}");
             }
         }
