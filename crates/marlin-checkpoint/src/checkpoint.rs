@@ -369,6 +369,11 @@ impl Checkpoint {
         }
     }
 
+    /// [`Checkpoint::release`] of all tensors, and of what the system mapped around those that were read.
+    pub fn release_all(&self) {
+        self.shards.iter().for_each(|shard| shard.bytes.release(&(0..shard.bytes.len())));
+    }
+
     /// The tokenizer.
     ///
     /// # Errors

@@ -32,6 +32,7 @@ impl Checkpoint {
                 bytes[..bytes.len().min(SAMPLE)].hash(&mut hasher);
             }
         }
+        self.release_all();
         Some(format!("{:016x}", hasher.finish()))
     }
 }

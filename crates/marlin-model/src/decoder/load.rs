@@ -45,6 +45,7 @@ pub(super) fn load_decoder<B: Backend>(
     let norm = loader.norm("model.norm", spec.hidden_size)?;
     let lm_head = loader.lm_head()?;
     loader.refuse_unread()?;
+    checkpoint.release_all();
 
     let limits = sizes.step_limits(&spec, options.step_tokens);
     let rope = |rope: &crate::rope::Rope| {
