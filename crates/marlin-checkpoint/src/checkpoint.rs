@@ -40,13 +40,13 @@ pub const SIDE_FILES: [&str; 9] = [
 ///
 /// Weights of files are mapped, not read; matrices borrow from the map wherever their bytes are in canonical order there.
 pub struct Checkpoint {
-    source: Source,
+    pub(crate) source: Source,
     name: String,
-    config: Value,
+    pub(crate) config: Value,
     layout: Option<Layout>,
     quantization: Option<QuantizationConfig>,
     notes: Vec<String>,
-    shards: Vec<Shard>,
+    pub(crate) shards: Vec<Shard>,
     /// In the order of the files and of the bytes in them.
     tensors: Vec<(String, Entry)>,
     index: HashMap<String, usize>,
@@ -361,6 +361,19 @@ impl Checkpoint {
         }
     }
 
+    /// Gives back the memory of what was read of a mapped tensor, for a loader that has a copy of its own: it does not lie in memory
+    /// twice. The tensor can still be read; it then comes from the file again.
+    pub fn release(&self, name: &str) {
+        for location in self.locations(name) {
+            self.shards[location.shard].bytes.release(&location.range);
+        }
+    }
+
+    /// [`Checkpoint::release`] of all tensors, and of what the system mapped around those that were read.
+    pub fn release_all(&self) {
+        self.shards.iter().for_each(|shard| shard.bytes.release(&(0..shard.bytes.len())));
+    }
+
     /// The tokenizer.
     ///
     /// # Errors
@@ -389,12 +402,21 @@ impl Checkpoint {
         self.index.get(name).map(|i| &self.tensors[*i].1)
     }
 
+    /// Where the stored buffers of a tensor lie; nowhere for one made in memory.
+    pub(crate) fn locations(&self, name: &str) -> Vec<&Location> {
+        match self.entry(name) {
+            Some(Entry::Plain(location)) => vec![location],
+            Some(Entry::Packed(packed)) => packed.buffers.iter().map(|(_, _, location)| location).collect(),
+            Some(Entry::Memory(_)) | None => Vec::new(),
+        }
+    }
+
     fn require(&self, name: &str) -> Result<&Entry, CheckpointError> {
         self.entry(name).ok_or_else(|| CheckpointError::NoTensor { model: self.name.clone(), tensor: name.to_owned() })
     }
 
     fn bytes(&self, location: &Location) -> &[u8] {
-        self.shards[location.shard].bytes(&location.range)
+        self.shards[location.shard].tensor(&location.range)
     }
 
     /// The shard of an existing tensor (of its codes, if packed); the model for one made in memory.

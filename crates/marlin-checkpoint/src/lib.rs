@@ -8,6 +8,7 @@
 mod chat_template;
 mod checkpoint;
 mod error;
+mod fingerprint;
 mod generation_config;
 mod layouts;
 mod memory;

@@ -15,7 +15,9 @@ const MAX_HEADER_BYTES: u64 = 100_000_000;
 pub(crate) struct Shard {
     /// The file, in messages.
     pub(crate) label: String,
-    bytes: Bytes,
+    pub(crate) bytes: Bytes,
+    /// Bytes before those of the tensors.
+    header_bytes: usize,
 }
 
 /// Where a tensor's bytes lie.
@@ -80,10 +82,15 @@ impl Shard {
             })
             .collect();
         tensors.sort_by(|(a_name, a), (b_name, b)| (a.range.start, a_name).cmp(&(b.range.start, b_name)));
-        Ok((Self { label, bytes }, tensors))
+        Ok((Self { label, bytes, header_bytes: start }, tensors))
     }
 
-    pub(crate) fn bytes(&self, range: &Range<usize>) -> &[u8] {
+    pub(crate) fn tensor(&self, range: &Range<usize>) -> &[u8] {
         &self.bytes[range.clone()]
+    }
+
+    /// What stands before the bytes of the tensors.
+    pub(crate) fn header(&self) -> &[u8] {
+        &self.bytes[..self.header_bytes]
     }
 }

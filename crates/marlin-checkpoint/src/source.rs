@@ -3,8 +3,9 @@
 use std::borrow::Cow;
 use std::fs::{self, File};
 use std::io;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use memmap2::Mmap;
 use serde::de::DeserializeOwned;
@@ -26,7 +27,11 @@ pub(crate) enum Source {
 
 /// The bytes of a weight file.
 pub(crate) enum Bytes {
-    Mapped(Mmap),
+    Mapped {
+        map: Mmap,
+        /// When the file was changed last, as far as the system tells.
+        changed: Option<SystemTime>,
+    },
     Static(&'static [u8]),
 }
 
@@ -35,8 +40,31 @@ impl Deref for Bytes {
 
     fn deref(&self) -> &[u8] {
         match self {
-            Self::Mapped(map) => map,
+            Self::Mapped { map, .. } => map,
             Self::Static(bytes) => bytes,
+        }
+    }
+}
+
+impl Bytes {
+    /// When the file was changed last, as far as that is known.
+    pub(crate) fn changed(&self) -> Option<SystemTime> {
+        match self {
+            Self::Mapped { changed, .. } => *changed,
+            Self::Static(_) => None,
+        }
+    }
+
+    /// Gives back the memory of the pages that these bytes lie on. They are read from the file again if they are wanted again.
+    pub(crate) fn release(&self, range: &Range<usize>) {
+        #[cfg(unix)]
+        if let (Self::Mapped { map, .. }, false) = (self, range.is_empty()) {
+            // SAFETY: the pages are those of a file, mapped shared and read-only, so none of them can differ from the file:
+            // whoever still borrows bytes of them reads the same ones after the system has read the page anew.
+            let advised =
+                unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
+            // Where the system will not, they stay until it runs short of memory.
+            let _ = advised;
         }
     }
 }
@@ -91,14 +119,15 @@ impl Source {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(CheckpointError::io("open", &path)(e)),
         };
-        if !opened.metadata().map_err(CheckpointError::io("look at", &path))?.is_file() {
+        let metadata = opened.metadata().map_err(CheckpointError::io("look at", &path))?;
+        if !metadata.is_file() {
             return Err(CheckpointError::malformed(&self.label(file), "this is no file; put the weights in its place"));
         }
         // SAFETY: the map is read-only and only ever seen as bytes, for which every bit pattern is valid. What is left
         // is that nobody changes or truncates the file while it is mapped. This project never does: the writer replaces
         // whole folders by renaming, which leaves a mapped file intact. Of others it is asked in `Checkpoint::open`.
         let map = unsafe { Mmap::map(&opened) }.map_err(CheckpointError::io("map", &path))?;
-        Ok(Some(Bytes::Mapped(map)))
+        Ok(Some(Bytes::Mapped { map, changed: metadata.modified().ok() }))
     }
 
     fn embedded(&self, file: &str) -> Option<&'static [u8]> {

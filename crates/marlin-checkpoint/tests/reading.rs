@@ -323,3 +323,38 @@ fn generation_settings() {
     let text = message(checkpoint.generation_config().unwrap_err());
     assert_says(&text, &["generation_config.json", "a token id or a list of token ids", "line 1"]);
 }
+
+#[test]
+fn tensors_that_were_released_are_read_again() {
+    let matrix = bf16_bytes(&[0.5; 6000]);
+    let checkpoint_folder = folder("{}", &[("w.weight", Dtype::BF16, &[2, 3000], &matrix)]);
+    let checkpoint = Checkpoint::open(checkpoint_folder.path()).unwrap();
+    let read = checkpoint.matrix("w.weight", 2, 3000).unwrap();
+    checkpoint.release("w.weight");
+    checkpoint.release("no such tensor");
+    assert_eq!(*read.codes, *matrix);
+}
+
+#[test]
+fn fingerprints_tell_states_of_a_folder_apart() {
+    let fingerprint = |config: &str, values: &[f32]| {
+        let folder = folder(config, &[("w.weight", Dtype::F32, &[2, 2], &f32_bytes(values))]);
+        let weights = fs::File::options().append(true).open(folder.path().join("model.safetensors")).unwrap();
+        weights.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+        let of = || Checkpoint::open(folder.path()).unwrap().fingerprint().unwrap();
+        let before = of();
+        assert_eq!(of(), before);
+        // The chat template is no weight.
+        fs::write(folder.path().join("chat_template.jinja"), "x").unwrap();
+        assert_eq!(of(), before);
+        weights.set_modified(std::time::SystemTime::now()).unwrap();
+        assert_ne!(of(), before);
+        before
+    };
+    let first = fingerprint("{}", &[1.0; 4]);
+    assert_eq!(fingerprint("{}", &[1.0; 4]), first);
+    assert_ne!(fingerprint("{}", &[1.0, 1.0, 1.0, 2.0]), first);
+    assert_ne!(fingerprint(r#"{"rope_theta": 1}"#, &[1.0; 4]), first);
+    let memory = Checkpoint::from_parts("made", serde_json::json!({}), Vec::new()).unwrap();
+    assert_eq!(memory.fingerprint(), None);
+}

@@ -14,11 +14,13 @@ pub fn unpack(bytes: &[u8], bits: u32, out: &mut [u8]) {
     match bits {
         8 => out.copy_from_slice(&bytes[..out.len()]),
         4 => {
-            for (pair, &byte) in out.chunks_mut(2).zip(bytes) {
-                pair[0] = byte & 15;
-                if let Some(high) = pair.get_mut(1) {
-                    *high = byte >> 4;
-                }
+            // Whole pairs by themselves, so that they are vectorised.
+            let (pairs, last) = out.as_chunks_mut();
+            for (pair, &byte) in pairs.iter_mut().zip(bytes) {
+                *pair = [byte & 15, byte >> 4];
+            }
+            if let [last] = last {
+                *last = bytes[pairs.len()] & 15;
             }
         }
         _ => {

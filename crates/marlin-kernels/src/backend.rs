@@ -31,6 +31,16 @@ pub trait Backend: MemoryUse + Send + Sync + Sized + 'static {
     /// What the device has no kernel for is converted, exactly where that is possible.
     fn load_linear(&self, parts: &[LinearPart<'_>]) -> Result<Self::Linear, KernelError>;
 
+    /// [`Backend::load_linear`] of a linear that is known by a name, under which a device may keep what it makes of it for the next time.
+    fn load_named_linear(&self, _name: &str, parts: &[LinearPart<'_>]) -> Result<Self::Linear, KernelError> {
+        self.load_linear(parts)
+    }
+
+    /// The linear that the device kept under this name, to the bit what [`Backend::load_linear`] makes; its weights need not be read.
+    fn find_linear(&self, _name: &str, _parts: &[PartHeader]) -> Option<Self::Linear> {
+        None
+    }
+
     /// Uploads a vector.
     fn load_vector(&self, values: &[f32]) -> Result<Self::Vector, KernelError>;
 
@@ -97,6 +107,19 @@ pub struct StepLimits {
 pub struct LinearPart<'a> {
     /// Weights `[N, K]`.
     pub weight: PackedMatrix<'a>,
+    /// Added to each output row, `[N]`.
+    pub bias: Option<Vec<f32>>,
+}
+
+/// A [`LinearPart`] without its weights.
+#[derive(Debug, Clone)]
+pub struct PartHeader {
+    /// How weights are stored.
+    pub scheme: Scheme,
+    /// Output features, N.
+    pub rows: usize,
+    /// Input features, K.
+    pub cols: usize,
     /// Added to each output row, `[N]`.
     pub bias: Option<Vec<f32>>,
 }

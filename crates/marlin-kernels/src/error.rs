@@ -1,5 +1,8 @@
 //! What can go wrong on a device.
 
+use std::io;
+use std::path::PathBuf;
+
 /// An error of a device.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
@@ -55,6 +58,16 @@ pub enum KernelError {
     /// There is no GPU of the kind that is asked for.
     #[error("no GPU was found: it needs Metal, or Vulkan with its driver; use the CPU instead")]
     NoGpu,
+    /// The file of a model's tiles ([`crate::cpu::TileFile`]) cannot be used.
+    #[error("cannot {action} {path}", path = .path.display())]
+    TileFile {
+        /// What failed.
+        action: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// The device cannot be used as asked.
     #[error("{0}")]
     Device(String),

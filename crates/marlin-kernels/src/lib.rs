@@ -23,7 +23,8 @@ pub mod gpu;
 pub mod reference;
 
 pub use backend::{
-    Activation, AttentionShape, Backend, DeviceInfo, Encoder, Input, LinearPart, MemoryUse, QkNorm, StepLimits,
+    Activation, AttentionShape, Backend, DeviceInfo, Encoder, Input, LinearPart, MemoryUse, PartHeader, QkNorm,
+    StepLimits,
 };
 pub use error::{BeyondBinding, KernelError};
 pub use host::{HostBuffer, HostKvCache};

@@ -213,11 +213,21 @@ fn caches_on_disk() -> Vec<CacheFolder> {
             path: cache.kernels_folder(),
         }
     });
-    [hub, quantized, kernels].into_iter().flatten().filter(|folder| folder.path.is_dir()).collect()
+    let tiles = own.as_ref().map(|cache| {
+        let files = cache.tiles().unwrap_or_default();
+        CacheFolder {
+            of: "models",
+            holds: "in the CPU's order",
+            entries: files.len(),
+            bytes: files.iter().map(|file| file.bytes).sum(),
+            path: cache.tiles_folder(),
+        }
+    });
+    [hub, quantized, kernels, tiles].into_iter().flatten().filter(|folder| folder.path.is_dir()).collect()
 }
 
 /// An error and its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

@@ -25,6 +25,7 @@ pub mod memory;
 pub mod model_cache;
 pub mod stats;
 mod table;
+pub mod tile_cache;
 pub mod verify;
 
 pub use device::DeviceOptions;

@@ -5,6 +5,7 @@
 //! CACHE/quantized/ID/model        the model folder; there when it is whole
 //! CACHE/hub/MODEL@COMMIT          a snapshot of the Hub that was used, and when
 //! CACHE/kernels/GPU.pipelines     kernels as a GPU's driver compiled them
+//! CACHE/tiles/ID.tiles            weights in a CPU's order, see `tile_cache`
 //! CACHE/locks/ID                  held by the process that makes or removes an entry
 //! ```
 
@@ -14,7 +15,9 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use marlin_checkpoint::{Checkpoint, Layout};
+use marlin_kernels::KernelError;
 use marlin_kernels::gpu::PIPELINE_CACHE_EXTENSION;
+use marlin_model::format_size;
 use marlin_quantize::{QuantizeError, QuantizeOptions, Recipe, quantize};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -53,13 +56,32 @@ pub enum CacheError {
         /// The entry.
         id: String,
     },
+    /// A model's tiles would fill the disk.
+    #[error(
+        "{} more on the disk of {folder} would leave less than {} of its {} free (METAL_MARLIN_CACHE moves the cache)",
+        format_size(*bytes),
+        format_size(crate::tile_cache::MARGIN),
+        format_size(*free),
+        folder = .folder.display()
+    )]
+    NoRoom {
+        /// Where they would be.
+        folder: PathBuf,
+        /// Their size.
+        bytes: u64,
+        /// Bytes that are free there.
+        free: u64,
+    },
+    /// The file of a model's tiles cannot be used.
+    #[error("the model cache fails (METAL_MARLIN_CACHE moves it)")]
+    Tiles(#[source] KernelError),
     /// The Hub's cache.
     #[error(transparent)]
     Hub(#[from] HubError),
 }
 
 impl CacheError {
-    fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_path_buf();
         move |source| Self::Io { action, path, source }
     }
@@ -350,16 +372,20 @@ impl ModelCache {
     /// Waits until no other process makes or removes the entry.
     fn lock(&self, id: &str) -> Result<File, CacheError> {
         let lock = self.open_lock(id)?;
-        lock.lock().map_err(CacheError::io("lock", &self.folder.join("locks").join(id)))?;
+        lock.lock().map_err(CacheError::io("lock", &self.lock_path(id)))?;
         Ok(lock)
     }
 
     /// Locks are never removed: a process that waits for one must not end up with a file that others no longer see.
-    fn open_lock(&self, id: &str) -> Result<File, CacheError> {
-        let folder = self.folder.join("locks");
-        fs::create_dir_all(&folder).map_err(CacheError::io("create", &folder))?;
-        let path = folder.join(id);
+    pub(crate) fn open_lock(&self, id: &str) -> Result<File, CacheError> {
+        let path = self.lock_path(id);
+        let folder = path.parent().unwrap_or(&path);
+        fs::create_dir_all(folder).map_err(CacheError::io("create", folder))?;
         File::create(&path).map_err(CacheError::io("create", &path))
+    }
+
+    pub(crate) fn lock_path(&self, id: &str) -> PathBuf {
+        self.folder.join("locks").join(id)
     }
 }
 
@@ -391,15 +417,15 @@ fn write_entry(path: &Path, entry: &Entry) -> Result<(), CacheError> {
 }
 
 /// Sets a file's modification time to now. Where that is not allowed, the time of last use stays what it was.
-fn touch(path: &Path) {
+pub(crate) fn touch(path: &Path) {
     let _ = File::options().append(true).open(path).and_then(|file| file.set_modified(SystemTime::now()));
 }
 
-fn modified(path: &Path) -> SystemTime {
+pub(crate) fn modified(path: &Path) -> SystemTime {
     fs::metadata(path).and_then(|found| found.modified()).unwrap_or(SystemTime::UNIX_EPOCH)
 }
 
 /// Names in a folder, sorted; none if it does not exist.
-fn names(folder: &Path) -> Result<Vec<String>, CacheError> {
+pub(crate) fn names(folder: &Path) -> Result<Vec<String>, CacheError> {
     Ok(hub::entries(folder)?)
 }

@@ -187,7 +187,7 @@ impl Stored<'_> {
     }
 
     fn bytes(&self, location: &Location) -> &[u8] {
-        self.shards[location.shard].bytes(&location.range)
+        self.shards[location.shard].tensor(&location.range)
     }
 
     /// The tensor `part` of a module, with its full name.

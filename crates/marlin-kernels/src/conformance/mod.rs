@@ -25,10 +25,10 @@
 mod attention;
 mod independence;
 mod linear;
-mod matrices;
+pub(crate) mod matrices;
 mod rows;
 mod sampling;
-mod support;
+pub(crate) mod support;
 
 use std::any::Any;
 use std::cell::Cell;

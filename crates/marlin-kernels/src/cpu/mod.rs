@@ -14,9 +14,10 @@ mod linear;
 mod rows;
 mod simd;
 mod threads;
+mod tile_file;
 mod vector;
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use marlin_format::Scheme;
 
@@ -24,6 +25,7 @@ pub use cores::default_threads;
 pub use linear::Arithmetic;
 pub use simd::SimdLevel;
 pub use threads::Threads;
+pub use tile_file::{TileFile, TileFileOptions};
 
 use self::attention::Attention;
 use self::disjoint::Disjoint;
@@ -33,7 +35,7 @@ use crate::host::HostStep;
 use crate::sampling::host::{HostSamplings, token_of};
 use crate::{
     Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, Input, KernelError, KvLayout,
-    KvType, LinearPart, MemoryUse, QkNorm, SampleRow, SamplingId, Step, StepLimits,
+    KvType, LinearPart, MemoryUse, PartHeader, QkNorm, SampleRow, SamplingId, Step, StepLimits,
 };
 
 const NAME: &str = "cpu";
@@ -49,12 +51,13 @@ pub struct CpuOptions {
     pub simd: Option<SimdLevel>,
 }
 
-/// A processor.
-#[derive(Debug)]
+/// A processor. Clones share its threads.
+#[derive(Debug, Clone)]
 pub struct CpuBackend {
     threads: Threads,
     arithmetic: Arithmetic,
     simd: SimdLevel,
+    tiles: Option<Arc<TileFile>>,
 }
 
 /// Matrices in tile order.
@@ -89,12 +92,26 @@ impl CpuBackend {
             return Err(KernelError::Device(format!("this processor has no {simd} instructions; it has {available}")));
         }
         let threads = Threads::new(options.threads.unwrap_or_else(default_threads))?;
-        Ok(Self { threads, arithmetic: options.arithmetic, simd })
+        Ok(Self { threads, arithmetic: options.arithmetic, simd, tiles: None })
     }
 
     /// The threads that its operations run on.
     pub fn threads(&self) -> &Threads {
         &self.threads
+    }
+
+    /// The same processor, for loading one model whose linears are kept in a file, or come from it.
+    pub fn with_tiles(&self, file: Arc<TileFile>) -> Self {
+        Self { tiles: Some(file), ..self.clone() }
+    }
+
+    /// A fingerprint of the order that linears are put into: those that were put into it by a backend of the same layout are what this one
+    /// would make of them, to the bit.
+    ///
+    /// # Errors
+    /// There is no memory for a few small matrices.
+    pub fn tile_layout(&self) -> Result<String, KernelError> {
+        linear::layout(self.arithmetic, self.simd)
     }
 }
 
@@ -138,6 +155,15 @@ impl Backend for CpuBackend {
 
     fn load_linear(&self, parts: &[LinearPart<'_>]) -> Result<CpuLinear, KernelError> {
         TiledLinear::load(parts, self.arithmetic, self.simd, &self.threads).map(CpuLinear)
+    }
+
+    fn load_named_linear(&self, name: &str, parts: &[LinearPart<'_>]) -> Result<CpuLinear, KernelError> {
+        let Some(file) = &self.tiles else { return self.load_linear(parts) };
+        TiledLinear::load_kept(file, name, parts, self.arithmetic, self.simd, &self.threads).map(CpuLinear)
+    }
+
+    fn find_linear(&self, name: &str, parts: &[PartHeader]) -> Option<CpuLinear> {
+        TiledLinear::find(self.tiles.as_ref()?, name, parts, self.arithmetic, self.simd).map(CpuLinear)
     }
 
     fn load_vector(&self, values: &[f32]) -> Result<Vec<f32>, KernelError> {

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use marlin_checkpoint::Checkpoint;
 use marlin_format::PackedMatrix;
-use marlin_kernels::{Backend, KernelError, KvLayout, LinearPart, StepLimits};
+use marlin_kernels::{Backend, KernelError, KvLayout, LinearPart, PartHeader, StepLimits};
 
 use super::{Attention, Decoder, HeadNorms, Layer, Mlp, OutputProjection, Rope, Workspace};
 use crate::families;
@@ -45,6 +45,7 @@ pub(super) fn load_decoder<B: Backend>(
     let norm = loader.norm("model.norm", spec.hidden_size)?;
     let lm_head = loader.lm_head()?;
     loader.refuse_unread()?;
+    checkpoint.release_all();
 
     let limits = sizes.step_limits(&spec, options.step_tokens);
     let rope = |rope: &crate::rope::Rope| {
@@ -242,6 +243,7 @@ impl<B: Backend> Loader<'_, B> {
         if self.spec.tie_word_embeddings {
             let is_separate = self.checkpoint.contains(&weight(LM_HEAD))
                 && self.matrix(&weight(LM_HEAD), rows, cols)? != self.matrix(&weight(EMBED_TOKENS), rows, cols)?;
+            [LM_HEAD, EMBED_TOKENS].iter().for_each(|module| self.checkpoint.release(&weight(module)));
             if !is_separate {
                 return Ok(None);
             }
@@ -251,34 +253,61 @@ impl<B: Backend> Loader<'_, B> {
 
     /// Embedding or head: a matrix by itself, without a bias.
     fn table(&self, module: &str, rows: usize, cols: usize) -> Result<B::Linear, ModelError> {
-        self.load(module, &[self.part(module, rows, cols, false)?])
+        self.load(&[Module { name: module.to_owned(), rows, bias: None }], cols, 1)
     }
 
     /// One linear of a block's modules `(name, rows)` of `cols` columns each; all of them have a bias or none has.
     fn linear(&self, block: &str, modules: &[(&str, usize)], cols: usize, bias: bool) -> Result<B::Linear, ModelError> {
-        let part = |&(name, rows): &(&str, usize)| self.part(&format!("{block}.{name}"), rows, cols, bias);
-        let parts = modules.iter().map(part).collect::<Result<Vec<_>, ModelError>>()?;
-        self.load(&format!("{block}.{}", modules[0].0), &parts)
+        let module = |&(name, rows): &(&str, usize)| self.module(format!("{block}.{name}"), rows, bias);
+        self.load(&modules.iter().map(module).collect::<Result<Vec<_>, _>>()?, cols, 1)
     }
 
     /// One linear of the two halves of a module, `rows` rows each.
     fn halves(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<B::Linear, ModelError> {
-        let LinearPart { weight, bias } = self.part(module, 2 * rows, cols, bias)?;
-        let half = |range: Range<usize>| {
-            let bias = bias.as_ref().map(|bias| bias[range.clone()].to_vec());
-            let weight = weight.slice_rows(range).map_err(|source| self.weight_error(module, source.into()))?;
-            Ok::<_, ModelError>(LinearPart { weight, bias })
+        self.load(&[self.module(module.to_owned(), 2 * rows, bias)?], cols, 2)
+    }
+
+    fn module(&self, name: String, rows: usize, bias: bool) -> Result<Module, ModelError> {
+        let bias = bias.then(|| self.vector(&format!("{name}.bias"), rows)).transpose()?;
+        Ok(Module { name, rows, bias })
+    }
+
+    /// A linear of these modules, each of them `cut` parts of equal rows: the device's own, if it kept one, or else from the weights.
+    fn load(&self, modules: &[Module], cols: usize, cut: usize) -> Result<B::Linear, ModelError> {
+        let first = &modules[0].name;
+        let headers: Option<Vec<Vec<PartHeader>>> =
+            modules.iter().map(|module| self.headers(module, cols, cut)).collect();
+        if let Some(headers) = headers
+            && let Some(linear) = self.backend.find_linear(first, &headers.concat())
+        {
+            self.read.borrow_mut().extend(modules.iter().map(|module| weight(&module.name)));
+            return Ok(linear);
+        }
+        let read = |module: &Module| self.matrix(&weight(&module.name), module.rows, cols);
+        let matrices = modules.iter().map(read).collect::<Result<Vec<_>, ModelError>>()?;
+        let mut parts = Vec::with_capacity(cut * modules.len());
+        for (module, matrix) in modules.iter().zip(&matrices) {
+            for rows in module.parts(cut) {
+                let bias = module.bias.as_ref().map(|bias| bias[rows.clone()].to_vec());
+                let sliced = if cut == 1 { Ok(matrix.borrowed()) } else { matrix.slice_rows(rows) };
+                let weight = sliced.map_err(|source| self.weight_error(&module.name, source.into()))?;
+                parts.push(LinearPart { weight, bias });
+            }
+        }
+        let linear = self.backend.load_named_linear(first, &parts);
+        modules.iter().for_each(|module| self.checkpoint.release(&weight(&module.name)));
+        linear.map_err(|source| self.weight_error(first, source))
+    }
+
+    /// A module's parts without its weights; `None` if the checkpoint has no such matrix, which reading it then says.
+    fn headers(&self, module: &Module, cols: usize, cut: usize) -> Option<Vec<PartHeader>> {
+        let info = self.checkpoint.info(&weight(&module.name)).filter(|info| info.shape == [module.rows, cols])?;
+        let scheme = info.scheme()?;
+        let header = |rows: Range<usize>| {
+            let bias = module.bias.as_ref().map(|bias| bias[rows.clone()].to_vec());
+            PartHeader { scheme, rows: rows.len(), cols, bias }
         };
-        self.load(module, &[half(0..rows)?, half(rows..2 * rows)?])
-    }
-
-    fn part(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<LinearPart<'_>, ModelError> {
-        let bias = bias.then(|| self.vector(&format!("{module}.bias"), rows)).transpose()?;
-        Ok(LinearPart { weight: self.matrix(&weight(module), rows, cols)?, bias })
-    }
-
-    fn load(&self, first: &str, parts: &[LinearPart<'_>]) -> Result<B::Linear, ModelError> {
-        self.backend.load_linear(parts).map_err(|source| self.weight_error(first, source))
+        Some(module.parts(cut).map(header).collect())
     }
 
     fn weight_error(&self, module: &str, source: KernelError) -> ModelError {
@@ -316,6 +345,21 @@ impl<B: Backend> Loader<'_, B> {
                 first: first.to_owned(),
             }),
         }
+    }
+}
+
+/// A matrix of a linear, and its bias.
+struct Module {
+    name: String,
+    rows: usize,
+    bias: Option<Vec<f32>>,
+}
+
+impl Module {
+    /// The rows of each of `cut` equal parts.
+    fn parts(&self, cut: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let rows = self.rows / cut;
+        (0..cut).map(move |part| part * rows..(part + 1) * rows)
     }
 }
 

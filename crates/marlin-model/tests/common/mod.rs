@@ -160,7 +160,7 @@ impl Device {
             Self::Cpu(cpu) => load_model(&CpuBackend::new(cpu).expect("a CPU"), &checkpoint, options)?,
             Self::Gpu(gpu) => load_model(gpu, &checkpoint, options)?,
         };
-        Ok(Model { model, batch: StepBatch::new() })
+        Ok(Model::of(model))
     }
 }
 
@@ -176,6 +176,10 @@ pub(crate) struct Model {
 }
 
 impl Model {
+    pub(crate) fn of(model: Box<dyn LanguageModel>) -> Self {
+        Self { model, batch: StepBatch::new() }
+    }
+
     pub(crate) fn sequence(&mut self) -> KvSequence {
         self.model.kv().sequence()
     }

@@ -25,7 +25,7 @@ use self::weights::{StepWeights, formats};
 use crate::device::DeviceOptions;
 use crate::machine::{self, AppleChip, BandwidthProbe};
 use crate::memory::MemoryOptions;
-use crate::{LoadError, load};
+use crate::{LoadError, load, tile_cache};
 
 pub use error::BenchError;
 pub use output::OutputFormat;
@@ -64,7 +64,8 @@ pub fn run(
     let profiled = plan.profile.then(|| profile::device(&opened)).transpose()?;
     let (options, memory_plan) =
         requirements::load_options(&checkpoint, &tests, context, plan.kv_type, &opened, memory)?;
-    let mut loaded = load::load_model(&checkpoint, &opened, &options)?;
+    let load_model = if plan.keep { tile_cache::load_model_kept } else { load::load_model };
+    let mut loaded = load_model(&checkpoint, &opened, &options)?;
     let load = started.elapsed();
     drop(checkpoint);
 

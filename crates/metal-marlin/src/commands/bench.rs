@@ -93,8 +93,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE", help_heading = HEADING)]
     embedding_group_size: Option<Grouping>,
 
-    /// Quantise MODEL into a temporary folder, instead of into the cache for the next time
-    #[arg(long, requires = "format", conflicts_with = "shape", help_heading = HEADING)]
+    /// Keep nothing for the next start: quantise MODEL into a temporary folder, and put weights into a CPU's order in memory only
+    #[arg(long, conflicts_with = "shape", help_heading = HEADING)]
     no_cache: bool,
 
     /// Prompt lengths to measure; 0 for none
@@ -175,6 +175,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         repetitions: args.repetitions.get(),
         kv_type: args.kv.into(),
         profile: args.profile,
+        keep: !args.no_cache,
     };
     let report = {
         let mut bar = Bar::counting("Measuring", "runs");

@@ -1,14 +1,15 @@
-//! `metal-marlin cache`: the models that were quantised and fetched on the way, and compiled kernels.
+//! `metal-marlin cache`: the models that were quantised and fetched on the way, their tiles, and compiled kernels.
 
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write, stderr, stdin, stdout};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, bail};
 use marlin_model::format_size;
 use metal_marlin::hub::HubCache;
 use metal_marlin::model_cache::{CompiledKernels, ModelCache, QuantizedModel, UsedSnapshot};
+use metal_marlin::tile_cache::KeptTiles;
 use serde_json::{Value, json};
 
 const EXAMPLES: &str = "\
@@ -21,9 +22,11 @@ Examples:
 Models quantised by `run`, `chat`, `eval` and `bench` with --format are in METAL_MARLIN_CACHE, or
 in metal-marlin where this system keeps caches. Models of the Hub are in the cache that its own
 tools use (HF_HUB_CACHE, HF_HOME); of those, the ones that this program used are listed here.
-Kernels are those that a GPU's driver compiled; what is removed is compiled again.";
+Tiles are a model's weights in the order that a CPU reads, from which it starts at once; they go
+with the model, and what is removed is made again. Kernels are those that a GPU's driver compiled;
+what is removed is compiled again.";
 
-/// List and remove models that were quantised on the fly or fetched from the Hub, and compiled kernels
+/// List and remove models that were quantised on the fly or fetched from the Hub, tiles, and compiled kernels
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
@@ -86,6 +89,23 @@ enum Item {
     Quantized(QuantizedModel),
     Snapshot(UsedSnapshot),
     Kernels(CompiledKernels),
+    Tiles { tiles: KeptTiles, of: Option<Owner> },
+}
+
+/// The listed model that tiles were made from.
+struct Owner {
+    id: String,
+    model: String,
+    format: String,
+}
+
+impl Owner {
+    /// The model in this folder.
+    fn find(folder: Option<&Path>, items: &[Item]) -> Option<Self> {
+        let is_there = |item: &&Item| item.path().canonicalize().ok().as_deref() == folder;
+        let item = folder.and_then(|_| items.iter().find(is_there))?;
+        Some(Self { id: item.id(), model: item.model(), format: item.format() })
+    }
 }
 
 impl Item {
@@ -95,6 +115,7 @@ impl Item {
             Self::Quantized(model) => model.id.clone(),
             Self::Snapshot(UsedSnapshot { snapshot, .. }) => format!("{}@{}", snapshot.id, snapshot.commit),
             Self::Kernels(kernels) => kernels.id.clone(),
+            Self::Tiles { tiles, .. } => tiles.path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
         }
     }
 
@@ -104,6 +125,9 @@ impl Item {
             Self::Quantized(model) => model.model.clone(),
             Self::Snapshot(used) => used.snapshot.id.to_string(),
             Self::Kernels(_) => "kernels".to_owned(),
+            Self::Tiles { of: Some(owner), .. } => owner.model.clone(),
+            Self::Tiles { tiles: KeptTiles { model: Some(folder), .. }, .. } => folder.display().to_string(),
+            Self::Tiles { .. } => "tiles".to_owned(),
         }
     }
 
@@ -115,6 +139,9 @@ impl Item {
             Self::Snapshot(used) if used.snapshot.revisions.is_empty() => "original".to_owned(),
             Self::Snapshot(used) => format!("original ({})", used.snapshot.revisions.join(", ")),
             Self::Kernels(_) => "compiled".to_owned(),
+            Self::Tiles { tiles, .. } if !tiles.whole => "tiles (unfinished)".to_owned(),
+            Self::Tiles { of: Some(owner), .. } => format!("tiles of {}", owner.format),
+            Self::Tiles { .. } => "tiles".to_owned(),
         }
     }
 
@@ -123,6 +150,7 @@ impl Item {
             Self::Quantized(model) => model.bytes,
             Self::Snapshot(used) => used.snapshot.bytes,
             Self::Kernels(kernels) => kernels.bytes,
+            Self::Tiles { tiles, .. } => tiles.bytes,
         }
     }
 
@@ -131,6 +159,7 @@ impl Item {
             Self::Quantized(model) => model.last_used,
             Self::Snapshot(used) => used.last_used,
             Self::Kernels(kernels) => kernels.written,
+            Self::Tiles { tiles, .. } => tiles.last_used,
         }
     }
 
@@ -139,11 +168,20 @@ impl Item {
             Self::Quantized(model) => &model.path,
             Self::Snapshot(used) => &used.snapshot.folder,
             Self::Kernels(kernels) => &kernels.path,
+            Self::Tiles { tiles, .. } => &tiles.path,
         }
     }
 
-    /// Whether `name` stands for it: its ID, its model, or the last part of the model's name.
+    /// Whether it goes with another item.
+    fn belongs_to(&self, other: &Item) -> bool {
+        matches!(self, Self::Tiles { of: Some(owner), .. } if owner.id == other.id())
+    }
+
+    /// Whether `name` stands for it: its ID, its model, or the last part of the model's name. What belongs to another has an ID only.
     fn is_called(&self, name: &str) -> bool {
+        if let Self::Tiles { of: Some(_), .. } = self {
+            return self.id() == name;
+        }
         let model = self.model();
         self.id() == name || model == name || model.rsplit('/').next() == Some(name)
     }
@@ -155,7 +193,11 @@ impl Inventory {
         let quantized = models.models()?.into_iter().map(Item::Quantized);
         let snapshots = models.snapshots(&hub)?.into_iter().map(Item::Snapshot);
         let kernels = models.kernels()?.into_iter().map(Item::Kernels);
-        let items = quantized.chain(snapshots).chain(kernels).collect();
+        let mut items: Vec<Item> = quantized.chain(snapshots).chain(kernels).collect();
+        for tiles in models.tiles()? {
+            let of = Owner::find(tiles.model.as_deref(), &items);
+            items.push(Item::Tiles { tiles, of });
+        }
         Ok(Self { models, hub, items })
     }
 
@@ -180,8 +222,11 @@ impl Inventory {
                 }
             }
             for item in found {
-                if !chosen.iter().any(|other| other.id() == item.id()) {
-                    chosen.push(item);
+                let with = self.items.iter().filter(|other| other.belongs_to(item));
+                for item in std::iter::once(item).chain(with) {
+                    if !chosen.iter().any(|other| other.id() == item.id()) {
+                        chosen.push(item);
+                    }
                 }
             }
         }
@@ -195,6 +240,7 @@ impl Inventory {
                 Item::Quantized(model) => self.models.remove_model(model)?,
                 Item::Snapshot(used) => self.models.remove_snapshot(&self.hub, used)?,
                 Item::Kernels(kernels) => self.models.remove_kernels(kernels)?,
+                Item::Tiles { tiles, .. } => self.models.remove_tiles(tiles)?,
             }
             freed += item.bytes();
             writeln!(stdout(), "removed {}", item.id())?;
@@ -233,12 +279,24 @@ impl Inventory {
             let Item::Kernels(CompiledKernels { id, bytes, written, path }) = item else { return None };
             Some(json!({ "id": id, "bytes": bytes, "written": unix_seconds(*written), "path": path }))
         };
+        let tiles = |item: &Item| {
+            let Item::Tiles { tiles, .. } = item else { return None };
+            Some(json!({
+                "id": item.id(),
+                "model": tiles.model,
+                "whole": tiles.whole,
+                "bytes": tiles.bytes,
+                "last_used": unix_seconds(tiles.last_used),
+                "path": tiles.path,
+            }))
+        };
         json!({
             "folder": self.models.folder(),
             "quantized": self.items.iter().filter_map(quantized).collect::<Vec<_>>(),
             "hub_folder": self.hub.folder(),
             "snapshots": self.items.iter().filter_map(snapshot).collect::<Vec<_>>(),
             "kernels": self.items.iter().filter_map(kernels).collect::<Vec<_>>(),
+            "tiles": self.items.iter().filter_map(tiles).collect::<Vec<_>>(),
         })
     }
 

@@ -100,10 +100,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         None => None,
     };
     let kv_type = args.kv.map_or(usual_kv(args.device.exact), KvType::from);
-    let model = Subject { checkpoint: &checkpoint, device: &device, kv_type, context };
+    let load = args.quantize.load();
+    let model = Subject { checkpoint: &checkpoint, device: &device, kv_type, context, load };
     let baseline = baseline.as_ref().map(|(checkpoint, device)| {
         let kv_type = usual_kv(true);
-        Subject { checkpoint, device, kv_type, context }
+        Subject { checkpoint, device, kv_type, context, load }
     });
     if let Some(memory) = args.memory.budget(&device) {
         // The baseline is there at the same time.

@@ -12,6 +12,7 @@ use marlin_quantize::Windows;
 use metal_marlin::device::Device;
 use metal_marlin::{LoadError, load, memory};
 
+use super::model::Load;
 use crate::progress;
 
 /// Windows are not made longer than this unless --context says so: the length that published figures of small models use.
@@ -66,6 +67,7 @@ pub(super) struct Subject<'a> {
     pub(super) kv_type: KvType,
     /// Tokens of a window.
     pub(super) context: usize,
+    pub(super) load: Load,
 }
 
 impl Subject<'_> {
@@ -78,7 +80,7 @@ impl Subject<'_> {
     /// Loads the model, whose steps bring all their logits.
     pub(super) fn load(&self) -> Result<Box<dyn LanguageModel>, LoadError> {
         let message = format!("Loading {}", self.checkpoint.name());
-        progress::spinner(&message, || load::load_model(self.checkpoint, self.device, &self.options()))
+        progress::spinner(&message, || (self.load)(self.checkpoint, self.device, &self.options()))
     }
 
     fn options(&self) -> LoadOptions {

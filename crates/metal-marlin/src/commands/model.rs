@@ -5,11 +5,14 @@ use std::path::Path;
 
 use anyhow::Context;
 use marlin_checkpoint::{Checkpoint, Layout};
+use marlin_model::{LanguageModel, LoadOptions};
 use metal_marlin::LoadError;
+use metal_marlin::device::Device;
 use metal_marlin::load::{self, OpenOptions, Stage};
+use metal_marlin::tile_cache::load_model_kept;
 use tempfile::TempDir;
 
-use super::recipe::{HEADING, NUMBER_FORMAT, RecipeOptions};
+use super::recipe::{HEADING, RecipeOptions};
 use crate::interrupt;
 use crate::progress::Bar;
 
@@ -30,8 +33,8 @@ pub(super) struct QuantizeOptions {
     #[command(flatten)]
     pub(super) recipe: RecipeOptions,
 
-    /// Quantise into a temporary folder, instead of into the cache for the next time
-    #[arg(long, requires = NUMBER_FORMAT, help_heading = HEADING)]
+    /// Keep nothing for the next start: quantise into a temporary folder, and put weights into a CPU's order in memory only
+    #[arg(long, help_heading = HEADING)]
     pub(super) no_cache: bool,
 }
 
@@ -72,11 +75,21 @@ pub(super) fn open_quantized(
     threads: Option<NonZeroUsize>,
 ) -> anyhow::Result<(Checkpoint, Option<TemporaryFolder>)> {
     let recipe = recipe.recipe(Layout::MetalMarlin)?;
-    let temporary = if *no_cache { Some(TemporaryFolder::new()?) } else { None };
+    let temporary = if *no_cache && recipe.is_some() { Some(TemporaryFolder::new()?) } else { None };
     let out = temporary.as_ref().map(|folder| folder.0.path().join("model"));
     let options = OpenOptions { revision: hub.revision.as_deref(), recipe: recipe.as_ref(), out: out.as_deref() };
     let checkpoint = super::in_pool(threads, || open_with_progress(model, &options))??;
     Ok((checkpoint, temporary))
+}
+
+/// How a command loads models: what that takes is kept for the next time, or not.
+pub(super) type Load = fn(&Checkpoint, &Device, &LoadOptions) -> Result<Box<dyn LanguageModel>, LoadError>;
+
+impl QuantizeOptions {
+    /// How models are loaded.
+    pub(super) fn load(&self) -> Load {
+        if self.no_cache { load::load_model } else { load_model_kept }
+    }
 }
 
 fn open_with_progress(model: Option<&Path>, options: &OpenOptions<'_>) -> Result<Checkpoint, LoadError> {

@@ -237,7 +237,9 @@ impl Measure<'_> {
         device: &Device,
         kv_type: KvType,
     ) -> Result<Box<dyn LanguageModel>, LoadError> {
-        let subject = Subject { checkpoint, device, kv_type, context: self.context };
+        // Each of its models is measured once.
+        let load = metal_marlin::load::load_model;
+        let subject = Subject { checkpoint, device, kv_type, context: self.context, load };
         if let Some(memory) = self.memory {
             subject.require_fit(memory).map_err(advise_what_helps)?;
         }

@@ -157,7 +157,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let device = args.device.open().map_err(LoadError::Device)?;
     let options = args.load_options(&request, &checkpoint, &device)?;
     let model = progress::spinner(&format!("Loading {}", checkpoint.name()), || {
-        load::load_model(&checkpoint, &device, &options)
+        args.quantize.load()(&checkpoint, &device, &options)
     })?;
     let mut engine = Engine::new(model, Arc::new(tokenizer), generation.eos_token_id);
     let load = started.elapsed();

@@ -2,6 +2,7 @@
 
 mod cache;
 mod server;
+mod tiles;
 
 use std::fs;
 use std::path::{Path, PathBuf};

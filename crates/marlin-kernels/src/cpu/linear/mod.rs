@@ -5,12 +5,16 @@
 //! output is therefore bitwise the same whatever the batch and the number of threads.
 
 mod activations;
+mod bytes;
 mod codes;
+mod keep;
 mod kernel;
 mod pattern;
 #[cfg(test)]
 mod tests;
 mod tiles;
+
+use std::sync::Arc;
 
 use marlin_format::{Element, FormatError, Scheme, Sparsity};
 
@@ -22,11 +26,14 @@ use self::tiles::Tiles;
 use super::disjoint::Disjoint;
 use super::simd::{MOST_LANES, Simd, SimdLevel, WithSimd};
 use super::threads::Threads;
+use super::tile_file::TileFile;
 use super::vector::{gelu_tanh, silu};
 use crate::backend::check_parts;
 use crate::{Activation, KernelError, LinearPart};
 
 pub(crate) use self::activations::Activations;
+pub(crate) use self::bytes::TileBytes;
+pub(crate) use self::keep::layout;
 
 /// What activations are multiplied as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -58,6 +65,8 @@ pub(crate) struct TiledLinear {
     cols: usize,
     forms: Forms,
     simd: SimdLevel,
+    /// Where tiles are kept. It is written before the last of its linears is gone.
+    _file: Option<Arc<TileFile>>,
 }
 
 #[derive(Debug)]
@@ -66,6 +75,8 @@ struct Part {
     kernel: Box<dyn PanelKernel>,
     /// Padded to whole panels with zeros.
     bias: Vec<f32>,
+    /// No kernel reads the matrix as it was; tiles are of its weights in f32.
+    converted: bool,
     /// Its first column in the output.
     first: usize,
 }
@@ -84,16 +95,25 @@ impl TiledLinear {
         threads: &Threads,
     ) -> Result<Self, KernelError> {
         let cols = check_parts(parts)?;
-        let mut linear = Self { parts: Vec::new(), part_rows: Vec::new(), cols, forms: Forms::default(), simd };
+        let mut linear = Self::empty(cols, simd);
         for part in parts {
-            let part = Part::load(part, linear.rows(), arithmetic, simd, threads)?;
-            let forms = part.kernel.forms();
-            linear.forms.blocks |= forms.blocks;
-            linear.forms.floats |= forms.floats;
-            linear.part_rows.push(part.tiles.rows);
-            linear.parts.push(part);
+            linear.push(Part::load(part, arithmetic, simd, threads)?);
         }
         Ok(linear)
+    }
+
+    /// No part yet.
+    fn empty(cols: usize, simd: SimdLevel) -> Self {
+        Self { parts: Vec::new(), part_rows: Vec::new(), cols, forms: Forms::default(), simd, _file: None }
+    }
+
+    /// Adds a part after the others.
+    fn push(&mut self, part: Part) {
+        let forms = part.kernel.forms();
+        self.forms.blocks |= forms.blocks;
+        self.forms.floats |= forms.floats;
+        self.parts.push(Part { first: self.rows(), ..part });
+        self.part_rows.push(self.parts[self.parts.len() - 1].tiles.rows);
     }
 
     /// Output features of all parts.
@@ -200,19 +220,23 @@ impl TiledLinear {
 impl Part {
     fn load(
         part: &LinearPart<'_>,
-        first: usize,
         arithmetic: Arithmetic,
         simd: SimdLevel,
         threads: &Threads,
     ) -> Result<Self, KernelError> {
         let weight = &part.weight;
         let dense = if tiles::is_native(weight) { None } else { Some(tiles::to_dense(weight, threads)?) };
-        let weight = dense.as_ref().unwrap_or(weight);
+        let (weight, converted) = (dense.as_ref().unwrap_or(weight), dense.is_some());
         let kernel = simd.dispatch(ChooseKernel { scheme: &weight.scheme, arithmetic })?;
         let tiles = Tiles::pack(weight, kernel.as_ref(), threads)?;
-        let mut bias = part.bias.as_deref().map_or_else(Vec::new, <[f32]>::to_vec);
+        Ok(Self::new(tiles, kernel, part.bias.as_deref(), converted))
+    }
+
+    /// A part that will be the first.
+    fn new(tiles: Tiles, kernel: Box<dyn PanelKernel>, bias: Option<&[f32]>, converted: bool) -> Self {
+        let mut bias = bias.map_or_else(Vec::new, <[f32]>::to_vec);
         bias.resize(bias.len().next_multiple_of(kernel.lanes()), 0.0);
-        Ok(Self { tiles, kernel, bias, first })
+        Self { tiles, kernel, bias, converted, first: 0 }
     }
 
     /// `x · Wᵀ + bias` of one panel.

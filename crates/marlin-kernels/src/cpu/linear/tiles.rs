@@ -2,6 +2,7 @@
 
 use marlin_format::{ColumnOrder, Element, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind, bits};
 
+use super::bytes::TileBytes;
 use super::codes::{CHUNK, E2M1, Int8};
 use super::kernel::{Group, PanelKernel};
 use crate::KernelError;
@@ -26,11 +27,14 @@ pub(super) struct Tiles {
     /// What the kernel's sums are multiplied by in the end.
     pub(super) factor: f32,
     /// `[panels, chunks, bytes of a chunk]`.
-    codes: AlignedBytes,
+    codes: TileBytes,
     scale_type: ScaleType,
     /// `[panels, groups, lanes]`, in the storage of the checkpoint.
-    scales: Vec<u8>,
-    offsets: Offsets,
+    scales: TileBytes,
+    /// What is subtracted from unpacked bytes, of a group without a zero point.
+    offset: i32,
+    /// The same for groups with one, `[panels, groups, lanes]`, i8; empty without.
+    offsets: TileBytes,
 }
 
 /// How groups of columns lie over chunks.
@@ -74,14 +78,6 @@ impl ScaleType {
     }
 }
 
-/// What is subtracted from unpacked bytes.
-#[derive(Debug)]
-enum Offsets {
-    Constant(i32),
-    /// `[panels, groups, lanes]`
-    PerGroup(Vec<i8>),
-}
-
 /// Whether kernels read a matrix as it is. If not, [`to_dense`] gives one that they do.
 pub(super) fn is_native(matrix: &PackedMatrix<'_>) -> bool {
     is_native_scheme(&matrix.scheme, matrix.cols)
@@ -98,13 +94,18 @@ pub(super) fn is_native_scheme(scheme: &Scheme, cols: usize) -> bool {
 
 /// What [`Tiles::bytes`] will be for a native scheme; `None` if that cannot be addressed.
 pub(super) fn tile_bytes(scheme: &Scheme, rows: usize, cols: usize, kernel: &dyn PanelKernel) -> Option<usize> {
+    let sections = section_bytes(scheme, rows, cols, kernel)?;
+    sections.into_iter().try_fold(0usize, usize::checked_add)
+}
+
+/// Bytes of codes, scales and offsets for a native scheme; `None` if they cannot be addressed.
+fn section_bytes(scheme: &Scheme, rows: usize, cols: usize, kernel: &dyn PanelKernel) -> Option<[usize; 3]> {
     let span = group_span(scheme.group_cols(cols), cols)?;
-    let offset = if scheme.zero == ZeroKind::Integer { size_of::<i8>() } else { 0 };
-    let group_bytes = kernel.lanes() * (scale_type(scheme.scale)?.bytes() + offset);
-    let chunks = cols.div_ceil(CHUNK);
-    let codes = chunks.checked_mul(kernel.chunk_bytes())?;
-    let panel = codes.checked_add(span.groups(chunks).checked_mul(group_bytes)?)?;
-    rows.div_ceil(kernel.lanes()).checked_mul(panel)
+    let (panels, chunks) = (rows.div_ceil(kernel.lanes()), cols.div_ceil(CHUNK));
+    let groups = span.groups(chunks).checked_mul(kernel.lanes())?.checked_mul(panels)?;
+    let codes = chunks.checked_mul(kernel.chunk_bytes())?.checked_mul(panels)?;
+    let offset_bytes = if scheme.zero == ZeroKind::Integer { size_of::<i8>() } else { 0 };
+    Some([codes, groups.checked_mul(scale_type(scheme.scale)?.bytes())?, groups.checked_mul(offset_bytes)?])
 }
 
 /// The kernels know no NaN of E4M3.
@@ -169,43 +170,67 @@ impl Tiles {
         kernel: &dyn PanelKernel,
         threads: &Threads,
     ) -> Result<Self, KernelError> {
-        let (scheme, cols) = (&matrix.scheme, matrix.cols);
-        let lanes = kernel.lanes();
-        let (panels, chunks) = (matrix.rows.div_ceil(lanes), cols.div_ceil(CHUNK));
+        let (scheme, lanes) = (&matrix.scheme, kernel.lanes());
+        let (panels, chunks) = (matrix.rows.div_ceil(lanes), matrix.cols.div_ceil(CHUNK));
+        let panel_bytes = chunks * kernel.chunk_bytes();
+        let mut codes = TileBytes::zeroed("weights", panels, panel_bytes)?;
+        threads.for_each_chunk(codes.bytes_mut(), panel_bytes, |panel, tiles| {
+            kernel.pack(&PanelCodes::of(matrix, panel, lanes, chunks * CHUNK, kernel.code_bytes()), tiles);
+        });
+
         let not_native = || KernelError::Device(format!("the CPU has no kernel for {scheme}"));
-        let scale_type = scale_type(scheme.scale).ok_or_else(not_native)?;
-        let span = group_span(scheme.group_cols(cols), cols).ok_or_else(not_native)?;
-        let groups = span.groups(chunks);
+        let scale_bytes = scale_type(scheme.scale).ok_or_else(not_native)?.bytes();
+        let span = group_span(scheme.group_cols(matrix.cols), matrix.cols).ok_or_else(not_native)?;
+        let groups = Groups { matrix, span, lanes, count: span.groups(chunks) };
+        let panel_scales = groups.count * lanes * scale_bytes;
+        let mut scales = TileBytes::zeroed("scales", panels, panel_scales)?;
+        if panel_scales > 0 {
+            threads.for_each_chunk(scales.bytes_mut(), panel_scales, |panel, scales| {
+                groups.copy_scales(panel, scale_bytes, scales);
+            });
+        }
+        let panel_offsets = if scheme.zero == ZeroKind::Integer { groups.count * lanes } else { 0 };
+        let mut offsets = TileBytes::zeroed("zero points", panels, panel_offsets)?;
+        if panel_offsets > 0 {
+            threads.for_each_chunk(offsets.bytes_mut(), panel_offsets, |panel, offsets| {
+                groups.fill_offsets(panel, offsets);
+            });
+        }
         let element_factor = if scheme.element == Element::E2M1 { E2M1::FACTOR } else { 1.0 };
         let global = match scheme.scale {
             ScaleKind::E4M3Global => f32::from_le_bytes(*matrix.globals.first_chunk().expect("a global scale")),
             _ => 1.0,
         };
+        let sections = [codes, scales, offsets];
+        Self::from_sections(scheme, matrix.rows, matrix.cols, kernel, element_factor * global, sections)
+            .ok_or_else(not_native)
+    }
 
-        let panel_bytes = chunks * kernel.chunk_bytes();
-        let mut codes = AlignedBytes::zeroed(panels, panel_bytes)?;
-        threads.for_each_chunk(codes.bytes_mut(), panel_bytes, |panel, tiles| {
-            kernel.pack(&PanelCodes::of(matrix, panel, lanes, chunks * CHUNK, kernel.code_bytes()), tiles);
-        });
-
-        let groups_of = Groups { matrix, span, lanes, count: groups };
-        let scale_bytes = groups * lanes * scale_type.bytes();
-        let mut scales = allocate("scales", &[panels, scale_bytes], "cpu")?;
-        if scale_type != ScaleType::One {
-            threads.for_each_chunk(&mut scales, scale_bytes, |panel, scales| {
-                groups_of.copy_scales(panel, scale_type.bytes(), scales);
-            });
+    /// Tiles whose bytes are there: codes, scales and offsets of a matrix in a native scheme. `None` if they are not as long as they must
+    /// be.
+    pub(super) fn from_sections(
+        scheme: &Scheme,
+        rows: usize,
+        cols: usize,
+        kernel: &dyn PanelKernel,
+        factor: f32,
+        sections: [TileBytes; 3],
+    ) -> Option<Self> {
+        if sections.each_ref().map(|section| section.bytes().len()) != section_bytes(scheme, rows, cols, kernel)? {
+            return None;
         }
-        let offsets = if scheme.zero == ZeroKind::Integer {
-            let mut offsets = allocate("zero points", &[panels, groups * lanes], "cpu")?;
-            threads
-                .for_each_chunk(&mut offsets, groups * lanes, |panel, offsets| groups_of.fill_offsets(panel, offsets));
-            Offsets::PerGroup(offsets)
-        } else {
-            Offsets::Constant(offset(scheme.element, 0))
-        };
-        let factor = element_factor * global;
-        Ok(Self { rows: matrix.rows, lanes, chunks, groups, span, factor, codes, scale_type, scales, offsets })
+        let [codes, scales, offsets] = sections;
+        let offset = offset(scheme.element, 0);
+        let (scale_type, span) = (scale_type(scheme.scale)?, group_span(scheme.group_cols(cols), cols)?);
+        let chunks = cols.div_ceil(CHUNK);
+        let groups = span.groups(chunks);
+        let lanes = kernel.lanes();
+        Some(Self { rows, lanes, chunks, groups, span, factor, codes, scale_type, scales, offset, offsets })
+    }
+
+    /// The bytes of codes, scales and offsets.
+    pub(super) fn sections(&self) -> [&TileBytes; 3] {
+        [&self.codes, &self.scales, &self.offsets]
     }
 
     /// How many panels there are.
@@ -215,11 +240,7 @@ impl Tiles {
 
     /// Memory held.
     pub(super) fn bytes(&self) -> usize {
-        let offsets = match &self.offsets {
-            Offsets::Constant(_) => 0,
-            Offsets::PerGroup(offsets) => offsets.len(),
-        };
-        self.codes.bytes().len() + self.scales.len() + offsets
+        self.sections().map(|section| section.bytes().len()).iter().sum()
     }
 
     /// The chunks of a panel.
@@ -234,7 +255,7 @@ impl Tiles {
     #[inline(always)]
     pub(super) fn group<S: Simd>(&self, simd: S, panel: usize, g: usize) -> Group<S> {
         let index = (panel * self.groups + g) * S::LANES;
-        let scales = &self.scales[self.scale_type.bytes() * index..];
+        let scales = &self.scales.bytes()[self.scale_type.bytes() * index..];
         let scale = match self.scale_type {
             ScaleType::One => simd.splat(1.0),
             ScaleType::F32 => simd.load_le_f32(scales),
@@ -243,9 +264,9 @@ impl Tiles {
             ScaleType::E8M0 => simd.load_e8m0(scales),
             ScaleType::E4M3 => simd.load_e4m3(scales),
         };
-        let offset = match &self.offsets {
-            Offsets::Constant(offset) => simd.splat_i32(*offset),
-            Offsets::PerGroup(offsets) => simd.widen_i8(&offsets[index..]),
+        let offset = match self.offsets.bytes() {
+            [] => simd.splat_i32(self.offset),
+            offsets => simd.widen_i8(bytemuck::cast_slice(&offsets[index..])),
         };
         Group { scale, offset, offset_pairs: simd.repeat_half(offset), offset_f32: simd.to_f32(offset) }
     }
@@ -315,40 +336,12 @@ impl Groups<'_> {
         }
     }
 
-    fn fill_offsets(&self, panel: usize, offsets: &mut [i8]) {
+    fn fill_offsets(&self, panel: usize, offsets: &mut [u8]) {
         for (to, source) in offsets.iter_mut().zip(self.sources(panel)) {
             if let Some((row, group)) = source {
                 // Fits: an offset is a code, less 128 where codes have more than four bits.
-                *to = offset(self.matrix.scheme.element, self.matrix.zero_at(row, group)) as i8;
+                *to = offset(self.matrix.scheme.element, self.matrix.zero_at(row, group)) as i8 as u8;
             }
         }
-    }
-}
-
-/// Bytes that begin on a cache line, so that no vector of a tile straddles two.
-#[derive(Debug)]
-struct AlignedBytes {
-    memory: Vec<u8>,
-    start: usize,
-    len: usize,
-}
-
-impl AlignedBytes {
-    const ALIGNMENT: usize = 64;
-
-    fn zeroed(panels: usize, panel_bytes: usize) -> Result<Self, KernelError> {
-        // One panel more than needed leaves room to align: the smallest has a whole cache line.
-        let memory: Vec<u8> = allocate("weights", &[panels + 1, panel_bytes], "cpu")?;
-        let start = memory.as_ptr().align_offset(Self::ALIGNMENT).min(panel_bytes);
-        Ok(Self { memory, start, len: panels * panel_bytes })
-    }
-
-    #[inline(always)]
-    fn bytes(&self) -> &[u8] {
-        &self.memory[self.start..][..self.len]
-    }
-
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..][..self.len]
     }
 }

@@ -120,7 +120,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     };
     let device = args.device.open().map_err(LoadError::Device)?;
     let model = progress::spinner(&format!("Loading {}", checkpoint.name()), || {
-        load::load_model(&checkpoint, &device, &options)
+        args.quantize.load()(&checkpoint, &device, &options)
     })?;
     let engine = Engine::new(model, tokenizer, generation.eos_token_id);
     let context = engine.info().context;
