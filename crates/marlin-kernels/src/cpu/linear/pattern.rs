@@ -79,7 +79,6 @@ impl Pattern for Dense {
         group: &Group<S>,
         x: &Block,
     ) -> S::I32 {
-        let (w_first, w_second) = ([w[0], w[1], w[2], w[3]], [w[4], w[5], w[6], w[7]]);
         let [x_first, x_second] = x.halves();
         // Σ (byte − offset)·x = Σ byte·x − offset·Σx.
         let minus_sums = match PART {
@@ -87,15 +86,24 @@ impl Pattern for Dense {
             SECOND_HALF => [0, x.minus_sums[1]],
             _ => x.minus_sums,
         };
-        let less = simd.dot_pairs(group.offset_pairs, &minus_sums);
-        match PART {
-            FIRST_HALF => add_dot::<S, C>(simd, less, w_first, quads(simd, x_first)),
-            SECOND_HALF => add_dot::<S, C>(simd, less, w_second, quads(simd, x_second)),
-            _ => {
-                let first = add_dot::<S, C>(simd, less, w_first, quads(simd, x_first));
-                add_dot::<S, C>(simd, first, w_second, quads(simd, x_second))
+        // Where all unsigned weights are allowed, they take fewer instructions than signed ones.
+        let (mut w, mut offset, unsigned) = (w, group.offset_pairs, !C::SIGNED || S::ANY_UNSIGNED);
+        if C::SIGNED && unsigned {
+            let mut q = 0;
+            while q < 8 {
+                w[q] = simd.plus_128(w[q]);
+                q += 1;
             }
+            offset = simd.add_i32(group.offset_pairs, simd.splat_i32(128 << 16 | 128));
         }
+        let mut sum = simd.dot_pairs(offset, &minus_sums);
+        if PART != SECOND_HALF {
+            sum = add_dot(simd, unsigned, sum, [w[0], w[1], w[2], w[3]], quads(simd, x_first));
+        }
+        if PART != FIRST_HALF {
+            sum = add_dot(simd, unsigned, sum, [w[4], w[5], w[6], w[7]], quads(simd, x_second));
+        }
+        sum
     }
 }
 
@@ -178,7 +186,8 @@ impl Pattern for TwoOfFour {
         // Rows differ in which inputs they keep, and so in their sum.
         let offset = [simd.repeat_byte(group.offset); 4];
         let zero = simd.splat_i32(0);
-        simd.sub_i32(add_dot::<S, C>(simd, zero, w, inputs), add_dot::<S, C>(simd, zero, offset, inputs))
+        let unsigned = !C::SIGNED;
+        simd.sub_i32(add_dot(simd, unsigned, zero, w, inputs), add_dot(simd, unsigned, zero, offset, inputs))
     }
 }
 
@@ -189,6 +198,6 @@ fn quads<S: Simd>(simd: S, x: &[i8; 16]) -> [S::Bytes; 4] {
 }
 
 #[inline(always)]
-fn add_dot<S: Simd, C: Codes>(simd: S, sum: S::I32, weights: [S::Bytes; 4], x: [S::Bytes; 4]) -> S::I32 {
-    if C::SIGNED { simd.add_dot_signed(sum, weights, x) } else { simd.add_dot_unsigned(sum, weights, x) }
+fn add_dot<S: Simd>(simd: S, unsigned: bool, sum: S::I32, weights: [S::Bytes; 4], x: [S::Bytes; 4]) -> S::I32 {
+    if unsigned { simd.add_dot_unsigned(sum, weights, x) } else { simd.add_dot_signed(sum, weights, x) }
 }

@@ -65,6 +65,7 @@ macro_rules! intrinsics {
 impl<D: Dots> Simd for Avx2<D> {
     const LANES: usize = 8;
     const REGISTERS: usize = 16;
+    const ANY_UNSIGNED: bool = D::ANY_UNSIGNED;
     type Bytes = __m256i;
     type I32 = __m256i;
     type F32 = __m256;
@@ -97,6 +98,10 @@ impl<D: Dots> Simd for Avx2<D> {
     #[inline(always)]
     fn or(self, a: __m256i, b: __m256i) -> __m256i {
         intrinsics!(_mm256_or_si256(a, b))
+    }
+    #[inline(always)]
+    fn plus_128(self, v: __m256i) -> __m256i {
+        intrinsics!(_mm256_xor_si256(v, _mm256_set1_epi8(-128)))
     }
     #[inline(always)]
     fn lookup(self, table: &[u8; 16], v: __m256i) -> __m256i {
@@ -135,6 +140,10 @@ impl<D: Dots> Simd for Avx2<D> {
     fn widen_i8(self, from: &[i8]) -> __m256i {
         let from: &[i8; 8] = first(from);
         intrinsics!(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn add_i32(self, a: __m256i, b: __m256i) -> __m256i {
+        intrinsics!(_mm256_add_epi32(a, b))
     }
     #[inline(always)]
     fn sub_i32(self, a: __m256i, b: __m256i) -> __m256i {

@@ -37,6 +37,7 @@ macro_rules! intrinsics {
 impl Simd for Avx512 {
     const LANES: usize = 16;
     const REGISTERS: usize = 32;
+    const ANY_UNSIGNED: bool = true;
     type Bytes = __m512i;
     type I32 = __m512i;
     type F32 = __m512;
@@ -73,6 +74,10 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn or(self, a: __m512i, b: __m512i) -> __m512i {
         intrinsics!(_mm512_or_si512(a, b))
+    }
+    #[inline(always)]
+    fn plus_128(self, v: __m512i) -> __m512i {
+        intrinsics!(_mm512_xor_si512(v, _mm512_set1_epi8(-128)))
     }
     #[inline(always)]
     fn lookup(self, table: &[u8; 16], v: __m512i) -> __m512i {
@@ -128,6 +133,10 @@ impl Simd for Avx512 {
     fn widen_i8(self, from: &[i8]) -> __m512i {
         let from: &[i8; 16] = first(from);
         intrinsics!(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn add_i32(self, a: __m512i, b: __m512i) -> __m512i {
+        intrinsics!(_mm512_add_epi32(a, b))
     }
     #[inline(always)]
     fn sub_i32(self, a: __m512i, b: __m512i) -> __m512i {

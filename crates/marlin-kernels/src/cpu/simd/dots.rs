@@ -7,6 +7,9 @@ use super::avx2::Avx2;
 
 /// Instructions that multiply bytes and sum them up, beside AVX2, FMA and F16C.
 pub(crate) trait Dots: Send + Sync + Sized + 'static {
+    /// [`super::Simd::ANY_UNSIGNED`].
+    const ANY_UNSIGNED: bool;
+
     /// Whether the processor has them.
     fn detect() -> bool;
 
@@ -33,6 +36,8 @@ pub(crate) trait Dots: Send + Sync + Sized + 'static {
 pub(crate) struct Maddubs;
 
 impl Dots for Maddubs {
+    const ANY_UNSIGNED: bool = false;
+
     fn detect() -> bool {
         true
     }
@@ -89,6 +94,8 @@ unsafe fn signs_moved(weights: __m256i, x: __m256i) -> (__m256i, __m256i) {
 pub(crate) struct AvxVnni;
 
 impl Dots for AvxVnni {
+    const ANY_UNSIGNED: bool = true;
+
     fn detect() -> bool {
         is_x86_feature_detected!("avxvnni")
     }

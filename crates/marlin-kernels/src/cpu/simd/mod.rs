@@ -112,6 +112,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     const LANES: usize;
     /// Vector registers.
     const REGISTERS: usize;
+    /// Whether [`Simd::add_dot_unsigned`] takes weights of all values, up to 255.
+    const ANY_UNSIGNED: bool;
     /// Four bytes a lane; byte `4·lane + j` is byte `j` of the lane.
     type Bytes: Copy;
     /// An i32 a lane.
@@ -131,6 +133,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `v << shift`, byte by byte, where no bit leaves its byte.
     fn shift_left(self, v: Self::Bytes, shift: u32) -> Self::Bytes;
     fn or(self, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
+    /// Signed bytes plus 128, as unsigned ones.
+    fn plus_128(self, v: Self::Bytes) -> Self::Bytes;
     /// `table[v]`, byte by byte; `v` is below 16.
     fn lookup(self, table: &[u8; 16], v: Self::Bytes) -> Self::Bytes;
 
@@ -138,14 +142,16 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn quad(self, x: &[i8; 16], q: usize) -> Self::Bytes;
     /// The low byte of each lane in all four of its bytes.
     fn repeat_byte(self, v: Self::I32) -> Self::Bytes;
-    /// `sum` and the dot product of each lane's 16 weights with its 16 bytes of `x`. Weights are unsigned and at most 32, so that eight
-    /// products of at most 32·127 sum to at most 32512 and fit i16 (a lane's 16 products are summed as two such sums).
+    /// `sum` and the dot product of each lane's 16 weights with its 16 bytes of `x`. Weights are unsigned and, but for
+    /// [`Simd::ANY_UNSIGNED`], at most 32, so that eight products of at most 32·127 sum to at most 32512 and fit i16 (a lane's 16 products
+    /// are summed as two such sums).
     fn add_dot_unsigned(self, sum: Self::I32, weights: [Self::Bytes; 4], x: [Self::Bytes; 4]) -> Self::I32;
     /// `sum` and the dot product of each lane's 16 signed weights (−128 to 127) with its 16 bytes of `x`, none of them −128.
     fn add_dot_signed(self, sum: Self::I32, weights: [Self::Bytes; 4], x: [Self::Bytes; 4]) -> Self::I32;
 
     fn splat_i32(self, value: i32) -> Self::I32;
     fn widen_i8(self, from: &[i8]) -> Self::I32;
+    fn add_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
     fn sub_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
     /// The low half of each lane in both of its halves.
     fn repeat_half(self, v: Self::I32) -> Self::I32;

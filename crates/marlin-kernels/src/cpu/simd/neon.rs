@@ -94,6 +94,7 @@ impl Simd for Neon {
     const LANES: usize = 8;
     // 32 of 128 bits.
     const REGISTERS: usize = 16;
+    const ANY_UNSIGNED: bool = false;
     type Bytes = Bytes;
     type I32 = I32;
     type F32 = F32;
@@ -127,6 +128,13 @@ impl Simd for Neon {
     #[inline(always)]
     fn or(self, a: Bytes, b: Bytes) -> Bytes {
         intrinsics!((vorrq_u8(a.0, b.0), vorrq_u8(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn plus_128(self, v: Bytes) -> Bytes {
+        intrinsics!({
+            let top = vdupq_n_u8(0x80);
+            (veorq_u8(v.0, top), veorq_u8(v.1, top))
+        })
     }
     #[inline(always)]
     fn lookup(self, table: &[u8; 16], v: Bytes) -> Bytes {
@@ -178,6 +186,10 @@ impl Simd for Neon {
             let wide = vmovl_s8(vld1_s8(from.as_ptr()));
             (vmovl_s16(vget_low_s16(wide)), vmovl_s16(vget_high_s16(wide)))
         })
+    }
+    #[inline(always)]
+    fn add_i32(self, a: I32, b: I32) -> I32 {
+        intrinsics!((vaddq_s32(a.0, b.0), vaddq_s32(a.1, b.1)))
     }
     #[inline(always)]
     fn sub_i32(self, a: I32, b: I32) -> I32 {

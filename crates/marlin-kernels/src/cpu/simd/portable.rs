@@ -12,6 +12,7 @@ pub(crate) struct Portable;
 impl Simd for Portable {
     const LANES: usize = 8;
     const REGISTERS: usize = 16;
+    const ANY_UNSIGNED: bool = true;
     type Bytes = [u8; 32];
     type I32 = [i32; 8];
     type F32 = [f32; 8];
@@ -36,6 +37,10 @@ impl Simd for Portable {
     #[inline(always)]
     fn or(self, a: [u8; 32], b: [u8; 32]) -> [u8; 32] {
         from_fn(|i| a[i] | b[i])
+    }
+    #[inline(always)]
+    fn plus_128(self, v: [u8; 32]) -> [u8; 32] {
+        v.map(|b| b ^ 0x80)
     }
     #[inline(always)]
     fn lookup(self, table: &[u8; 16], v: [u8; 32]) -> [u8; 32] {
@@ -81,6 +86,10 @@ impl Simd for Portable {
     fn widen_i8(self, from: &[i8]) -> [i32; 8] {
         let from: &[i8; 8] = first(from);
         from.map(i32::from)
+    }
+    #[inline(always)]
+    fn add_i32(self, a: [i32; 8], b: [i32; 8]) -> [i32; 8] {
+        from_fn(|i| a[i] + b[i])
     }
     #[inline(always)]
     fn sub_i32(self, a: [i32; 8], b: [i32; 8]) -> [i32; 8] {

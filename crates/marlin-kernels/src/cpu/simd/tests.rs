@@ -65,6 +65,7 @@ fn bytes_are_shifted_masked_and_looked_up() {
                 }
                 let low = simd.bits(v, 0, 15);
                 assert_eq!(bytes(simd, simd.shift_left(low, 4)), map(&from, &|b| b << 4));
+                assert_eq!(bytes(simd, simd.plus_128(v)), map(&from, &|b| (i32::from(b as i8) + 128) as u8));
                 assert_eq!(bytes(simd, simd.or(simd.shift_left(low, 4), low)), map(&from, &|b| b << 4 | b & 15));
                 assert_eq!(bytes(simd, simd.lookup(&table, low)), map(&from, &|b| table[usize::from(b & 15)]));
                 for j in 0..4 {
@@ -105,6 +106,12 @@ fn dot_products_hold_at_their_extremes() {
                         let dot = simd.add_dot_unsigned(start, w.each_ref().map(|w| simd.bytes(w)), x);
                         assert_eq!(lanes(simd, dot), plain_dot(-9, &w, &plain_x, i32::from));
                     }
+                    for w in [weights(&|_| 255), weights(&|i| i as u8)] {
+                        if S::ANY_UNSIGNED {
+                            let dot = simd.add_dot_unsigned(start, w.each_ref().map(|w| simd.bytes(w)), x);
+                            assert_eq!(lanes(simd, dot), plain_dot(-9, &w, &plain_x, i32::from));
+                        }
+                    }
                     for w in [weights(&|_| 0x80), weights(&|_| 127), weights(&|i| i as u8)] {
                         let dot = simd.add_dot_signed(start, w.each_ref().map(|w| simd.bytes(w)), x);
                         assert_eq!(lanes(simd, dot), plain_dot(-9, &w, &plain_x, |w| i32::from(w as i8)));
@@ -133,7 +140,7 @@ fn integers() {
             let v = simd.widen_i8(&from);
             assert_eq!(lanes(simd, v), map(&|v| v));
             assert_eq!(bytes(simd, simd.repeat_byte(v)), list(4 * S::LANES, |i| from[i / 4] as u8));
-            assert_eq!(lanes(simd, simd.sub_i32(v, simd.splat_i32(-70_000))), map(&|v| v + 70_000));
+            assert_eq!(lanes(simd, simd.add_i32(v, simd.splat_i32(70_000))), map(&|v| v + 70_000));
             assert_eq!(lanes(simd, simd.sub_i32(v, simd.splat_i32(-9))), map(&|v| v + 9));
             for pair in [[-4064, 1], [0, -1], [4064, 4064], [-4064, 0], [3, 5]] {
                 let sum = i32::from(pair[0]) + i32::from(pair[1]);
