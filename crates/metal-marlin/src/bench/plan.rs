@@ -26,6 +26,8 @@ pub struct Plan {
     pub kv_type: KvType,
     /// Whether each kernel of a step is timed, too, after the tests.
     pub profile: bool,
+    /// Whether the report is for a [`roofline`](super::roofline), which needs a device with a known peak.
+    pub roofline: bool,
 }
 
 /// A test: what is timed.
@@ -130,6 +132,7 @@ mod tests {
             repetitions: 1,
             kv_type: KvType::F16,
             profile: false,
+            roofline: false,
         };
         let names: Vec<String> = plan.tests().iter().map(ToString::to_string).collect();
         assert_eq!(names, ["pp128", "pp64", "tg8", "tg8 x32", "tg8 @ d1024", "tg8 x32 @ d1024"]);
