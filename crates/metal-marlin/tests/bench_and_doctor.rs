@@ -133,6 +133,8 @@ fn streams_share_the_kernels_of_a_step() {
         report["results"].as_array().unwrap().iter().map(|result| number(&result["kernels"])).collect();
     // Many rows take a few more, but not those of one row for each of them.
     assert!(kernels[0] >= 2.0 && kernels[1] < 2.0 * kernels[0], "{kernels:?}");
+    let roofline = failure(&[&device[..], &options, &["--roofline", "roofline.svg"]].concat(), 1);
+    assert!(roofline.contains("measured of a CPU only") && roofline.contains("--device cpu"), "{roofline}");
 }
 
 #[test]

@@ -38,16 +38,17 @@ are those of all streams together. The tokens before a decode test are run throu
 depth, for each stream others, without being timed. Tokens are random, and nothing is sampled. Given
 are medians with the least and the most.
 
-MB/token is what a token has to read: the weights as they are stored, which the streams of a step or
-the tokens of a prompt read together, each a share, and the keys and values that it sees. The share of
-memory compares tokens/s x MB/token with the rate at which as many threads read a buffer larger than
-the caches, measured before and after the tests; a model that fits the caches can be faster. The share
-of the peak compares a token's multiply-adds (of linears one for each weight, of attention two for each
-position and value of a query head) with the rate at which a CPU's threads multiply what lies in their
-registers, int8 or with --exact f32, measured before and after, too.
+MB/token is what a token has to read: the weights as they are stored, which the streams of a step
+or the tokens of a prompt read together, each a share, and the keys and values that it sees. The
+share of memory compares tokens/s x MB/token with the rate at which as many threads read a buffer
+larger than the caches, measured before and after the tests; a model that fits the caches can be
+faster. The share of the peak compares a token's multiply-adds (one for each weight of linears, two
+for each position and value of a query head) with the rate at which a CPU's threads multiply what
+lies in their registers, int8 or with --exact f32, measured before and after, too.
 
---roofline draws both: multiply-adds a second of each test over multiply-adds for each byte read, below
-the roofs that memory and arithmetic make. With several numbers of --threads the tests run for each.
+--roofline draws both: multiply-adds a second of each test over multiply-adds for each byte read,
+under the roofs that memory and arithmetic make. With several numbers of --threads the tests run
+for each of them.
 
 MODEL runs as it is stored; with --format it is quantised first, once: the result is kept
 (`metal-marlin cache`).
