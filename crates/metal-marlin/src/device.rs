@@ -83,6 +83,14 @@ impl Device {
         }
     }
 
+    /// The processor, if it is one.
+    pub fn cpu(&self) -> Option<&CpuBackend> {
+        match self {
+            Self::Cpu(backend) => Some(backend),
+            Self::Gpu(_) => None,
+        }
+    }
+
     /// The GPU, if it is one.
     pub fn gpu(&self) -> Option<&GpuBackend> {
         match self {

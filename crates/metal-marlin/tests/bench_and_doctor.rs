@@ -39,6 +39,9 @@ fn close(found: &Value, wanted: f64) -> bool {
 /// Of a token of the tiny model: two layers of 2 heads of 16 keys and 16 values in f16.
 const KV_BYTES: f64 = 2.0 * 2.0 * 32.0 * 2.0;
 
+/// Weights of the matrices of the tiny model, with each of which a token's row is multiplied.
+const MATRICES: f64 = 256.0 * 64.0 + 2.0 * (2.0 * 64.0 * (64.0 + 32.0) + 3.0 * 64.0 * 128.0);
+
 #[test]
 fn json_says_everything() {
     let report: Value =
@@ -63,18 +66,25 @@ fn json_says_everything() {
         assert_eq!(result["samples"].as_array().unwrap().len(), 2);
         assert!(0.0 < number(&rate["min"]) && number(&rate["min"]) <= number(&rate["median"]), "{rate}");
         assert!(number(&rate["median"]) <= number(&rate["max"]), "{rate}");
+        let bytes = number(&result["bytes_per_token"]);
+        assert!(close(&result["bytes_per_second"], bytes * number(&rate["median"])));
+        if !result["share_of_read_bandwidth"].is_null() {
+            assert!(close(&result["share_of_read_bandwidth"], bytes * number(&rate["median"]) / memory));
+        }
+        let multiply_adds = number(&result["multiply_adds_per_token"]);
+        assert!(close(&result["multiply_adds_per_byte"], multiply_adds / bytes));
+        assert!(close(&result["multiply_adds_per_second"], multiply_adds * number(&rate["median"])));
+        let (weights, kv) = (number(&result["weight_bytes_per_token"]), number(&result["kv_bytes_per_token"]));
+        assert_eq!(bytes, weights + kv);
         if result["kind"] == "prefill" {
-            assert!(result["bytes_per_token"].is_null());
+            // A prompt of 600 tokens is run in two steps.
+            assert!(weights < 2.0 * number(&report["weight_bytes"]) / number(&result["tokens"]), "{result}");
             continue;
         }
         // A token sees those before it and itself.
-        let kv = KV_BYTES * (number(&result["depth"]) + 2.0);
-        assert_eq!(number(&result["kv_bytes_per_token"]), kv);
-        assert_eq!(result["weight_bytes_per_token"], number(&report["weight_bytes"]));
-        let bytes = number(&result["bytes_per_token"]);
-        assert_eq!(bytes, kv + number(&report["weight_bytes"]));
-        assert!(close(&result["bytes_per_second"], bytes * number(&rate["median"])));
-        assert!(close(&result["share_of_read_bandwidth"], bytes * number(&rate["median"]) / memory));
+        let seen = number(&result["depth"]) + 2.0;
+        assert_eq!((kv, weights), (KV_BYTES * seen, number(&report["weight_bytes"])));
+        assert_eq!(multiply_adds, MATRICES + 2.0 * 4.0 * 32.0 * seen);
     }
 }
 
@@ -123,6 +133,8 @@ fn streams_share_the_kernels_of_a_step() {
         report["results"].as_array().unwrap().iter().map(|result| number(&result["kernels"])).collect();
     // Many rows take a few more, but not those of one row for each of them.
     assert!(kernels[0] >= 2.0 && kernels[1] < 2.0 * kernels[0], "{kernels:?}");
+    let roofline = failure(&[&device[..], &options, &["--roofline", "roofline.svg"]].concat(), 1);
+    assert!(roofline.contains("measured of a CPU only") && roofline.contains("--device cpu"), "{roofline}");
 }
 
 #[test]
@@ -148,6 +160,44 @@ fn tables_tell_the_rate_of_one_of_several_streams() {
     assert!(text.contains("  per stream  ") && text.contains("\ntg3 x3 @ d4  "), "{text}");
     let alone = tiny(&["--depths", "4"]);
     assert!(!alone.contains("per stream"), "{alone}");
+}
+
+#[test]
+fn a_roofline_is_drawn_of_every_number_of_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("roofline.svg");
+    let path = file.to_str().unwrap();
+    let options = ["--device", "cpu", "--depths", "0", "--threads", "1,2", "--roofline", path];
+    let report: Value = serde_json::from_str(&tiny(&[&options[..], &["--output", "json"]].concat())).unwrap();
+    let reports = report.as_array().unwrap();
+    assert_eq!(reports.iter().map(|report| number(&report["threads"])).collect::<Vec<_>>(), [1.0, 2.0]);
+    for report in reports {
+        let [memory, peak] =
+            ["read_bytes_per_second", "peak_multiply_adds_per_second"].map(|rate| number(&report[rate]["median"]));
+        assert_eq!(report["peak_numbers"], "int8");
+        for result in report["results"].as_array().unwrap() {
+            let rate = number(&result["multiply_adds_per_second"]);
+            assert!(close(&result["share_of_peak"], rate / peak), "{result}");
+            let roof = peak.min(memory * number(&result["multiply_adds_per_byte"]));
+            assert!(close(&result["share_of_roof"], rate / roof), "{result}");
+        }
+    }
+    let svg = std::fs::read_to_string(&file).unwrap();
+    assert!(svg.starts_with("<svg ") && svg.contains("Roofline of tiny (random weights)"), "{svg}");
+    // A marker for each test and one in the legend.
+    assert_eq!((svg.matches(">pp600, ").count(), svg.matches("class=\"marker").count()), (2, 2 * (3 + 1)), "{svg}");
+
+    let text = tiny(&["--device", "cpu", "--depths", "0", "--threads", "2,1", "--exact"]);
+    let threads: Vec<&str> = text
+        .lines()
+        .filter(|line| line.starts_with("tg3 "))
+        .map(|line| line.split_whitespace().nth(1).unwrap())
+        .collect();
+    assert_eq!((threads, text.matches("multiply-adds/s of f32 at most").count()), (vec!["2", "1"], 2), "{text}");
+
+    let missing = folder.path().join("none").join("roofline.svg");
+    let error = failure(&[&TINY[..], &["--roofline", missing.to_str().unwrap()]].concat(), 1);
+    assert!(error.contains("roofline.svg: there is no folder") && error.contains("make it first"), "{error}");
 }
 
 #[test]
@@ -201,6 +251,7 @@ fn what_cannot_be_measured_is_explained() {
     assert!(groups.contains("mxfp4") && groups.contains("64"), "{groups}");
     for usage in [
         &["bench"][..],
+        &["bench", "--shape", "tiny", "--threads", "1,0"],
         &["bench", "model", "--shape", "tiny"],
         &["bench", "--shape", "tiny", "--format", "fp4", "--no-cache"],
         &["bench", "--shape", "tiny", "--revision", "main"],

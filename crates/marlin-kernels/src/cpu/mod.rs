@@ -11,6 +11,7 @@ mod cores;
 mod disjoint;
 mod kv;
 mod linear;
+mod peak;
 mod rows;
 mod simd;
 mod threads;
@@ -112,6 +113,17 @@ impl CpuBackend {
     /// There is no memory for a few small matrices.
     pub fn tile_layout(&self) -> Result<String, KernelError> {
         linear::layout(self.arithmetic, self.simd)
+    }
+
+    /// What its linears multiply.
+    pub fn arithmetic(&self) -> Arithmetic {
+        self.arithmetic
+    }
+
+    /// Multiply-adds a second that its threads reach together in its arithmetic with nothing to load or to store: what bounds
+    /// linears of many rows. Measured anew by each call, for 20 ms or a little longer.
+    pub fn multiply_adds_per_second(&self) -> f64 {
+        peak::multiply_adds_per_second(self.arithmetic, self.simd, &self.threads)
     }
 }
 

@@ -59,6 +59,15 @@ pub enum BenchError {
         /// The device.
         device: String,
     },
+    /// The peak is not known.
+    #[error(
+        "--roofline needs the rate at which the device multiplies, which is measured of a CPU only, and the device is {device}; choose \
+         --device cpu, or leave --roofline out"
+    )]
+    NoRoofline {
+        /// The device.
+        device: String,
+    },
     /// The format does not suit the model.
     #[error(transparent)]
     Format(#[from] FormatError),

@@ -2,12 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use marlin_model::{KvSequence, LanguageModel, LogitRows, ModelError, ModelInfo, StepBatch};
+use marlin_model::{KvSequence, LanguageModel, LogitRows, ModelError, StepBatch};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use super::weights::StepWeights;
-use super::{BytesPerToken, Measurement, Test};
+use super::{Measurement, Test, Work};
 use crate::stats::Spread;
 
 /// Tokens of the untimed step that comes before everything.
@@ -20,12 +20,13 @@ const GPU_WARM_UP: Duration = Duration::from_millis(500);
 ///
 /// The KV cache below a depth is filled by running that many random tokens through the model, for each stream its own, once for
 /// all repetitions (which then roll back to it) and as the beginning of the next depth. Tokens are random too: nothing is
-/// sampled.
+/// sampled. `weights` and `heads`, of queries, tell how much work a test is.
 pub(super) fn run(
     model: &mut dyn LanguageModel,
     tests: &[Test],
     repetitions: usize,
     weights: StepWeights,
+    heads: usize,
     recorded: &dyn Fn() -> Option<u64>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Vec<Measurement>, ModelError> {
@@ -47,19 +48,16 @@ pub(super) fn run(
             done += 1;
             progress(done, total);
         }
-        let bytes = match test {
-            Test::Prefill(_) => None,
-            Test::Decode { tokens, depth, streams } => Some(BytesPerToken {
-                weights: weights.per_token(streams),
-                kv: kv_per_token(runner.model.info(), depth, tokens),
-            }),
-        };
+        let work = Work::of(test, weights, heads, runner.model.info());
         let kernels = recorded().zip(recorded_before).map(|(after, before)| {
-            let steps = repetitions * if bytes.is_some() { test.tokens() } else { 1 };
+            let steps = match test {
+                Test::Prefill(_) => repetitions,
+                Test::Decode { tokens, .. } => repetitions * tokens,
+            };
             (after - before) as f64 / steps as f64
         });
         // There is at least one repetition.
-        let measurement = |rate| Measurement { test, rate, samples: samples.clone(), bytes, kernels };
+        let measurement = |rate| Measurement { test, rate, samples: samples.clone(), work, kernels };
         measurements.extend(Spread::of(&samples).map(measurement));
     }
     runner.release();
@@ -168,44 +166,5 @@ impl<'a> Runner<'a> {
         for sequence in self.sequences {
             self.model.kv().release(sequence);
         }
-    }
-}
-
-/// Bytes of the KV cache that a token sees, the mean over `tokens` tokens after `depth` others. A token sees itself.
-fn kv_per_token(info: &ModelInfo, depth: usize, tokens: usize) -> f64 {
-    let layer = |layer: &marlin_kernels::KvLayer| {
-        let bytes = layer.bytes_per_token(info.kv_type);
-        let visible = (depth + 1..=depth + tokens).map(|seen| seen.min(layer.window.unwrap_or(usize::MAX)) as f64);
-        bytes as f64 * visible.sum::<f64>() / tokens as f64
-    };
-    info.kv_layout.layers.iter().map(layer).sum()
-}
-
-#[cfg(test)]
-mod tests {
-    use marlin_kernels::{DeviceInfo, KvLayer, KvLayout, KvType};
-
-    use super::*;
-
-    #[test]
-    fn a_token_sees_its_past_and_itself_within_the_window() {
-        let layer = KvLayer { heads: 2, key_dim: 4, value_dim: 4, window: None };
-        let layers = vec![layer, KvLayer { window: Some(3), ..layer }];
-        let info = ModelInfo {
-            architecture: String::new(),
-            vocabulary: 1,
-            context: 16,
-            step_tokens: 1,
-            logit_rows: 1,
-            layers: 2,
-            kv_layout: KvLayout { block_tokens: 4, layers },
-            kv_type: KvType::F16,
-            weight_bytes: 0,
-            device: DeviceInfo { name: String::new(), detail: String::new() },
-            overlaps: false,
-        };
-        // 32 bytes a token and layer; 11 and 12 tokens are seen in the first layer, 3 in the second.
-        assert_eq!(kv_per_token(&info, 10, 2), 32.0 * (11.5 + 3.0));
-        assert_eq!(kv_per_token(&info, 0, 1), 64.0);
     }
 }

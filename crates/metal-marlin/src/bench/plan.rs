@@ -28,6 +28,8 @@ pub struct Plan {
     pub profile: bool,
     /// Whether a CPU's order of the weights of a model folder is kept for the next time ([`crate::tile_cache`]).
     pub keep: bool,
+    /// Whether the report is for a [`roofline`](super::roofline), which needs a device with a known peak.
+    pub roofline: bool,
 }
 
 /// A test: what is timed.
@@ -133,6 +135,7 @@ mod tests {
             kv_type: KvType::F16,
             profile: false,
             keep: false,
+            roofline: false,
         };
         let names: Vec<String> = plan.tests().iter().map(ToString::to_string).collect();
         assert_eq!(names, ["pp128", "pp64", "tg8", "tg8 x32", "tg8 @ d1024", "tg8 x32 @ d1024"]);

@@ -6,18 +6,9 @@ use marlin_kernels::cpu::SimdLevel;
 use marlin_model::ModelInfo;
 use marlin_quantize::Footprint;
 
-use super::{Profile, Test};
+use super::{Profile, Test, Work};
 use crate::machine::AppleChip;
 use crate::stats::Spread;
-
-/// What a token of a test read, at least.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct BytesPerToken {
-    /// A stream's share of all weights a decode step uses as they are stored, and of an embedding that is not the head one row.
-    pub weights: f64,
-    /// The visible part of the KV cache; the mean over the tokens of the test.
-    pub kv: f64,
-}
 
 /// A test and how fast it was.
 #[derive(Debug, Clone)]
@@ -28,8 +19,8 @@ pub struct Measurement {
     pub samples: Vec<f64>,
     /// The same in three numbers.
     pub rate: Spread,
-    /// Of a decode test.
-    pub bytes: Option<BytesPerToken>,
+    /// What each token takes.
+    pub work: Work,
     /// Kernels that a GPU ran for a decode step, or for a prompt.
     pub kernels: Option<f64>,
 }
@@ -65,29 +56,69 @@ pub struct Report {
     pub read_bandwidth: Spread,
     /// Bytes they read it from.
     pub read_buffer: usize,
+    /// How fast a CPU multiplies at most; of a GPU it is not known.
+    pub peak: Option<Peak>,
     /// Every test in the order it ran.
     pub measurements: Vec<Measurement>,
     /// What the kernels of each test took, if that was asked for.
     pub profiles: Vec<Profile>,
 }
 
+/// The rate at which a processor multiplies what lies in registers, measured before and after the tests.
+#[derive(Debug, Clone, Copy)]
+pub struct Peak {
+    /// Multiply-adds a second.
+    pub rate: Spread,
+    /// What is multiplied: `int8`, or `f32`.
+    pub numbers: &'static str,
+}
+
 impl Measurement {
     /// Tokens a second that the chip should reach in a decode test, with its smallest and with its largest GPU. Of several streams
     /// it is not known: what they compute may take longer than what they read.
     pub fn prediction(&self, chip: &AppleChip) -> Option<[f64; 2]> {
-        let bytes = self.bytes.filter(|_| self.test.streams() == 1)?;
-        Some(chip.tokens_per_second(bytes.total(), self.kernels?))
+        match self.test {
+            Test::Decode { streams: 1, .. } => Some(chip.tokens_per_second(self.work.bytes(), self.kernels?)),
+            _ => None,
+        }
     }
 
     /// Tokens a second of one stream, the median.
     pub fn rate_per_stream(&self) -> f64 {
         self.rate.median / self.test.streams() as f64
     }
+
+    /// Bytes a second, the median.
+    pub fn bytes_per_second(&self) -> f64 {
+        self.rate.median * self.work.bytes()
+    }
+
+    /// Multiply-adds a second, the median.
+    pub fn multiply_adds_per_second(&self) -> f64 {
+        self.rate.median * self.work.multiply_adds
+    }
 }
 
-impl BytesPerToken {
-    /// Weights and KV cache.
-    pub fn total(&self) -> f64 {
-        self.weights + self.kv
+impl Report {
+    /// A test's share of the rate at which memory is read, if the model lies in the memory that was measured.
+    pub fn share_of_memory(&self, measurement: &Measurement) -> Option<f64> {
+        self.shares_memory.then(|| measurement.bytes_per_second() / self.read_bandwidth.median)
+    }
+
+    /// Multiply-adds a second that a test could reach at most: what memory feeds at its bytes, or the peak if that is less. `None` if
+    /// either is not known.
+    pub fn roof(&self, measurement: &Measurement) -> Option<f64> {
+        let fed = self.shares_memory.then(|| measurement.work.intensity() * self.read_bandwidth.median)?;
+        Some(fed.min(self.peak?.rate.median))
+    }
+
+    /// A test's share of its roof.
+    pub fn share_of_roof(&self, measurement: &Measurement) -> Option<f64> {
+        Some(measurement.multiply_adds_per_second() / self.roof(measurement)?)
+    }
+
+    /// A test's share of the peak.
+    pub fn share_of_peak(&self, measurement: &Measurement) -> Option<f64> {
+        Some(measurement.multiply_adds_per_second() / self.peak?.rate.median)
     }
 }

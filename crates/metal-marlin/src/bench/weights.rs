@@ -1,6 +1,6 @@
-//! The weights of a model: their formats, and how much of them a decode step reads.
+//! The weights of a model: their formats, and how much of them a step reads.
 
-use marlin_checkpoint::{Checkpoint, Storage};
+use marlin_checkpoint::{Checkpoint, Storage, TensorInfo};
 use marlin_quantize::TensorRole;
 
 /// Formats of the decoder's matrices, and of embedding and head, each once.
@@ -24,31 +24,49 @@ pub(super) fn formats(checkpoint: &Checkpoint) -> [String; 2] {
     found.map(|formats| formats.join(" + "))
 }
 
-/// Bytes of the weights that a decode step reads, as stored.
+/// Weights that a step reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct StepWeights {
-    /// Read once, however many streams there are.
-    shared: u64,
-    /// Read by each stream: a row of an embedding that is not the head.
-    of_stream: u64,
+    /// Read by every step once.
+    pub(super) decoder: Read,
+    /// Read by every step with logits once.
+    pub(super) head: Read,
+    /// Bytes of a row of an embedding that is not the head, which every token reads.
+    pub(super) row: u64,
+}
+
+/// Tensors that are read from their beginning to their end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Read {
+    /// Their bytes, as stored.
+    pub(super) bytes: u64,
+    /// The weights of their matrices that are stored: all, or half of them under 2:4. A row of input is multiplied with each.
+    pub(super) weights: u64,
 }
 
 impl StepWeights {
     pub(super) fn of(checkpoint: &Checkpoint) -> Self {
         let tensors = || checkpoint.tensor_names().filter_map(|name| Some((name, checkpoint.info(name)?)));
         let has_head = tensors().any(|(name, info)| TensorRole::of(name, info.shape.len()) == TensorRole::Head);
-        let mut weights = Self { shared: 0, of_stream: 0 };
+        let mut weights = Self { decoder: Read::default(), head: Read::default(), row: 0 };
         for (name, info) in tensors() {
             match TensorRole::of(name, info.shape.len()) {
-                TensorRole::Embedding if has_head => weights.of_stream += info.bytes / (info.shape[0].max(1) as u64),
-                _ => weights.shared += info.bytes,
+                TensorRole::Embedding if has_head => weights.row += info.bytes / (info.shape[0].max(1) as u64),
+                TensorRole::Embedding | TensorRole::Head => weights.head.add(&info),
+                TensorRole::DecoderLinear | TensorRole::Vector | TensorRole::Unknown => weights.decoder.add(&info),
             }
         }
         weights
     }
+}
 
-    pub(super) fn per_token(self, streams: usize) -> f64 {
-        self.shared as f64 / streams as f64 + self.of_stream as f64
+impl Read {
+    fn add(&mut self, tensor: &TensorInfo) {
+        self.bytes += tensor.bytes;
+        if let [rows, cols] = tensor.shape[..] {
+            let stored = tensor.scheme().map_or(cols, |scheme| scheme.stored_cols(cols));
+            self.weights += rows as u64 * stored as u64;
+        }
     }
 }
 
@@ -65,7 +83,11 @@ mod tests {
     #[test]
     fn a_token_reads_one_row_of_an_embedding_that_is_not_the_head() {
         let tied = made("tiny");
-        assert_eq!(StepWeights::of(&tied), StepWeights { shared: tied.weight_bytes(), of_stream: 0 });
+        let weights = StepWeights::of(&tied);
+        assert_eq!((weights.decoder.bytes + weights.head.bytes, weights.row), (tied.weight_bytes(), 0));
+        // Two layers with 4 heads of queries and 2 of keys and values, of 16 each; norms are no matrices.
+        assert_eq!(weights.decoder.weights, 2 * 64 * (2 * 64 + 2 * 32 + 3 * 128));
+        assert_eq!(weights.head.weights, 256 * 64);
         assert_eq!(formats(&tied), ["fp4 g128", "int8 g128"]);
 
         let bytes = vec![0; 8 * 16 * 2];
@@ -73,8 +95,7 @@ mod tests {
         let matrix = MemoryTensor::matrix(Arc::new(matrix));
         let tensors = ["model.embed_tokens.weight", "lm_head.weight"].map(|name| (name.to_owned(), matrix.clone()));
         let untied = Checkpoint::from_parts("untied", serde_json::json!({}), tensors.into()).unwrap();
-        let weights = StepWeights::of(&untied);
-        assert_eq!(weights, StepWeights { shared: 8 * 16 * 2, of_stream: 16 * 2 });
-        assert_eq!([1, 4].map(|streams| weights.per_token(streams)), [256.0 + 32.0, 64.0 + 32.0]);
+        let head = Read { bytes: 8 * 16 * 2, weights: 8 * 16 };
+        assert_eq!(StepWeights::of(&untied), StepWeights { decoder: Read::default(), head, row: 16 * 2 });
     }
 }

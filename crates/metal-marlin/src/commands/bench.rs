@@ -1,13 +1,16 @@
 //! `metal-marlin bench`: how fast a model runs.
 
+use std::fs;
 use std::io::{Write, stdout};
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use anyhow::Context;
+use clap::{Arg, ArgMatches, Command, FromArgMatches};
 use marlin_format::{Format, Grouping};
 use marlin_quantize::embedding_scheme;
 use metal_marlin::DeviceOptions;
-use metal_marlin::bench::{self, OutputFormat, Plan, Shape};
+use metal_marlin::bench::{self, OutputFormat, Plan, Report, Shape};
 use metal_marlin::device::KvFormat;
 use metal_marlin::memory::MemoryOptions;
 
@@ -25,6 +28,7 @@ Examples:
   metal-marlin bench --shape qwen3-0.6b --prefill 512 --decode 32 --depths 0 --repetitions 3
   metal-marlin bench --shape qwen3-4b --device gpu --prefill 0 --depths 0 --profile
   metal-marlin bench --shape qwen3-4b --prefill 0 --decode 128 --streams 1,8,32
+  metal-marlin bench --shape qwen3-0.6b --device cpu --threads 1,2 --roofline roofline.svg
   metal-marlin bench bundled --output json
 
 pp128 is the prefill of a prompt of 128 tokens, tg64 @ d1024 the decoding of 64 tokens after 1024
@@ -34,10 +38,17 @@ are those of all streams together. The tokens before a decode test are run throu
 depth, for each stream others, without being timed. Tokens are random, and nothing is sampled. Given
 are medians with the least and the most.
 
-MB/token is what a decoded token has to read: the weights as they are stored, which the streams of a
-step read together, each a share, and the keys and values that it sees. The share of memory compares
-tokens/s x MB/token with the rate at which as many threads read a buffer larger than the caches,
-measured before and after the tests; a model that fits the caches can be faster.
+MB/token is what a token has to read: the weights as they are stored, which the streams of a step
+or the tokens of a prompt read together, each a share, and the keys and values that it sees. The
+share of memory compares tokens/s x MB/token with the rate at which as many threads read a buffer
+larger than the caches, measured before and after the tests; a model that fits the caches can be
+faster. The share of the peak compares a token's multiply-adds (one for each weight of linears, two
+for each position and value of a query head) with the rate at which a CPU's threads multiply what
+lies in their registers, int8 or with --exact f32, measured before and after, too.
+
+--roofline draws both: multiply-adds a second of each test over multiply-adds for each byte read,
+under the roofs that memory and arithmetic make. With several numbers of --threads the tests run
+for each of them.
 
 MODEL runs as it is stored; with --format it is quantised first, once: the result is kept
 (`metal-marlin cache`).
@@ -128,8 +139,12 @@ pub(crate) struct Args {
     #[arg(long, help_heading = "Tests")]
     profile: bool,
 
+    /// Draw the tests below the roofs of memory and arithmetic into this file, an SVG (of a CPU)
+    #[arg(long, value_name = "FILE", help_heading = "Tests")]
+    roofline: Option<PathBuf>,
+
     #[command(flatten)]
-    device: DeviceOptions,
+    devices: Devices,
 
     #[command(flatten)]
     memory: MemoryOptions,
@@ -143,6 +158,37 @@ pub(crate) struct Args {
     output: OutputFormat,
 }
 
+/// A device with each number of threads that the tests run on.
+#[derive(Debug, Clone)]
+struct Devices(Vec<DeviceOptions>);
+
+impl FromArgMatches for Devices {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let options = DeviceOptions::from_arg_matches(matches)?;
+        let with = |threads: &NonZeroUsize| DeviceOptions { threads: Some(*threads), ..options.clone() };
+        let devices: Vec<_> = matches.get_many("threads").into_iter().flatten().map(with).collect();
+        Ok(Self(if devices.is_empty() { vec![options] } else { devices }))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl clap::Args for Devices {
+    fn augment_args(command: Command) -> Command {
+        const HELP: &str =
+            "CPU threads; of several numbers, one after the other [default: one for each performance core]";
+        let several = |threads: Arg| threads.value_name("N,…").value_delimiter(',').help(HELP);
+        DeviceOptions::augment_args(command).mut_arg("threads", several)
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
 /// Runs the command.
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     if args.profile && args.output == OutputFormat::Csv {
@@ -150,43 +196,64 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             "--output csv has no place for a profile, whose lines are kernels; choose text, markdown or json"
         );
     }
-    let (checkpoint, _temporary) = match (&args.shape, &args.model) {
-        (Some(name), _) => {
-            let shape: Shape = name.parse()?;
-            let linears = recipe::linear_scheme(args.format.unwrap_or(Format::Fp4), args.group_size, args.sparse_24)?;
-            let embedding_format = args.embedding_format.unwrap_or(Format::Int8);
-            let embedding = embedding_scheme(embedding_format, args.embedding_group_size)?;
-            let model = || bench::random_model(&shape, &linears, &embedding);
-            (progress::spinner(&format!("Making {name}"), model)?, None)
-        }
-        (None, Some(model)) => {
-            model::open_quantized(Some(model), &args.hub, &args.quantize_options()?, args.device.threads)?
-        }
-        // clap has seen to it that there is one of them.
-        (None, None) => anyhow::bail!("name a MODEL or a --shape"),
-    };
-    let depths =
-        if args.depths.is_empty() { bench::usual_depths(&checkpoint, args.decode) } else { args.depths.clone() };
-    let plan = Plan {
-        prefill: args.prefill.clone(),
-        decode: args.decode,
-        depths,
-        streams: args.streams.clone(),
-        repetitions: args.repetitions.get(),
-        kv_type: args.kv.into(),
-        profile: args.profile,
-        keep: !args.no_cache,
-    };
-    let report = {
-        let mut bar = Bar::counting("Measuring", "runs");
-        let mut progress = |done: usize, total: usize| bar.set(done as u64, total as u64);
-        bench::run(checkpoint, args.shape.is_some(), &plan, &args.device, &args.memory, &mut progress)?
-    };
-    stdout().write_all(report.render(args.output).as_bytes())?;
+    if let Some(file) = &args.roofline {
+        check_folder_of(file)?;
+    }
+    let reports = args.devices.0.iter().map(|device| args.measure(device)).collect::<anyhow::Result<Vec<_>>>()?;
+    stdout().write_all(bench::render(&reports, args.output).as_bytes())?;
+    // Without a peak nothing was measured.
+    if let Some((file, svg)) = args.roofline.as_ref().zip(bench::roofline(&reports)) {
+        fs::write(file, svg).with_context(|| format!("cannot write {}", file.display()))?;
+    }
     Ok(())
 }
 
+/// Says before minutes of measuring that a file cannot be written.
+fn check_folder_of(file: &Path) -> anyhow::Result<()> {
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if folder.is_dir() {
+        return Ok(());
+    }
+    anyhow::bail!("cannot write {}: there is no folder {}; make it first", file.display(), folder.display())
+}
+
 impl Args {
+    /// Opens the model and runs the tests on a device.
+    fn measure(&self, device: &DeviceOptions) -> anyhow::Result<Report> {
+        let (checkpoint, _temporary) = match (&self.shape, &self.model) {
+            (Some(name), _) => {
+                let shape: Shape = name.parse()?;
+                let format = self.format.unwrap_or(Format::Fp4);
+                let linears = recipe::linear_scheme(format, self.group_size, self.sparse_24)?;
+                let embedding_format = self.embedding_format.unwrap_or(Format::Int8);
+                let embedding = embedding_scheme(embedding_format, self.embedding_group_size)?;
+                let model = || bench::random_model(&shape, &linears, &embedding);
+                (progress::spinner(&format!("Making {name}"), model)?, None)
+            }
+            (None, Some(model)) => {
+                model::open_quantized(Some(model), &self.hub, &self.quantize_options()?, device.threads)?
+            }
+            // clap has seen to it that there is one of them.
+            (None, None) => anyhow::bail!("name a MODEL or a --shape"),
+        };
+        let depths =
+            if self.depths.is_empty() { bench::usual_depths(&checkpoint, self.decode) } else { self.depths.clone() };
+        let plan = Plan {
+            prefill: self.prefill.clone(),
+            decode: self.decode,
+            depths,
+            streams: self.streams.clone(),
+            repetitions: self.repetitions.get(),
+            kv_type: self.kv.into(),
+            profile: self.profile,
+            keep: !self.no_cache,
+            roofline: self.roofline.is_some(),
+        };
+        let mut bar = Bar::counting("Measuring", "runs");
+        let mut progress = |done: usize, total: usize| bar.set(done as u64, total as u64);
+        Ok(bench::run(checkpoint, self.shape.is_some(), &plan, device, &self.memory, &mut progress)?)
+    }
+
     /// How a MODEL is quantised.
     fn quantize_options(&self) -> anyhow::Result<QuantizeOptions> {
         let refined = self.group_size.is_some()

@@ -2,6 +2,7 @@
 
 mod apple;
 mod bandwidth;
+mod compute;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,6 +10,7 @@ use std::path::Path;
 
 pub use apple::AppleChip;
 pub use bandwidth::BandwidthProbe;
+pub use compute::ComputeProbe;
 
 /// Main memory in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

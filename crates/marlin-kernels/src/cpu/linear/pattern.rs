@@ -94,7 +94,7 @@ impl Pattern for Dense {
                 w[q] = simd.plus_128(w[q]);
                 q += 1;
             }
-            offset = simd.add_i32(group.offset_pairs, simd.splat_i32(128 << 16 | 128));
+            offset = simd.repeat_half(simd.add_i32(group.offset, simd.splat_i32(128)));
         }
         let mut sum = simd.dot_pairs(offset, &minus_sums);
         if PART != SECOND_HALF {
