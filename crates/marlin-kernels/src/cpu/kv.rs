@@ -116,11 +116,11 @@ struct E4M3;
 
 impl KvElement for E4M3 {
     const BITS: usize = 8;
-    const FACTOR: f32 = 1.0;
+    const FACTOR: f32 = 256.0;
 
     #[inline(always)]
     fn decode<S: Simd>(simd: S, codes: &[u8]) -> S::F32 {
-        simd.load_e4m3(&padded(codes))
+        simd.load_e4m3_over_256(&padded(codes))
     }
 }
 
@@ -128,14 +128,14 @@ struct E2M1;
 
 impl KvElement for E2M1 {
     const BITS: usize = 4;
-    /// E4M3 has an exponent that is larger by 6.
-    const FACTOR: f32 = 64.0;
+    /// E4M3 has an exponent that is larger by 6, and is loaded over 256.
+    const FACTOR: f32 = 64.0 * 256.0;
 
     #[inline(always)]
     fn decode<S: Simd>(simd: S, codes: &[u8]) -> S::F32 {
         let codes = u128::from_le_bytes(padded(codes)) as u64;
         let wide = [e2m1_as_e4m3(codes as u32), e2m1_as_e4m3((codes >> 32) as u32)];
-        simd.load_e4m3(bytemuck::bytes_of(&wide))
+        simd.load_e4m3_over_256(bytemuck::bytes_of(&wide))
     }
 }
 

@@ -239,11 +239,17 @@ pub(super) trait Floats: Send + Sync + 'static {
     /// Bytes of a code.
     const BYTES: usize;
 
-    /// Code `k` of each row.
+    /// Code `k` of each row, [`E4M3`] over its factor.
     fn column<S: Simd>(simd: S, tile: &[u8], k: usize) -> S::F32;
 }
 
 pub(super) struct E4M3;
+
+impl E4M3 {
+    /// What loading leaves out.
+    pub(super) const FACTOR: f32 = 256.0;
+}
+
 pub(super) struct F16;
 pub(super) struct Bf16;
 pub(super) struct F32;
@@ -252,7 +258,7 @@ impl Floats for E4M3 {
     const BYTES: usize = 1;
     #[inline(always)]
     fn column<S: Simd>(simd: S, tile: &[u8], k: usize) -> S::F32 {
-        simd.load_e4m3(&tile[S::LANES * k..])
+        simd.load_e4m3_over_256(&tile[S::LANES * k..])
     }
 }
 

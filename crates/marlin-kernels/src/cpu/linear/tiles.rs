@@ -3,7 +3,7 @@
 use marlin_format::{ColumnOrder, Element, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind, bits};
 
 use super::bytes::TileBytes;
-use super::codes::{CHUNK, E2M1, Int8};
+use super::codes::{CHUNK, E2M1, E4M3, Int8};
 use super::kernel::{Group, PanelKernel};
 use crate::KernelError;
 use crate::cpu::simd::Simd;
@@ -196,13 +196,18 @@ impl Tiles {
                 groups.fill_offsets(panel, offsets);
             });
         }
-        let element_factor = if scheme.element == Element::E2M1 { E2M1::FACTOR } else { 1.0 };
+        let element_factor = match scheme.element {
+            Element::E2M1 => E2M1::FACTOR,
+            Element::E4M3 => E4M3::FACTOR,
+            _ => 1.0,
+        };
+        let scale_factor = if scale_type(scheme.scale) == Some(ScaleType::E4M3) { E4M3::FACTOR } else { 1.0 };
         let global = match scheme.scale {
             ScaleKind::E4M3Global => f32::from_le_bytes(*matrix.globals.first_chunk().expect("a global scale")),
             _ => 1.0,
         };
         let sections = [codes, scales, offsets];
-        Self::from_sections(scheme, matrix.rows, matrix.cols, kernel, element_factor * global, sections)
+        Self::from_sections(scheme, matrix.rows, matrix.cols, kernel, element_factor * scale_factor * global, sections)
             .ok_or_else(not_native)
     }
 
@@ -262,7 +267,7 @@ impl Tiles {
             ScaleType::F16 => simd.load_le_f16(scales),
             ScaleType::Bf16 => simd.load_le_bf16(scales),
             ScaleType::E8M0 => simd.load_e8m0(scales),
-            ScaleType::E4M3 => simd.load_e4m3(scales),
+            ScaleType::E4M3 => simd.load_e4m3_over_256(scales),
         };
         let offset = match self.offsets.bytes() {
             [] => simd.splat_i32(self.offset),

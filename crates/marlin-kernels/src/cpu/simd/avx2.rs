@@ -217,7 +217,7 @@ impl<D: Dots> Simd for Avx2<D> {
         })
     }
     #[inline(always)]
-    fn load_e4m3(self, from: &[u8]) -> __m256 {
+    fn load_e4m3_over_256(self, from: &[u8]) -> __m256 {
         let from: &[u8; 8] = first(from);
         intrinsics!({
             let codes = _mm_cvtepi8_epi16(_mm_loadl_epi64(from.as_ptr().cast()));
@@ -225,7 +225,7 @@ impl<D: Dots> Simd for Avx2<D> {
             // whose subnormals are converted at full speed; those of f32 are slow to multiply.
             let halves = _mm_and_si128(_mm_slli_epi16::<7>(codes), _mm_set1_epi16(0xbf80_u16 as i16));
             // The difference of the exponent biases is 8.
-            _mm256_mul_ps(_mm256_cvtph_ps(halves), _mm256_set1_ps(256.0))
+            _mm256_cvtph_ps(halves)
         })
     }
     #[inline(always)]

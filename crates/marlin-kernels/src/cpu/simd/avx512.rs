@@ -210,7 +210,7 @@ impl Simd for Avx512 {
         })
     }
     #[inline(always)]
-    fn load_e4m3(self, from: &[u8]) -> __m512 {
+    fn load_e4m3_over_256(self, from: &[u8]) -> __m512 {
         let from: &[u8; 16] = first(from);
         intrinsics!({
             let codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(from.as_ptr().cast()));
@@ -218,7 +218,7 @@ impl Simd for Avx512 {
             // whose subnormals are converted at full speed; those of f32 are slow to multiply.
             let halves = _mm256_and_si256(_mm256_slli_epi16::<7>(codes), _mm256_set1_epi16(0xbf80_u16 as i16));
             // The difference of the exponent biases is 8.
-            _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(256.0))
+            _mm512_cvtph_ps(halves)
         })
     }
     #[inline(always)]

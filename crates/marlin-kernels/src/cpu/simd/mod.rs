@@ -184,8 +184,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn load_le_bf16(self, from: &[u8]) -> Self::F32;
     /// OCP E8M0: 2^(e − 127); 255 gives infinity.
     fn load_e8m0(self, from: &[u8]) -> Self::F32;
-    /// OCP E4M3; the two NaN codes give ±480.
-    fn load_e4m3(self, from: &[u8]) -> Self::F32;
+    /// OCP E4M3, over 256; the two NaN codes give ±480 / 256.
+    fn load_e4m3_over_256(self, from: &[u8]) -> Self::F32;
     fn store(self, v: Self::F32, to: &mut [f32]);
     /// The lanes; zeros where a level has fewer.
     #[inline(always)]

@@ -283,7 +283,7 @@ impl Simd for Neon {
         })
     }
     #[inline(always)]
-    fn load_e4m3(self, from: &[u8]) -> F32 {
+    fn load_e4m3_over_256(self, from: &[u8]) -> F32 {
         let from: &[u8; 8] = first(from);
         let codes = self.widen_i8(&from.map(|code| code as i8));
         intrinsics!({
@@ -291,8 +291,8 @@ impl Simd for Neon {
             let kept = vdupq_n_s32(0x87f0_0000_u32 as i32);
             let low = vandq_s32(vshlq_n_s32::<20>(codes.0), kept);
             let high = vandq_s32(vshlq_n_s32::<20>(codes.1), kept);
-            // The difference of the exponent biases.
-            let factor = f32::from_bits((127 + 120) << 23);
+            // The difference of the exponent biases, less 8.
+            let factor = f32::from_bits((127 + 112) << 23);
             (vmulq_n_f32(vreinterpretq_f32_s32(low), factor), vmulq_n_f32(vreinterpretq_f32_s32(high), factor))
         })
     }

@@ -149,12 +149,12 @@ impl Simd for Portable {
         from.map(|e| f32::from_bits((u32::from(e) << 23).max(1 << 22)))
     }
     #[inline(always)]
-    fn load_e4m3(self, from: &[u8]) -> [f32; 8] {
+    fn load_e4m3_over_256(self, from: &[u8]) -> [f32; 8] {
         let from: &[u8; 8] = first(from);
-        // Exponent and mantissa in place of f32's; the factor is the difference of the exponent biases.
+        // Exponent and mantissa in place of f32's; the factor is the difference of the exponent biases, less 8.
         from.map(|code| {
             let code = u32::from(code);
-            f32::from_bits((code & 0x80) << 24 | (code & 0x7f) << 20) * f32::from_bits((127 + 120) << 23)
+            f32::from_bits((code & 0x80) << 24 | (code & 0x7f) << 20) * f32::from_bits((127 + 112) << 23)
         })
     }
     #[inline(always)]
