@@ -14,6 +14,7 @@ mod pattern;
 mod tests;
 mod tiles;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use marlin_format::{Element, FormatError, Scheme, Sparsity};
@@ -84,7 +85,9 @@ struct Part {
 /// Input rows that pass over all panels of a task before the next ones do: few enough to stay in the second-level cache.
 const ROW_BLOCK: usize = 64;
 /// More tasks than threads, so that a thread that is held up does not hold up all.
-const TASKS_PER_THREAD: usize = 4;
+const TASKS_PER_THREAD: usize = 8;
+/// The same for one row of input, which waits for memory: long stretches of it are read faster than short ones.
+const STRETCHES_PER_THREAD: usize = 2;
 
 impl TiledLinear {
     /// Puts matrices of equal K into tile order. What has no kernel is converted to f32, exactly.
@@ -168,26 +171,41 @@ impl TiledLinear {
         }
         let output =
             Output { x: scratch.prepare(x, self.cols, self.forms, self.simd, threads), out: Disjoint::new(out), width };
-        let tasks = panels.min(threads.count() * TASKS_PER_THREAD);
+        let tasks = panels.min(threads.count() * if m == 1 { STRETCHES_PER_THREAD } else { TASKS_PER_THREAD });
         threads.run(tasks, &|task| {
             let panels = panels * task / tasks..panels * (task + 1) / tasks;
-            let mut sums = [[0.0; ROW_BLOCK * MOST_LANES]; 2];
-            for first_row in (0..m).step_by(ROW_BLOCK) {
-                let rows = first_row..m.min(first_row + ROW_BLOCK);
-                for panel in panels.clone() {
-                    self.apply_panel(panel, rows.clone(), &output, epilogue, &mut sums);
-                }
+            // One row's kernel takes less time than to clear memory for the sums of many.
+            if m == 1 {
+                self.apply_panels(panels, m, &output, epilogue, &mut [[0.0; MOST_LANES]; 2]);
+            } else {
+                self.apply_panels(panels, m, &output, epilogue, &mut [[0.0; ROW_BLOCK * MOST_LANES]; 2]);
             }
         });
     }
 
-    fn apply_panel(
+    /// Multiplies all rows of the input with some panels. `sums` has room for those of a panel, and of another that it is gated with.
+    fn apply_panels<const SUMS: usize>(
         &self,
-        panel: usize,
-        rows: std::ops::Range<usize>,
+        panels: Range<usize>,
+        m: usize,
         output: &Output<'_>,
         epilogue: Epilogue,
-        [sums, up]: &mut [[f32; ROW_BLOCK * MOST_LANES]; 2],
+        sums: &mut [[f32; SUMS]; 2],
+    ) {
+        for first_row in (0..m).step_by(ROW_BLOCK) {
+            for panel in panels.clone() {
+                self.apply_panel(panel, first_row..m.min(first_row + ROW_BLOCK), output, epilogue, sums);
+            }
+        }
+    }
+
+    fn apply_panel<const SUMS: usize>(
+        &self,
+        panel: usize,
+        rows: Range<usize>,
+        output: &Output<'_>,
+        epilogue: Epilogue,
+        [sums, up]: &mut [[f32; SUMS]; 2],
     ) {
         let (part, panel) = self.locate(panel);
         let sums = &mut sums[..rows.len() * part.kernel.lanes()];
@@ -275,14 +293,7 @@ struct Output<'a> {
 
 impl Output<'_> {
     /// Writes the outputs of one panel: a column a lane, or fewer at the end of a part.
-    fn write(
-        &self,
-        part: &Part,
-        panel: usize,
-        rows: std::ops::Range<usize>,
-        values: &[f32],
-        write: impl Fn(&mut f32, f32),
-    ) {
+    fn write(&self, part: &Part, panel: usize, rows: Range<usize>, values: &[f32], write: impl Fn(&mut f32, f32)) {
         let lanes = part.kernel.lanes();
         let columns = lanes.min(part.tiles.rows - panel * lanes);
         let column = part.first + panel * lanes;
