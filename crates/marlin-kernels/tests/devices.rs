@@ -61,7 +61,7 @@ fn the_cpu_refuses_what_it_cannot_be() {
     let error = CpuBackend::new(CpuOptions { threads: Some(0), ..CpuOptions::default() }).unwrap_err();
     assert!(error.to_string().contains("at least one thread"), "{error}");
     let available = SimdLevel::available();
-    for level in [SimdLevel::Avx2, SimdLevel::AvxVnni, SimdLevel::Avx512Vnni, SimdLevel::Neon] {
+    for level in [SimdLevel::Avx2, SimdLevel::AvxVnni, SimdLevel::Avx512Vnni, SimdLevel::Neon, SimdLevel::NeonDotprod] {
         let made = CpuBackend::new(CpuOptions { simd: Some(level), threads: Some(1), ..CpuOptions::default() });
         match made {
             Ok(backend) => {

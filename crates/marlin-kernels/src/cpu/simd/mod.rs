@@ -35,10 +35,12 @@ pub enum SimdLevel {
     Avx512Vnni,
     /// AArch64 with Advanced SIMD.
     Neon,
+    /// The same with dot products of bytes (Armv8.4, Apple's M1 and later).
+    NeonDotprod,
 }
 
 impl SimdLevel {
-    const ALL: [Self; 5] = [Self::Portable, Self::Avx2, Self::AvxVnni, Self::Avx512Vnni, Self::Neon];
+    const ALL: [Self; 6] = [Self::Portable, Self::Avx2, Self::AvxVnni, Self::Avx512Vnni, Self::Neon, Self::NeonDotprod];
 
     /// The best level of this processor.
     pub fn detect() -> Self {
@@ -69,7 +71,9 @@ impl SimdLevel {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => avx512::Avx512::detect().map(|simd| simd.vectorize(operation)),
             #[cfg(target_arch = "aarch64")]
-            Self::Neon => neon::Neon::detect().map(|simd| simd.vectorize(operation)),
+            Self::Neon => neon::Neon::<neon::Widening>::detect().map(|simd| simd.vectorize(operation)),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDotprod => neon::Neon::<neon::Sdot>::detect().map(|simd| simd.vectorize(operation)),
             #[allow(unreachable_patterns, reason = "levels of other architectures")]
             _ => None,
         }
@@ -87,6 +91,7 @@ impl fmt::Display for SimdLevel {
             Self::AvxVnni => "avx-vnni",
             Self::Avx512Vnni => "avx512-vnni",
             Self::Neon => "neon",
+            Self::NeonDotprod => "neon-dotprod",
         })
     }
 }

@@ -1,13 +1,106 @@
-//! AArch64 with Advanced SIMD: two registers a vector.
+//! AArch64 with Advanced SIMD: two registers a vector. And the ways in which such processors multiply bytes.
 
 use std::arch::aarch64::*;
-use std::arch::asm;
+use std::arch::{asm, is_aarch64_feature_detected};
+use std::fmt;
+use std::marker::PhantomData;
 
 use super::{Simd, WithSimd, first, first_mut};
 
-/// Proof that the processor has Advanced SIMD.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Neon(());
+/// Proof that the processor has Advanced SIMD, and what `D` needs besides.
+pub(crate) struct Neon<D>(PhantomData<D>);
+
+impl<D> Clone for Neon<D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<D> Copy for Neon<D> {}
+
+impl<D> fmt::Debug for Neon<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(std::any::type_name::<Self>())
+    }
+}
+
+/// Instructions that multiply bytes and sum them up, beside Advanced SIMD.
+pub(crate) trait Dots: Send + Sync + Sized + 'static {
+    /// Whether the processor has them.
+    fn detect() -> bool;
+
+    /// Runs `operation` with all instructions enabled.
+    ///
+    /// # Safety
+    /// The processor has them: `simd` is proof of it.
+    unsafe fn vectorize<W: WithSimd>(simd: Neon<Self>, operation: W) -> W::Output;
+
+    /// `sum` and the dot products of four lanes' 16 weights with their 16 bytes of `x`.
+    ///
+    /// # Safety
+    /// The processor has the instructions.
+    unsafe fn add_dot(sum: int32x4_t, weights: [uint8x16_t; 4], x: [uint8x16_t; 4]) -> int32x4_t;
+}
+
+/// Those of every processor, which multiply to 16 bits.
+pub(crate) struct Widening;
+
+impl Dots for Widening {
+    fn detect() -> bool {
+        true
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn vectorize<W: WithSimd>(simd: Neon<Self>, operation: W) -> W::Output {
+        operation.with_simd(simd)
+    }
+
+    #[inline(always)]
+    unsafe fn add_dot(
+        sum: int32x4_t,
+        [w0, w1, w2, w3]: [uint8x16_t; 4],
+        [x0, x1, x2, x3]: [uint8x16_t; 4],
+    ) -> int32x4_t {
+        // SAFETY: the caller's.
+        unsafe { vaddq_s32(sum, vaddq_s32(dot_pair([w0, w1], [x0, x1]), dot_pair([w2, w3], [x2, x3]))) }
+    }
+}
+
+/// SDOT (Armv8.4, Apple's M1 and later): adds four products of signed bytes to each lane, exactly.
+pub(crate) struct Sdot;
+
+impl Dots for Sdot {
+    fn detect() -> bool {
+        is_aarch64_feature_detected!("dotprod")
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon,dotprod")]
+    unsafe fn vectorize<W: WithSimd>(simd: Neon<Self>, operation: W) -> W::Output {
+        operation.with_simd(simd)
+    }
+
+    #[inline(always)]
+    unsafe fn add_dot(sum: int32x4_t, weights: [uint8x16_t; 4], x: [uint8x16_t; 4]) -> int32x4_t {
+        let (mut sum, mut q) = (sum, 0);
+        while q < 4 {
+            // SAFETY: the caller's; the instruction has no other effect. Its intrinsic needs a later Rust than this crate's.
+            unsafe {
+                asm!(
+                    ".arch_extension dotprod",
+                    "sdot {sum:v}.4s, {weights:v}.16b, {x:v}.16b",
+                    sum = inout(vreg) sum,
+                    weights = in(vreg) weights[q],
+                    x = in(vreg) x[q],
+                    options(pure, nomem, nostack, preserves_flags)
+                );
+            }
+            q += 1;
+        }
+        sum
+    }
+}
 
 /// `x[(lane >> shift) & 3]` for each of four lanes.
 #[inline(always)]
@@ -23,9 +116,9 @@ unsafe fn select_four(x: &[f32; 4], lanes: uint8x16_t, shift: u32) -> float32x4_
     }
 }
 
-impl Neon {
+impl<D: Dots> Neon<D> {
     pub(crate) fn detect() -> Option<Self> {
-        std::arch::is_aarch64_feature_detected!("neon").then_some(Self(()))
+        (is_aarch64_feature_detected!("neon") && D::detect()).then_some(Self(PhantomData))
     }
 }
 
@@ -62,7 +155,7 @@ unsafe fn dot_pair(w: [uint8x16_t; 2], x: [uint8x16_t; 2]) -> int32x4_t {
     }
 }
 
-impl Neon {
+impl<D: Dots> Neon<D> {
     #[inline(always)]
     fn shift_bytes(self, v: Bytes, by: i8) -> Bytes {
         intrinsics!({
@@ -90,7 +183,7 @@ impl Neon {
     }
 }
 
-impl Simd for Neon {
+impl<D: Dots> Simd for Neon<D> {
     const LANES: usize = 8;
     // 32 of 128 bits.
     const REGISTERS: usize = 16;
@@ -101,11 +194,7 @@ impl Simd for Neon {
 
     #[inline]
     fn vectorize<W: WithSimd>(self, operation: W) -> W::Output {
-        #[target_feature(enable = "neon")]
-        fn inner<W: WithSimd>(simd: Neon, operation: W) -> W::Output {
-            operation.with_simd(simd)
-        }
-        intrinsics!(inner(self, operation))
+        intrinsics!(D::vectorize(self, operation))
     }
 
     #[inline(always)]
@@ -168,11 +257,10 @@ impl Simd for Neon {
     #[inline(always)]
     fn add_dot_signed(self, sum: I32, weights: [Bytes; 4], x: [Bytes; 4]) -> I32 {
         let ([a, b, c, d], [x0, x1, x2, x3]) = (weights, x);
-        intrinsics!({
-            let low = vaddq_s32(dot_pair([a.0, b.0], [x0.0, x1.0]), dot_pair([c.0, d.0], [x2.0, x3.0]));
-            let high = vaddq_s32(dot_pair([a.1, b.1], [x0.1, x1.1]), dot_pair([c.1, d.1], [x2.1, x3.1]));
-            (vaddq_s32(sum.0, low), vaddq_s32(sum.1, high))
-        })
+        intrinsics!((
+            D::add_dot(sum.0, [a.0, b.0, c.0, d.0], [x0.0, x1.0, x2.0, x3.0]),
+            D::add_dot(sum.1, [a.1, b.1, c.1, d.1], [x0.1, x1.1, x2.1, x3.1])
+        ))
     }
 
     #[inline(always)]

@@ -42,7 +42,7 @@ fn the_best_level_is_available() {
     assert!(SimdLevel::available().contains(&SimdLevel::detect()));
     assert!(SimdLevel::available().contains(&SimdLevel::Portable));
     #[cfg(target_arch = "aarch64")]
-    assert_eq!(SimdLevel::detect(), SimdLevel::Neon);
+    assert!(SimdLevel::available().contains(&SimdLevel::Neon));
 }
 
 #[test]
