@@ -3,7 +3,7 @@
 use half::f16;
 use marlin_format::Element;
 
-use super::simd::{MOST_LANES, Simd};
+use super::simd::{CACHE_LINE, MOST_LANES, Simd};
 use super::vector::load;
 use crate::host::{KvData, KvPlane};
 use crate::kv_codes::KvRow;
@@ -51,12 +51,9 @@ pub(super) fn prefetch_cached<S: Simd>(simd: S, plane: &KvPlane, head: usize, sl
         KvData::Codes(codes) => codes.row(plane.row(head, slot)).codes,
     };
     for line in bytes.chunks(CACHE_LINE) {
-        simd.prefetch(line);
+        simd.prefetch(line, 0);
     }
 }
-
-/// Bytes that come from memory together.
-const CACHE_LINE: usize = 64;
 
 /// Codes that become numbers a vector at a time.
 trait KvElement {

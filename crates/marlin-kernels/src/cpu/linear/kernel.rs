@@ -10,7 +10,7 @@ use super::activations::{Block, Forms, Inputs};
 use super::codes::{CHUNK, Codes, Floats};
 use super::pattern::{FIRST_HALF, Pattern, SECOND_HALF, WHOLE};
 use super::tiles::{GroupSpan, PanelCodes, Tiles};
-use crate::cpu::simd::{MOST_LANES, Simd, WithSimd};
+use crate::cpu::simd::{CACHE_LINE, MOST_LANES, Simd, WithSimd};
 
 /// Scale and offset of a group, one a lane.
 pub(super) struct Group<S: Simd> {
@@ -256,6 +256,21 @@ fn decode_chunk<S: Simd, D: Dot>(simd: S, panel: &[u8], chunk: usize) -> (D::Wei
     (D::decode(simd, codes), D::Pattern::load_index(simd, index))
 }
 
+/// How far ahead of what it multiplies a kernel of one row asks for weights: what memory brings while a few chunks are multiplied.
+const AHEAD: usize = 2048;
+
+/// Asks for the weights that come after a chunk, of this panel or the next.
+#[inline(always)]
+fn prefetch_chunk<S: Simd, D: Dot>(simd: S, panel: &[u8], chunk: usize) {
+    let bytes = D::ROW_BYTES * S::LANES;
+    let tile = &panel[chunk * bytes..][..bytes];
+    let mut line = 0;
+    while line < bytes {
+        simd.prefetch(&tile[line..], AHEAD);
+        line += CACHE_LINE;
+    }
+}
+
 /// A kernel for one format, arithmetic and instruction set.
 pub(super) trait PanelKernel: fmt::Debug + Send + Sync {
     /// Rows of a panel.
@@ -388,6 +403,9 @@ fn panel_sums<'o, S: Simd, D: Dot, const ROWS: usize>(
                 let group = tiles.group(simd, panel, g);
                 let mut sums = [zero; ROWS];
                 for chunk in g * span..((g + 1) * span).min(chunks) {
+                    if ROWS == 1 {
+                        prefetch_chunk::<S, D>(simd, codes, chunk);
+                    }
                     let (weights, index) = decode_chunk::<S, D>(simd, codes, chunk);
                     D::add_dots::<S, WHOLE, ROWS>(simd, &weights, index, &group, inputs(&rows, chunk), &mut sums);
                 }

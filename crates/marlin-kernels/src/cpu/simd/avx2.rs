@@ -76,8 +76,9 @@ impl<D: Dots> Simd for Avx2<D> {
     }
 
     #[inline(always)]
-    fn prefetch(self, at: &[u8]) {
-        intrinsics!(_mm_prefetch::<_MM_HINT_T0>(at.as_ptr().cast()));
+    fn prefetch(self, at: &[u8], ahead: usize) {
+        // Of an address where there is no memory nothing comes.
+        intrinsics!(_mm_prefetch::<_MM_HINT_T0>(at.as_ptr().wrapping_add(ahead).cast()));
     }
     #[inline(always)]
     fn bytes(self, from: &[u8]) -> __m256i {

@@ -52,8 +52,9 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn prefetch(self, at: &[u8]) {
-        intrinsics!(_mm_prefetch::<_MM_HINT_T0>(at.as_ptr().cast()));
+    fn prefetch(self, at: &[u8], ahead: usize) {
+        // Of an address where there is no memory nothing comes.
+        intrinsics!(_mm_prefetch::<_MM_HINT_T0>(at.as_ptr().wrapping_add(ahead).cast()));
     }
     #[inline(always)]
     fn bytes(self, from: &[u8]) -> __m512i {

@@ -129,9 +129,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Runs `operation` with this instruction set enabled.
     fn vectorize<W: WithSimd>(self, operation: W) -> W::Output;
 
-    /// Asks for the memory that `at` begins in to be brought into the caches; only a hint.
+    /// Asks for the memory `ahead` bytes after where `at` begins to be brought into the caches; only a hint.
     #[inline(always)]
-    fn prefetch(self, _at: &[u8]) {}
+    fn prefetch(self, _at: &[u8], _ahead: usize) {}
     fn bytes(self, from: &[u8]) -> Self::Bytes;
     /// `(v >> shift) & mask`, byte by byte; `mask` leaves no bit that comes from a neighbouring byte.
     fn bits(self, v: Self::Bytes, shift: u32, mask: u8) -> Self::Bytes;
@@ -207,6 +207,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `a · b + c`, rounded once where the instruction set can.
     fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
 }
+
+/// Bytes that come from memory together.
+pub(crate) const CACHE_LINE: usize = 64;
 
 /// The beginning of a slice.
 #[inline(always)]
