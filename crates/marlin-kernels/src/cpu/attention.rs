@@ -150,7 +150,7 @@ impl WithSimd for Item<'_> {
         load_queries(simd, call, tile, &heads, &mut scratch.queries);
         scratch.sums[..queries * pieces].fill([0.0; MOST_LANES]);
         let mut softmax =
-            Softmax { simd, pieces, scratch, largest: [f32::NEG_INFINITY; TILE_QUERIES], total: [0.0; TILE_QUERIES] };
+            Softmax { simd, scratch, largest: [f32::NEG_INFINITY; TILE_QUERIES], total: [0.0; TILE_QUERIES] };
         if let Some(sinks) = call.sinks {
             // A sink is a key that is seen first, whose value is 0.
             for query in 0..queries {
@@ -264,7 +264,6 @@ impl Scratch {
 /// The running softmax of a work item's queries.
 struct Softmax<'a, S> {
     simd: S,
-    pieces: usize,
     scratch: &'a mut Scratch,
     /// The largest score of each query so far.
     largest: [f32; TILE_QUERIES],
@@ -348,7 +347,7 @@ impl<S: Simd> Softmax<'_, S> {
     /// Products of `N` queries from `first` on with four keys from `key` on, of which the lanes are still to be summed up.
     #[inline(always)]
     fn products<const N: usize>(&self, first: usize, key: usize) -> [[S::F32; 4]; N] {
-        let (simd, pieces) = (self.simd, self.pieces);
+        let (simd, pieces) = (self.simd, self.scratch.pieces);
         let mut queries = [&self.scratch.queries[..0]; N];
         for (n, query) in queries.iter_mut().enumerate() {
             *query = &self.scratch.queries[(first + n) * pieces..][..pieces];
@@ -388,15 +387,15 @@ impl<S: Simd> Softmax<'_, S> {
     ) {
         let mut piece = 0;
         // Four vectors of each query at a time are what registers hold.
-        while S::LANES == MOST_LANES && piece + 4 <= self.pieces {
+        while S::LANES == MOST_LANES && piece + 4 <= self.scratch.pieces {
             self.add_pieces::<N, 4>(first, piece, keys, shrink, weights);
             piece += 4;
         }
-        while piece + 2 <= self.pieces {
+        while piece + 2 <= self.scratch.pieces {
             self.add_pieces::<N, 2>(first, piece, keys, shrink, weights);
             piece += 2;
         }
-        if piece < self.pieces {
+        if piece < self.scratch.pieces {
             self.add_pieces::<N, 1>(first, piece, keys, shrink, weights);
         }
     }
@@ -411,7 +410,7 @@ impl<S: Simd> Softmax<'_, S> {
         shrink: [f32; N],
         weights: [&[f32; PARTITION]; N],
     ) {
-        let (simd, pieces) = (self.simd, self.pieces);
+        let (simd, pieces) = (self.simd, self.scratch.pieces);
         let vectors = MOST_LANES / S::LANES;
         let Scratch { sums, values, .. } = &mut *self.scratch;
         let sums = &mut sums[first * pieces + piece..][..(N - 1) * pieces + P];
@@ -447,7 +446,7 @@ impl<S: Simd> Softmax<'_, S> {
 
     #[inline(always)]
     fn normalise(self, queries: usize) {
-        for (sums, total) in self.scratch.sums.chunks_exact_mut(self.pieces).zip(&self.total[..queries]) {
+        for (sums, total) in self.scratch.sums.chunks_exact_mut(self.scratch.pieces).zip(&self.total[..queries]) {
             let share = 1.0 / total;
             for sum in sums.as_flattened_mut() {
                 *sum *= share;

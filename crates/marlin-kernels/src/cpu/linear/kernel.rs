@@ -248,26 +248,37 @@ fn add_float_dots<S: Simd, D: Dot, const PART: usize, const ROWS: usize>(
     }
 }
 
-/// A chunk of a panel: its codes, and where they stand.
+/// Bytes of a chunk of a panel: its codes, and where they stand.
 #[inline(always)]
-fn decode_chunk<S: Simd, D: Dot>(simd: S, panel: &[u8], chunk: usize) -> (D::Weights<'_, S>, Index<D, S>) {
+fn chunk_of<S: Simd, D: Dot>(panel: &[u8], chunk: usize) -> (&[u8], &[u8]) {
     let bytes = D::ROW_BYTES * S::LANES;
-    let (codes, index) = panel[chunk * bytes..][..bytes].split_at(D::WEIGHT_ROW_BYTES * S::LANES);
+    panel[chunk * bytes..][..bytes].split_at(D::WEIGHT_ROW_BYTES * S::LANES)
+}
+
+/// A chunk of a panel, for so many rows of input.
+#[inline(always)]
+fn decode_chunk<S: Simd, D: Dot, const ROWS: usize>(
+    simd: S,
+    panel: &[u8],
+    chunk: usize,
+) -> (D::Weights<'_, S>, Index<D, S>) {
+    let (codes, index) = chunk_of::<S, D>(panel, chunk);
+    // One row waits for memory, more are multiplied for longer than the next weights take to come.
+    if ROWS == 1 {
+        prefetch(simd, codes);
+        prefetch(simd, index);
+    }
     (D::decode(simd, codes), D::Pattern::load_index(simd, index))
 }
 
 /// How far ahead of what it multiplies a kernel of one row asks for weights: what memory brings while a few chunks are multiplied.
 const AHEAD: usize = 2048;
 
-/// Asks for the weights that come after a chunk, of this panel or the next.
+/// Asks for what comes so far behind these bytes, in this panel or the next.
 #[inline(always)]
-fn prefetch_chunk<S: Simd, D: Dot>(simd: S, panel: &[u8], chunk: usize) {
-    let bytes = D::ROW_BYTES * S::LANES;
-    let tile = &panel[chunk * bytes..][..bytes];
-    let mut line = 0;
-    while line < bytes {
-        simd.prefetch(&tile[line..], AHEAD);
-        line += CACHE_LINE;
+fn prefetch<S: Simd>(simd: S, bytes: &[u8]) {
+    for line in bytes.chunks(CACHE_LINE) {
+        simd.prefetch(line, AHEAD);
     }
 }
 
@@ -403,10 +414,7 @@ fn panel_sums<'o, S: Simd, D: Dot, const ROWS: usize>(
                 let group = tiles.group(simd, panel, g);
                 let mut sums = [zero; ROWS];
                 for chunk in g * span..((g + 1) * span).min(chunks) {
-                    if ROWS == 1 {
-                        prefetch_chunk::<S, D>(simd, codes, chunk);
-                    }
-                    let (weights, index) = decode_chunk::<S, D>(simd, codes, chunk);
+                    let (weights, index) = decode_chunk::<S, D, ROWS>(simd, codes, chunk);
                     D::add_dots::<S, WHOLE, ROWS>(simd, &weights, index, &group, inputs(&rows, chunk), &mut sums);
                 }
                 add_scaled(simd, &mut totals, sums, group.scale);
@@ -414,7 +422,7 @@ fn panel_sums<'o, S: Simd, D: Dot, const ROWS: usize>(
         }
         GroupSpan::HalfChunk => {
             for chunk in 0..chunks {
-                let (weights, index) = decode_chunk::<S, D>(simd, codes, chunk);
+                let (weights, index) = decode_chunk::<S, D, ROWS>(simd, codes, chunk);
                 let x = inputs(&rows, chunk);
                 let group = tiles.group(simd, panel, 2 * chunk);
                 let mut sums = [zero; ROWS];
@@ -474,8 +482,7 @@ impl<D: Dot> WithSimd for DecodeRow<'_, D> {
             };
             let group = tiles.group(simd, panel, group);
             let scale = simd.mul(group.scale, factor);
-            let bytes = D::ROW_BYTES * S::LANES;
-            let (weights, index) = codes[half / 2 * bytes..][..bytes].split_at(D::WEIGHT_ROW_BYTES * S::LANES);
+            let (weights, index) = chunk_of::<S, D>(codes, half / 2);
             let weights = D::decode(simd, weights);
             out.fill(0.0);
             let stored = D::Pattern::STORED / 2;
