@@ -12,6 +12,8 @@ use crate::layouts::compressed_tensors;
 /// The `quant_method` of folders that this project writes.
 pub(crate) const METHOD: &str = "metal-marlin";
 const VERSION: u32 = 1;
+/// The `quant_method` of gpt-oss as published: its experts are ordinary tensors of bytes, which the family knows.
+const GPT_OSS_METHOD: &str = "mxfp4";
 
 /// What a quantised folder of this project says about its packed matrices.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -109,6 +111,7 @@ impl Quantization {
             Some(compressed_tensors::METHOD) => {
                 compressed_tensors::Config::read(found, file).map(Self::CompressedTensors).map(Some)
             }
+            Some(GPT_OSS_METHOD) => Ok(None),
             Some(layout) => Err(foreign(layout)),
             // MLX writes group_size and bits without naming itself.
             None if found.get("group_size").is_some() => Err(foreign("mlx")),

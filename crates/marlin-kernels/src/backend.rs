@@ -2,7 +2,7 @@
 
 use marlin_format::{PackedMatrix, Scheme};
 
-use crate::{KernelError, KvLayout, KvType, SampleRow, SamplingId, Step};
+use crate::{HostRoutes, KernelError, KvLayout, KvType, Routing, SampleRow, SamplingId, Step};
 
 /// A device: it holds weights, activations and KV blocks, and hands out encoders.
 ///
@@ -14,6 +14,12 @@ pub trait Backend: MemoryUse + Send + Sync + Sized + 'static {
     type Buffer: Send;
     /// One or several packed matrices that share their input, in tile order.
     type Linear: Send + Sync;
+    /// Linears of equal shape that rows are divided among: the experts of a layer, or the heads of a projection.
+    type LinearGroup: Send + Sync;
+    /// A router's weights in f32, and how it chooses.
+    type Router: Send + Sync;
+    /// The experts of a step's tokens, and whatever memory computing with them needs.
+    type Routes: Send;
     /// A small f32 vector: norm weights, rotary frequencies.
     type Vector: Send + Sync;
     /// The paged keys and values of all layers.
@@ -41,6 +47,15 @@ pub trait Backend: MemoryUse + Send + Sync + Sized + 'static {
         None
     }
 
+    /// Makes a group of linears, of which each has as many parts of the same sizes; schemes may differ.
+    fn group_linears(&self, linears: Vec<Self::Linear>) -> Result<Self::LinearGroup, KernelError>;
+
+    /// Uploads a router.
+    fn load_router(&self, weights: &RouterWeights<'_>) -> Result<Self::Router, KernelError>;
+
+    /// Makes room for the routes of at most `tokens` tokens, whose experts read and write at most `width` values a row.
+    fn routes(&self, routing: &Routing, tokens: usize, width: usize) -> Result<Self::Routes, KernelError>;
+
     /// Uploads a vector.
     fn load_vector(&self, values: &[f32]) -> Result<Self::Vector, KernelError>;
 
@@ -63,9 +78,17 @@ pub trait MemoryUse {
     /// Bytes that [`Backend::load_linear`] will keep of a matrix `[rows, cols]` without a bias. Fails if the scheme has no such shape.
     fn linear_bytes(&self, scheme: &Scheme, rows: usize, cols: usize) -> Result<usize, KernelError>;
 
-    /// Bytes of scratch memory that [`Backend::encoder`] makes for these limits. What a thread needs for one tile of attention, some
-    /// kilobytes, is not counted.
+    /// Bytes of scratch memory that [`Backend::encoder`] makes for these limits. What a thread needs for one tile of attention, less than
+    /// a megabyte, is not counted.
     fn encoder_bytes(&self, limits: &StepLimits) -> usize;
+
+    /// Bytes that [`Backend::load_router`] will keep of a router of rows `hidden` wide.
+    fn router_bytes(&self, routing: &Routing, hidden: usize) -> usize {
+        routing.experts.saturating_mul(hidden + 2).saturating_mul(size_of::<f32>())
+    }
+
+    /// Bytes of memory that [`Backend::routes`] makes.
+    fn routes_bytes(&self, routing: &Routing, tokens: usize, width: usize) -> usize;
 
     /// KV blocks that [`Backend::kv_cache`] can make at most, however much memory there is. The host's memory has no such limit.
     fn most_kv_blocks(&self, _layout: &KvLayout, _kv_type: KvType) -> usize {
@@ -124,6 +147,38 @@ pub struct PartHeader {
     pub bias: Option<Vec<f32>>,
 }
 
+/// A router as a checkpoint has it.
+#[derive(Debug, Clone, Copy)]
+pub struct RouterWeights<'a> {
+    /// How experts are chosen by its logits.
+    pub routing: Routing,
+    /// `[E, hidden]`.
+    pub weight: &'a [f32],
+    /// Added to logits, `[E]`.
+    pub bias: Option<&'a [f32]>,
+    /// Added to scores where experts are chosen, `[E]`.
+    pub correction: Option<&'a [f32]>,
+}
+
+impl RouterWeights<'_> {
+    /// Checks that it routes, and gives the width of its rows.
+    pub(crate) fn check(&self) -> Result<usize, KernelError> {
+        self.routing.check()?;
+        let experts = self.routing.experts;
+        let of_experts = |values: Option<&[f32]>| values.is_none_or(|values| values.len() == experts);
+        if !self.weight.len().is_multiple_of(experts) || !of_experts(self.bias) || !of_experts(self.correction) {
+            let found = [Some(self.weight), self.bias, self.correction].map(|values| values.map_or(0, <[f32]>::len));
+            let problem = format!("a router of {experts} experts has {found:?} weights, biases and corrections");
+            return Err(KernelError::Device(problem));
+        }
+        let all = [Some(self.weight), self.bias, self.correction].into_iter().flatten().flatten();
+        match all.into_iter().find(|value| !value.is_finite()) {
+            Some(value) => Err(KernelError::Device(format!("a router must be finite, found {value}"))),
+            None => Ok(self.weight.len() / experts),
+        }
+    }
+}
+
 /// Checks the parts of a fused linear, each by itself and against the others, and gives their common number of columns.
 pub(crate) fn check_parts(parts: &[LinearPart<'_>]) -> Result<usize, KernelError> {
     let Some(first) = parts.first().map(|part| part.weight.cols) else {
@@ -165,13 +220,43 @@ pub enum Input<'a, B: Backend> {
     },
 }
 
-/// The gate's non-linearity in a gated MLP.
+/// How a gate and what it gates are joined in a gated MLP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
-    /// x · sigmoid(x).
+    /// gate · sigmoid(gate) · up.
     Silu,
-    /// GELU, tanh approximation.
+    /// GELU(gate) · up, tanh approximation.
     GeluTanh,
+    /// The clamped SwiGLU of gpt-oss: g · sigmoid(1.702 · g) · (u + 1), g = min(gate, 7), u = up within ±7.
+    ClampedSwiglu,
+}
+
+impl Activation {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Silu, Self::GeluTanh, Self::ClampedSwiglu];
+    /// Where [`Activation::ClampedSwiglu`] clamps.
+    pub const SWIGLU_LIMIT: f32 = 7.0;
+    /// Its factor inside the sigmoid.
+    pub const SWIGLU_ALPHA: f32 = 1.702;
+}
+
+/// Which dimensions of a head are rotated together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum RopeLayout {
+    /// Dimension i with i + rotary / 2.
+    #[default]
+    HalfSplit,
+    /// Dimension 2i with 2i + 1.
+    Interleaved,
+}
+
+/// Where attention finds values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Values {
+    /// Cached beside keys, as wide as they are.
+    Cached,
+    /// They are so many first values of keys: latent attention, whose layer of the cache has a `value_dim` of 0 and one head.
+    OfKeys(usize),
 }
 
 /// The sizes of one layer's attention.
@@ -181,12 +266,57 @@ pub struct AttentionShape {
     pub heads: usize,
     /// Key and value heads; `heads` is a multiple of it.
     pub kv_heads: usize,
-    /// Width of a head.
+    /// Width of a query or key head.
     pub head_dim: usize,
+    /// Where values are, and how wide.
+    pub values: Values,
     /// Factor on the scores, usually `head_dim^-½`.
     pub scale: f32,
     /// A query at position p sees keys at positions > p − window; all of them if `None`.
     pub window: Option<usize>,
+    /// Which dimensions are rotated together.
+    pub rope: RopeLayout,
+}
+
+impl AttentionShape {
+    /// Width of a value head, and of what attention gives of a head.
+    pub fn value_dim(&self) -> usize {
+        match self.values {
+            Values::Cached => self.head_dim,
+            Values::OfKeys(dim) => dim,
+        }
+    }
+
+    /// Width of the rows whose first values are the queries: with keys and values behind them where those are cached, since they come from one linear.
+    pub(crate) fn row_width(&self) -> usize {
+        match self.values {
+            Values::Cached => (self.heads + 2 * self.kv_heads) * self.head_dim,
+            Values::OfKeys(_) => self.heads * self.head_dim,
+        }
+    }
+}
+
+/// The sizes of one layer's latent attention (DeepSeek-V2, section 2.1): keys and values of all heads are made of one latent vector, and share one
+/// rotated part of the keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LatentShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Width of a head's part that is not rotated.
+    pub nope_dim: usize,
+    /// Width of the rotated part.
+    pub rope_dim: usize,
+    /// Width of the latent vector, `kv_lora_rank`.
+    pub rank: usize,
+    /// Which dimensions are rotated together.
+    pub rope: RopeLayout,
+}
+
+impl LatentShape {
+    /// Width of a cached key: the latent vector and the rotated part.
+    pub fn key_dim(&self) -> usize {
+        self.rank + self.rope_dim
+    }
 }
 
 /// RMS norms over each head of Q and K, before rotary embedding.
@@ -246,12 +376,33 @@ pub trait Encoder<B: Backend> {
     /// `out += x · Wᵀ + bias`: a projection back into the residual stream.
     fn linear_add(&mut self, x: &B::Buffer, linear: &B::Linear, out: &mut B::Buffer);
 
-    /// `gate_up` has two parts of equal N: `out = activation(x · Gᵀ) ⊙ (x · Uᵀ)`, width N.
+    /// `gate_up` has two parts of equal N: `out = activation(x · Gᵀ, x · Uᵀ)`, width N.
     fn linear_gated(&mut self, x: Input<'_, B>, gate_up: &B::Linear, activation: Activation, out: &mut B::Buffer);
 
-    /// Prepares attention: on rows `[q heads | k heads | v heads]` normalises each Q and K head if asked, rotates Q and K in the half-split
-    /// layout (dimension i with i + rotary/2, `rotary` = width of `angles`, even; the rest passes through), leaves Q in
-    /// place, and writes K and V of each token to its slot in the layer's cache.
+    /// Chooses the experts of each row of `x` by the logits `x · Wᵀ + bias`, which are summed in f32, and sorts rows by expert.
+    fn route(&mut self, x: Input<'_, B>, router: &B::Router, routes: &mut B::Routes);
+
+    /// [`Encoder::linear_gated`] of each row by each of its experts: `gate_up` has a linear of two parts for each expert. `out` gets `T · slots` rows, those of
+    /// the first expert first, of one expert in the order of tokens: as [`Encoder::expert_combine`] reads them. An expert's weights are read once.
+    fn expert_gated(
+        &mut self,
+        x: Input<'_, B>,
+        routes: &B::Routes,
+        gate_up: &B::LinearGroup,
+        activation: Activation,
+        out: &mut B::Buffer,
+    );
+
+    /// `out[t] += Σ weight · (x[row of t and expert] · Wᵀ + bias)` over the experts of token t; `down` has a linear of one part for each expert.
+    fn expert_combine(&mut self, x: &B::Buffer, routes: &B::Routes, down: &B::LinearGroup, out: &mut B::Buffer);
+
+    /// A linear for each head: rows of `x` and of `out` are divided into as many stretches as `heads` has linears of one part, `[N, K]`, and the first N
+    /// values of each stretch of `out` become the product of the first K values of that of `x`. What follows them stays as it is.
+    fn head_linear(&mut self, x: &B::Buffer, heads: &B::LinearGroup, out: &mut B::Buffer);
+
+    /// Prepares attention: on rows `[q heads | k heads | v heads]` normalises each Q and K head if asked, rotates Q and K in the shape's
+    /// layout (`rotary` = width of `angles` first dimensions, even; the rest passes through), leaves Q in
+    /// place, and writes K and V of each token to its slot in the layer's cache. The shape's values are cached.
     fn rope_store_kv(
         &mut self,
         qkv: &mut B::Buffer,
@@ -262,8 +413,26 @@ pub trait Encoder<B: Backend> {
         layer: usize,
     );
 
-    /// Causal attention of each token's Q (in `qkv`) over its sequence's cached keys up to its own position.
-    /// `out` is `[T, heads · head_dim]`. `sinks`, if the model has them, are a score of each head, `[heads]`, that joins the softmax's
+    /// Prepares latent attention. Of rows `[latent | rotated part]` of `kv`, `[T, rank + rope_dim]`, the latent vector is normalised (RMS, `norm`, `eps`) and the
+    /// rotated part rotated; both are written as the key of each token to its slot in the layer's cache, which has one head and no values. Of rows
+    /// `[heads, nope | rope]` of `q` the rotated parts are rotated, and written behind the first `rank` values of each head of `queries`,
+    /// `[T, heads, rank + rope_dim]`: those are [`Encoder::head_linear`]'s to fill.
+    #[expect(clippy::too_many_arguments, reason = "what is prepared, how, and where it goes")]
+    fn latent_store_kv(
+        &mut self,
+        q: &B::Buffer,
+        kv: &B::Buffer,
+        shape: &LatentShape,
+        norm: &B::Vector,
+        eps: f32,
+        angles: &B::Buffer,
+        cache: &mut B::KvCache,
+        layer: usize,
+        queries: &mut B::Buffer,
+    );
+
+    /// Causal attention of each token's Q (the first values of a row of `qkv`; nothing else is in it where values are [`Values::OfKeys`]) over its sequence's cached
+    /// keys up to its own position. `out` is `[T, heads · value_dim]`. `sinks`, if the model has them, are a score of each head, `[heads]`, that joins the softmax's
     /// denominator and nothing else (Xiao et al. 2023; learnt, as in gpt-oss).
     fn attention(
         &mut self,
@@ -291,6 +460,12 @@ pub trait Encoder<B: Backend> {
 
     /// Copies KV blocks `(from, to)` in every layer (copy on write), one pair after the other.
     fn copy_kv_blocks(&mut self, kv: &mut B::KvCache, pairs: &[(u32, u32)]);
+
+    /// Runs whatever is recorded and reads the routes of the last [`Encoder::route`] that wrote them; vectors are resized.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn read_routes(&mut self, routes: &B::Routes, out: &mut HostRoutes) -> Result<(), KernelError>;
 
     /// Starts whatever is recorded, without waiting for it.
     ///

@@ -25,7 +25,7 @@ pub(crate) struct KvRow<'a> {
     pub(crate) codes: &'a [u8],
     /// One for each group.
     pub(crate) scales: &'a [f16],
-    /// Values of a group.
+    /// Values of a group, at least one.
     pub(crate) group: usize,
 }
 
@@ -45,7 +45,7 @@ impl KvCodes {
         let per_byte = 8 / element.bits() as usize;
         codes.fill(0);
         let scales = &mut self.scales[row * scales..][..scales];
-        let group = group.min(self.dim);
+        let group = group.min(self.dim).max(1);
         for (g, (values, scale)) in values.chunks(group).zip(scales).enumerate() {
             // A product, which devices round alike.
             *scale = f16::from_f32(magnitude(values) * (1.0 / largest));
@@ -65,7 +65,7 @@ impl KvCodes {
             dim: self.dim,
             codes: &self.codes[row * bytes..][..bytes],
             scales: &self.scales[row * scales..][..scales],
-            group: self.code.group.min(self.dim),
+            group: self.code.group.min(self.dim).max(1),
         }
     }
 
@@ -132,6 +132,17 @@ mod tests {
                     assert!((found - value).abs() <= least * 1.00001, "{kv_type:?}: {value} became {found}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn rows_may_be_empty() {
+        for code in KvType::ALL.into_iter().filter_map(KvType::code) {
+            let mut codes = KvCodes::new(code, 4, 0, "test").unwrap();
+            codes.store(3, &[]);
+            codes.load(3, &mut []);
+            codes.copy_blocks(4, 2, &[(1, 0)]);
+            assert_eq!((codes.row(3).codes.len(), codes.row(3).scales.len()), (0, 0));
         }
     }
 

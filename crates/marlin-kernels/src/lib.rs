@@ -14,6 +14,7 @@ mod error;
 mod host;
 mod kv;
 mod kv_codes;
+mod routing;
 mod sampling;
 mod step;
 
@@ -23,11 +24,12 @@ pub mod gpu;
 pub mod reference;
 
 pub use backend::{
-    Activation, AttentionShape, Backend, DeviceInfo, Encoder, Input, LinearPart, MemoryUse, PartHeader, QkNorm,
-    StepLimits,
+    Activation, AttentionShape, Backend, DeviceInfo, Encoder, Input, LatentShape, LinearPart, MemoryUse, PartHeader,
+    QkNorm, RopeLayout, RouterWeights, StepLimits, Values,
 };
 pub use error::{BeyondBinding, KernelError};
 pub use host::{HostBuffer, HostKvCache};
 pub use kv::{KvLayer, KvLayout, KvType};
+pub use routing::{HostRoutes, RouterLoad, RouterScore, Routing};
 pub use sampling::{SampleRow, SamplingId, TokenCount};
 pub use step::{Step, StepError};

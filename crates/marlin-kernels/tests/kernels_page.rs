@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use marlin_kernels::conformance::{HEAD_DIMS, schemes};
+use marlin_kernels::conformance::{HEAD_DIMS, LATENT_DIMS, schemes};
 use marlin_kernels::gpu::{GpuArithmetic, GpuCaps, MatrixSize, kernels};
 
 #[test]
@@ -27,7 +27,7 @@ fn each_kernel_has_a_row_and_each_row_a_kernel() {
     let mut found = BTreeSet::new();
     for caps in devices {
         for arithmetic in [GpuArithmetic::Exact, GpuArithmetic::Half] {
-            let kernels = kernels(&caps, arithmetic, &schemes, &HEAD_DIMS).expect("kernels that compile");
+            let kernels = kernels(&caps, arithmetic, &schemes, &HEAD_DIMS, &LATENT_DIMS).expect("kernels that compile");
             found.extend(kernels.iter().map(|kernel| kernel.name().to_owned()));
         }
     }

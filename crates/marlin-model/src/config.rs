@@ -7,35 +7,38 @@ use serde_json::Value;
 
 use crate::ConfigError;
 
-/// A size from 1 to `MAX`. The limit is far above any model, and low enough that products of two sizes never overflow.
+/// A size from `MIN` to `MAX`. The limit is far above any model, and low enough that products of two sizes never overflow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "Value")]
-pub(crate) struct Size<const MAX: i64 = { 1 << 24 }>(usize);
+pub(crate) struct Size<const MAX: i64 = { 1 << 24 }, const MIN: i64 = 1>(usize);
 
-impl<const MAX: i64> Size<MAX> {
+/// How many there are of something of which there may be none.
+pub(crate) type Count = Size<4096, 0>;
+
+impl<const MAX: i64, const MIN: i64> Size<MAX, MIN> {
     pub(crate) fn get(self) -> usize {
         self.0
     }
 }
 
-impl<const MAX: i64> TryFrom<i64> for Size<MAX> {
+impl<const MAX: i64, const MIN: i64> TryFrom<i64> for Size<MAX, MIN> {
     type Error = String;
 
     fn try_from(value: i64) -> Result<Self, String> {
         match usize::try_from(value) {
-            Ok(size) if (1..=MAX).contains(&value) => Ok(Self(size)),
-            _ => Err(format!("must be a whole number from 1 to {MAX}, found {value}")),
+            Ok(size) if (MIN..=MAX).contains(&value) => Ok(Self(size)),
+            _ => Err(format!("must be a whole number from {MIN} to {MAX}, found {value}")),
         }
     }
 }
 
 /// As it stands in config.json.
-impl<const MAX: i64> TryFrom<Value> for Size<MAX> {
+impl<const MAX: i64, const MIN: i64> TryFrom<Value> for Size<MAX, MIN> {
     type Error = String;
 
     fn try_from(value: Value) -> Result<Self, String> {
         let size = value.as_i64().and_then(|size| Self::try_from(size).ok());
-        size.ok_or_else(|| format!("must be a whole number from 1 to {MAX}, found {value}"))
+        size.ok_or_else(|| format!("must be a whole number from {MIN} to {MAX}, found {value}"))
     }
 }
 

@@ -1,6 +1,6 @@
 //! A loaded model, whatever its family and device.
 
-use marlin_kernels::{DeviceInfo, KvLayout, KvType, SampleRow, SamplingId};
+use marlin_kernels::{DeviceInfo, KvLayout, KvType, RouterLoad, SampleRow, SamplingId};
 
 use crate::{KvPool, ModelError, StepBatch};
 
@@ -33,6 +33,20 @@ pub trait LanguageModel: Send {
 
     /// Waits for one of the last two samplings and reads its tokens, one for each of its rows.
     fn sampled(&mut self, sampling: SamplingId, tokens: &mut [u32]) -> Result<(), ModelError>;
+
+    /// Where tokens went in each layer with experts since the model was loaded with [`LoadOptions::measure_routing`]; empty otherwise.
+    fn routing(&self) -> &[LayerRouting] {
+        &[]
+    }
+}
+
+/// The load of a layer's experts.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerRouting {
+    /// Index of the layer.
+    pub layer: usize,
+    /// What its router did.
+    pub load: RouterLoad,
 }
 
 /// Sizes and names of a loaded model.
@@ -75,10 +89,19 @@ pub struct LoadOptions {
     pub kv_blocks: Option<usize>,
     /// Number format of the KV cache.
     pub kv_type: KvType,
+    /// Read where tokens go after each layer with experts ([`LanguageModel::routing`]), for which a device that works by itself waits.
+    pub measure_routing: bool,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { context: None, step_tokens: 512, logit_rows: 64, kv_blocks: None, kv_type: KvType::F16 }
+        Self {
+            context: None,
+            step_tokens: 512,
+            logit_rows: 64,
+            kv_blocks: None,
+            kv_type: KvType::F16,
+            measure_routing: false,
+        }
     }
 }

@@ -20,5 +20,5 @@ pub use decoder::load_model;
 pub use error::{ConfigError, ModelError};
 pub use families::supported_architectures;
 pub use kv::{KvPool, KvSequence};
-pub use language_model::{LanguageModel, LoadOptions, ModelInfo};
-pub use plan::{MemoryPlan, ModelShape, Planner, format_size};
+pub use language_model::{LanguageModel, LayerRouting, LoadOptions, ModelInfo};
+pub use plan::{ExpertShape, MemoryPlan, ModelShape, Planner, format_size};

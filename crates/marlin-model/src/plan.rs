@@ -8,10 +8,10 @@ use std::fmt;
 
 use marlin_checkpoint::{Checkpoint, TensorInfo};
 use marlin_format::Scheme;
-use marlin_kernels::{KvLayout, KvType, MemoryUse};
+use marlin_kernels::{KernelError, KvLayout, KvType, MemoryUse};
 
-use crate::decoder::{Sizes, angle_shapes, kv_blocks, workspace_shapes};
-use crate::spec::DecoderSpec;
+use crate::decoder::{Sizes, angle_shapes, expert_bytes, expert_row_width, kv_b_bytes, kv_blocks, workspace_shapes};
+use crate::spec::{AttentionSpec, DecoderSpec, layer_of};
 use crate::{LoadOptions, ModelError, families};
 
 /// Allowance for code, stacks, the allocator and what a request needs.
@@ -39,18 +39,37 @@ pub struct ModelShape {
     pub hidden: usize,
     /// Width inside the MLP.
     pub intermediate: usize,
+    /// Experts, in models that have any.
+    pub experts: Option<ExpertShape>,
     /// Query heads.
     pub heads: usize,
-    /// Key and value heads.
+    /// Key and value heads, as they are cached: one in latent attention.
     pub kv_heads: usize,
-    /// Width of a head.
+    /// Width of a key head, as it is cached.
     pub head_dim: usize,
+    /// In latent attention, the width of the latent vector that keys and values are made of: the first values of a cached key.
+    pub kv_rank: Option<usize>,
     /// Rows of the embedding.
     pub vocabulary: usize,
     /// The longest context, in tokens.
     pub context: usize,
     /// The output head is the embedding.
     pub tied: bool,
+}
+
+/// The sizes of a mixture of experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertShape {
+    /// Decoder layers that have them.
+    pub layers: usize,
+    /// Routed experts of a layer.
+    pub routed: usize,
+    /// Routed experts that a token goes to.
+    pub top_k: usize,
+    /// Width inside a routed expert.
+    pub width: usize,
+    /// Width inside all shared experts together; 0 if there are none.
+    pub shared_width: usize,
 }
 
 /// Memory, in bytes, of a model loaded with certain [`LoadOptions`].
@@ -160,14 +179,28 @@ impl<'a> Planner<'a> {
 
     /// The model's sizes.
     pub fn shape(&self) -> ModelShape {
-        let (spec, attention) = (&self.spec, &self.spec.attention);
+        let spec = &self.spec;
+        let (heads, kv_rank) = match &spec.attention {
+            AttentionSpec::Grouped(attention) => (attention.heads, None),
+            AttentionSpec::Latent(attention) => (attention.heads, Some(attention.rank)),
+        };
+        let experts = spec.experts.as_ref().map(|experts| ExpertShape {
+            layers: spec.layers.iter().filter(|layer| layer.has_experts).count(),
+            routed: experts.routing.experts,
+            top_k: experts.routing.top_k,
+            width: experts.width,
+            shared_width: experts.beside.map_or(experts.routing.shared * experts.width, |mlp| mlp.intermediate_size),
+        });
+        let cached = &self.kv_layout.layers[0];
         ModelShape {
             layers: spec.layers.len(),
             hidden: spec.hidden_size,
             intermediate: spec.mlp.intermediate_size,
-            heads: attention.heads,
-            kv_heads: attention.kv_heads,
-            head_dim: attention.head_dim,
+            experts,
+            heads,
+            kv_heads: cached.heads,
+            head_dim: cached.key_dim,
+            kv_rank,
             vocabulary: spec.vocab_size,
             context: spec.max_position_embeddings,
             tied: spec.tie_word_embeddings,
@@ -211,6 +244,10 @@ impl<'a> Planner<'a> {
         let buffer = |(rows, width): (usize, usize)| (rows as u64).saturating_mul(width as u64).saturating_mul(4);
         let [buffers @ .., logits] = workspace_shapes(&self.spec, options.step_tokens, sizes.logit_rows);
         let scratch = self.device.encoder_bytes(&sizes.step_limits(&self.spec, options.step_tokens)) as u64;
+        let routes = self.spec.experts.map_or(0, |experts| {
+            let width = expert_row_width(self.spec.hidden_size, experts.width);
+            self.device.routes_bytes(&experts.routing, options.step_tokens, width) as u64
+        });
         Ok(MemoryPlan {
             context: sizes.context,
             model_context: self.spec.max_position_embeddings,
@@ -220,7 +257,7 @@ impl<'a> Planner<'a> {
                 .into_iter()
                 .chain(angle_shapes(&self.spec, options.step_tokens))
                 .map(buffer)
-                .fold(scratch, u64::saturating_add),
+                .fold(scratch.saturating_add(routes), u64::saturating_add),
             logits: buffer(logits),
             program: self.program,
             block_tokens: self.kv_layout.block_tokens,
@@ -243,20 +280,28 @@ impl<'a> Planner<'a> {
     /// # Errors
     /// The scheme has no such shape.
     pub fn matrix_bytes(&self, name: &str, rows: usize, cols: usize, scheme: &Scheme) -> Result<u64, ModelError> {
-        let bytes = self.device.linear_bytes(scheme, rows, cols).map_err(|source| ModelError::Weight {
-            model: self.checkpoint.name().to_owned(),
-            tensor: name.to_owned(),
-            source,
-        })?;
-        Ok(bytes as u64)
+        let bytes = match &self.spec.attention {
+            AttentionSpec::Latent(attention) if name.ends_with(".self_attn.kv_b_proj.weight") => {
+                kv_b_bytes(self.device, scheme, attention)
+            }
+            _ => self.device.linear_bytes(scheme, rows, cols),
+        };
+        bytes.map(|bytes| bytes as u64).map_err(|source| self.weight_error(name, source))
+    }
+
+    fn weight_error(&self, name: &str, source: KernelError) -> ModelError {
+        ModelError::Weight { model: self.checkpoint.name().to_owned(), tensor: name.to_owned(), source }
     }
 
     /// Whether the model is made of this tensor: a checkpoint may hold towers and prediction layers besides. A tied model's own head
     /// counts, since only its values tell whether it is loaded.
     pub fn is_loaded(&self, name: &str) -> bool {
-        match name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) {
-            Some((layer, _)) => layer.parse().is_ok_and(|layer: usize| layer < self.spec.layers.len()),
-            None => name.starts_with("model.") || name.starts_with("lm_head."),
+        match layer_of(name) {
+            Some(layer) => layer < self.spec.layers.len(),
+            None => {
+                let is_decoder = name.starts_with("model.") && !name.starts_with("model.layers.");
+                is_decoder || name.starts_with("lm_head.")
+            }
         }
     }
 
@@ -264,6 +309,10 @@ impl<'a> Planner<'a> {
         let mut sum = 0u64;
         for name in self.checkpoint.tensor_names().filter(|name| self.is_loaded(name)) {
             let Some(info) = self.checkpoint.info(name) else { continue };
+            if let Some(bytes) = expert_bytes(self.device, &self.spec, name, &info) {
+                sum = sum.saturating_add(bytes.map_err(|source| self.weight_error(name, source))? as u64);
+                continue;
+            }
             sum = sum.saturating_add(match (info.shape.as_slice(), scheme(name, &info).or(info.scheme())) {
                 (&[rows, cols], Some(scheme)) => self.matrix_bytes(name, rows, cols, &scheme)?,
                 // Vectors become f32.

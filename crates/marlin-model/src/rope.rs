@@ -20,6 +20,8 @@ pub(crate) struct Rope {
     pub(crate) inv_freq: Vec<f32>,
     /// 1 but for YaRN.
     pub(crate) scaling: f32,
+    /// Factor on the scores of latent attention: 1 but for YaRN with `mscale_all_dim`.
+    pub(crate) score_scale: f64,
 }
 
 /// The fields of config.json that speak of rope, in the spelling of `transformers` 5 (`rope_parameters`) and in the older one
@@ -75,36 +77,31 @@ impl Rope {
         head_dim: usize,
         max_position_embeddings: usize,
     ) -> Result<Self, ConfigError> {
-        let Resolved { theta, partial, scaling } = fields.resolve(max_position_embeddings)?;
-        if partial != 1.0 {
-            let problem = format!("this family rotates whole heads (1.0), found {partial}");
+        let resolved = fields.resolve(max_position_embeddings)?;
+        if resolved.partial != 1.0 {
+            let problem = format!("this family rotates whole heads (1.0), found {}", resolved.partial);
             return Err(ConfigError::new("partial_rotary_factor", problem));
         }
-        let base = inverse_frequencies(theta as f32, head_dim);
-        let inv_freq = match scaling {
-            Scaling::Default {} => base,
-            Scaling::Linear { factor } => base.into_iter().map(|f| f / factor.get() as f32).collect(),
-            Scaling::Yarn(_) if theta <= 1.0 => {
-                return Err(ConfigError::new("rope_theta", format!("must be above 1 for yarn, found {theta}")));
-            }
-            Scaling::Yarn(yarn) => {
-                return Ok(Self { inv_freq: yarn.stretch(theta, head_dim), scaling: yarn.attention_factor() });
-            }
-            Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
-                let (factor, low, high) = (factor.get(), low_freq_factor.get(), high_freq_factor.get());
-                if high <= low {
-                    let problem = format!("must be above low_freq_factor = {low}, found {high}");
-                    return Err(ConfigError::new("rope_parameters.high_freq_factor", problem));
-                }
-                let context = original_max_position_embeddings.get() as f32;
-                base.into_iter().map(|f| llama3(f, factor as f32, low as f32, high as f32, context)).collect()
-            }
-        };
-        Ok(Self { inv_freq, scaling: 1.0 })
+        resolved.rope(head_dim)
     }
 
-    /// Rotary embedding of the first part of a head, `partial_rotary_factor` of it, for a family that has no scaling but
-    /// `longrope`. That one is refused: its frequencies change with the length of the text, and keys that are cached
+    /// Rotary embedding of the first part of a head, `partial_rotary_factor` of it.
+    pub(crate) fn partial(
+        fields: RopeFields,
+        head_dim: usize,
+        max_position_embeddings: usize,
+    ) -> Result<Self, ConfigError> {
+        let resolved = fields.resolve(max_position_embeddings)?;
+        let rotary = (head_dim as f64 * resolved.partial) as usize;
+        if !(1..=head_dim).contains(&rotary) {
+            let partial = resolved.partial;
+            let problem = format!("must leave from 1 to head_dim = {head_dim} dimensions to rotate, found {partial}");
+            return Err(ConfigError::new("partial_rotary_factor", problem));
+        }
+        resolved.rope(rotary)
+    }
+
+    /// [`Rope::partial`] for a family that has no scaling but `longrope`. That one is refused: its frequencies change with the length of the text, and keys that are cached
     /// already would have to change with them.
     pub(crate) fn unscaled(
         fields: RopeFields,
@@ -119,13 +116,36 @@ impl Rope {
                 return Err(ConfigError::new(format!("{name}.rope_type"), problem));
             }
         }
-        let Resolved { theta, partial, .. } = fields.resolve(max_position_embeddings)?;
-        let rotary = (head_dim as f64 * partial) as usize;
-        if !(1..=head_dim).contains(&rotary) {
-            let problem = format!("must leave from 1 to head_dim = {head_dim} dimensions to rotate, found {partial}");
-            return Err(ConfigError::new("partial_rotary_factor", problem));
-        }
-        Ok(Self { inv_freq: inverse_frequencies(theta as f32, rotary), scaling: 1.0 })
+        Self::partial(fields, head_dim, max_position_embeddings)
+    }
+}
+
+impl Resolved {
+    /// Frequencies of `dim` dimensions.
+    fn rope(self, dim: usize) -> Result<Rope, ConfigError> {
+        let Self { theta, scaling, .. } = self;
+        let base = inverse_frequencies(theta as f32, dim);
+        let inv_freq = match scaling {
+            Scaling::Default {} => base,
+            Scaling::Linear { factor } => base.into_iter().map(|f| f / factor.get() as f32).collect(),
+            Scaling::Yarn(_) if theta <= 1.0 => {
+                return Err(ConfigError::new("rope_theta", format!("must be above 1 for yarn, found {theta}")));
+            }
+            Scaling::Yarn(yarn) => {
+                let (scaling, score_scale) = (yarn.attention_factor(), yarn.score_scale());
+                return Ok(Rope { inv_freq: yarn.stretch(theta, dim), scaling, score_scale });
+            }
+            Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+                let (factor, low, high) = (factor.get(), low_freq_factor.get(), high_freq_factor.get());
+                if high <= low {
+                    let problem = format!("must be above low_freq_factor = {low}, found {high}");
+                    return Err(ConfigError::new("rope_parameters.high_freq_factor", problem));
+                }
+                let context = original_max_position_embeddings.get() as f32;
+                base.into_iter().map(|f| llama3(f, factor as f32, low as f32, high as f32, context)).collect()
+            }
+        };
+        Ok(Rope { inv_freq, scaling: 1.0, score_scale: 1.0 })
     }
 }
 
@@ -157,13 +177,21 @@ impl Yarn {
 
     /// The factor on cosines and sines, which sharpens attention over a longer context.
     fn attention_factor(&self) -> f32 {
-        let factor = self.factor.get();
-        let scale = |mscale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 };
         let inferred = match (self.mscale, self.mscale_all_dim) {
-            (Some(mscale), Some(all_dim)) => scale(mscale.get()) / scale(all_dim.get()),
-            _ => scale(1.0),
+            (Some(mscale), Some(all_dim)) => self.magnitude(mscale.get()) / self.magnitude(all_dim.get()),
+            _ => self.magnitude(1.0),
         };
         self.attention_factor.map_or(inferred, Positive::get) as f32
+    }
+
+    /// What `mscale_all_dim` comes to on both sides of a product of query and key.
+    fn score_scale(&self) -> f64 {
+        self.mscale_all_dim.map_or(1.0, |all_dim| self.magnitude(all_dim.get()).powi(2))
+    }
+
+    fn magnitude(&self, mscale: f64) -> f64 {
+        let factor = self.factor.get();
+        if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
     }
 }
 
@@ -190,7 +218,9 @@ impl RopeFields {
             (Some(scaling), _) => ("rope_scaling", scaling),
             (None, parameters) => ("rope_parameters", parameters.unwrap_or_default()),
         };
-        parameters.retain(|_, value| !value.is_null());
+        // An mscale of 0 counts as none.
+        let is_off = |key: &str, value: &Value| key.starts_with("mscale") && value.as_f64() == Some(0.0);
+        parameters.retain(|key, value| !value.is_null() && !is_off(key, value));
         let in_parameters = |mut error: ConfigError| {
             error.field = if error.field.is_empty() { name.into() } else { format!("{name}.{}", error.field) };
             error
@@ -322,6 +352,14 @@ mod tests {
         assert!(unscaled(json!({"rope_type": null, "type": "yarn", "factor": 2.0})).is_err());
         let longrope = unscaled(json!({"rope_type": "longrope", "short_factor": [1.0]})).unwrap_err().to_string();
         assert!(longrope.contains("longrope is not supported"), "{longrope}");
+    }
+
+    #[test]
+    fn a_part_of_a_head_is_stretched() {
+        let parameters = json!({"rope_type": "linear", "factor": 4, "rope_theta": 16, "partial_rotary_factor": 0.5});
+        let fields = || RopeFields { rope_parameters: map(parameters.clone()), ..Default::default() };
+        assert_near(&Rope::partial(fields(), 8, 64).unwrap().inv_freq, &[0.25, 0.0625]);
+        assert_eq!(Rope::new(fields(), 8, 64).unwrap_err().field, "partial_rotary_factor");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! A decoder in the terms of its shared blocks: what a family makes of its config.
 
-use marlin_kernels::{Activation, AttentionShape, KvLayer, KvLayout};
+use marlin_kernels::{Activation, AttentionShape, KvLayer, KvLayout, LatentShape, RopeLayout, Routing, Values};
 
 use crate::ConfigError;
 use crate::config::Size;
@@ -18,28 +18,31 @@ pub(crate) struct DecoderSpec {
     pub(crate) hidden_size: usize,
     /// The longest context.
     pub(crate) max_position_embeddings: usize,
-    /// Epsilon of every norm.
+    /// Epsilon of every norm, but for those inside latent attention.
     pub(crate) rms_norm_eps: f32,
     /// What is added to the weights of every norm as they are stored.
     pub(crate) norm_offset: f32,
-    /// What attention and MLP give is normalised before it is added to the residual stream.
-    pub(crate) block_output_norms: bool,
+    /// The norms of a layer.
+    pub(crate) norms: BlockNorms,
     /// Factor on embeddings.
     pub(crate) embedding_scale: f32,
     /// Logits are squeezed into ± this.
     pub(crate) logit_cap: Option<f32>,
     /// The head is the embedding, transposed.
     pub(crate) tie_word_embeddings: bool,
-    /// Q, K and V are stored as one tensor, and so are gate and up.
-    pub(crate) is_fused: bool,
     /// Kinds of rotary embedding.
     pub(crate) ropes: Vec<Rope>,
     /// Attention, but for what differs from layer to layer.
     pub(crate) attention: AttentionSpec,
-    /// The feed-forward block of every layer.
+    /// The feed-forward block of layers without experts.
     pub(crate) mlp: MlpSpec,
+    /// The feed-forward block of layers with experts.
+    pub(crate) experts: Option<ExpertsSpec>,
     /// What differs from layer to layer.
     pub(crate) layers: Vec<LayerSpec>,
+    /// Layers that a checkpoint may hold behind the decoder's, numbered on, which predict further tokens (multi-token prediction, DeepSeek-V3,
+    /// section 2.2). They are for speculation: the decoder itself does not load them.
+    pub(crate) prediction_layers: usize,
 }
 
 /// What one layer has of its own.
@@ -49,11 +52,34 @@ pub(crate) struct LayerSpec {
     pub(crate) window: Option<usize>,
     /// Index into [`DecoderSpec::ropes`].
     pub(crate) rope: usize,
+    /// Its feed-forward block is [`DecoderSpec::experts`], not [`DecoderSpec::mlp`].
+    pub(crate) has_experts: bool,
+}
+
+/// Names of a layer's norms. The one before attention is `input_layernorm` everywhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct BlockNorms {
+    /// Before the feed-forward block.
+    pub(crate) mlp: &'static str,
+    /// Of what attention and the MLP give, before it is added to the residual stream; most families have none. Families with experts have none.
+    pub(crate) outputs: Option<[&'static str; 2]>,
+}
+
+impl BlockNorms {
+    /// Before blocks only.
+    pub(crate) const BEFORE: Self = Self { mlp: "post_attention_layernorm", outputs: None };
+}
+
+/// The attention of a model.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum AttentionSpec {
+    Grouped(GroupedSpec),
+    Latent(LatentSpec),
 }
 
 /// Attention with grouped queries.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct AttentionSpec {
+pub(crate) struct GroupedSpec {
     /// Query heads.
     pub(crate) heads: usize,
     /// Key and value heads.
@@ -62,12 +88,41 @@ pub(crate) struct AttentionSpec {
     pub(crate) head_dim: usize,
     /// Factor on the scores.
     pub(crate) scale: f32,
+    /// Which dimensions are rotated together.
+    pub(crate) rope: RopeLayout,
+    /// `q_proj`, `k_proj` and `v_proj` are stored as one tensor, `qkv_proj`.
+    pub(crate) is_fused: bool,
     /// `q_proj`, `k_proj` and `v_proj` have biases.
     pub(crate) qkv_bias: bool,
     /// `o_proj` has a bias.
     pub(crate) o_bias: bool,
     /// Q and K heads are normalised before rotary embedding.
     pub(crate) qk_norm: bool,
+    /// Heads have a score, `sinks`, that joins the softmax's denominator.
+    pub(crate) sinks: bool,
+}
+
+/// Multi-head latent attention (DeepSeek-V2, section 2.1).
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LatentSpec {
+    /// Query heads.
+    pub(crate) heads: usize,
+    /// Width of a head's part of queries and keys that is not rotated.
+    pub(crate) nope_dim: usize,
+    /// Width of the rotated part.
+    pub(crate) rope_dim: usize,
+    /// Width of a value head.
+    pub(crate) value_dim: usize,
+    /// Width of the latent vector that keys and values are made of.
+    pub(crate) rank: usize,
+    /// Width of the latent vector that queries are made of, if they are made of one.
+    pub(crate) q_rank: Option<usize>,
+    /// Factor on the scores.
+    pub(crate) scale: f32,
+    /// Which dimensions are rotated together.
+    pub(crate) rope: RopeLayout,
+    /// `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj` have biases.
+    pub(crate) bias: bool,
 }
 
 /// A gated MLP: `down(act(gate(x)) ⊙ up(x))`.
@@ -77,12 +132,42 @@ pub(crate) struct MlpSpec {
     pub(crate) intermediate_size: usize,
     /// The gate's non-linearity.
     pub(crate) activation: Activation,
+    /// `gate_proj` and `up_proj` are stored as one tensor, `gate_up_proj`.
+    pub(crate) is_fused: bool,
     /// `gate_proj`, `up_proj` and `down_proj` have biases.
     pub(crate) bias: bool,
 }
 
-impl AttentionSpec {
-    /// Checks that heads can be grouped and rotated.
+/// A mixture of gated MLPs, the experts.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ExpertsSpec {
+    /// How a token's experts are chosen, and the shared experts that are among them.
+    pub(crate) routing: Routing,
+    /// Width inside an expert.
+    pub(crate) width: usize,
+    /// Their gates' non-linearity.
+    pub(crate) activation: Activation,
+    /// Shared experts that are wider than the others: an MLP beside them.
+    pub(crate) beside: Option<MlpSpec>,
+    /// Corrections are added to scores where experts are chosen.
+    pub(crate) correction: bool,
+    /// How they are stored.
+    pub(crate) storage: ExpertStorage,
+}
+
+/// How checkpoints of a family store experts and their router.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ExpertStorage {
+    /// `mlp.experts.N.gate_proj` and so on, or `mlp.experts.gate_up_proj` `[E, 2 · width, hidden]` and `mlp.experts.down_proj`.
+    Usual,
+    /// `block_sparse_moe.experts.N.w1` (gate), `w3` (up) and `w2` (down), or fused as usual.
+    Mixtral,
+    /// All experts in one tensor, gate and up in turn, with biases: in MXFP4, or transposed in plain floats. The router has a bias.
+    GptOss,
+}
+
+impl GroupedSpec {
+    /// Llama's attention, from which a family goes on. Checks that heads can be grouped and rotated.
     pub(crate) fn new(heads: Size, kv_heads: Size, head_dim: usize) -> Result<Self, ConfigError> {
         let (heads, kv_heads) = (heads.get(), kv_heads.get());
         if !heads.is_multiple_of(kv_heads) {
@@ -93,8 +178,18 @@ impl AttentionSpec {
             let problem = format!("must be even for rotary embedding, found {head_dim}");
             return Err(ConfigError::new("head_dim", problem));
         }
-        let scale = (head_dim as f64).powf(-0.5) as f32;
-        Ok(Self { heads, kv_heads, head_dim, scale, qkv_bias: false, o_bias: false, qk_norm: false })
+        Ok(Self {
+            heads,
+            kv_heads,
+            head_dim,
+            scale: (head_dim as f64).powf(-0.5) as f32,
+            rope: RopeLayout::HalfSplit,
+            is_fused: false,
+            qkv_bias: false,
+            o_bias: false,
+            qk_norm: false,
+            sinks: false,
+        })
     }
 
     /// The kernels' view of it.
@@ -103,8 +198,10 @@ impl AttentionSpec {
             heads: self.heads,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
+            values: Values::Cached,
             scale: self.scale,
             window,
+            rope: self.rope,
         }
     }
 
@@ -119,21 +216,72 @@ impl AttentionSpec {
     }
 }
 
+impl LatentSpec {
+    /// The kernels' view of what comes before attention.
+    pub(crate) fn latent_shape(&self) -> LatentShape {
+        let Self { heads, nope_dim, rope_dim, rank, rope, .. } = *self;
+        LatentShape { heads, nope_dim, rope_dim, rank, rope }
+    }
+
+    /// The kernels' view of attention: of all heads over one, whose values are the latent vectors.
+    pub(crate) fn shape(&self, window: Option<usize>) -> AttentionShape {
+        AttentionShape {
+            heads: self.heads,
+            kv_heads: 1,
+            head_dim: self.latent_shape().key_dim(),
+            values: Values::OfKeys(self.rank),
+            scale: self.scale,
+            window,
+            rope: self.rope,
+        }
+    }
+
+    /// Width of all query heads.
+    pub(crate) fn q_width(&self) -> usize {
+        self.heads * (self.nope_dim + self.rope_dim)
+    }
+
+    /// Width of all query heads when they have been brought into the space of latent vectors.
+    pub(crate) fn latent_q_width(&self) -> usize {
+        self.heads * self.latent_shape().key_dim()
+    }
+
+    /// Width of all value heads.
+    pub(crate) fn v_width(&self) -> usize {
+        self.heads * self.value_dim
+    }
+}
+
 impl DecoderSpec {
     /// How the KV cache is laid out.
     pub(crate) fn kv_layout(&self) -> KvLayout {
-        let AttentionSpec { kv_heads, head_dim, .. } = self.attention;
-        let layer = |layer: &LayerSpec| KvLayer {
-            heads: kv_heads,
-            key_dim: head_dim,
-            value_dim: head_dim,
-            window: layer.window,
+        let (heads, key_dim, value_dim) = match self.attention {
+            AttentionSpec::Grouped(spec) => (spec.kv_heads, spec.head_dim, spec.head_dim),
+            AttentionSpec::Latent(spec) => (1, spec.latent_shape().key_dim(), 0),
         };
+        let layer = |layer: &LayerSpec| KvLayer { heads, key_dim, value_dim, window: layer.window };
         KvLayout { block_tokens: BLOCK_TOKENS, layers: self.layers.iter().map(layer).collect() }
     }
 
-    /// The widest input of any linear.
+    /// The widest rows that any linear multiplies.
     pub(crate) fn widest_input(&self) -> usize {
-        self.hidden_size.max(self.attention.q_width()).max(self.mlp.intermediate_size)
+        let attention = match self.attention {
+            AttentionSpec::Grouped(spec) => spec.q_width(),
+            AttentionSpec::Latent(spec) => spec.q_width().max(spec.heads * spec.rank).max(spec.v_width()),
+        };
+        let experts =
+            self.experts.map_or(0, |experts| experts.width.max(experts.beside.map_or(0, |mlp| mlp.intermediate_size)));
+        self.hidden_size.max(attention).max(self.mlp.intermediate_size).max(experts)
     }
+
+    /// Whether a tensor belongs to a layer that predicts further tokens.
+    pub(crate) fn is_of_prediction(&self, tensor: &str) -> bool {
+        let layers = self.layers.len();
+        layer_of(tensor).is_some_and(|layer| (layers..layers + self.prediction_layers).contains(&layer))
+    }
+}
+
+/// The layer that a tensor belongs to by its name, if it belongs to one.
+pub(crate) fn layer_of(tensor: &str) -> Option<usize> {
+    tensor.strip_prefix("model.layers.")?.split_once('.')?.0.parse().ok()
 }

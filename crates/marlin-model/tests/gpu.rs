@@ -3,11 +3,12 @@
 
 mod common;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use common::{
-    Device, Golden, assert_parity, each_packed_model, golden, goldens, gpu_trials, options, packed, packed_in,
-    same_bits, schemes, sparse_schemes, top_two,
+    Device, Golden, assert_parity, assert_parity_of_most, each_packed_model, golden, goldens, gpu_trials, options,
+    packed, packed_in, same_bits, schemes, sparse_schemes, top_two,
 };
 use libtest_mimic::{Arguments, Trial};
 use marlin_checkpoint::Checkpoint;
@@ -20,8 +21,8 @@ use marlin_model::{LoadOptions, Planner, load_model};
 const EXACT_BOUND: f32 = 1e-5;
 /// With keys, values, activations, scales and, of few rows, sums of 32 products rounded to half precision: the largest error seen is 6.5e-3.
 const HALF_BOUND: f32 = 1e-2;
-/// Its heads have 10 dimensions, like those of no trained model.
-const ODD_HEADS: &str = "llama-mha-untied";
+/// Their heads have 10 dimensions, like those of no trained model.
+const ODD_HEADS: [&str; 2] = ["llama-mha-untied", "mixtral-window-fused-sharded"];
 
 fn main() -> ExitCode {
     let mut trials = Vec::new();
@@ -68,7 +69,7 @@ fn trials_of(options: GpuOptions, tests: &[Test]) -> Vec<Trial> {
 fn logits(gpu: &'static GpuBackend, kv_type: KvType, bound: f32) {
     for folder in goldens() {
         let loaded = Device::Gpu(gpu).load(&folder, &options(kv_type));
-        if folder.ends_with(ODD_HEADS) {
+        if ODD_HEADS.iter().any(|name| folder.ends_with(name)) {
             let error = loaded.map(|_| ()).unwrap_err().to_string();
             assert!(error.contains("multiples of 8, found 10"), "{error}");
             continue;
@@ -78,9 +79,19 @@ fn logits(gpu: &'static GpuBackend, kv_type: KvType, bound: f32) {
         // As a prompt, and as tokens that are decoded.
         for chunk in [golden.input_ids.len(), 1] {
             let logits = model.logits_of(&golden.input_ids, chunk);
-            assert_parity(&format!("{}, {chunk} at a time", folder.display()), &logits, &golden, bound);
+            let what = format!("{}, {chunk} at a time", folder.display());
+            // In half precision a token between two experts may go to the other one, which those after it see.
+            if bound == HALF_BOUND && has_experts(&folder) {
+                assert_parity_of_most(&what, &logits, &golden, bound);
+            } else {
+                assert_parity(&what, &logits, &golden, bound);
+            }
         }
     }
+}
+
+fn has_experts(folder: &Path) -> bool {
+    Checkpoint::open(folder).unwrap().tensor_names().any(|name| name.contains(".experts."))
 }
 
 fn packed_models(gpu: &'static GpuBackend, bound: f32) {

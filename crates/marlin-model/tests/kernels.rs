@@ -45,7 +45,8 @@ fn every_kernel_of_a_step_is_in_the_registry() {
                 model.kv().release(sequence);
             }
         }
-        let listed = gpu::kernels(&GpuCaps::apple(), arithmetic, &named, &HEAD_DIMS).expect("kernels that compile");
+        let listed =
+            gpu::kernels(&GpuCaps::apple(), arithmetic, &named, &HEAD_DIMS, &[]).expect("kernels that compile");
         let listed: HashSet<&str> = listed.iter().map(KernelVariant::source).collect();
         let compiled = backend.compiled();
         let tile = match arithmetic {

@@ -3,8 +3,10 @@
 mod common;
 
 use common::{
-    Device, Golden, argmax, assert_parity, each_packed_model, golden, goldens, l2_error, options, same_bits, top_two,
+    Device, Golden, argmax, assert_parity, each_packed_model, golden, goldens, l2_error, options, packed, packed_in,
+    same_bits, schemes, sparse_schemes, top_two,
 };
+use marlin_format::{Element, Format, Grouping, ScaleKind, Scheme};
 use marlin_kernels::KvType;
 use marlin_kernels::cpu::Arithmetic;
 
@@ -18,7 +20,9 @@ const INT8_BOUND: f64 = 0.05;
 #[test]
 fn goldens_cover_all_families() {
     let names: Vec<_> = goldens().iter().map(|f| f.file_name().unwrap().to_str().unwrap().to_owned()).collect();
-    for family in ["llama-", "qwen3-", "qwen2-", "mistral-", "phi3-", "gemma3-"] {
+    let dense = ["llama-", "qwen3-", "qwen2-", "mistral-", "phi3-", "gemma3-", "glm4-"];
+    let sparse = ["mixtral-", "qwen3moe-", "glm4moe-", "glm4moelite-", "deepseekv3-", "gptoss-"];
+    for family in dense.into_iter().chain(sparse) {
         assert!(names.iter().filter(|name| name.starts_with(family)).count() >= 3, "{family}: {names:?}");
     }
 }
@@ -47,6 +51,31 @@ fn packed_models_agree_on_all_devices() {
         let error = l2_error(&logits(Device::cpu(Arithmetic::Int8, 1, None)), &wanted.logits);
         assert!(error < INT8_BOUND, "{what}: relative L2 error {error}");
     });
+}
+
+/// Packed experts are what their codes decode to; of latent attention the key rows are rounded to half precision, and value rows too where
+/// heads begin within tiles of scales.
+#[test]
+fn packed_experts_and_latents_are_what_they_decode_to() {
+    let tiles = Scheme::scaled(Element::E4M3, Grouping::Block { rows: 8, cols: 8 }, ScaleKind::F32);
+    let mut all = schemes([Format::Int4, Format::Fp8, Format::Nvfp4]);
+    all.extend([tiles, sparse_schemes()[0]]);
+    for (name, bound) in [("mixtral-top2", None), ("qwen3moe-top3-norm", None), ("glm4moelite-shared-mtp", Some(2e-3))]
+    {
+        let input_ids = Golden::read(&golden(name)).input_ids;
+        for schemes in all.iter().map(|&scheme| vec![scheme]).chain([all.clone()]) {
+            let codes = packed(&golden(name), &schemes);
+            let decoded = packed(&packed_in(&codes), &[Scheme::F32]);
+            let [found, wanted] = [codes, decoded].map(|model| {
+                Device::Reference.load(&packed_in(&model), &options(KvType::F32)).unwrap().logits_of(&input_ids, 40)
+            });
+            let error = l2_error(&found, &wanted);
+            match bound {
+                None => assert!(same_bits(&found, &wanted), "{name} in {schemes:?}: {error}"),
+                Some(bound) => assert!((1e-9..bound).contains(&error), "{name} in {schemes:?}: {error}"),
+            }
+        }
+    }
 }
 
 #[test]

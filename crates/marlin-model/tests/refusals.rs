@@ -63,7 +63,13 @@ fn every_size_must_be_there_and_sane() {
         "num_attention_heads",
         "max_position_embeddings",
     ] {
-        for name in ["llama-gqa2-llama3-tied", "qwen3-gqa2-tied", "phi3-mha-window", "gemma3-mha-bias"] {
+        for name in [
+            "llama-gqa2-llama3-tied",
+            "qwen3-gqa2-tied",
+            "phi3-mha-window",
+            "gemma3-mha-bias",
+            "glm4moelite-shared-mtp",
+        ] {
             let missing = refusal(name, |config| {
                 config.shift_remove(field).unwrap();
             });
@@ -172,17 +178,129 @@ fn tensors_must_match_the_config() {
     assert_says(&halves, &["model.layers.0.mlp.gate_up_proj.weight", "178"]);
 }
 
-#[test]
-fn a_missing_tensor_is_named() {
-    let source = golden("qwen3-gqa2-tied");
+/// The error of a golden in one file whose tensors were edited: name and bytes in, whether to keep it out.
+fn refusal_of_tensors(name: &str, edit: impl Fn(&str, &mut Vec<u8>) -> bool) -> String {
+    let source = golden(name);
     let bytes = std::fs::read(source.join("model.safetensors")).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
-    for missing in ["model.embed_tokens.weight", "model.layers.1.self_attn.k_norm.weight", "model.norm.weight"] {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::copy(source.join("config.json"), folder.path().join("config.json")).unwrap();
-        let kept = tensors.tensors().into_iter().filter(|(name, _)| name != missing);
-        safetensors::serialize_to_file(kept, None, &folder.path().join("model.safetensors")).unwrap();
-        assert_says(&load_error(folder.path(), &options(KvType::F16)), &[missing]);
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::copy(source.join("config.json"), folder.path().join("config.json")).unwrap();
+    let mut kept = Vec::new();
+    for (tensor, view) in tensors.tensors() {
+        let mut bytes = view.data().to_vec();
+        if edit(&tensor, &mut bytes) {
+            kept.push((tensor, view.dtype(), view.shape().to_vec(), bytes));
+        }
+    }
+    let views = kept.iter().map(|(tensor, dtype, shape, bytes)| {
+        (tensor.clone(), safetensors::tensor::TensorView::new(*dtype, shape.clone(), bytes).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, &folder.path().join("model.safetensors")).unwrap();
+    load_error(folder.path(), &options(KvType::F16))
+}
+
+#[test]
+fn a_missing_tensor_is_named() {
+    for (name, missing) in [
+        ("qwen3-gqa2-tied", "model.embed_tokens.weight"),
+        ("qwen3-gqa2-tied", "model.layers.1.self_attn.k_norm.weight"),
+        ("qwen3-gqa2-tied", "model.norm.weight"),
+        ("qwen3moe-top3-norm", "model.layers.0.mlp.experts.5.down_proj.weight"),
+        ("qwen3moe-top3-norm", "model.layers.1.mlp.gate.weight"),
+        ("qwen3moe-window-yarn-fused", "model.layers.1.mlp.experts.down_proj"),
+        ("mixtral-top2", "model.layers.1.block_sparse_moe.experts.3.w3.weight"),
+        ("mixtral-top2", "model.layers.0.block_sparse_moe.gate.weight"),
+        ("glm4moelite-shared-mtp", "model.layers.1.mlp.gate.e_score_correction_bias"),
+        ("glm4moelite-shared-mtp", "model.layers.1.mlp.shared_experts.up_proj.weight"),
+        ("glm4moelite-shared-mtp", "model.layers.0.self_attn.kv_b_proj.weight"),
+        ("gptoss-mxfp4", "model.layers.0.mlp.experts.down_proj_scales"),
+        ("gptoss-mxfp4", "model.layers.1.mlp.experts.gate_up_proj_bias"),
+        ("gptoss-mxfp4", "model.layers.1.self_attn.sinks"),
+    ] {
+        assert_says(&refusal_of_tensors(name, |tensor, _| tensor != missing), &[missing]);
+    }
+}
+
+/// A router's NaN would send every token to the first experts.
+#[test]
+fn a_router_must_be_finite() {
+    let with_nan = |name: &str, damaged: &str, value: &[u8]| {
+        refusal_of_tensors(name, |tensor, bytes| {
+            if tensor == damaged {
+                bytes[value.len()..2 * value.len()].copy_from_slice(value);
+            }
+            true
+        })
+    };
+    let (bf16, f32) = (&[0xc0, 0x7f][..], &f32::NAN.to_le_bytes()[..]);
+    let router = "model.layers.1.mlp.gate.weight";
+    assert_says(&with_nan("qwen3moe-top3-norm", router, bf16), &[router, "a router must be finite", "NaN"]);
+    let correction = "model.layers.1.mlp.gate.e_score_correction_bias";
+    assert_says(&with_nan("glm4moelite-shared-mtp", correction, f32), &[correction, "NaN", "index 1"]);
+    let bias = "model.layers.0.mlp.experts.down_proj_bias";
+    assert_says(&with_nan("gptoss-mxfp4", bias, bf16), &[bias, "NaN", "index 1"]);
+    let scales = "model.layers.0.mlp.experts.down_proj";
+    assert_says(&with_nan("gptoss-mxfp4", &format!("{scales}_scales"), &[0xff]), &[scales, "scales", "NaN"]);
+}
+
+#[test]
+fn a_token_must_find_its_experts() {
+    let refusals = [
+        ("qwen3moe-top3-norm", "num_experts_per_tok", json!(9), "at most num_experts = 8, found 9"),
+        ("mixtral-top2", "num_experts_per_tok", json!(5), "at most num_local_experts = 4, found 5"),
+        ("mixtral-top2", "num_experts_per_tok", json!(0), "from 1 to"),
+        ("gptoss-mxfp4", "num_experts_per_tok", json!(5), "at most num_local_experts = 4, found 5"),
+        ("glm4moelite-groups-direct", "n_group", json!(5), "divide n_routed_experts = 12"),
+        ("glm4moelite-groups-direct", "topk_group", json!(5), "at most n_group = 4, found 5"),
+        ("glm4moelite-groups-direct", "num_experts_per_tok", json!(7), "the 6 of n_routed_experts = 12"),
+        ("glm4moe-groups-sharded", "n_group", json!(4), "divide n_routed_experts = 6"),
+        ("deepseekv3-groups-yarn", "scoring_func", json!("softmax"), "must be sigmoid"),
+        ("deepseekv3-groups-yarn", "topk_method", json!("greedy"), "must be noaux_tc"),
+        ("glm4moelite-groups-direct", "mlp_layer_types", json!(["sparse"]), "num_hidden_layers = 3 entries, found 1"),
+        ("glm4moelite-groups-direct", "mlp_layer_types", json!(["sparse", "thick", "dense"]), "`thick`"),
+        ("gptoss-mxfp4", "swiglu_limit", json!(6.0), "must be 7"),
+    ];
+    for (name, field, value, problem) in refusals {
+        assert_says(&refusal(name, with(field, value)), &["config.json", field, problem]);
+    }
+    let wider = refusal("qwen3moe-top3-norm", with("moe_intermediate_size", json!(17)));
+    assert_says(&wider, &["model.layers.0.mlp.experts.0.gate_proj.weight", "[17, 32]"]);
+    let stacked = refusal("qwen3moe-window-yarn-fused", with("moe_intermediate_size", json!(9)));
+    assert_says(&stacked, &["model.layers.0.mlp.experts.gate_up_proj", "[6, 18, 32]"]);
+    let packed = refusal("gptoss-mxfp4", with("intermediate_size", json!(64)));
+    assert_says(&packed, &["model.layers.0.mlp.experts.gate_up_proj_blocks", "[4, 128, 2, 16]"]);
+    let fewer = refusal("qwen3moe-top3-norm", with("num_experts", json!(7)));
+    assert_says(&fewer, &["model.layers.0.mlp.gate.weight", "[7, 32]"]);
+}
+
+#[test]
+fn latent_attention_must_fit_together() {
+    let name = "glm4moelite-shared-mtp";
+    let grouped = refusal(name, with("num_key_value_heads", json!(2)));
+    assert_says(&grouped, &["num_key_value_heads", "num_attention_heads = 4", "found 2"]);
+    assert_says(&refusal(name, with("qk_rope_head_dim", json!(7))), &["qk_rope_head_dim", "even", "7"]);
+    assert_says(&refusal(name, with("kv_lora_rank", json!(0))), &["kv_lora_rank", "from 1 to"]);
+    let ranks = refusal(name, with("kv_lora_rank", json!(16)));
+    assert_says(&ranks, &["model.layers.0.self_attn.kv_a_proj_with_mqa.weight", "[24, 32]"]);
+    let direct = refusal(name, with("q_lora_rank", json!(null)));
+    assert_says(&direct, &["model.layers.0.self_attn.q_proj.weight"]);
+    let unsaid = refusal(name, |config| {
+        config.shift_remove("q_lora_rank").unwrap();
+    });
+    assert_says(&unsaid, &["missing field `q_lora_rank`"]);
+}
+
+/// Layers that predict further tokens are there for speculation, as many as config.json says.
+#[test]
+fn prediction_layers_are_counted() {
+    let name = "glm4moelite-shared-mtp";
+    let none = refusal(name, with("num_nextn_predict_layers", json!(0)));
+    assert_says(&none, &["does not use", "model.layers.2."]);
+    for absurd in [json!(-1), json!(4097), json!("one")] {
+        assert_says(
+            &refusal(name, with("num_nextn_predict_layers", absurd)),
+            &["num_nextn_predict_layers", "from 0 to"],
+        );
     }
 }
 

@@ -47,6 +47,30 @@ fn prefill_in_chunks_equals_one_prefill() {
     });
 }
 
+/// Experts, latent attention, and sinks with a window, whichever tokens share a step with a token, and after a fork.
+#[test]
+fn the_reference_cuts_steps_of_experts_and_latents_alike() {
+    for name in ["mixtral-top2", "glm4moelite-shared-mtp", "deepseekv3-direct-shared3", "gptoss-mxfp4"] {
+        let folder = golden(name);
+        let tokens = Golden::read(&folder).input_ids;
+        let mut model = Device::Reference.load(&folder, &options(KvType::F16)).unwrap();
+        let whole = model.logits_of(&tokens, tokens.len());
+        for chunk in [1, 7, 33] {
+            assert!(same_bits(&model.logits_of(&tokens, chunk), &whole), "{name} in chunks of {chunk}");
+        }
+        let of_prompt = 21 * model.model.info().vocabulary;
+        let mut original = model.sequence();
+        model.extend(&mut original, &tokens[..21]);
+        let mut fork = model.fork(&original);
+        model.extend(&mut fork, &[1, 2, 3]);
+        model.truncate(&mut fork, 21);
+        let mut both = model.step(&mut [(&mut fork, &tokens[21..]), (&mut original, &tokens[21..])]);
+        assert!(same_bits(&both.remove(0), &whole[of_prompt..]) && same_bits(&both.remove(0), &whole[of_prompt..]));
+        model.release(original);
+        model.release(fork);
+    }
+}
+
 #[test]
 fn verification_rolls_back() {
     on_cpus(|model, tokens| {

@@ -1,7 +1,6 @@
-//! tiny-qwen3, a model with trained weights, against `transformers`; and a GPU against the reference.
+//! tiny-qwen3 and tiny-glm4-moe, models with trained weights, against `transformers`; and a GPU against the reference.
 //!
-//! The environment variable `METAL_MARLIN_MODELS` names the folder that holds `tiny-qwen3`; without it these tests are
-//! reported as ignored.
+//! The environment variable `METAL_MARLIN_MODELS` names the folder that holds them; without it these tests are reported as ignored.
 
 mod common;
 
@@ -17,45 +16,64 @@ use marlin_kernels::gpu::{GpuArithmetic, GpuOptions};
 use marlin_model::LoadOptions;
 use serde_json::Value;
 
-const OPTIONS: LoadOptions =
-    LoadOptions { context: Some(128), step_tokens: 32, logit_rows: 32, kv_blocks: None, kv_type: KvType::F32 };
+const OPTIONS: LoadOptions = LoadOptions {
+    context: Some(128),
+    step_tokens: 32,
+    logit_rows: 32,
+    kv_blocks: None,
+    kv_type: KvType::F32,
+    measure_routing: false,
+};
+
+/// Grouped queries and dense MLPs.
+const DENSE: &str = "tiny-qwen3";
+/// Latent attention and experts.
+const SPARSE: &str = "tiny-glm4-moe";
 
 /// What to run, on which device.
 type Test = fn(&Path, Device);
 
-fn main() {
-    let folder = std::env::var_os("METAL_MARLIN_MODELS").map(|models| PathBuf::from(models).join("tiny-qwen3"));
-    let trial = |name: &str, test: Test, device: Device| {
-        let folder = folder.clone();
-        let is_ignored = folder.is_none();
-        let run = move || {
-            let folder = folder.ok_or("METAL_MARLIN_MODELS is not set: it names the folder that holds tiny-qwen3")?;
-            test(&folder, device);
-            Ok::<(), Failed>(())
-        };
-        Trial::test(format!("tiny_qwen3::{name}"), run).with_ignored_flag(is_ignored)
+/// A test of a model in the folder that holds them.
+fn trial(model: &'static str, name: &str, test: Test, device: Device) -> Trial {
+    let models = std::env::var_os("METAL_MARLIN_MODELS");
+    let is_ignored = models.is_none();
+    let run = move || {
+        let models =
+            models.ok_or_else(|| format!("METAL_MARLIN_MODELS is not set: it names the folder that holds {model}"))?;
+        test(&PathBuf::from(models).join(model), device);
+        Ok::<(), Failed>(())
     };
+    Trial::test(format!("{}::{name}", model.replace('-', "_")), run).with_ignored_flag(is_ignored)
+}
+
+fn main() {
     let cpu = Device::cpu(Arithmetic::Exact, 2, None);
-    // The reference is too slow to generate.
+    // The reference is too slow to generate with the larger one.
     let mut trials = vec![
-        trial("logits_on_the_reference", logits, Device::Reference),
-        trial("logits_on_the_cpu", logits, cpu),
-        trial("greedy_continuations_on_the_cpu", greedy, cpu),
+        trial(DENSE, "logits_on_the_reference", logits, Device::Reference),
+        trial(DENSE, "logits_on_the_cpu", logits, cpu),
+        trial(DENSE, "greedy_continuations_on_the_cpu", greedy, cpu),
+        trial(SPARSE, "logits_on_the_reference", logits, Device::Reference),
+        trial(SPARSE, "logits_on_the_cpu", logits, cpu),
+        trial(SPARSE, "greedy_continuations_on_the_cpu", greedy, cpu),
     ];
     for arithmetic in [GpuArithmetic::Exact, GpuArithmetic::Half] {
         for checked in [false, true] {
             let options = GpuOptions { arithmetic, checked, ..GpuOptions::default() };
             trials.extend(gpu_trials(options, |gpu, label| {
                 let device = Device::Gpu(gpu);
-                let mut trials = vec![trial(&format!("distributions/{label}"), distributions, device)];
-                // In half precision a token that is nearly as likely may be chosen, with which another text begins.
-                if arithmetic == GpuArithmetic::Exact {
-                    trials.push(trial(&format!("logits/{label}"), logits, device));
-                }
-                if arithmetic == GpuArithmetic::Exact && !checked {
-                    trials.push(trial(&format!("greedy_continuations/{label}"), greedy, device));
-                }
-                trials
+                let of_model = |&model: &&'static str| {
+                    let mut trials = vec![trial(model, &format!("distributions/{label}"), distributions, device)];
+                    // In half precision a token that is nearly as likely may be chosen, with which another text begins.
+                    if arithmetic == GpuArithmetic::Exact {
+                        trials.push(trial(model, &format!("logits/{label}"), logits, device));
+                    }
+                    if arithmetic == GpuArithmetic::Exact && !checked {
+                        trials.push(trial(model, &format!("greedy_continuations/{label}"), greedy, device));
+                    }
+                    trials
+                };
+                [DENSE, SPARSE].iter().flat_map(of_model).collect()
             }));
         }
     }
@@ -69,8 +87,8 @@ const DECODED: usize = 64;
 
 /// The reference's logits of a text, and its tokens, one more.
 fn of_reference(folder: &Path) -> &'static (Golden, u32) {
-    static REFERENCE: OnceLock<(Golden, u32)> = OnceLock::new();
-    REFERENCE.get_or_init(|| {
+    static REFERENCES: [OnceLock<(Golden, u32)>; 2] = [OnceLock::new(), OnceLock::new()];
+    REFERENCES[usize::from(folder.ends_with(SPARSE))].get_or_init(|| {
         let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../data/text/validation.txt");
         let text: String = std::fs::read_to_string(text).unwrap().chars().take(4096).collect();
         let tokenizer = Checkpoint::open(folder).unwrap().tokenizer().unwrap();
@@ -134,7 +152,7 @@ fn log_softmax(logits: &[f32]) -> Vec<f64> {
 fn logits(folder: &Path, device: Device) {
     let golden = Golden::read(folder);
     let logits = device.load(folder, &OPTIONS).unwrap().logits_of(&golden.input_ids, 32);
-    assert_parity("tiny-qwen3", &logits, &golden, 1e-4);
+    assert_parity(&folder.display().to_string(), &logits, &golden, 1e-4);
 }
 
 /// The greedy continuations, up to a token that is as good as theirs.

@@ -86,6 +86,32 @@ pub enum QuantizeError {
         /// Why.
         source: FormatError,
     },
+    /// A dense model where experts are asked for.
+    #[error("a {architecture} has no experts; cold experts can be told of mixtures of experts only")]
+    NoExperts {
+        /// What it is.
+        architecture: String,
+    },
+    /// A mixture of experts lacks a matrix.
+    #[error(
+        "{model} lacks the tensor `{tensor}` of an expert; the download may be incomplete, fetch the missing files"
+    )]
+    MissingExpert {
+        /// The source.
+        model: String,
+        /// The tensor.
+        tensor: String,
+    },
+    /// Experts of a type that is not quantised.
+    #[error("{model}: tensor `{tensor}` has the type {found}; experts to quantise are BF16, F16 or F32")]
+    ExpertType {
+        /// The source.
+        model: String,
+        /// The tensor.
+        tensor: String,
+        /// Its type.
+        found: String,
+    },
     /// Windows too short to predict anything.
     #[error("evaluation windows of {context} tokens predict nothing; at least 2 are needed")]
     Context {

@@ -25,17 +25,24 @@ const LADDER: [(Format, u32, f64); 8] = [
 ];
 
 /// What rounding a module's weights to 3 bits costs, in nats a billion weights, as `docs/mixes.md` measures it. Modules that are
-/// several in one cost the mean of these.
-const MODULES: [(&str, f64); 9] = [
+/// several in one cost the mean of these, and those that other families have in their place cost the same.
+const MODULES: [(&str, f64); 16] = [
     ("v_proj", 51.2),
+    ("kv_a_proj_with_mqa", 30.3),
+    ("kv_b_proj", 30.3),
     ("o_proj", 23.6),
     ("qkv_proj", 17.7),
     ("gate_proj", 9.7),
+    ("w1", 9.7),
     ("k_proj", 9.3),
     ("gate_up_proj", 9.0),
     ("up_proj", 8.4),
+    ("w3", 8.4),
     ("down_proj", 7.0),
+    ("w2", 7.0),
     ("q_proj", 5.1),
+    ("q_a_proj", 5.1),
+    ("q_b_proj", 5.1),
 ];
 
 /// What rounding the first and the last layer costs, where a layer between them costs 1.

@@ -9,6 +9,7 @@ mod error_stats;
 mod evaluate;
 mod fit;
 mod footprint;
+mod moe;
 mod quantize;
 mod recipe;
 mod role;
@@ -18,6 +19,10 @@ pub use error_stats::ErrorStats;
 pub use evaluate::{Divergence, LogitSource, ModelLogits, Quality, RecordedLogits, Windows, evaluate};
 pub use fit::{Budget, Fit, fit};
 pub use footprint::Footprint;
+pub use moe::{
+    ColdExperts, ExpertMatrix, ExpertTensors, MoeLayer, cold_experts, expert_matrix, expert_of, find_moe_layers,
+    measure_routing, quantize_moe_experts, replace_moe_layers,
+};
 pub use quantize::{MatrixReport, Progress, QuantizeOptions, Report, quantize, source_fingerprint};
 pub use recipe::{Recipe, embedding_scheme};
-pub use role::{TensorRole, layer_and_kind};
+pub use role::{TensorRole, kind_of, layer_and_kind};

@@ -1,13 +1,16 @@
 //! Quantising a checkpoint matrix by matrix, each weight rounded by itself.
 
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 
 use marlin_checkpoint::{Checkpoint, CheckpointWriter, Dtype, Layout, PlannedTensor, Storage, WriterOptions};
-use marlin_format::{EncodeOptions, Scheme};
+use marlin_format::{EncodeOptions, PackedMatrix, ScaleSearch, Scheme};
 
 use crate::encode_matrix::{encode_matrix, matrix_error};
+use crate::moe::{ExpertMatrix, ExpertTensors, MoeLayer, expert_matrix, find_moe_layers};
 use crate::{ErrorStats, Footprint, QuantizeError, Recipe, TensorRole};
 
 /// What a run may do and how it reports.
@@ -70,15 +73,41 @@ pub struct MatrixReport {
     pub error: ErrorStats,
 }
 
-/// A tensor of the source and what is to become of it.
+/// A tensor of the output, and where it comes from.
 struct Task<'a> {
-    name: &'a str,
+    name: Cow<'a, str>,
     role: TensorRole,
-    shape: Vec<usize>,
+    from: Origin<'a>,
     bytes: u64,
-    /// `None` keeps it.
-    scheme: Option<Scheme>,
+    /// Shape and storage of a matrix that is encoded; `None` keeps the tensor.
+    matrix: Option<([usize; 2], Scheme)>,
     planned: PlannedTensor,
+}
+
+/// Where a tensor of the output comes from.
+#[derive(Clone, Copy)]
+enum Origin<'a> {
+    /// The tensor of the same name.
+    Same,
+    /// A tensor that holds such a matrix of all experts.
+    Expert(&'a MoeLayer, usize, ExpertMatrix),
+}
+
+/// Schemes of matrices by their names, and how they are encoded. All else is kept.
+pub(crate) struct Assignment {
+    pub(crate) schemes: BTreeMap<String, Scheme>,
+    pub(crate) encode: EncodeOptions,
+}
+
+impl Assignment {
+    pub(crate) fn new(encode: EncodeOptions) -> Self {
+        Self { schemes: BTreeMap::new(), encode }
+    }
+
+    /// All that decides what becomes of a given model, beside the layout and the version of the quantisers.
+    fn fingerprint(&self) -> String {
+        format!("{:?}, {:?}", self.encode, self.schemes)
+    }
 }
 
 /// Writes `source` to the folder `out` in the formats of `recipe`, and reports the error of every matrix.
@@ -94,14 +123,42 @@ pub fn quantize(
     source: &Checkpoint,
     out: &Path,
     recipe: &Recipe,
+    options: QuantizeOptions<'_>,
+) -> Result<Report, QuantizeError> {
+    let recipe = in_layout(recipe, options.layout)?;
+    let decides = recipe.fingerprint(options.layout);
+    run(source, out, &|name| recipe.scheme(name, 2), recipe.search, decides, options)
+}
+
+/// [`quantize`] with a scheme for each matrix that is named, and all else kept.
+pub(crate) fn quantize_as(
+    source: &Checkpoint,
+    out: &Path,
+    assignment: &Assignment,
+    options: QuantizeOptions<'_>,
+) -> Result<Report, QuantizeError> {
+    let layout = options.layout;
+    let schemes = assignment.schemes.iter().map(|(name, scheme)| Ok((name.as_str(), layout.scheme(*scheme)?)));
+    let schemes: BTreeMap<&str, Scheme> = schemes.collect::<Result<_, QuantizeError>>()?;
+    let decides = format!("metal-marlin {}, {layout}, {}", env!("CARGO_PKG_VERSION"), assignment.fingerprint());
+    run(source, out, &|name| schemes.get(name).copied(), assignment.encode.search, decides, options)
+}
+
+/// Writes the output; `decides` is all that it depends on beside the source.
+fn run(
+    source: &Checkpoint,
+    out: &Path,
+    scheme: &dyn Fn(&str) -> Option<Scheme>,
+    search: ScaleSearch,
+    decides: String,
     mut options: QuantizeOptions<'_>,
 ) -> Result<Report, QuantizeError> {
     let layout = options.layout;
-    let recipe = &in_layout(recipe, layout)?;
-    let tasks = plan(source, recipe)?;
+    let moe_layers = find_moe_layers(source)?;
+    let tasks = plan(source, &moe_layers, scheme)?;
     refuse_source_as_output(source, out)?;
     let writer_options = WriterOptions {
-        fingerprint: fingerprint(source, recipe, layout)?,
+        fingerprint: format!("source {}, {decides}", source_fingerprint(source)?),
         force: options.force,
         sync_bytes: options.sync_bytes,
         layout,
@@ -111,7 +168,7 @@ pub fn quantize(
     let mut writer =
         CheckpointWriter::create(out, planned, source.config().clone(), source.side_files()?, &writer_options)?;
 
-    let encode = EncodeOptions { search: recipe.search, power_of_two_global: layout.stores_inverse_globals() };
+    let encode = EncodeOptions { search, power_of_two_global: layout.stores_inverse_globals() };
     let resumed = writer.resumed();
     let total = tasks.iter().map(|task| task.bytes).sum();
     let mut done = 0;
@@ -122,9 +179,9 @@ pub fn quantize(
     };
     let mut errors = Vec::with_capacity(tasks.len());
     for task in &tasks {
-        progress(task.name, done);
+        progress(&task.name, done);
         // The error of a matrix that an earlier run wrote is measured when the output can be read.
-        let written = if writer.is_done(task.name) { Ok(None) } else { write(source, task, &encode, &mut writer) };
+        let written = if writer.is_done(&task.name) { Ok(None) } else { write(source, task, &encode, &mut writer) };
         match written {
             Ok(error) => errors.push(error),
             // The same weights would fail again, and the half-written folder would be in the way of other settings.
@@ -161,7 +218,11 @@ fn in_layout(recipe: &Recipe, layout: Layout) -> Result<Recipe, QuantizeError> {
 }
 
 /// Decides about every tensor.
-fn plan<'a>(source: &'a Checkpoint, recipe: &Recipe) -> Result<Vec<Task<'a>>, QuantizeError> {
+fn plan<'a>(
+    source: &'a Checkpoint,
+    moe_layers: &'a [MoeLayer],
+    scheme: &dyn Fn(&str) -> Option<Scheme>,
+) -> Result<Vec<Task<'a>>, QuantizeError> {
     let mut tasks = Vec::new();
     for name in source.tensor_names() {
         let Some(info) = source.info(name) else { continue };
@@ -169,17 +230,61 @@ fn plan<'a>(source: &'a Checkpoint, recipe: &Recipe) -> Result<Vec<Task<'a>>, Qu
             Storage::Plain(dtype) => dtype,
             Storage::Packed(scheme) => return Err(QuantizeError::already_quantized(source, name, scheme)),
         };
+        let of_experts = matrices_of_experts(moe_layers, name, &info.shape, info.bytes, scheme);
+        if !of_experts.is_empty() {
+            tasks.extend(of_experts);
+            continue;
+        }
         let role = TensorRole::of(name, info.shape.len());
-        let (scheme, planned) = match (recipe.scheme(name, info.shape.len()), info.shape.as_slice()) {
-            (Some(scheme), &[rows, cols]) => (Some(scheme), PlannedTensor::matrix(name, rows, cols, scheme)),
+        let (matrix, planned) = match (info.shape.as_slice(), scheme(name)) {
+            (&[rows, cols], Some(scheme)) => {
+                (Some(([rows, cols], scheme)), PlannedTensor::matrix(name, rows, cols, scheme))
+            }
             _ => (None, PlannedTensor::raw(name, dtype, info.shape.clone())),
         };
-        tasks.push(Task { name, role, shape: info.shape, bytes: info.bytes, scheme, planned });
+        tasks.push(Task { name: name.into(), role, from: Origin::Same, bytes: info.bytes, matrix, planned });
     }
     if !tasks.iter().any(|task| task.role == TensorRole::DecoderLinear) {
         return Err(QuantizeError::nothing_to_quantize(source));
     }
     Ok(tasks)
+}
+
+/// What becomes of a tensor that holds matrices of all experts; nothing, if it is none or is kept.
+fn matrices_of_experts<'a>(
+    moe_layers: &'a [MoeLayer],
+    name: &str,
+    shape: &[usize],
+    bytes: u64,
+    scheme: &dyn Fn(&str) -> Option<Scheme>,
+) -> Vec<Task<'a>> {
+    let found = moe_layers.iter().find_map(|layer| match &layer.experts {
+        ExpertTensors::Fused { gate_up, transposed, .. } if gate_up == name => {
+            Some((layer, &[ExpertMatrix::Gate, ExpertMatrix::Up][..], *transposed))
+        }
+        ExpertTensors::Fused { down, transposed, .. } if down == name => {
+            Some((layer, &[ExpertMatrix::Down][..], *transposed))
+        }
+        _ => None,
+    });
+    let (Some((layer, matrices, transposed)), &[experts, first, second]) = (found, shape) else { return Vec::new() };
+    let [rows, cols] = if transposed { [second, first] } else { [first, second] };
+    let rows = rows / matrices.len();
+    let pairs = (0..experts).flat_map(|expert| matrices.iter().map(move |&matrix| (expert, matrix)));
+    let task = |(expert, matrix): (usize, ExpertMatrix)| {
+        let name = layer.expert_name(expert, matrix);
+        let scheme = scheme(&name)?;
+        Some(Task {
+            role: TensorRole::of(&name, 2),
+            from: Origin::Expert(layer, expert, matrix),
+            bytes: bytes / (experts * matrices.len()) as u64,
+            matrix: Some(([rows, cols], scheme)),
+            planned: PlannedTensor::matrix(&name, rows, cols, scheme),
+            name: name.into(),
+        })
+    };
+    // All of them or none: what is kept stays one tensor.
+    pairs.map(task).collect::<Option<_>>().unwrap_or_default()
 }
 
 /// With `force`, the source would be replaced by its own rounding.
@@ -188,11 +293,6 @@ fn refuse_source_as_output(source: &Checkpoint, out: &Path) -> Result<(), Quanti
         (Some(Ok(source)), Ok(out)) if source == out => Err(QuantizeError::OutputIsSource { path: out }),
         _ => Ok(()),
     }
-}
-
-/// Everything the output depends on.
-fn fingerprint(source: &Checkpoint, recipe: &Recipe, layout: Layout) -> Result<String, QuantizeError> {
-    Ok(format!("source {}, {}", source_fingerprint(source)?, recipe.fingerprint(layout)))
 }
 
 /// Tells models apart by config.json and the first bytes of each tensor, which is enough for two trainings of one model.
@@ -220,25 +320,36 @@ fn write(
     encode: &EncodeOptions,
     writer: &mut CheckpointWriter,
 ) -> Result<Option<ErrorStats>, QuantizeError> {
-    let Some(scheme) = task.scheme else {
-        let tensor = source.tensor(task.name)?;
+    let name = &task.name;
+    let Some((_, scheme)) = task.matrix else {
+        let tensor = source.tensor(name)?;
         if let &[len] = tensor.shape
             && matches!(tensor.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32)
         {
             // Refuses what is not finite.
-            source.vector(task.name, len)?;
+            source.vector(name, len)?;
         }
-        writer.write_raw(task.name, tensor.dtype, tensor.shape, tensor.bytes)?;
+        writer.write_raw(name, tensor.dtype, tensor.shape, tensor.bytes)?;
         return Ok(None);
     };
-    let matrix = source.matrix_any(task.name)?;
-    let (encoded, error) = encode_matrix(&matrix, scheme, encode).map_err(|e| encode_error(source, task.name, e))?;
-    writer.write_matrix(task.name, &encoded)?;
+    let matrix = task.source(source)?;
+    let (encoded, error) = encode_matrix(&matrix, scheme, encode).map_err(|e| encode_error(source, name, e))?;
+    writer.write_matrix(name, &encoded)?;
     Ok(Some(error))
 }
 
-fn encode_error(source: &Checkpoint, tensor: &str, error: marlin_format::FormatError) -> QuantizeError {
+pub(crate) fn encode_error(source: &Checkpoint, tensor: &str, error: marlin_format::FormatError) -> QuantizeError {
     QuantizeError::Encode { model: source.name().to_owned(), tensor: tensor.to_owned(), source: error }
+}
+
+impl Task<'_> {
+    /// The matrix before it is encoded.
+    fn source<'a>(&self, source: &'a Checkpoint) -> Result<PackedMatrix<'a>, QuantizeError> {
+        match self.from {
+            Origin::Same => Ok(source.matrix_any(&self.name)?),
+            Origin::Expert(layer, expert, matrix) => expert_matrix(source, layer, expert, matrix),
+        }
+    }
 }
 
 fn report(
@@ -250,17 +361,17 @@ fn report(
 ) -> Result<Report, QuantizeError> {
     let mut matrices = Vec::new();
     for (task, error) in tasks.iter().zip(errors) {
-        let (Some(scheme), &[rows, cols]) = (task.scheme, task.shape.as_slice()) else { continue };
+        let Some((shape, scheme)) = task.matrix else { continue };
         let error = match error {
             Some(error) => error,
-            None => matrix_error(&source.matrix_any(task.name)?, &output.matrix_any(task.name)?),
+            None => matrix_error(&task.source(source)?, &output.matrix_any(&task.name)?),
         };
-        matrices.push(MatrixReport { name: task.name.to_owned(), role: task.role, shape: [rows, cols], scheme, error });
+        matrices.push(MatrixReport { name: task.name.to_string(), role: task.role, shape, scheme, error });
     }
-    let unknown = tasks.iter().filter(|task| task.role == TensorRole::Unknown);
+    let unknown = tasks.iter().filter(|task| task.role == TensorRole::Unknown && task.matrix.is_none());
     Ok(Report {
         matrices,
-        kept: unknown.map(|task| task.name.to_owned()).collect(),
+        kept: unknown.map(|task| task.name.to_string()).collect(),
         resumed,
         before: Footprint::of(source),
         after: Footprint::of(output),

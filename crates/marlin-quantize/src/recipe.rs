@@ -27,7 +27,7 @@ pub fn embedding_scheme(format: Format, grouping: Option<Grouping>) -> Result<Sc
 pub struct Recipe {
     /// Storage of the decoder's linears.
     pub linears: Scheme,
-    /// Decoder linears that are stored otherwise, by the names of their tensors.
+    /// Decoder linears that are stored otherwise, and matrices of unknown kind that are not kept, by the names of their tensors.
     pub exceptions: BTreeMap<String, Scheme>,
     /// Storage of embedding and head; `None` keeps them as they are.
     pub embedding: Option<Scheme>,
@@ -46,7 +46,9 @@ impl Recipe {
         match TensorRole::of(name, rank) {
             TensorRole::DecoderLinear => Some(self.exceptions.get(name).copied().unwrap_or(self.linears)),
             TensorRole::Embedding | TensorRole::Head => self.embedding,
-            TensorRole::Vector | TensorRole::Unknown => None,
+            // Routers among them, which are kept unless they are named.
+            TensorRole::Unknown => self.exceptions.get(name).copied(),
+            TensorRole::Vector => None,
         }
     }
 
@@ -70,12 +72,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn exceptions_are_of_decoder_linears() {
-        let [down, embedding] = ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"];
+    fn exceptions_are_of_the_decoder() {
+        let [down, router, embedding] =
+            ["model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.gate.weight", "model.embed_tokens.weight"];
         let int8 = Format::Int8.scheme(None).unwrap();
         let mut recipe = Recipe::uniform(Format::Fp4.scheme(None).unwrap(), None, ScaleSearch::Mse);
-        recipe.exceptions = [down, embedding].map(|name| (name.to_owned(), int8)).into();
-        assert_eq!(recipe.scheme(down, 2), Some(int8));
+        assert_eq!(recipe.scheme(router, 2), None);
+        recipe.exceptions = [down, router, embedding].map(|name| (name.to_owned(), int8)).into();
+        assert_eq!((recipe.scheme(down, 2), recipe.scheme(router, 2)), (Some(int8), Some(int8)));
         assert_eq!(recipe.scheme("model.layers.0.mlp.down_proj.weight", 2), Some(recipe.linears));
         assert_eq!(recipe.scheme(embedding, 2), None);
         assert_eq!(recipe.scheme("model.norm.weight", 1), None);

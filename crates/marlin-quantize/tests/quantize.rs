@@ -1,6 +1,6 @@
 //! The driver on whole checkpoints.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -233,4 +233,37 @@ fn the_output_is_neither_overwritten_unasked_nor_the_source() {
     let before = contents(&out);
     quantize(&source, &out, &fp4(), force()).unwrap();
     assert_eq!(contents(&out), before);
+}
+
+/// Experts and both halves of latent attention are packed; routers, their corrections and what predicts further tokens are kept.
+#[test]
+fn experts_are_packed_and_routers_are_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let source = Checkpoint::open(&golden("glm4moelite-shared-mtp")).unwrap();
+    quantize(&source, &out, &fp4(), QuantizeOptions::default()).unwrap();
+    let output = Checkpoint::open(&out).unwrap();
+    let names = |model: &Checkpoint| model.tensor_names().map(str::to_owned).collect::<BTreeSet<_>>();
+    assert_eq!(names(&source), names(&output));
+    let is_packed = |name: &str| matches!(output.info(name).unwrap().storage, Storage::Packed(_));
+    for layer in [1, 2] {
+        for name in [
+            "mlp.experts.7.gate_proj.weight",
+            "mlp.experts.0.down_proj.weight",
+            "mlp.shared_experts.up_proj.weight",
+            "self_attn.q_a_proj.weight",
+            "self_attn.kv_a_proj_with_mqa.weight",
+            "self_attn.kv_b_proj.weight",
+        ] {
+            assert!(is_packed(&format!("model.layers.{layer}.{name}")), "{name}");
+        }
+        for name in ["mlp.gate.weight", "mlp.gate.e_score_correction_bias"] {
+            let name = format!("model.layers.{layer}.{name}");
+            assert_eq!(source.tensor(&name).unwrap(), output.tensor(&name).unwrap());
+        }
+    }
+    for name in ["eh_proj.weight", "enorm.weight", "shared_head.head.weight"] {
+        let name = format!("model.layers.2.{name}");
+        assert_eq!(source.tensor(&name).unwrap(), output.tensor(&name).unwrap());
+    }
 }

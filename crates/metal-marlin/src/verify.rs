@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use marlin_format::{Format, Scheme};
-use marlin_kernels::conformance::{self, ErrorFound, HEAD_DIMS, Outcome, Table, schemes};
+use marlin_kernels::conformance::{self, ErrorFound, HEAD_DIMS, LATENT_DIMS, Outcome, Table, schemes};
 use marlin_kernels::gpu::{self, GpuArithmetic, GpuBackend, GpuOptions, KernelVariant};
 use marlin_kernels::{Backend, KernelError};
 use rayon::prelude::*;
@@ -130,7 +130,7 @@ pub fn verify(
             let label = conformance::gpu_label(&options);
             let backend = table.add_gpu(options)?;
             name = backend.info().detail;
-            let kernels = gpu::kernels(backend.caps(), arithmetic, &schemes, &HEAD_DIMS)?;
+            let kernels = gpu::kernels(backend.caps(), arithmetic, &schemes, &HEAD_DIMS, &LATENT_DIMS)?;
             let rows = table.into_rows().filter(|row| selection.has_row(row.name(), &schemes, &all));
             devices.push((label, backend, kernels, rows.collect::<Vec<_>>()));
         }
@@ -335,7 +335,7 @@ pub fn write_msl(folder: &Path, selection: &Selection) -> Result<Vec<MslFile>, V
     let mut files = Vec::new();
     for arithmetic in ARITHMETICS {
         let label = conformance::gpu_label(&GpuOptions { arithmetic, ..GpuOptions::default() });
-        let kernels = gpu::metal_kernels(arithmetic, &selection.schemes(), &HEAD_DIMS)?.into_iter();
+        let kernels = gpu::metal_kernels(arithmetic, &selection.schemes(), &HEAD_DIMS, &LATENT_DIMS)?.into_iter();
         for (kernel, msl) in kernels.filter(|(kernel, _)| selection.has_kernel(kernel)) {
             let words = [kernel.name(), &format_names(kernel.formats()), &label, kernel.variant()].join(" ");
             let words: Vec<&str> =

@@ -193,6 +193,26 @@ fn inspect_tells_what_config_and_headers_say() {
 }
 
 #[test]
+fn inspect_tells_of_experts_and_latent_vectors() {
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../marlin-model/tests/goldens/glm4moelite-shared-mtp");
+    let inspected = json(&["inspect", model]);
+    let experts = serde_json::json!({"layers": 1, "routed": 8, "top_k": 3, "width": 16, "shared_width": 16});
+    assert_eq!((&inspected["shape"]["experts"], &inspected["shape"]["kv_rank"]), (&experts, &32.into()));
+    // Two layers of one latent vector of 32 and 8 rotated values, 2 bytes each.
+    assert_eq!(number(&inspected["kv_bytes_per_token"], "f16"), 160);
+    let text = stdout(&["inspect", model]);
+    for wanted in [
+        "8 in 1 layers, 3 a token, 16 wide, shared ones 16 wide",
+        "4 over one latent vector of 32 and 8 rotated values a token",
+        "mlp.experts.N.up_proj ",
+        // The layer that predicts further tokens.
+        "eh_proj ",
+    ] {
+        assert!(text.contains(wanted), "{wanted}: {text}");
+    }
+}
+
+#[test]
 fn inspect_reads_headers_only_and_every_folder_that_opens() {
     let folder = tempfile::tempdir().unwrap();
     let model = folder.path().join("model");

@@ -2,13 +2,13 @@
 
 use std::ops::Range;
 
-use crate::{AttentionShape, Backend, Encoder, KvLayer, KvLayout, KvType, QkNorm, StepLimits};
+use crate::{AttentionShape, Backend, Encoder, KvLayer, KvLayout, KvType, QkNorm, RopeLayout, StepLimits, Values};
 
 use super::support::{Case, Pages, Ragged, Rng, limits, poisoned, read, upload};
 use super::{Device, Table};
 
 /// Ragged batches: what each sequence has in the cache, and what the step brings.
-const BATCHES: [&[Range<usize>]; 5] = [
+pub(super) const BATCHES: [&[Range<usize>]; 5] = [
     // The first token of a sequence.
     &[0..1, 0..0],
     // Decode on both sides of a block border.
@@ -22,7 +22,7 @@ const BATCHES: [&[Range<usize>]; 5] = [
 ];
 
 /// Ragged batches of which some sequences bring many tokens.
-const TILED_BATCHES: [&[Range<usize>]; 3] = [
+pub(super) const TILED_BATCHES: [&[Range<usize>]; 3] = [
     // Less than a tile, a whole one, and more; decode between them.
     &[0..16, 3..4, 5..69, 40..41, 0..70],
     // A chunk far from the beginning, and a sequence that rests.
@@ -67,9 +67,10 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
         for rotary in [64, 32, 2] {
             for norm in [false, true] {
                 let norm_name = if norm { "-qk-norm" } else { "" };
-                table.add(device, format!("rope-store-kv{norm_name}/rotary={rotary},{suffix}"), move |device| {
-                    rope_store_kv(device, rotary, norm, kv_type)
-                });
+                for (layout_name, layout) in [("", RopeLayout::HalfSplit), (",interleaved", RopeLayout::Interleaved)] {
+                    let name = format!("rope-store-kv{norm_name}/rotary={rotary}{layout_name},{suffix}");
+                    table.add(device, name, move |device| rope_store_kv(device, rotary, layout, norm, kv_type));
+                }
             }
         }
         table.add(device, format!("copy-kv-blocks/{suffix}"), move |device| copy_blocks(device, kv_type));
@@ -141,12 +142,20 @@ pub(super) fn add_odd_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
 }
 
 fn shape(heads: usize, kv_heads: usize, head_dim: usize, window: Option<usize>) -> AttentionShape {
-    AttentionShape { heads, kv_heads, head_dim, scale: (head_dim as f32).powf(-0.5), window }
+    AttentionShape {
+        heads,
+        kv_heads,
+        head_dim,
+        scale: (head_dim as f32).powf(-0.5),
+        window,
+        values: Values::Cached,
+        rope: RopeLayout::HalfSplit,
+    }
 }
 
 /// The error that rounding of keys and values to the other neighbour may cause now and then: the further apart neighbours are, the
 /// larger it is.
-fn bound(kv_type: KvType) -> f64 {
+pub(super) fn bound(kv_type: KvType) -> f64 {
     match kv_type {
         KvType::F32 => 1e-11,
         KvType::F16 => 1e-8,
@@ -165,9 +174,15 @@ fn attention<B: Backend>(device: &Device<B>, shape: AttentionShape, kv_type: KvT
     Ok(())
 }
 
-fn rope_store_kv<B: Backend>(device: &Device<B>, rotary: usize, norm: bool, kv_type: KvType) -> Result<(), String> {
+fn rope_store_kv<B: Backend>(
+    device: &Device<B>,
+    rotary: usize,
+    rope: RopeLayout,
+    norm: bool,
+    kv_type: KvType,
+) -> Result<(), String> {
     for (window, reads) in [(None, Reads::Queries), (Some(1), Reads::Attention), (None, Reads::Attention)] {
-        let shape = shape(4, 2, 64, window);
+        let shape = AttentionShape { rope, ..shape(4, 2, 64, window) };
         let base = Attention::new(shape, kv_type, 16, BATCHES[3]);
         let case = Attention { rotary, norm, reads, ..base };
         device.check(&case, bound(kv_type), &format!("{reads:?}, window {window:?}"))?;

@@ -6,7 +6,10 @@ use std::sync::Arc;
 
 use crate::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
 use crate::gpu::GpuBackend;
-use crate::{Activation, AttentionShape, Backend, Encoder, Input, KvLayer, KvLayout, KvType, LinearPart};
+use crate::{
+    Activation, AttentionShape, Backend, Encoder, HostRoutes, Input, KvLayer, KvLayout, KvType, LatentShape,
+    LinearPart, RopeLayout, RouterScore, RouterWeights, Routing, Values,
+};
 use marlin_format::{Format, Grouping, Scheme};
 
 use super::Table;
@@ -34,6 +37,26 @@ pub(crate) fn add_rows(table: &mut Table) {
                 });
             }
         }
+        for arithmetic in [Arithmetic::Exact, Arithmetic::Int8] {
+            let mode = format!("cpu-{simd}-{arithmetic:?}").to_lowercase();
+            let of = |format: Format| format.scheme(None).expect("its usual groups");
+            let each = Format::ALL.map(|format| (format.to_string(), vec![of(format)]));
+            let mixed = [of(Format::Fp4), Scheme::BF16, of(Format::Int3), of(Format::Nvfp4), of(Format::Fp8)];
+            for (name, schemes) in each.into_iter().chain([("mixed".into(), mixed.to_vec())]) {
+                table.add_plain(format!("independence/experts/{name}/{mode}"), move || {
+                    equal_in_all_batches(simd, arithmetic, |backend, batches| experts(backend, &schemes, batches))
+                });
+            }
+            for (heads, nope_dim, rope_dim, rank) in [(20, 64, 16, 128), (3, 24, 8, 40)] {
+                let shape = LatentShape { heads, nope_dim, rope_dim, rank, rope: RopeLayout::Interleaved };
+                let name = format!("heads={heads},dims={nope_dim}+{rope_dim},rank={rank}");
+                table.add_plain(format!("independence/latent-attention/{name}/{mode}"), move || {
+                    equal_in_all_batches(simd, arithmetic, |backend, batches| {
+                        latent_attention(backend, &shape, batches)
+                    })
+                });
+            }
+        }
         table.add_plain(format!("independence/rms-norm/cpu-{simd}"), move || {
             equal_in_all_batches(simd, Arithmetic::Exact, rms_norm)
         });
@@ -41,7 +64,15 @@ pub(crate) fn add_rows(table: &mut Table) {
             for window in [None, Some(9)] {
                 let window_name = window.map_or(String::new(), |window| format!(",window={window}"));
                 let name = format!("independence/attention/heads={heads}:{kv_heads},dim={dim}{window_name}/cpu-{simd}");
-                let shape = AttentionShape { heads, kv_heads, head_dim: dim, scale: 0.1, window };
+                let shape = AttentionShape {
+                    heads,
+                    kv_heads,
+                    head_dim: dim,
+                    scale: 0.1,
+                    window,
+                    values: Values::Cached,
+                    rope: RopeLayout::HalfSplit,
+                };
                 table.add_plain(name, move || {
                     equal_in_all_batches(simd, Arithmetic::Exact, |backend, rows| attention(backend, &shape, rows))
                 });
@@ -72,15 +103,38 @@ pub(crate) fn add_gpu_rows(table: &mut Table, usual: &Arc<GpuBackend>, invariant
                 linear(&*backend, &Linear::fused(scheme), batches)
             })
         });
+        let backend = usual.clone();
+        table.add_plain(format!("independence/experts/{name}/{label}"), move || {
+            GPU_BATCHES.into_iter().try_for_each(|(rows, sizes)| {
+                same_in_batches(rows, sizes, |batches| mixture(&*backend, scheme, batches))
+            })
+        });
+        let backend = invariant.clone();
+        table.add_plain(format!("independence/experts/{name}/{label}-invariant"), move || {
+            same_in_batches(INVARIANT_ROWS, INVARIANT_BATCHES, |batches| mixture(&*backend, scheme, batches))
+        });
     }
     for (heads, kv_heads, dim) in [(4, 4, 64), (14, 2, 80)] {
-        let shape = AttentionShape { heads, kv_heads, head_dim: dim, scale: 0.1, window: None };
+        let shape = AttentionShape {
+            heads,
+            kv_heads,
+            head_dim: dim,
+            scale: 0.1,
+            window: None,
+            values: Values::Cached,
+            rope: RopeLayout::HalfSplit,
+        };
         let backend = invariant.clone();
         table.add_plain(
             format!("independence/attention/heads={heads}:{kv_heads},dim={dim}/{label}-invariant"),
             move || same_in_batches(ROWS, BATCHES, |batches| attention(&*backend, &shape, batches)),
         );
     }
+    let latent = LatentShape { heads: 5, nope_dim: 64, rope_dim: 64, rank: 128, rope: RopeLayout::Interleaved };
+    let backend = invariant.clone();
+    table.add_plain(format!("independence/latent-attention/{label}-invariant"), move || {
+        same_in_batches(ROWS, BATCHES, |batches| latent_attention(&*backend, &latent, batches))
+    });
 }
 
 /// `rows` rows in batches of each size. `run` gives the results of some rows, as many values for each.
@@ -184,6 +238,59 @@ fn linear<B: Backend>(backend: &B, shape: &Linear, batches: &[Range<usize>]) -> 
     results
 }
 
+/// What a mixture of experts adds to some rows by their norms, and what linears of heads make of them.
+fn mixture<B: Backend>(backend: &B, scheme: Scheme, batches: &[Range<usize>]) -> Vec<f32> {
+    let (hidden, width, heads) = (128, 64, 4);
+    let routing = Routing {
+        experts: 5,
+        top_k: 2,
+        shared: 1,
+        score: RouterScore::Sigmoid,
+        groups: 1,
+        top_groups: 1,
+        normalize: true,
+        scale: 1.5,
+    };
+    let mut rng = Rng(43);
+    let mut group = |count: usize, parts: usize, rows: usize, cols: usize| {
+        let mut linear = || {
+            let mut part =
+                || LinearPart { weight: random(scheme, rows, cols, &mut rng), bias: Some(rng.normals(rows)) };
+            backend.load_linear(&(0..parts).map(|_| part()).collect::<Vec<_>>()).expect("matrices that fit together")
+        };
+        backend.group_linears((0..count).map(|_| linear()).collect()).expect("linears of one shape")
+    };
+    let gate_up = group(routing.all_experts(), 2, width, hidden);
+    let down = group(routing.all_experts(), 1, hidden, width);
+    let of_heads = group(heads, 1, hidden / heads, hidden / heads);
+    let weight = rng.normals(routing.experts * hidden);
+    let router = RouterWeights { routing, weight: &weight, bias: None, correction: None };
+    let router = backend.load_router(&router).expect("a router");
+    let norm = backend.load_vector(&rng.normals(hidden)).expect("a vector");
+    let x = rng.normals(INVARIANT_ROWS * hidden);
+    let mut results = Vec::new();
+    for batch in batches {
+        let (rows, pairs) = (batch.len(), batch.len() * routing.slots());
+        let mut out = upload(backend, hidden, &x[batch.start * hidden..batch.end * hidden]);
+        let mut routes = backend.routes(&routing, rows, hidden).expect("routes");
+        let mut encoder = backend.encoder(&limits(rows, hidden)).expect("an encoder");
+        let mut gated = poisoned(backend, pairs, width);
+        let mut headed = poisoned(backend, rows, hidden);
+        let normed = || Input::Normed { x: &out, weight: &norm, eps: 1e-5 };
+        encoder.route(normed(), &router, &mut routes);
+        encoder.expert_gated(normed(), &routes, &gate_up, Activation::Silu, &mut gated);
+        encoder.expert_combine(&gated, &routes, &down, &mut out);
+        encoder.head_linear(&out, &of_heads, &mut headed);
+        let mut read = |buffer| read::<B>(&mut encoder, buffer, rows * hidden);
+        let (out, headed) = (read(&out), read(&headed));
+        for (out, headed) in out.chunks_exact(hidden).zip(headed.chunks_exact(hidden)) {
+            results.extend(out);
+            results.extend(headed);
+        }
+    }
+    results
+}
+
 fn rms_norm(backend: &CpuBackend, batches: &[Range<usize>]) -> Vec<f32> {
     let mut rng = Rng(41);
     let width = 333;
@@ -200,13 +307,21 @@ fn rms_norm(backend: &CpuBackend, batches: &[Range<usize>]) -> Vec<f32> {
     results
 }
 
+/// What a bystander brings to each step at most.
+const BYSTANDER: usize = 3;
+
+/// The positions that the other sequence of a step brings: more or fewer from step to step, none to the only one.
+fn bystander(step: usize, steps: usize) -> Range<usize> {
+    let first = step * BYSTANDER;
+    if steps == 1 { 0..0 } else { first..first + step % (BYSTANDER + 1) }
+}
+
 /// One sequence in chunks, while another one takes part in every step.
 fn attention<B: Backend>(backend: &B, shape: &AttentionShape, batches: &[Range<usize>]) -> Vec<f32> {
     let mut rng = Rng(42);
     let width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
     let out_width = shape.heads * shape.head_dim;
-    let bystander = 3;
-    let pages = Pages::new(16, &[ROWS * bystander, ROWS], &mut rng);
+    let pages = Pages::new(16, &[ROWS * BYSTANDER, ROWS], &mut rng);
     let layer =
         KvLayer { heads: shape.kv_heads, key_dim: shape.head_dim, value_dim: shape.head_dim, window: shape.window };
     let layout = KvLayout { block_tokens: 16, layers: vec![layer] };
@@ -215,8 +330,7 @@ fn attention<B: Backend>(backend: &B, shape: &AttentionShape, batches: &[Range<u
     let rows = rng.normals(ROWS * width);
     let mut results = Vec::new();
     for (i, batch) in batches.iter().enumerate() {
-        // The other sequence brings more or fewer tokens from step to step.
-        let other = if batches.len() == 1 { 0..0 } else { i * bystander..i * bystander + i % (bystander + 1) };
+        let other = bystander(i, batches.len());
         let others = other.len();
         let step = pages.step(&[other, batch.clone()]);
         let mut values = rng.normals(others * width);
@@ -231,6 +345,140 @@ fn attention<B: Backend>(backend: &B, shape: &AttentionShape, batches: &[Range<u
         encoder.attention(&qkv, shape, None, &kv, 0, &mut out);
         let out = read::<B>(&mut encoder, &out, step.rows() * out_width);
         results.extend(&out[others * out_width..]);
+    }
+    results
+}
+
+/// The routes of some rows, what their experts make of them, and the sums of those. Rows of a batch stand in reversed order; one expert has all of
+/// them, others none or a few.
+fn experts(backend: &CpuBackend, schemes: &[Scheme], batches: &[Range<usize>]) -> Vec<f32> {
+    const HIDDEN: usize = 100;
+    const WIDTH: usize = 41;
+    let routing = Routing {
+        experts: 9,
+        top_k: 3,
+        shared: 1,
+        score: RouterScore::Sigmoid,
+        groups: 3,
+        top_groups: 2,
+        normalize: true,
+        scale: 1.5,
+    };
+    let slots = routing.slots();
+    let mut rng = Rng(43);
+    let weight = rng.normals(routing.experts * HIDDEN);
+    let correction = rng.normals(routing.experts);
+    let router = RouterWeights { routing, weight: &weight, bias: None, correction: Some(&correction) };
+    let router = backend.load_router(&router).expect("a router");
+    let mut group = |parts: usize, n, k| {
+        let linears = (0..routing.all_experts()).map(|expert| {
+            let scheme = schemes[expert % schemes.len()];
+            let mut part = || LinearPart { weight: random(scheme, n, k, &mut rng), bias: Some(rng.normals(n)) };
+            let parts: Vec<_> = (0..parts).map(|_| part()).collect();
+            backend.load_linear(&parts).expect("matrices that fit together")
+        });
+        backend.group_linears(linears.collect()).expect("linears of one shape")
+    };
+    let (gate_up, down) = (group(2, WIDTH, HIDDEN), group(1, HIDDEN, WIDTH));
+    let norm = backend.load_vector(&rng.normals(HIDDEN)).expect("a vector");
+    let x = rng.normals(ROWS * HIDDEN);
+    let mut results = Vec::new();
+    for batch in batches {
+        let rows = batch.len();
+        let reversed: Vec<f32> = batch.clone().rev().flat_map(|row| &x[row * HIDDEN..][..HIDDEN]).copied().collect();
+        let x = upload(backend, HIDDEN, &reversed);
+        let mut encoder = backend.encoder(&limits(rows, HIDDEN)).expect("an encoder");
+        let mut routes = backend.routes(&routing, rows, HIDDEN).expect("routes");
+        let mut gated = poisoned(backend, rows * slots, WIDTH);
+        let mut out = upload(backend, HIDDEN, &reversed);
+        let normed = || Input::Normed { x: &x, weight: &norm, eps: 1e-5 };
+        encoder.route(normed(), &router, &mut routes);
+        encoder.expert_gated(normed(), &routes, &gate_up, Activation::Silu, &mut gated);
+        encoder.expert_combine(&gated, &routes, &down, &mut out);
+        let mut chosen = HostRoutes::default();
+        encoder.read_routes(&routes, &mut chosen).expect("routes");
+        let gated = read::<CpuBackend>(&mut encoder, &gated, rows * slots * WIDTH);
+        let out = read::<CpuBackend>(&mut encoder, &out, rows * HIDDEN);
+        let mut sorted: Vec<usize> = (0..rows * slots).collect();
+        sorted.sort_by_key(|&pair| chosen.experts[pair]);
+        for row in (0..rows).rev() {
+            let pairs = row * slots..(row + 1) * slots;
+            results.extend(&chosen.logits[row * routing.experts..][..routing.experts]);
+            results.extend(chosen.experts[pairs.clone()].iter().map(|&expert| expert as f32));
+            results.extend(&chosen.weights[pairs.clone()]);
+            for pair in pairs {
+                let place = sorted.iter().position(|&other| other == pair).expect("a place for each pair");
+                results.extend(&gated[place * WIDTH..][..WIDTH]);
+            }
+            results.extend(&out[row * HIDDEN..][..HIDDEN]);
+        }
+    }
+    results
+}
+
+/// Latent attention of one sequence in chunks, with the linears of heads before and after it, while another one takes part in every step.
+fn latent_attention<B: Backend>(backend: &B, shape: &LatentShape, batches: &[Range<usize>]) -> Vec<f32> {
+    const VALUE_DIM: usize = 20;
+    let mut rng = Rng(44);
+    let LatentShape { heads, nope_dim, rope_dim, rank, rope } = *shape;
+    let (q_width, kv_width, out_width) = (heads * (nope_dim + rope_dim), shape.key_dim(), heads * VALUE_DIM);
+    let scheme = Format::Fp4.scheme(None).expect("its usual groups");
+    let mut group = |n, k| {
+        let linears = (0..heads).map(|_| {
+            let part = LinearPart { weight: random(scheme, n, k, &mut rng), bias: None };
+            backend.load_linear(&[part]).expect("a matrix")
+        });
+        backend.group_linears(linears.collect()).expect("linears of one shape")
+    };
+    let (absorb, expand) = (group(rank, nope_dim), group(VALUE_DIM, rank));
+    let bystander = 3;
+    let pages = Pages::new(16, &[ROWS * bystander, ROWS], &mut rng);
+    let layer = KvLayer { heads: 1, key_dim: kv_width, value_dim: 0, window: None };
+    let layout = KvLayout { block_tokens: 16, layers: vec![layer] };
+    let mut cache = backend.kv_cache(&layout, KvType::F16, pages.blocks).expect("a cache");
+    let norm = backend.load_vector(&rng.normals(rank)).expect("a vector");
+    let inv_freq: Vec<f32> = (0..rope_dim / 2).map(|i| 0.5f32.powi(i as i32)).collect();
+    let inv_freq = backend.load_vector(&inv_freq).expect("a vector");
+    let attention = AttentionShape {
+        heads,
+        kv_heads: 1,
+        head_dim: kv_width,
+        values: Values::OfKeys(rank),
+        scale: 0.02,
+        window: None,
+        rope,
+    };
+    let (q_rows, kv_rows) = (rng.normals(ROWS * q_width), rng.normals(ROWS * kv_width));
+    let mut results = Vec::new();
+    for (i, batch) in batches.iter().enumerate() {
+        // The other sequence brings more or fewer tokens from step to step.
+        let other = if batches.len() == 1 { 0..0 } else { i * bystander..i * bystander + i % (bystander + 1) };
+        let others = other.len();
+        let step = pages.step(&[other, batch.clone()]);
+        let mut rows = |of: &[f32], width: usize| {
+            let mut values = rng.normals(others * width);
+            values.extend(&of[batch.start * width..batch.end * width]);
+            upload(backend, width, &values)
+        };
+        let (q, kv) = (rows(&q_rows, q_width), rows(&kv_rows, kv_width));
+        let widest = heads * kv_width.max(nope_dim + rope_dim);
+        let mut encoder = backend.encoder(&limits(step.rows(), widest)).expect("an encoder");
+        let mut angles = poisoned(backend, step.rows(), rope_dim);
+        let mut queries = poisoned(backend, step.rows(), heads * kv_width);
+        let mut latent = poisoned(backend, step.rows(), heads * rank);
+        let mut out = poisoned(backend, step.rows(), out_width);
+        encoder.begin(&step.step());
+        encoder.rope_angles(&inv_freq, 1.0, &mut angles);
+        encoder.latent_store_kv(&q, &kv, shape, &norm, 1e-6, &angles, &mut cache, 0, &mut queries);
+        encoder.head_linear(&q, &absorb, &mut queries);
+        encoder.attention(&queries, &attention, None, &cache, 0, &mut latent);
+        encoder.head_linear(&latent, &expand, &mut out);
+        let latent = read::<B>(&mut encoder, &latent, step.rows() * heads * rank);
+        let out = read::<B>(&mut encoder, &out, step.rows() * out_width);
+        for row in others..step.rows() {
+            results.extend(&latent[row * heads * rank..][..heads * rank]);
+            results.extend(&out[row * out_width..][..out_width]);
+        }
     }
     results
 }

@@ -29,7 +29,7 @@ const NORM_EPS: f32 = 1e-6;
 
 /// How much larger the error of a product of two sums is: twice for independent sums, more where an input row is large, for
 /// both of them.
-const PRODUCT: f64 = 4.0;
+pub(super) const PRODUCT: f64 = 4.0;
 
 /// What a term adds to the error of a sum in single precision, where one outlier makes all partial sums large: each addition
 /// rounds by up to 2^-24 of them, a variance of 2^-48 / 3.
@@ -40,7 +40,7 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
         table.add(device, format!("linear/{name}"), move |device| all_shapes(device, scheme));
         table.add(device, format!("linear-bias/{name}"), move |device| some_shapes(device, scheme, Epilogue::Store));
         table.add(device, format!("linear-add/{name}"), move |device| some_shapes(device, scheme, Epilogue::Add));
-        for activation in [Activation::Silu, Activation::GeluTanh] {
+        for activation in Activation::ALL {
             table.add(device, format!("linear-gated-{activation:?}/{name}").to_lowercase(), move |device| {
                 some_shapes(device, scheme, Epilogue::Gated(activation))
             });
@@ -61,6 +61,7 @@ pub(crate) fn add_rows_of_many<B: Backend>(table: &mut Table, device: &Device<B>
         ("add", Epilogue::Add),
         ("gated-silu", Epilogue::Gated(Activation::Silu)),
         ("gated-gelutanh", Epilogue::Gated(Activation::GeluTanh)),
+        ("gated-clampedswiglu", Epilogue::Gated(Activation::ClampedSwiglu)),
     ];
     for (name, scheme) in schemes().into_iter().filter(|(name, _)| BLOCKS_SCHEMES.contains(&name.as_str())) {
         let device = &device.with_heavy_rows(name != "fp4");
@@ -205,7 +206,7 @@ impl Case for Mlp<'_> {
     }
 }
 
-fn with_bias(weight: PackedMatrix<'static>, rng: &mut Rng) -> LinearPart<'static> {
+pub(super) fn with_bias(weight: PackedMatrix<'static>, rng: &mut Rng) -> LinearPart<'static> {
     let bias = Some(rng.normals(weight.rows));
     LinearPart { weight, bias }
 }

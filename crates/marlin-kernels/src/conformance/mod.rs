@@ -23,7 +23,9 @@
 //! entry of `matrices::schemes`.
 
 mod attention;
+mod experts;
 mod independence;
+mod latent;
 mod linear;
 pub(crate) mod matrices;
 mod rows;
@@ -37,6 +39,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use self::attention::HEAD_DIMS;
+pub use self::latent::LATENT_DIMS;
 pub use self::matrices::schemes;
 
 #[cfg(test)]
@@ -150,7 +153,10 @@ impl Table {
                     independence::add_gpu_rows(self, &device.backend, &invariant, &device.label);
                 }
             }
-            GpuMatrices::Emulated(_) => linear::add_rows_of_many(self, &device),
+            GpuMatrices::Emulated(_) => {
+                linear::add_rows_of_many(self, &device);
+                experts::add_rows_of_many(self, &device);
+            }
         }
         if arithmetic == GpuArithmetic::Half && device.backend.multiplies_matrices() {
             // Compilers take minutes for wide heads where matrices are emulated: the smaller the matrices, the more of them there are.
@@ -160,6 +166,7 @@ impl Table {
                 GpuMatrices::Emulated(MatrixSize::Eight) => &[32],
             };
             attention::add_tiled_rows(self, &device, dims);
+            latent::add_tiled_rows(self, &device);
         }
         Ok(device.backend)
     }
@@ -188,9 +195,12 @@ impl Table {
 
     fn add_device<B: Backend>(&mut self, device: &Device<B>, is_exact: bool) {
         linear::add_rows(self, device);
+        experts::add_rows(self, device);
         if is_exact {
             rows::add_rows(self, device);
+            experts::add_router_rows(self, device);
             attention::add_rows(self, device);
+            latent::add_rows(self, device);
             sampling::add_rows(self, device);
         }
     }
@@ -235,7 +245,7 @@ impl Row {
         &self.name
     }
 
-    /// It takes minutes where matrix units are emulated: not for every day.
+    /// It takes long on a software device or where matrix units are emulated: not for every day.
     pub fn is_slow(&self) -> bool {
         self.is_slow
     }
@@ -301,7 +311,12 @@ impl<B> Device<B> {
 
     /// The same device, for rows that are heavy or not: compilers take minutes for emulated matrices of each scheme, tile and width.
     fn with_heavy_rows(&self, are_heavy: bool) -> Self {
-        Self { is_slow: self.is_slow || self.emulates_matrices && are_heavy, ..self.for_row() }
+        self.with_slow_rows(self.emulates_matrices && are_heavy)
+    }
+
+    /// The same device, for rows that take long or not.
+    fn with_slow_rows(&self, are_slow: bool) -> Self {
+        Self { is_slow: self.is_slow || are_slow, ..self.for_row() }
     }
 
     /// Keeps the error if it is the nearest to its bound.

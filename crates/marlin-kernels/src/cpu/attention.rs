@@ -1,6 +1,6 @@
 //! Causal attention over paged keys and values, with an online softmax (Milakov & Gimelshein 2018; Dao et al. 2022).
 //!
-//! A work item is a few rows of one sequence × the query heads of one KV head. It walks the keys in partitions of
+//! A work item is a few rows of one sequence × query heads of one KV head. It walks the keys in partitions of
 //! [`PARTITION`] absolute positions, and a query's arithmetic depends on its own position only: results are bitwise
 //! the same whatever else is in the step, however a prompt is cut into chunks, and on any number of threads.
 
@@ -14,15 +14,14 @@ use super::simd::{MOST_LANES, Simd, SimdLevel, WithSimd};
 use super::threads::Threads;
 use super::vector::{exp, load, max, sum};
 use crate::host::{HostKvCache, HostKvLayer, HostStep, visible};
-use crate::{AttentionShape, HostBuffer};
+use crate::{AttentionShape, HostBuffer, Values};
 
 /// Keys whose scores are exponentiated together.
 const PARTITION: usize = 32;
 /// Rows of a work item, which share a pass over the keys.
 const TILE_ROWS: usize = 16;
-/// Query heads of a work item that share a pass over the keys.
-const TILE_HEADS: usize = 8;
-const TILE_QUERIES: usize = TILE_ROWS * TILE_HEADS;
+/// Queries of a work item at most: its rows × its query heads, which are more where rows are few.
+const TILE_QUERIES: usize = TILE_ROWS * 8;
 
 /// The step's rows in tiles, and each thread's memory.
 #[derive(Debug)]
@@ -44,15 +43,17 @@ type Piece = [f32; MOST_LANES];
 /// What a thread needs for a work item; grows to the widest head met.
 #[derive(Debug, Default)]
 struct Scratch {
-    /// Pieces of a head, the last padded with zeros.
+    /// Pieces of a query or key, the last padded with zeros.
     pieces: usize,
+    /// Pieces of a value.
+    value_pieces: usize,
     /// Scaled queries `[TILE_QUERIES, pieces]`.
     queries: Vec<Piece>,
-    /// Weighted sums of values `[TILE_QUERIES, pieces]`.
+    /// Weighted sums of values `[TILE_QUERIES, value_pieces]`.
     sums: Vec<Piece>,
     /// Keys of a partition `[PARTITION, pieces]`.
     keys: Vec<Piece>,
-    /// Values of a partition `[PARTITION, pieces]`.
+    /// Values of a partition `[PARTITION, value_pieces]`; empty if they are the first ones of keys.
     values: Vec<Piece>,
 }
 
@@ -81,7 +82,7 @@ impl Attention {
         }
     }
 
-    /// Attention of every row of `qkv`; `out` is `[T, heads · head_dim]`.
+    /// Attention of every row of `qkv`; `out` is `[T, heads · value_dim]`.
     #[expect(clippy::too_many_arguments, reason = "those of the operation, and where to run it")]
     pub(super) fn run(
         &self,
@@ -95,11 +96,14 @@ impl Attention {
         simd: SimdLevel,
         threads: &Threads,
     ) {
+        assert_eq!(qkv.width(), shape.row_width(), "rows of this shape");
         let call = Call { step, qkv, shape, sinks, cache: &kv.layers[layer], block_tokens: kv.block_tokens };
-        let (dim, width) = (shape.head_dim, shape.heads * shape.head_dim);
+        let (dim, width) = (shape.value_dim(), shape.heads * shape.value_dim());
         let out = Disjoint::new(out.output(step.rows(), width));
         let group = shape.heads / shape.kv_heads;
-        let items = self.tiles.len() * shape.kv_heads;
+        let item_heads = self.item_heads(shape, threads.count());
+        let head_tiles = group.div_ceil(item_heads);
+        let items = self.tiles.len() * shape.kv_heads * head_tiles;
         let next = AtomicUsize::new(0);
         threads.run(self.scratch.len().min(items), &|lane| {
             let mut scratch = self.scratch[lane].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -108,23 +112,29 @@ impl Attention {
                 if item >= items {
                     break;
                 }
+                let (item, head_tile) = (item / head_tiles, item % head_tiles);
                 let (tile, kv_head) = (&self.tiles[item / shape.kv_heads], item % shape.kv_heads);
-                let end = (kv_head + 1) * group;
-                for first in (kv_head * group..end).step_by(TILE_HEADS) {
-                    let heads = first..end.min(first + TILE_HEADS);
-                    let work = Item { call: &call, tile, kv_head, heads: heads.clone(), scratch: &mut scratch };
-                    simd.dispatch(work).expect("the backend was made for a SIMD level of this processor");
-                    for (query, sums) in
-                        scratch.sums.chunks_exact(scratch.pieces).take(tile.rows.len() * heads.len()).enumerate()
-                    {
-                        let (row, head) = (tile.rows.start + query / heads.len(), first + query % heads.len());
-                        // SAFETY: work items differ in their rows or their heads.
-                        let out = unsafe { out.slice(row * width + head * dim, dim) };
-                        out.copy_from_slice(&sums.as_flattened()[..dim]);
-                    }
+                let first = kv_head * group + head_tile * item_heads;
+                let heads = first..(first + item_heads).min((kv_head + 1) * group);
+                let work = Item { call: &call, tile, kv_head, heads: heads.clone(), scratch: &mut scratch };
+                simd.dispatch(work).expect("the backend was made for a SIMD level of this processor");
+                let sums = scratch.sums.chunks_exact(scratch.value_pieces);
+                for (query, sums) in sums.take(tile.rows.len() * heads.len()).enumerate() {
+                    let (row, head) = (tile.rows.start + query / heads.len(), first + query % heads.len());
+                    // SAFETY: work items differ in their rows or their heads.
+                    let out = unsafe { out.slice(row * width + head * dim, dim) };
+                    out.copy_from_slice(&sums.as_flattened()[..dim]);
                 }
             }
         });
+    }
+
+    /// Query heads of a work item. They share a pass over the keys: as many as fit, unless threads would have nothing to do.
+    fn item_heads(&self, shape: &AttentionShape, threads: usize) -> usize {
+        let group = shape.heads / shape.kv_heads;
+        let rows = self.tiles.iter().map(|tile| tile.rows.len()).max().unwrap_or(1);
+        let busy = threads.div_ceil((self.tiles.len() * shape.kv_heads).max(1));
+        group.div_ceil(group.div_ceil(TILE_QUERIES / rows).max(busy.min(group)))
     }
 }
 
@@ -145,10 +155,9 @@ impl WithSimd for Item<'_> {
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { call, tile, kv_head, heads, scratch } = self;
         let queries = tile.rows.len() * heads.len();
-        let pieces = call.shape.head_dim.div_ceil(MOST_LANES);
-        scratch.resize(pieces);
+        scratch.resize(call.shape);
         load_queries(simd, call, tile, &heads, &mut scratch.queries);
-        scratch.sums[..queries * pieces].fill([0.0; MOST_LANES]);
+        scratch.sums[..queries * scratch.value_pieces].fill([0.0; MOST_LANES]);
         let mut softmax =
             Softmax { simd, scratch, largest: [f32::NEG_INFINITY; TILE_QUERIES], total: [0.0; TILE_QUERIES] };
         if let Some(sinks) = call.sinks {
@@ -216,16 +225,20 @@ impl Call<'_> {
         seen: &Range<usize>,
         scratch: &mut Scratch,
     ) {
-        let pieces = scratch.pieces;
+        let HostKvLayer { keys, values } = self.cache;
+        let Scratch { pieces, value_pieces, .. } = *scratch;
+        let are_cached = self.shape.values == Values::Cached;
         for position in intersection(partition, seen) {
-            let slot = self.step.slot(sequence, position, self.block_tokens);
-            let to = (position - partition.start) * pieces;
-            load_cached(simd, &self.cache.keys, kv_head, slot, scratch.keys[to..][..pieces].as_flattened_mut());
-            load_cached(simd, &self.cache.values, kv_head, slot, scratch.values[to..][..pieces].as_flattened_mut());
+            let (slot, place) = (self.step.slot(sequence, position, self.block_tokens), position - partition.start);
+            load_cached(simd, keys, kv_head, slot, scratch.keys[place * pieces..][..pieces].as_flattened_mut());
+            if are_cached {
+                let to = scratch.values[place * value_pieces..][..value_pieces].as_flattened_mut();
+                load_cached(simd, values, kv_head, slot, to);
+            }
             if position + PARTITION < seen.end {
                 let slot = self.step.slot(sequence, position + PARTITION, self.block_tokens);
-                prefetch_cached(simd, &self.cache.keys, kv_head, slot);
-                prefetch_cached(simd, &self.cache.values, kv_head, slot);
+                prefetch_cached(simd, keys, kv_head, slot);
+                prefetch_cached(simd, values, kv_head, slot);
             }
         }
     }
@@ -250,14 +263,25 @@ fn load_queries<S: Simd>(simd: S, call: &Call<'_>, tile: &Tile, heads: &Range<us
 }
 
 impl Scratch {
-    /// Makes room for heads of `pieces`.
-    fn resize(&mut self, pieces: usize) {
-        self.pieces = pieces;
+    /// Makes room for heads of this shape.
+    fn resize(&mut self, shape: &AttentionShape) {
+        self.pieces = shape.head_dim.div_ceil(MOST_LANES);
+        self.value_pieces = shape.value_dim().div_ceil(MOST_LANES);
+        let loaded_pieces = if shape.values == Values::Cached { self.value_pieces } else { 0 };
         let zero = [0.0; MOST_LANES];
-        self.queries.resize(TILE_QUERIES * pieces, zero);
-        self.sums.resize(TILE_QUERIES * pieces, zero);
-        self.keys.resize(PARTITION * pieces, zero);
-        self.values.resize(PARTITION * pieces, zero);
+        self.queries.resize(TILE_QUERIES * self.pieces, zero);
+        self.sums.resize(TILE_QUERIES * self.value_pieces, zero);
+        self.keys.resize(PARTITION * self.pieces, zero);
+        self.values.resize(PARTITION * loaded_pieces, zero);
+    }
+
+    /// The weighted sums, the values of a partition, and pieces from one value to the next.
+    #[inline(always)]
+    fn sums_and_values(&mut self) -> (&mut [Piece], &[Piece], usize) {
+        match &self.values[..] {
+            [] => (&mut self.sums, &self.keys, self.pieces),
+            values => (&mut self.sums, values, self.value_pieces),
+        }
     }
 }
 
@@ -293,7 +317,13 @@ impl<S: Simd> Softmax<'_, S> {
         }
 
         let mut n = 0;
-        // Two queries share each value.
+        // Queries share each value: four where registers hold as much.
+        while S::LANES == MOST_LANES && n + 4 <= N {
+            let shrink = [shrink[n], shrink[n + 1], shrink[n + 2], shrink[n + 3]];
+            let weights = [&weights[n], &weights[n + 1], &weights[n + 2], &weights[n + 3]];
+            self.add_values::<4>(first + n, &keys, shrink, weights);
+            n += 4;
+        }
         while n + 2 <= N {
             self.add_values::<2>(first + n, &keys, [shrink[n], shrink[n + 1]], [&weights[n], &weights[n + 1]]);
             n += 2;
@@ -311,7 +341,13 @@ impl<S: Simd> Softmax<'_, S> {
         let mut eight = keys.start / 8 * 8;
         while eight < keys.end {
             let mut n = 0;
-            // Two queries share each key.
+            // Queries share each key: four where registers hold as much.
+            while S::LANES == MOST_LANES && n + 4 <= N {
+                for (i, of_eight) in self.scores_of_eight::<4>(first + n, eight).iter().enumerate() {
+                    scores[n + i][eight..eight + 8].copy_from_slice(of_eight);
+                }
+                n += 4;
+            }
             while n + 2 <= N {
                 let [a, b] = self.scores_of_eight::<2>(first + n, eight);
                 scores[n][eight..eight + 8].copy_from_slice(&a);
@@ -387,20 +423,20 @@ impl<S: Simd> Softmax<'_, S> {
     ) {
         let mut piece = 0;
         // Four vectors of each query at a time are what registers hold.
-        while S::LANES == MOST_LANES && piece + 4 <= self.scratch.pieces {
+        while S::LANES == MOST_LANES && piece + 4 <= self.scratch.value_pieces {
             self.add_pieces::<N, 4>(first, piece, keys, shrink, weights);
             piece += 4;
         }
-        while piece + 2 <= self.scratch.pieces {
+        while piece + 2 <= self.scratch.value_pieces {
             self.add_pieces::<N, 2>(first, piece, keys, shrink, weights);
             piece += 2;
         }
-        if piece < self.scratch.pieces {
+        if piece < self.scratch.value_pieces {
             self.add_pieces::<N, 1>(first, piece, keys, shrink, weights);
         }
     }
 
-    /// [`Self::add_values`] of `P` pieces of a head.
+    /// [`Self::add_values`] of `P` pieces of a value.
     #[inline(always)]
     fn add_pieces<const N: usize, const P: usize>(
         &mut self,
@@ -410,9 +446,9 @@ impl<S: Simd> Softmax<'_, S> {
         shrink: [f32; N],
         weights: [&[f32; PARTITION]; N],
     ) {
-        let (simd, pieces) = (self.simd, self.scratch.pieces);
+        let (simd, pieces) = (self.simd, self.scratch.value_pieces);
         let vectors = MOST_LANES / S::LANES;
-        let Scratch { sums, values, .. } = &mut *self.scratch;
+        let (sums, values, stride) = self.scratch.sums_and_values();
         let sums = &mut sums[first * pieces + piece..][..(N - 1) * pieces + P];
         let mut partial = [[[simd.splat(0.0); 2]; P]; N];
         for n in 0..N {
@@ -423,7 +459,7 @@ impl<S: Simd> Softmax<'_, S> {
                 }
             }
         }
-        let seen = values[keys.start * pieces..keys.end * pieces].chunks_exact(pieces);
+        let seen = values[keys.start * stride..keys.end * stride].chunks_exact(stride);
         for (key, values) in keys.clone().zip(seen) {
             let values = &values[piece..][..P];
             for p in 0..P {
@@ -446,7 +482,7 @@ impl<S: Simd> Softmax<'_, S> {
 
     #[inline(always)]
     fn normalise(self, queries: usize) {
-        for (sums, total) in self.scratch.sums.chunks_exact_mut(self.scratch.pieces).zip(&self.total[..queries]) {
+        for (sums, total) in self.scratch.sums.chunks_exact_mut(self.scratch.value_pieces).zip(&self.total[..queries]) {
             let share = 1.0 / total;
             for sum in sums.as_flattened_mut() {
                 *sum *= share;

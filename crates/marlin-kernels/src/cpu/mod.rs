@@ -9,6 +9,7 @@
 mod attention;
 mod cores;
 mod disjoint;
+mod experts;
 mod kv;
 mod linear;
 mod peak;
@@ -23,6 +24,7 @@ use std::sync::{Arc, Mutex};
 use marlin_format::Scheme;
 
 pub use cores::default_threads;
+pub use experts::{CpuRouter, CpuRoutes};
 pub use linear::Arithmetic;
 pub use simd::SimdLevel;
 pub use threads::Threads;
@@ -30,13 +32,14 @@ pub use tile_file::{TileFile, TileFileOptions};
 
 use self::attention::Attention;
 use self::disjoint::Disjoint;
-use self::linear::{Activations, Epilogue, TiledLinear};
+use self::linear::{Activations, Epilogue, LinearGroup, TiledLinear};
 use crate::backend::check_hadamard;
 use crate::host::HostStep;
 use crate::sampling::host::{HostSamplings, token_of};
 use crate::{
-    Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, Input, KernelError, KvLayout,
-    KvType, LinearPart, MemoryUse, PartHeader, QkNorm, SampleRow, SamplingId, Step, StepLimits,
+    Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, HostRoutes, Input, KernelError,
+    KvLayout, KvType, LatentShape, LinearPart, MemoryUse, PartHeader, QkNorm, RouterWeights, Routing, SampleRow,
+    SamplingId, Step, StepLimits,
 };
 
 const NAME: &str = "cpu";
@@ -65,6 +68,10 @@ pub struct CpuBackend {
 #[derive(Debug)]
 pub struct CpuLinear(TiledLinear);
 
+/// Linears of equal shape.
+#[derive(Debug)]
+pub struct CpuLinearGroup(LinearGroup);
+
 /// Runs operations as they are called.
 #[derive(Debug)]
 pub struct CpuEncoder {
@@ -74,6 +81,8 @@ pub struct CpuEncoder {
     activations: Activations,
     /// The norms of a linear's input, `[tokens, width]`.
     normed: Vec<f32>,
+    /// A key of latent attention; grows to the widest met.
+    key: Vec<f32>,
     attention: Attention,
     /// Token ids to sort, `[threads, vocabulary]`.
     token_ids: Vec<Mutex<Vec<u32>>>,
@@ -139,6 +148,10 @@ impl MemoryUse for CpuBackend {
         linear::bytes(scheme, rows, cols, self.arithmetic, self.simd)
     }
 
+    fn routes_bytes(&self, routing: &Routing, tokens: usize, width: usize) -> usize {
+        CpuRoutes::bytes(routing, tokens, width, &self.threads)
+    }
+
     fn encoder_bytes(&self, limits: &StepLimits) -> usize {
         let sampling = self.threads.count().saturating_mul(limits.vocabulary).saturating_mul(size_of::<u32>());
         let normed = limits.tokens.saturating_mul(limits.width).saturating_mul(size_of::<f32>());
@@ -149,6 +162,9 @@ impl MemoryUse for CpuBackend {
 impl Backend for CpuBackend {
     type Buffer = HostBuffer;
     type Linear = CpuLinear;
+    type LinearGroup = CpuLinearGroup;
+    type Router = CpuRouter;
+    type Routes = CpuRoutes;
     type Vector = Vec<f32>;
     type KvCache = HostKvCache;
     type Encoder = CpuEncoder;
@@ -178,6 +194,18 @@ impl Backend for CpuBackend {
         TiledLinear::find(self.tiles.as_ref()?, name, parts, self.arithmetic, self.simd).map(CpuLinear)
     }
 
+    fn group_linears(&self, linears: Vec<CpuLinear>) -> Result<CpuLinearGroup, KernelError> {
+        LinearGroup::new(linears.into_iter().map(|linear| linear.0).collect()).map(CpuLinearGroup)
+    }
+
+    fn load_router(&self, weights: &RouterWeights<'_>) -> Result<CpuRouter, KernelError> {
+        CpuRouter::new(weights)
+    }
+
+    fn routes(&self, routing: &Routing, tokens: usize, width: usize) -> Result<CpuRoutes, KernelError> {
+        CpuRoutes::new(routing, tokens, width, &self.threads)
+    }
+
     fn load_vector(&self, values: &[f32]) -> Result<Vec<f32>, KernelError> {
         Ok(values.to_vec())
     }
@@ -202,6 +230,7 @@ impl Backend for CpuBackend {
             step: HostStep::default(),
             activations: Activations::new(limits.tokens, limits.width)?,
             normed: crate::host::allocate("the norms of a linear's input", &[limits.tokens, limits.width], NAME)?,
+            key: Vec::new(),
             attention: Attention::new(&self.threads),
             token_ids: (0..self.threads.count()).map(|_| ids()).collect::<Result<_, _>>()?,
             samplings: HostSamplings::default(),
@@ -216,22 +245,34 @@ impl CpuEncoder {
         linear: &CpuLinear,
         width: usize,
         out: &mut HostBuffer,
-        epilogue: Epilogue,
+        epilogue: Epilogue<'_>,
     ) {
-        let (Input::Rows(rows) | Input::Normed { x: rows, .. }) = x;
-        assert_eq!(rows.width(), linear.0.cols(), "an input as wide as the linear's columns");
-        let values = match x {
-            Input::Rows(x) => x.values(),
-            Input::Normed { x, weight, eps } => {
-                assert_eq!(weight.len(), x.width(), "a norm weight for each value of a row");
-                let normed = &mut self.normed[..x.values().len()];
-                rows::rms_norm(x.values(), weight, eps, normed, self.simd, &self.threads);
-                normed
-            }
-        };
-        let out = out.output(rows.rows(), width);
-        linear.0.apply(values, rows.rows(), out, epilogue, &mut self.activations, &self.threads);
+        let (values, rows) = input(x, linear.0.cols(), &mut self.normed, self.simd, &self.threads);
+        let out = out.output(rows, width);
+        linear.0.apply(values, rows, out, epilogue, &mut self.activations, &self.threads);
     }
+}
+
+/// The input of linears of so many columns, and its rows. Norms are written to `normed`.
+fn input<'a>(
+    x: Input<'a, CpuBackend>,
+    cols: usize,
+    normed: &'a mut [f32],
+    simd: SimdLevel,
+    threads: &Threads,
+) -> (&'a [f32], usize) {
+    let (Input::Rows(rows) | Input::Normed { x: rows, .. }) = x;
+    assert_eq!(rows.width(), cols, "an input as wide as the linear's columns");
+    let values = match x {
+        Input::Rows(x) => x.values(),
+        Input::Normed { x, weight, eps } => {
+            assert_eq!(weight.len(), cols, "a norm weight for each value of a row");
+            let normed = &mut normed[..x.values().len()];
+            rows::rms_norm(x.values(), weight, eps, normed, simd, threads);
+            normed
+        }
+    };
+    (values, rows.rows())
 }
 
 impl Encoder<CpuBackend> for CpuEncoder {
@@ -311,6 +352,63 @@ impl Encoder<CpuBackend> for CpuEncoder {
         out: &mut HostBuffer,
     ) {
         self.apply(x, gate_up, gate_up.0.part_rows()[0], out, Epilogue::Gated(activation));
+    }
+
+    fn route(&mut self, x: Input<'_, CpuBackend>, router: &CpuRouter, routes: &mut CpuRoutes) {
+        let (values, rows) = input(x, router.hidden(), &mut self.normed, self.simd, &self.threads);
+        router.route(values, rows, routes, self.simd, &self.threads);
+    }
+
+    fn expert_gated(
+        &mut self,
+        x: Input<'_, CpuBackend>,
+        routes: &CpuRoutes,
+        gate_up: &CpuLinearGroup,
+        activation: Activation,
+        out: &mut HostBuffer,
+    ) {
+        let (group, sorted) = (&gate_up.0, routes.sorted_for(gate_up.0.len()));
+        let (values, rows) = input(x, group.cols(), &mut self.normed, self.simd, &self.threads);
+        assert_eq!(rows, sorted.token_count(), "the rows that were routed");
+        let out = out.output(sorted.tokens().len(), group.part_rows()[0]);
+        group.gated(values, sorted, activation, out, &mut self.activations, &self.threads);
+    }
+
+    fn expert_combine(&mut self, x: &HostBuffer, routes: &CpuRoutes, down: &CpuLinearGroup, out: &mut HostBuffer) {
+        let (group, sorted) = (&down.0, routes.sorted_for(down.0.len()));
+        assert_eq!(x.width(), group.cols(), "an input as wide as the linears' columns");
+        assert_eq!(x.rows(), sorted.tokens().len(), "a row of each token for each of its experts");
+        assert_eq!(out.rows(), sorted.token_count(), "the rows that were routed");
+        let out = out.output(sorted.token_count(), group.part_rows()[0]);
+        group.combine(x.values(), sorted, out, &mut routes.activations(), &self.threads);
+    }
+
+    fn head_linear(&mut self, x: &HostBuffer, heads: &CpuLinearGroup, out: &mut HostBuffer) {
+        let width = out.width();
+        let out = out.output(x.rows(), width);
+        heads.0.stretches(x.values(), x.rows(), out, &mut self.activations, &self.threads);
+    }
+
+    fn latent_store_kv(
+        &mut self,
+        q: &HostBuffer,
+        kv: &HostBuffer,
+        shape: &LatentShape,
+        norm: &Vec<f32>,
+        eps: f32,
+        angles: &HostBuffer,
+        cache: &mut HostKvCache,
+        layer: usize,
+        queries: &mut HostBuffer,
+    ) {
+        let latent = rows::Latent { shape, norm, eps, angles };
+        latent.store_keys(&self.step, kv, &mut self.key, cache, layer, self.simd);
+        latent.rotate_queries(q, queries, self.simd, &self.threads);
+    }
+
+    fn read_routes(&mut self, routes: &CpuRoutes, out: &mut HostRoutes) -> Result<(), KernelError> {
+        out.clone_from(routes.host());
+        Ok(())
     }
 
     fn rope_store_kv(

@@ -7,7 +7,7 @@ use super::simd::{Simd, SimdLevel, WithSimd};
 use super::threads::Threads;
 use super::vector;
 use crate::host::{HostKvCache, HostStep, KvData, KvPlane};
-use crate::{AttentionShape, HostBuffer, QkNorm};
+use crate::{AttentionShape, HostBuffer, LatentShape, QkNorm};
 
 /// Rows of a task: a decode step of few rows is not worth waking threads for.
 const TASK_ROWS: usize = 4;
@@ -191,9 +191,95 @@ impl WithSimd for RopeRows<'_> {
                     let weight = if h < shape.heads { norm.q } else { norm.k };
                     vector::rms_norm(simd, head, weight, norm.eps);
                 }
-                vector::rotate(head, angles.row(self.first + i));
+                vector::rotate(head, angles.row(self.first + i), shape.rope);
             }
         }
+    }
+}
+
+/// What prepares latent attention.
+pub(super) struct Latent<'a> {
+    pub(super) shape: &'a LatentShape,
+    pub(super) norm: &'a [f32],
+    pub(super) eps: f32,
+    pub(super) angles: &'a HostBuffer,
+}
+
+impl Latent<'_> {
+    /// Writes the key of each row of `kv` to the cache, one after the other as [`store_kv`] does; `key` is scratch memory.
+    pub(super) fn store_keys(
+        &self,
+        step: &HostStep,
+        kv: &HostBuffer,
+        key: &mut Vec<f32>,
+        cache: &mut HostKvCache,
+        layer: usize,
+        simd: SimdLevel,
+    ) {
+        assert_eq!(kv.width(), self.shape.key_dim(), "rows of a latent vector and the rotated part");
+        key.resize(kv.width(), 0.0);
+        for (sequence, row) in step.sequence_rows() {
+            key.copy_from_slice(kv.row(row));
+            simd.dispatch(LatentKey { latent: self, row, key }).expect(CHECKED);
+            let slot = step.slot(sequence, step.positions[row] as usize, cache.block_tokens);
+            store(&mut cache.layers[layer].keys, 0, slot, key);
+        }
+    }
+
+    /// Rotates the last part of each head of `q`, and writes it behind the first `rank` values of that head of `queries`.
+    pub(super) fn rotate_queries(&self, q: &HostBuffer, queries: &mut HostBuffer, simd: SimdLevel, threads: &Threads) {
+        let LatentShape { heads, nope_dim, rope_dim, .. } = *self.shape;
+        assert_eq!(q.width(), heads * (nope_dim + rope_dim), "rows of as many heads");
+        let width = heads * self.shape.key_dim();
+        let queries = queries.output(q.rows(), width);
+        threads.for_each_chunk(queries, TASK_ROWS * width, |task, queries| {
+            let queries = LatentQueries { latent: self, q, first: task * TASK_ROWS, queries };
+            simd.dispatch(queries).expect(CHECKED);
+        });
+    }
+}
+
+/// Rotation of the queries of some rows.
+struct LatentQueries<'a> {
+    latent: &'a Latent<'a>,
+    q: &'a HostBuffer,
+    first: usize,
+    queries: &'a mut [f32],
+}
+
+impl WithSimd for LatentQueries<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self { latent: Latent { shape, angles, .. }, q, first, queries } = self;
+        let LatentShape { heads, nope_dim, rope_dim, rank, rope } = **shape;
+        let (from, to) = (nope_dim + rope_dim, shape.key_dim());
+        for (i, queries) in queries.chunks_exact_mut(heads * to).enumerate() {
+            for (query, head) in queries.chunks_exact_mut(to).zip(q.row(first + i).chunks_exact(from)) {
+                query[rank..].copy_from_slice(&head[nope_dim..]);
+                vector::rotate(&mut query[rank..], angles.row(first + i), rope);
+            }
+        }
+    }
+}
+
+/// Norm and rotation of a key.
+struct LatentKey<'a> {
+    latent: &'a Latent<'a>,
+    row: usize,
+    key: &'a mut [f32],
+}
+
+impl WithSimd for LatentKey<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { latent: Latent { shape, norm, eps, angles }, row, key } = self;
+        let (latent, rotated) = key.split_at_mut(shape.rank);
+        vector::rms_norm(simd, latent, norm, *eps);
+        vector::rotate(rotated, angles.row(row), shape.rope);
     }
 }
 

@@ -3,6 +3,7 @@
 //! Sums run in a fixed number of partial sums, so that a result depends on the data and the instruction set alone.
 
 use super::simd::{MOST_LANES, Simd};
+use crate::{Activation, RopeLayout};
 
 /// A vector of values from `start` on; zeros beyond the end.
 #[inline(always)]
@@ -104,6 +105,15 @@ pub(super) fn gelu_tanh(x: f32) -> f32 {
     x * (if y < 0.0 { e } else { 1.0 }) / (1.0 + e)
 }
 
+/// [`Activation::ClampedSwiglu`] of a gate and what it gates.
+#[inline(always)]
+pub(super) fn clamped_swiglu(gate: f32, up: f32) -> f32 {
+    let limit = Activation::SWIGLU_LIMIT;
+    // NaN stays NaN, unlike under `f32::min`.
+    let gate = if gate > limit { limit } else { gate };
+    silu(Activation::SWIGLU_ALPHA * gate) * (1.0 / Activation::SWIGLU_ALPHA) * (up.clamp(-limit, limit) + 1.0)
+}
+
 /// `x = x / sqrt(mean(x²) + eps) · weight`.
 #[inline(always)]
 pub(super) fn rms_norm<S: Simd>(simd: S, x: &mut [f32], weight: &[f32], eps: f32) {
@@ -128,14 +138,23 @@ fn inverse_rms<S: Simd>(simd: S, x: &[f32], eps: f32) -> f32 {
     1.0 / (square / x.len() as f32 + eps).sqrt()
 }
 
-/// Rotates dimension `i` of a head with `i + rotary / 2`; `angles` are `rotary / 2` cosines, then as many sines.
+/// Rotates the first dimensions of a head; `angles` are as many cosines as there are pairs, then as many sines.
 #[inline(always)]
-pub(super) fn rotate(head: &mut [f32], angles: &[f32]) {
+pub(super) fn rotate(head: &mut [f32], angles: &[f32], layout: RopeLayout) {
     let half = angles.len() / 2;
     let (cos, sin) = angles.split_at(half);
-    let (low, high) = head[..2 * half].split_at_mut(half);
-    for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
-        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+    match layout {
+        RopeLayout::HalfSplit => {
+            let (low, high) = head[..2 * half].split_at_mut(half);
+            for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+            }
+        }
+        RopeLayout::Interleaved => {
+            for (([a, b], cos), sin) in head[..2 * half].as_chunks_mut().0.iter_mut().zip(cos).zip(sin) {
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+            }
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use super::adapter::{self, GpuChoice};
 use super::caps::{GpuCaps, MatrixSize};
 use super::disk_cache::DiskCache;
+use super::linear::LinearCache;
 use super::memory::{Account, Taken};
 use super::pipeline::{Kernel, Pipeline};
 use super::profile::Profiler;
@@ -34,7 +35,7 @@ pub struct GpuOptions {
 }
 
 /// How linears compute.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum GpuArithmetic {
     /// In single precision throughout.
     Exact,
@@ -66,6 +67,8 @@ pub(super) struct Gpu {
     checked: bool,
     /// By source.
     pipelines: Mutex<HashMap<String, Slot>>,
+    /// By format and shape.
+    pub(super) linear_kernels: LinearCache,
     pub(super) disk_cache: Option<DiskCache>,
     /// Kernels that encoders recorded.
     pub(super) recorded: AtomicU64,
@@ -203,6 +206,7 @@ impl Gpu {
             caps,
             checked: options.checked,
             pipelines: Mutex::default(),
+            linear_kernels: LinearCache::default(),
             disk_cache,
             recorded: AtomicU64::new(0),
             profiler: Profiler::default(),

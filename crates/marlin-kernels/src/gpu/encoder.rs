@@ -4,15 +4,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::attention::AttentionEncoder;
-use super::device::Gpu;
-use super::linear::{GpuLinear, LinearEncoder, embed};
+use super::device::{Gpu, Storage};
+use super::experts::{GpuRouter, GpuRoutes};
+use super::linear::{GpuLinear, GpuLinearGroup, LinearEncoder, embed};
 use super::pipeline::{Binding, Kernel, Pipeline};
 use super::recorder::Recorder;
 use super::sampling::Sampler;
 use super::step::StepBuffers;
 use super::{GpuBackend, GpuBuffer, GpuKvCache, GpuVector, MAX_WORKGROUPS};
 use crate::backend::check_hadamard;
-use crate::{Activation, AttentionShape, Encoder, Input, KernelError, QkNorm, SampleRow, SamplingId, Step, StepLimits};
+use crate::{
+    Activation, AttentionShape, Encoder, HostRoutes, Input, KernelError, LatentShape, QkNorm, SampleRow, SamplingId,
+    Step, StepLimits,
+};
 
 /// Records operations, and runs them when it is told to.
 pub struct GpuEncoder {
@@ -217,6 +221,56 @@ impl Encoder<GpuBackend> for GpuEncoder {
         self.linear.gated(&mut self.recorder, x, gate_up, activation, out);
     }
 
+    fn route(&mut self, x: Input<'_, GpuBackend>, router: &GpuRouter, routes: &mut GpuRoutes) {
+        router.route(&self.gpu, &mut self.recorder, &x, routes);
+    }
+
+    fn expert_gated(
+        &mut self,
+        x: Input<'_, GpuBackend>,
+        routes: &GpuRoutes,
+        gate_up: &GpuLinearGroup,
+        activation: Activation,
+        out: &mut GpuBuffer,
+    ) {
+        self.linear.expert_gated(&mut self.recorder, x, routes, gate_up, activation, out);
+    }
+
+    fn expert_combine(&mut self, x: &GpuBuffer, routes: &GpuRoutes, down: &GpuLinearGroup, out: &mut GpuBuffer) {
+        self.linear.expert_combine(&self.gpu, &mut self.recorder, x, routes, down, out);
+    }
+
+    fn head_linear(&mut self, x: &GpuBuffer, heads: &GpuLinearGroup, out: &mut GpuBuffer) {
+        if let Err(error) = self.linear.head_linear(&self.gpu, &mut self.recorder, x, heads, out) {
+            self.gpu.fail(&error);
+        }
+    }
+
+    fn latent_store_kv(
+        &mut self,
+        q: &GpuBuffer,
+        kv: &GpuBuffer,
+        shape: &LatentShape,
+        norm: &GpuVector,
+        eps: f32,
+        angles: &GpuBuffer,
+        cache: &mut GpuKvCache,
+        layer: usize,
+        queries: &mut GpuBuffer,
+    ) {
+        let Self { gpu, recorder, step, attention, .. } = self;
+        attention.latent_store_kv(gpu, recorder, step, q, kv, shape, norm, eps, angles, cache, layer, queries);
+    }
+
+    fn read_routes(&mut self, routes: &GpuRoutes, out: &mut HostRoutes) -> Result<(), KernelError> {
+        out.logits.resize(routes.tokens * routes.routing.experts, 0.0);
+        out.experts.resize(routes.pairs(), 0);
+        out.weights.resize(routes.pairs(), 0.0);
+        self.read_storage(&routes.logits, bytemuck::cast_slice_mut(&mut out.logits))?;
+        self.read_storage(&routes.experts, bytemuck::cast_slice_mut(&mut out.experts))?;
+        self.read_storage(&routes.weights, bytemuck::cast_slice_mut(&mut out.weights))
+    }
+
     fn rope_store_kv(
         &mut self,
         qkv: &mut GpuBuffer,
@@ -278,17 +332,7 @@ impl Encoder<GpuBackend> for GpuEncoder {
         if out.len() != rows * width {
             return Err(KernelError::BufferShape { found: out.len(), rows, width, capacity });
         }
-        if out.is_empty() {
-            return self.submit();
-        }
-        let bytes = size_of_val(out) as u64;
-        // Kept for the next time only if nothing goes wrong.
-        let kept = self.readback.take().filter(|readback| readback.size() >= bytes);
-        let readback = kept.unwrap_or_else(|| self.gpu.readback("readback", bytes));
-        let copied = self.recorder.flush_and_copy(&buffer.storage, &readback, bytes);
-        self.gpu.read_mapped(&readback, Some(copied), bytemuck::cast_slice_mut(out))?;
-        self.readback = Some(readback);
-        Ok(())
+        self.read_storage(&buffer.storage, bytemuck::cast_slice_mut(out))
     }
 }
 
@@ -326,6 +370,21 @@ impl GpuEncoder {
     /// How many kernels were recorded since the encoder was made.
     pub fn dispatches(&self) -> u64 {
         self.recorder.dispatches()
+    }
+
+    /// Runs whatever is recorded and reads the first bytes of a buffer.
+    fn read_storage(&mut self, storage: &Storage, out: &mut [u8]) -> Result<(), KernelError> {
+        if out.is_empty() {
+            return self.submit();
+        }
+        let bytes = out.len() as u64;
+        // Kept for the next time only if nothing goes wrong.
+        let kept = self.readback.take().filter(|readback| readback.size() >= bytes);
+        let readback = kept.unwrap_or_else(|| self.gpu.readback("readback", bytes));
+        let copied = self.recorder.flush_and_copy(storage, &readback, bytes);
+        self.gpu.read_mapped(&readback, Some(copied), out)?;
+        self.readback = Some(readback);
+        Ok(())
     }
 
     fn rms_norm_into(&mut self, variant: usize, x: &GpuBuffer, weight: &GpuVector, eps: f32, out: &GpuBuffer) {

@@ -3,10 +3,13 @@
 use half::f16;
 
 use super::device::{Gpu, Storage};
-use crate::{AttentionShape, KernelError, KvLayout, KvType};
+use crate::{AttentionShape, KernelError, KvLayer, KvLayout, KvType, Values};
 
 /// Widest head that the attention kernels have room for.
-pub(super) const MAX_HEAD_DIM: usize = 512;
+const MAX_HEAD_DIM: usize = 512;
+
+/// Widest key whose first values are the values: a latent vector and what is rotated.
+pub(super) const MAX_LATENT_DIM: usize = 1024;
 
 /// Values of a head that kernels load at once.
 pub(super) const KV_UNIT: usize = 8;
@@ -30,6 +33,7 @@ pub(super) struct GpuKvLayer {
 
 #[derive(Debug)]
 pub(super) struct GpuKvPlane {
+    /// 0 if values are those of keys: there is the least of memory that can be bound.
     pub(super) dim: usize,
     /// Values or codes.
     pub(super) storage: Storage,
@@ -41,8 +45,27 @@ impl GpuKvLayer {
     /// Kernels rely on it.
     pub(super) fn check(&self, shape: &AttentionShape) {
         assert!(shape.kv_heads == self.heads && shape.heads.is_multiple_of(shape.kv_heads), "heads of the cache");
-        assert!(self.keys.dim == shape.head_dim && self.values.dim == shape.head_dim, "heads of the cache's width");
+        let cached = match shape.values {
+            Values::Cached => shape.head_dim,
+            Values::OfKeys(_) => 0,
+        };
+        assert!(self.keys.dim == shape.head_dim && self.values.dim == cached, "heads of the cache's width");
     }
+}
+
+/// Whether kernels have room for a layer's heads: those of keys that are values, too, may be wider.
+fn check_dims(layer: &KvLayer) -> Result<(), KernelError> {
+    let (most, dims) = match layer.value_dim {
+        0 => (MAX_LATENT_DIM, [layer.key_dim; 2]),
+        value_dim => (MAX_HEAD_DIM, [layer.key_dim, value_dim]),
+    };
+    let fits = |dim: &usize| (KV_UNIT..=most).contains(dim) && dim.is_multiple_of(KV_UNIT);
+    dims.into_iter().find(|dim| !fits(dim)).map_or(Ok(()), |dim| {
+        Err(KernelError::Device(format!(
+            "the GPU's attention has heads of {KV_UNIT} to {most} dimensions, multiples of {KV_UNIT}, found {dim}; \
+             use the CPU instead"
+        )))
+    })
 }
 
 impl GpuKvPlane {
@@ -75,14 +98,7 @@ fn largest_plane(layout: &KvLayout, kv_type: KvType) -> Option<(&'static str, us
 impl GpuKvCache {
     pub(super) fn new(gpu: &Gpu, layout: &KvLayout, kv_type: KvType, blocks: usize) -> Result<Self, KernelError> {
         layout.check()?;
-        let fits = |dim: &usize| (KV_UNIT..=MAX_HEAD_DIM).contains(dim) && dim.is_multiple_of(KV_UNIT);
-        let mut dims = layout.layers.iter().flat_map(|layer| [layer.key_dim, layer.value_dim]);
-        if let Some(dim) = dims.find(|dim| !fits(dim)) {
-            return Err(KernelError::Device(format!(
-                "the GPU's attention has heads of {KV_UNIT} to {MAX_HEAD_DIM} dimensions, multiples of {KV_UNIT}, found {dim}; \
-                 use the CPU instead"
-            )));
-        }
+        layout.layers.iter().try_for_each(check_dims)?;
         Self::check_blocks(gpu, layout, kv_type, blocks)?;
         let slots = blocks.saturating_mul(layout.block_tokens);
         let plane = |heads: usize, dim: usize| -> Result<_, KernelError> {

@@ -10,6 +10,7 @@ mod caps;
 mod device;
 mod disk_cache;
 mod encoder;
+mod experts;
 mod kv;
 mod linear;
 mod memory;
@@ -41,8 +42,9 @@ pub use caps::{GpuCaps, MatrixSize};
 pub use device::{GpuArithmetic, GpuMatrices, GpuOptions};
 pub use disk_cache::PIPELINE_CACHE_EXTENSION;
 pub use encoder::GpuEncoder;
+pub use experts::{GpuRouter, GpuRoutes};
 pub use kv::GpuKvCache;
-pub use linear::GpuLinear;
+pub use linear::{GpuLinear, GpuLinearGroup};
 pub use msl::{Msl, metal_kernels};
 pub use probe::{GpuProbe, ProbeRates};
 pub use profile::{GpuProfile, KernelTime};
@@ -50,7 +52,9 @@ pub use registry::{KernelVariant, kernels};
 
 use self::device::{Gpu, Storage};
 use self::upload::Upload;
-use crate::{Backend, DeviceInfo, KernelError, KvLayout, KvType, LinearPart, MemoryUse, StepLimits};
+use crate::{
+    Backend, DeviceInfo, KernelError, KvLayout, KvType, LinearPart, MemoryUse, RouterWeights, Routing, StepLimits,
+};
 
 /// Workgroups along one axis, at most.
 const MAX_WORKGROUPS: usize = 65535;
@@ -122,6 +126,10 @@ impl MemoryUse for GpuBackend {
         GpuLinear::bytes(scheme, rows, cols, self.gpu.arithmetic)
     }
 
+    fn routes_bytes(&self, routing: &Routing, tokens: usize, width: usize) -> usize {
+        GpuRoutes::bytes(&self.gpu, routing, tokens, width)
+    }
+
     fn encoder_bytes(&self, limits: &StepLimits) -> usize {
         GpuEncoder::bytes(&self.gpu, limits)
     }
@@ -138,6 +146,9 @@ impl MemoryUse for GpuBackend {
 impl Backend for GpuBackend {
     type Buffer = GpuBuffer;
     type Linear = GpuLinear;
+    type LinearGroup = GpuLinearGroup;
+    type Router = GpuRouter;
+    type Routes = GpuRoutes;
     type Vector = GpuVector;
     type KvCache = GpuKvCache;
     type Encoder = GpuEncoder;
@@ -156,6 +167,18 @@ impl Backend for GpuBackend {
 
     fn load_linear(&self, parts: &[LinearPart<'_>]) -> Result<GpuLinear, KernelError> {
         GpuLinear::load(&self.gpu, parts)
+    }
+
+    fn group_linears(&self, linears: Vec<GpuLinear>) -> Result<GpuLinearGroup, KernelError> {
+        GpuLinearGroup::new(&self.gpu, &linears)
+    }
+
+    fn load_router(&self, weights: &RouterWeights<'_>) -> Result<GpuRouter, KernelError> {
+        GpuRouter::load(&self.gpu, weights)
+    }
+
+    fn routes(&self, routing: &Routing, tokens: usize, width: usize) -> Result<GpuRoutes, KernelError> {
+        GpuRoutes::new(&self.gpu, routing, tokens, width)
     }
 
     fn load_vector(&self, values: &[f32]) -> Result<GpuVector, KernelError> {

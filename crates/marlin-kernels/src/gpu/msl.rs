@@ -53,7 +53,7 @@ impl KernelVariant {
     }
 }
 
-/// Every kernel of an Apple GPU for matrices of these schemes and heads of these widths, in Metal's language. A kernel that is there for matrix units' sake and
+/// The [`kernels`] of an Apple GPU, in Metal's language. A kernel that is there for matrix units' sake and
 /// does not multiply with them has that as a fault, too.
 ///
 /// # Errors
@@ -62,16 +62,18 @@ pub fn metal_kernels(
     arithmetic: GpuArithmetic,
     schemes: &[(String, Scheme)],
     head_dims: &[usize],
+    latent_dims: &[[usize; 2]],
 ) -> Result<Vec<(KernelVariant, Msl)>, KernelError> {
     let without_matrices = GpuCaps { matrices: Vec::new(), ..GpuCaps::apple() };
-    let without_matrices = kernels(&without_matrices, arithmetic, schemes, head_dims)?;
+    let without_matrices = kernels(&without_matrices, arithmetic, schemes, head_dims, latent_dims)?;
     let without_matrices: HashSet<&str> = without_matrices.iter().map(KernelVariant::source).collect();
-    let translated = kernels(&GpuCaps::apple(), arithmetic, schemes, head_dims)?.into_iter().map(|kernel| {
-        let mut msl = kernel.msl()?;
-        let is_for_matrices = !without_matrices.contains(kernel.source());
-        msl.faults.extend(fault_of_matrices(is_for_matrices, kernel.name(), &msl.source));
-        Ok((kernel, msl))
-    });
+    let translated =
+        kernels(&GpuCaps::apple(), arithmetic, schemes, head_dims, latent_dims)?.into_iter().map(|kernel| {
+            let mut msl = kernel.msl()?;
+            let is_for_matrices = !without_matrices.contains(kernel.source());
+            msl.faults.extend(fault_of_matrices(is_for_matrices, kernel.name(), &msl.source));
+            Ok((kernel, msl))
+        });
     translated.collect()
 }
 
@@ -220,7 +222,7 @@ fn for_each_call(block: &naga::Block, visit: &mut impl FnMut(Handle<Function>, &
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::conformance::{HEAD_DIMS, schemes};
+    use crate::conformance::{HEAD_DIMS, LATENT_DIMS, schemes};
 
     fn msl(wgsl: &str, checks: Checks) -> Msl {
         translate(wgsl, [true].into_iter(), checks).expect("a kernel")
@@ -229,7 +231,9 @@ mod tests {
     #[test]
     fn every_kernel_becomes_sound_msl() {
         for arithmetic in [GpuArithmetic::Exact, GpuArithmetic::Half] {
-            for (kernel, msl) in metal_kernels(arithmetic, &schemes(), &HEAD_DIMS).expect("kernels in MSL") {
+            for (kernel, msl) in
+                metal_kernels(arithmetic, &schemes(), &HEAD_DIMS, &LATENT_DIMS).expect("kernels in MSL")
+            {
                 let what = format!("{} {} for {:?}", kernel.name(), kernel.variant(), kernel.formats());
                 assert!(msl.faults.is_empty(), "{what}: {:?}\n{}", msl.faults, msl.source);
             }

@@ -13,6 +13,7 @@ use rayon::prelude::*;
 use super::attention;
 use super::device::Gpu;
 use super::encoder::GpuEncoder;
+use super::experts;
 use super::linear;
 use super::pipeline::Kernel;
 use super::{GpuArithmetic, GpuBackend, GpuCaps, GpuOptions};
@@ -36,7 +37,7 @@ const HEIGHTS: [usize; 2] = [8, 9728];
 const LIMITS: StepLimits = StepLimits { tokens: 1, context: 1, width: 1, vocabulary: 1, logit_rows: 1 };
 
 /// The kernels that a device of these capabilities runs for matrices of these schemes, each of which has a name, and for heads of these
-/// widths, in the order of their names.
+/// widths, and for keys and values of these widths where values are part of keys, in the order of their names.
 ///
 /// # Errors
 /// If a kernel is no valid WGSL, or asks for more than the capabilities.
@@ -45,17 +46,20 @@ pub fn kernels(
     arithmetic: GpuArithmetic,
     schemes: &[(String, Scheme)],
     head_dims: &[usize],
+    latent_dims: &[[usize; 2]],
 ) -> Result<Vec<KernelVariant>, KernelError> {
     let open = || Gpu::imaginary(caps.clone(), GpuOptions { arithmetic, ..GpuOptions::default() });
     let mut registry = Registry::default();
     let gpu = Arc::new(open()?);
     GpuEncoder::new(gpu.clone(), &LIMITS)?;
-    attention::compile(&gpu, head_dims)?;
+    attention::compile(&gpu, head_dims, latent_dims)?;
+    experts::compile(&gpu)?;
     registry.add(&gpu, None);
     let of_scheme = |scheme: &Scheme| {
         let gpu = open()?;
         for (rows, cols) in HEIGHTS.into_iter().flat_map(|rows| WIDTHS.map(|cols| (rows, cols))) {
             linear::compile(&gpu, scheme, rows, cols)?;
+            linear::compile_groups(&gpu, scheme, rows, cols)?;
         }
         Ok(gpu)
     };
@@ -176,10 +180,10 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
-    use crate::conformance::{HEAD_DIMS, Table, schemes};
+    use crate::conformance::{HEAD_DIMS, LATENT_DIMS, Table, schemes};
 
     fn registry(caps: &GpuCaps, arithmetic: GpuArithmetic) -> Vec<KernelVariant> {
-        kernels(caps, arithmetic, &schemes(), &HEAD_DIMS).expect("kernels that compile")
+        kernels(caps, arithmetic, &schemes(), &HEAD_DIMS, &LATENT_DIMS).expect("kernels that compile")
     }
 
     fn options(arithmetic: GpuArithmetic) -> GpuOptions {

@@ -13,7 +13,7 @@ use crate::reference::ReferenceBackend;
 use crate::{Activation, Backend, Encoder, Input, KernelError, KvLayer, KvLayout, KvType, LinearPart, MemoryUse, Step};
 
 /// A GPU as if it were no more than `limit` leaves of it; `None` if there is none, and need not be.
-fn open(arithmetic: GpuArithmetic, limit: impl FnOnce(&mut GpuCaps)) -> Option<GpuBackend> {
+pub(super) fn open(arithmetic: GpuArithmetic, limit: impl FnOnce(&mut GpuCaps)) -> Option<GpuBackend> {
     match Gpu::open_limited(GpuOptions { arithmetic, ..GpuOptions::default() }, limit) {
         Err(error) if std::env::var_os("METAL_MARLIN_REQUIRE_GPU").is_some() => panic!("a GPU is required: {error}"),
         opened => opened.ok().map(|gpu| GpuBackend { gpu: Arc::new(gpu) }),
@@ -217,6 +217,27 @@ fn a_kv_cache_is_bounded_by_the_binding() {
          once; choose room for 2044 tokens at most besides a spare block, by a shorter context (--context), fewer sequences at \
          once (--streams, --concurrency) or keys and values of fewer bits (--kv), or use the CPU instead"
     );
+}
+
+#[test]
+fn a_cache_of_latent_vectors_has_no_memory_for_values() {
+    let backend = GpuBackend::imaginary(GpuCaps::apple(), GpuOptions::default()).expect("a device");
+    let layer = |key_dim| KvLayer { heads: 1, key_dim, value_dim: 0, window: None };
+    let layout = KvLayout { block_tokens: 16, layers: vec![layer(576); 47] };
+    // GLM-4.7-Flash.
+    assert_eq!(layout.bytes_per_token(KvType::F16), 47 * 2 * 576);
+    for kv_type in KvType::ALL {
+        let cache = backend.kv_cache(&layout, kv_type, 4).expect("a cache");
+        // The least that can be bound.
+        let planes = if kv_type.code().is_some() { 2 } else { 1 };
+        assert_eq!(backend.memory_taken() as usize, layout.pool_bytes(kv_type, 4) + 47 * planes * 16, "{kv_type:?}");
+        drop(cache);
+    }
+    for (key_dim, message) in [(1032, "8 to 1024 dimensions"), (580, "multiples of 8, found 580")] {
+        let layout = KvLayout { layers: vec![layer(key_dim)], ..layout.clone() };
+        let error = backend.kv_cache(&layout, KvType::F16, 4).unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
+    }
 }
 
 #[test]

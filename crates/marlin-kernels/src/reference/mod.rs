@@ -15,11 +15,13 @@ use half::f16;
 use marlin_format::{FormatError, Scheme};
 
 use crate::backend::check_hadamard;
-use crate::host::{HostStep, KvData, KvPlane, visible};
+use crate::host::{HostStep, KvData, KvPlane, allocate, visible};
+use crate::routing::{Dispatch, choose};
 use crate::sampling::host::{HostSamplings, token_of};
 use crate::{
-    Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, Input, KernelError, KvLayout,
-    KvType, LinearPart, MemoryUse, QkNorm, SampleRow, SamplingId, Step, StepLimits,
+    Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, HostRoutes, Input, KernelError,
+    KvLayout, KvType, LatentShape, LinearPart, MemoryUse, QkNorm, RopeLayout, RouterWeights, Routing, SampleRow,
+    SamplingId, Step, StepLimits, Values,
 };
 
 const NAME: &str = "reference";
@@ -34,6 +36,22 @@ pub struct ReferenceLinear {
     weights: Vec<f32>,
     bias: Vec<f32>,
     cols: usize,
+}
+
+/// A router's weights and what it does with them.
+#[derive(Debug)]
+pub struct ReferenceRouter {
+    routing: Routing,
+    weights: ReferenceLinear,
+    correction: Option<Vec<f32>>,
+}
+
+/// Routes of a step, and the pairs of token and expert sorted by expert.
+#[derive(Debug)]
+pub struct ReferenceRoutes {
+    slots: usize,
+    routes: HostRoutes,
+    dispatch: Dispatch,
 }
 
 /// Runs operations as they are called.
@@ -54,11 +72,18 @@ impl MemoryUse for ReferenceBackend {
     fn encoder_bytes(&self, _limits: &StepLimits) -> usize {
         0
     }
+
+    fn routes_bytes(&self, routing: &Routing, tokens: usize, _width: usize) -> usize {
+        tokens.saturating_mul(routing.experts + 4 * routing.slots()).saturating_mul(size_of::<f32>())
+    }
 }
 
 impl Backend for ReferenceBackend {
     type Buffer = HostBuffer;
     type Linear = ReferenceLinear;
+    type LinearGroup = Vec<ReferenceLinear>;
+    type Router = ReferenceRouter;
+    type Routes = ReferenceRoutes;
     type Vector = Vec<f32>;
     type KvCache = HostKvCache;
     type Encoder = ReferenceEncoder;
@@ -84,6 +109,31 @@ impl Backend for ReferenceBackend {
             }
         }
         Ok(linear)
+    }
+
+    fn group_linears(&self, linears: Vec<ReferenceLinear>) -> Result<Vec<ReferenceLinear>, KernelError> {
+        Ok(linears)
+    }
+
+    fn load_router(&self, router: &RouterWeights<'_>) -> Result<ReferenceRouter, KernelError> {
+        let cols = router.check()?;
+        let bias = router.bias.map_or_else(|| vec![0.0; router.routing.experts], <[f32]>::to_vec);
+        Ok(ReferenceRouter {
+            routing: router.routing,
+            weights: ReferenceLinear { weights: router.weight.to_vec(), bias, cols },
+            correction: router.correction.map(<[f32]>::to_vec),
+        })
+    }
+
+    fn routes(&self, routing: &Routing, tokens: usize, _width: usize) -> Result<ReferenceRoutes, KernelError> {
+        let (slots, what) = (routing.slots(), "routes");
+        let dispatch = Dispatch::new(routing.all_experts(), tokens.saturating_mul(slots), NAME)?;
+        let routes = HostRoutes {
+            logits: allocate(what, &[tokens, routing.experts], NAME)?,
+            experts: allocate(what, &[tokens, slots], NAME)?,
+            weights: allocate(what, &[tokens, slots], NAME)?,
+        };
+        Ok(ReferenceRoutes { slots, routes, dispatch })
     }
 
     fn load_vector(&self, values: &[f32]) -> Result<Vec<f32>, KernelError> {
@@ -238,7 +288,80 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
         for t in 0..x.rows() {
             for (n, y) in out.row_mut(t).iter_mut().enumerate() {
                 let (gate, up) = (gate_up.output(x.row(t), n), gate_up.output(x.row(t), half + n));
-                *y = (activate(activation, gate) * up) as f32;
+                *y = gated(activation, gate, up) as f32;
+            }
+        }
+    }
+
+    fn route(&mut self, x: Input<'_, ReferenceBackend>, router: &ReferenceRouter, routes: &mut ReferenceRoutes) {
+        let (x, routing) = (rows(x), &router.routing);
+        let HostRoutes { logits, experts, weights } = &mut routes.routes;
+        logits.resize(x.rows() * routing.experts, 0.0);
+        experts.resize(x.rows() * routing.slots(), 0);
+        weights.resize(x.rows() * routing.slots(), 0.0);
+        let chosen = experts.chunks_exact_mut(routing.slots()).zip(weights.chunks_exact_mut(routing.slots()));
+        for (t, (logits, (experts, weights))) in logits.chunks_exact_mut(routing.experts).zip(chosen).enumerate() {
+            for (e, logit) in logits.iter_mut().enumerate() {
+                *logit = router.weights.output(x.row(t), e) as f32;
+            }
+            let mut scratch = [vec![0.0; routing.experts], vec![0.0; routing.experts]];
+            let [scores, choice] = &mut scratch;
+            choose(routing, logits, router.correction.as_deref(), [scores, choice], experts, weights);
+        }
+        routes.dispatch.sort(experts);
+    }
+
+    fn expert_gated(
+        &mut self,
+        x: Input<'_, ReferenceBackend>,
+        routes: &ReferenceRoutes,
+        gate_up: &Vec<ReferenceLinear>,
+        activation: Activation,
+        out: &mut HostBuffer,
+    ) {
+        let x = rows(x);
+        let half = gate_up[0].rows() / 2;
+        out.output(routes.dispatch.pairs.len(), half);
+        for (e, linear) in gate_up.iter().enumerate() {
+            for place in routes.dispatch.of(e) {
+                let x = x.row(routes.dispatch.pairs[place] as usize / routes.slots);
+                for (n, y) in out.row_mut(place).iter_mut().enumerate() {
+                    *y = gated(activation, linear.output(x, n), linear.output(x, half + n)) as f32;
+                }
+            }
+        }
+    }
+
+    fn expert_combine(
+        &mut self,
+        x: &HostBuffer,
+        routes: &ReferenceRoutes,
+        down: &Vec<ReferenceLinear>,
+        out: &mut HostBuffer,
+    ) {
+        let ReferenceRoutes { slots, routes: HostRoutes { experts, weights, .. }, dispatch } = routes;
+        assert_eq!(out.rows() * slots, x.rows(), "a row of each token for each of its experts");
+        for t in 0..out.rows() {
+            let pairs = t * slots..(t + 1) * slots;
+            for (n, y) in out.row_mut(t).iter_mut().enumerate() {
+                let term = |pair: usize| {
+                    let x = x.row(dispatch.places[pair] as usize);
+                    f64::from(weights[pair]) * down[experts[pair] as usize].output(x, n)
+                };
+                *y = (f64::from(*y) + pairs.clone().map(term).sum::<f64>()) as f32;
+            }
+        }
+    }
+
+    fn head_linear(&mut self, x: &HostBuffer, heads: &Vec<ReferenceLinear>, out: &mut HostBuffer) {
+        let (from, to) = (x.width() / heads.len(), out.width() / heads.len());
+        out.output(x.rows(), out.width());
+        for t in 0..x.rows() {
+            for (h, linear) in heads.iter().enumerate() {
+                let x = &x.row(t)[h * from..][..linear.cols];
+                for (n, y) in out.row_mut(t)[h * to..][..linear.rows()].iter_mut().enumerate() {
+                    *y = linear.output(x, n) as f32;
+                }
             }
         }
     }
@@ -266,10 +389,39 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
                 if let Some(norm) = &norm {
                     rms_norm(head, if is_query { norm.q } else { norm.k }, norm.eps);
                 }
-                rotate(head, angles.row(t));
+                rotate(head, angles.row(t), shape.rope);
                 if !is_query {
                     store(&mut cache.keys, h - shape.heads, slot, head);
                 }
+            }
+        }
+    }
+
+    fn latent_store_kv(
+        &mut self,
+        q: &HostBuffer,
+        kv: &HostBuffer,
+        shape: &LatentShape,
+        norm: &Vec<f32>,
+        eps: f32,
+        angles: &HostBuffer,
+        cache: &mut HostKvCache,
+        layer: usize,
+        queries: &mut HostBuffer,
+    ) {
+        let LatentShape { heads, nope_dim, rope_dim, rank, rope } = *shape;
+        let block_tokens = cache.block_tokens;
+        queries.output(q.rows(), heads * shape.key_dim());
+        for (sequence, t) in self.step.sequence_rows() {
+            let mut key = kv.row(t).to_vec();
+            rms_norm(&mut key[..rank], norm, eps);
+            rotate(&mut key[rank..], angles.row(t), rope);
+            let slot = self.step.slot(sequence, self.step.positions[t] as usize, block_tokens);
+            store(&mut cache.layers[layer].keys, 0, slot, &key);
+            let of_heads = q.row(t).chunks_exact(nope_dim + rope_dim);
+            for (query, head) in queries.row_mut(t).chunks_exact_mut(shape.key_dim()).zip(of_heads) {
+                query[rank..].copy_from_slice(&head[nope_dim..]);
+                rotate(&mut query[rank..], angles.row(t), rope);
             }
         }
     }
@@ -284,12 +436,13 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
         out: &mut HostBuffer,
     ) {
         let cache = &kv.layers[layer];
-        out.output(self.step.rows(), shape.heads * shape.head_dim);
+        let value_dim = shape.value_dim();
+        out.output(self.step.rows(), shape.heads * value_dim);
         for (sequence, t) in self.step.sequence_rows() {
             let visible = visible(self.step.positions[t] as usize, shape.window);
             let slots: Vec<usize> = visible.map(|p| self.step.slot(sequence, p, kv.block_tokens)).collect();
             let queries = qkv.row(t).chunks_exact(shape.head_dim);
-            let outputs = out.row_mut(t).chunks_exact_mut(shape.head_dim);
+            let outputs = out.row_mut(t).chunks_exact_mut(value_dim);
             for (head, (query, output)) in queries.zip(outputs).enumerate() {
                 let kv_head = head / (shape.heads / shape.kv_heads);
                 let score = |&slot: &usize| dot(query, &load(&cache.keys, kv_head, slot)) * f64::from(shape.scale);
@@ -298,9 +451,13 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
                 let largest = scores.iter().copied().fold(sink, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
                 let total = weights.iter().sum::<f64>() + (sink - largest).exp();
-                let mut sums = vec![0.0; shape.head_dim];
+                let mut sums = vec![0.0; value_dim];
                 for (&slot, weight) in slots.iter().zip(weights) {
-                    for (sum, value) in sums.iter_mut().zip(load(&cache.values, kv_head, slot)) {
+                    let values = match shape.values {
+                        Values::Cached => load(&cache.values, kv_head, slot),
+                        Values::OfKeys(dim) => load(&cache.keys, kv_head, slot)[..dim].to_vec(),
+                    };
+                    for (sum, value) in sums.iter_mut().zip(values) {
                         *sum += weight / total * f64::from(value);
                     }
                 }
@@ -333,6 +490,11 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
 
     fn copy_kv_blocks(&mut self, kv: &mut HostKvCache, pairs: &[(u32, u32)]) {
         kv.copy_blocks(pairs);
+    }
+
+    fn read_routes(&mut self, routes: &ReferenceRoutes, out: &mut HostRoutes) -> Result<(), KernelError> {
+        out.clone_from(&routes.routes);
+        Ok(())
     }
 
     fn start(&mut self) -> Result<(), KernelError> {
@@ -374,24 +536,35 @@ fn rms_norm(x: &mut [f32], weight: &[f32], eps: f32) {
     }
 }
 
-/// Rotates dimension `i` with `i + rotary / 2`.
-fn rotate(head: &mut [f32], angles: &[f32]) {
+/// Rotates the first dimensions of a head, as many as there are angles.
+fn rotate(head: &mut [f32], angles: &[f32], layout: RopeLayout) {
     let half = angles.len() / 2;
     let (cos, sin) = angles.split_at(half);
     for i in 0..half {
-        let (a, b) = (f64::from(head[i]), f64::from(head[i + half]));
+        let (first, second) = match layout {
+            RopeLayout::HalfSplit => (i, i + half),
+            RopeLayout::Interleaved => (2 * i, 2 * i + 1),
+        };
+        let (a, b) = (f64::from(head[first]), f64::from(head[second]));
         let (cos, sin) = (f64::from(cos[i]), f64::from(sin[i]));
-        head[i] = (a * cos - b * sin) as f32;
-        head[i + half] = (b * cos + a * sin) as f32;
+        head[first] = (a * cos - b * sin) as f32;
+        head[second] = (b * cos + a * sin) as f32;
     }
 }
 
-fn activate(activation: Activation, x: f64) -> f64 {
+fn gated(activation: Activation, gate: f64, up: f64) -> f64 {
+    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
     match activation {
-        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::Silu => gate * sigmoid(gate) * up,
         Activation::GeluTanh => {
-            let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x);
-            0.5 * x * (1.0 + inner.tanh())
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (gate + 0.044715 * gate * gate * gate);
+            0.5 * gate * (1.0 + inner.tanh()) * up
+        }
+        Activation::ClampedSwiglu => {
+            let limit = f64::from(Activation::SWIGLU_LIMIT);
+            // NaN stays NaN, unlike under `f64::min`.
+            let gate = if gate > limit { limit } else { gate };
+            gate * sigmoid(f64::from(Activation::SWIGLU_ALPHA) * gate) * (up.clamp(-limit, limit) + 1.0)
         }
     }
 }

@@ -3,7 +3,7 @@
 use marlin_format::{PackedMatrix, Scheme};
 
 use super::*;
-use crate::{KvLayer, TokenCount};
+use crate::{KvLayer, TokenCount, Values};
 
 const LIMITS: StepLimits = StepLimits { tokens: 8, context: 64, width: 8, vocabulary: 8, logit_rows: 8 };
 
@@ -135,7 +135,7 @@ fn rotation_turns_by_the_position() {
 
     // Three quarter turns of (dimension 0, dimension 2), doubled; dimension 4 passes through.
     let mut head = [1.0, 10.0, 2.0, 20.0, 7.0];
-    rotate(&mut head, angles.values());
+    rotate(&mut head, angles.values(), RopeLayout::HalfSplit);
     assert_close(&head, &[4.0, 20.0, -2.0, 40.0, 7.0]);
 }
 
@@ -145,7 +145,15 @@ fn attention_weighs_what_it_sees() {
     let layout = KvLayout { block_tokens: 2, layers: vec![layer] };
     let mut kv = ReferenceBackend.kv_cache(&layout, KvType::F16, 3).unwrap();
     let mut encoder = ReferenceBackend.encoder(&LIMITS).unwrap();
-    let shape = AttentionShape { heads: 2, kv_heads: 1, head_dim: 2, scale: 0.5, window: None };
+    let shape = AttentionShape {
+        heads: 2,
+        kv_heads: 1,
+        head_dim: 2,
+        scale: 0.5,
+        window: None,
+        values: Values::Cached,
+        rope: RopeLayout::HalfSplit,
+    };
     encoder.begin(&step(&[0; 3], &[0, 1, 2], &[0, 3]));
 
     // Two queries, a key and a value a token. 0.1 is stored as the nearest half.
@@ -180,7 +188,15 @@ fn qk_norm_spares_values() {
     let layout = KvLayout { block_tokens: 2, layers: vec![layer] };
     let mut kv = ReferenceBackend.kv_cache(&layout, KvType::F32, 3).unwrap();
     let mut encoder = ReferenceBackend.encoder(&LIMITS).unwrap();
-    let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 2, scale: 1.0, window: None };
+    let shape = AttentionShape {
+        heads: 1,
+        kv_heads: 1,
+        head_dim: 2,
+        scale: 1.0,
+        window: None,
+        values: Values::Cached,
+        rope: RopeLayout::HalfSplit,
+    };
     encoder.begin(&step(&[0], &[2], &[0, 1]));
     let mut qkv = buffer(6, &[3.0, 4.0, 6.0, 8.0, 6.0, 8.0]);
     let norm = QkNorm { q: &vec![1.0, 1.0], k: &vec![10.0, 1.0], eps: 0.0 };

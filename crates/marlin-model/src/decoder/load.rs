@@ -6,12 +6,12 @@ use std::ops::Range;
 
 use marlin_checkpoint::Checkpoint;
 use marlin_format::PackedMatrix;
-use marlin_kernels::{Backend, KernelError, KvLayout, LinearPart, PartHeader, StepLimits};
+use marlin_kernels::{Backend, HostRoutes, KernelError, KvLayout, LinearPart, PartHeader, RouterLoad, StepLimits};
 
-use super::{Attention, Decoder, HeadNorms, Layer, Mlp, OutputProjection, Rope, Workspace};
+use super::{Attention, Decoder, FeedForward, Layer, Rope, Workspace};
 use crate::families;
-use crate::spec::DecoderSpec;
-use crate::{KvPool, LanguageModel, LoadOptions, ModelError, ModelInfo};
+use crate::spec::{AttentionSpec, DecoderSpec};
+use crate::{KvPool, LanguageModel, LayerRouting, LoadOptions, ModelError, ModelInfo};
 
 const EMBED_TOKENS: &str = "model.embed_tokens";
 const LM_HEAD: &str = "lm_head";
@@ -63,9 +63,11 @@ pub(super) fn load_decoder<B: Backend>(
         kv_cache: backend.kv_cache(&kv_layout, options.kv_type, sizes.kv_blocks)?,
         pool: KvPool::new(kv_layout.clone(), sizes.kv_blocks),
         encoder: backend.encoder(&limits)?,
-        workspace: workspace(backend, &spec, options.step_tokens, sizes.logit_rows)?,
+        workspace: Workspace::new(backend, &spec, options.step_tokens, sizes.logit_rows)?,
         logit_rows: 0,
         sampled_rows: 0,
+        routing: if options.measure_routing { unmeasured(&spec) } else { Vec::new() },
+        routes: HostRoutes::default(),
         info: ModelInfo {
             architecture,
             vocabulary: spec.vocab_size,
@@ -81,6 +83,13 @@ pub(super) fn load_decoder<B: Backend>(
         },
         limits,
     })
+}
+
+/// The layers with experts, before the first token.
+fn unmeasured(spec: &DecoderSpec) -> Vec<LayerRouting> {
+    let Some(experts) = &spec.experts else { return Vec::new() };
+    let with_experts = spec.layers.iter().enumerate().filter(|(_, layer)| layer.has_experts);
+    with_experts.map(|(layer, _)| LayerRouting { layer, load: RouterLoad::new(&experts.routing) }).collect()
 }
 
 /// Load options, checked against the model and filled in.
@@ -124,114 +133,39 @@ pub(crate) fn kv_blocks(layout: &KvLayout, context: usize, sequences: usize) -> 
     context.div_ceil(layout.block_tokens).saturating_mul(sequences).saturating_add(1)
 }
 
-/// Rows and width of each buffer of a [`Workspace`], in the order of its fields, without the angles; the last is that of the
-/// logits.
-pub(crate) fn workspace_shapes(spec: &DecoderSpec, step_tokens: usize, logit_rows: usize) -> [(usize, usize); 7] {
-    let (hidden, attention) = (spec.hidden_size, &spec.attention);
-    [
-        (step_tokens, hidden),
-        (if spec.block_output_norms { step_tokens } else { 0 }, hidden),
-        (step_tokens, attention.q_width() + 2 * attention.kv_width()),
-        (step_tokens, attention.q_width()),
-        (step_tokens, spec.mlp.intermediate_size),
-        (logit_rows, hidden),
-        (logit_rows, spec.vocab_size),
-    ]
-}
-
-/// Rows and width of the angles of each kind of rotary embedding.
-pub(crate) fn angle_shapes(spec: &DecoderSpec, step_tokens: usize) -> impl Iterator<Item = (usize, usize)> + '_ {
-    spec.ropes.iter().map(move |rope| (step_tokens, 2 * rope.inv_freq.len()))
-}
-
-fn workspace<B: Backend>(
-    backend: &B,
-    spec: &DecoderSpec,
-    step_tokens: usize,
-    logit_rows: usize,
-) -> Result<Workspace<B>, ModelError> {
-    let shapes = workspace_shapes(spec, step_tokens, logit_rows);
-    let [hidden, block_output, qkv, attention, gated, last_hidden, logits] =
-        shapes.map(|(rows, width)| backend.buffer(rows, width));
-    Ok(Workspace {
-        hidden: hidden?,
-        block_output: block_output?,
-        angles: angle_shapes(spec, step_tokens)
-            .map(|(rows, width)| backend.buffer(rows, width))
-            .collect::<Result<_, _>>()?,
-        qkv: qkv?,
-        attention: attention?,
-        gated: gated?,
-        last_hidden: last_hidden?,
-        logits: logits?,
-    })
-}
-
-/// Brings tensors from a checkpoint to a device.
-struct Loader<'a, B: Backend> {
-    backend: &'a B,
-    checkpoint: &'a Checkpoint,
-    spec: &'a DecoderSpec,
+/// Brings tensors from a checkpoint to a device. What blocks are made of stands beside them.
+pub(super) struct Loader<'a, B: Backend> {
+    pub(super) backend: &'a B,
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) spec: &'a DecoderSpec,
     /// Names of the tensors that were asked for.
     read: RefCell<HashSet<String>>,
 }
 
 impl<B: Backend> Loader<'_, B> {
     fn layer(&self, index: usize) -> Result<Layer<B>, ModelError> {
-        let name = |block: &str| format!("model.layers.{index}.{block}");
-        let norm = |block: &str| self.norm(&name(block), self.spec.hidden_size);
-        // With norms on both sides of a block, `post_attention_layernorm` is what it says; without, it is the MLP's input.
-        let (attn_out_norm, mlp_norm, mlp_out_norm) = if self.spec.block_output_norms {
-            (
-                Some(norm("post_attention_layernorm")?),
-                norm("pre_feedforward_layernorm")?,
-                Some(norm("post_feedforward_layernorm")?),
-            )
-        } else {
-            (None, norm("post_attention_layernorm")?, None)
+        let (spec, layer) = (self.spec, &self.spec.layers[index]);
+        let block = format!("model.layers.{index}");
+        let (self_attn, mlp) = (format!("{block}.self_attn"), format!("{block}.mlp"));
+        let norm = |name: &str| self.norm(&format!("{block}.{name}"), spec.hidden_size);
+        let [attn_out_norm, mlp_out_norm] = match spec.norms.outputs {
+            None => [None, None],
+            Some([attention, mlp]) => [Some(norm(attention)?), Some(norm(mlp)?)],
         };
         Ok(Layer {
             attn_norm: norm("input_layernorm")?,
-            self_attn: self.attention(&name("self_attn"), index, attn_out_norm)?,
-            mlp_norm,
-            mlp: self.mlp(&name("mlp"), mlp_out_norm)?,
-        })
-    }
-
-    fn attention(&self, block: &str, layer: usize, out_norm: Option<B::Vector>) -> Result<Attention<B>, ModelError> {
-        let (hidden, spec, layer) = (self.spec.hidden_size, &self.spec.attention, &self.spec.layers[layer]);
-        let norm = |name: &str| self.norm(&format!("{block}.{name}"), spec.head_dim);
-        let head_norms = || Ok::<_, ModelError>(HeadNorms { q_norm: norm("q_norm")?, k_norm: norm("k_norm")? });
-        let (q, kv) = (spec.q_width(), spec.kv_width());
-        Ok(Attention {
-            shape: spec.shape(layer.window),
-            rope: layer.rope,
-            qkv_proj: if self.spec.is_fused {
-                self.linear(block, &[("qkv_proj", q + 2 * kv)], hidden, spec.qkv_bias)?
-            } else {
-                self.linear(block, &[("q_proj", q), ("k_proj", kv), ("v_proj", kv)], hidden, spec.qkv_bias)?
+            self_attn: match &spec.attention {
+                AttentionSpec::Grouped(spec) => {
+                    Attention::Grouped(self.grouped_attention(&self_attn, spec, layer, attn_out_norm)?)
+                }
+                AttentionSpec::Latent(spec) => {
+                    Attention::Latent(self.latent_attention(&self_attn, spec, layer, attn_out_norm)?)
+                }
             },
-            qk_norm: spec.qk_norm.then(head_norms).transpose()?,
-            o_proj: OutputProjection {
-                linear: self.linear(block, &[("o_proj", hidden)], q, spec.o_bias)?,
-                norm: out_norm,
-            },
-        })
-    }
-
-    fn mlp(&self, block: &str, out_norm: Option<B::Vector>) -> Result<Mlp<B>, ModelError> {
-        let (hidden, spec) = (self.spec.hidden_size, &self.spec.mlp);
-        let width = spec.intermediate_size;
-        Ok(Mlp {
-            gate_up_proj: if self.spec.is_fused {
-                self.halves(&format!("{block}.gate_up_proj"), width, hidden, spec.bias)?
-            } else {
-                self.linear(block, &[("gate_proj", width), ("up_proj", width)], hidden, spec.bias)?
-            },
-            activation: spec.activation,
-            down_proj: OutputProjection {
-                linear: self.linear(block, &[("down_proj", hidden)], width, spec.bias)?,
-                norm: out_norm,
+            mlp_norm: norm(spec.norms.mlp)?,
+            feed_forward: match &spec.experts {
+                Some(experts) if layer.has_experts => FeedForward::Experts(self.experts(&block, experts)?),
+                _ => FeedForward::Mlp(self.mlp(&mlp, &spec.mlp, mlp_out_norm)?),
             },
         })
     }
@@ -257,13 +191,19 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     /// One linear of a block's modules `(name, rows)` of `cols` columns each; all of them have a bias or none has.
-    fn linear(&self, block: &str, modules: &[(&str, usize)], cols: usize, bias: bool) -> Result<B::Linear, ModelError> {
+    pub(super) fn linear(
+        &self,
+        block: &str,
+        modules: &[(&str, usize)],
+        cols: usize,
+        bias: bool,
+    ) -> Result<B::Linear, ModelError> {
         let module = |&(name, rows): &(&str, usize)| self.module(format!("{block}.{name}"), rows, bias);
         self.load(&modules.iter().map(module).collect::<Result<Vec<_>, _>>()?, cols, 1)
     }
 
     /// One linear of the two halves of a module, `rows` rows each.
-    fn halves(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<B::Linear, ModelError> {
+    pub(super) fn halves(&self, module: &str, rows: usize, cols: usize, bias: bool) -> Result<B::Linear, ModelError> {
         self.load(&[self.module(module.to_owned(), 2 * rows, bias)?], cols, 2)
     }
 
@@ -273,14 +213,14 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     /// A linear of these modules, each of them `cut` parts of equal rows: the device's own, if it kept one, or else from the weights.
-    fn load(&self, modules: &[Module], cols: usize, cut: usize) -> Result<B::Linear, ModelError> {
+    pub(super) fn load(&self, modules: &[Module], cols: usize, cut: usize) -> Result<B::Linear, ModelError> {
         let first = &modules[0].name;
         let headers: Option<Vec<Vec<PartHeader>>> =
             modules.iter().map(|module| self.headers(module, cols, cut)).collect();
         if let Some(headers) = headers
             && let Some(linear) = self.backend.find_linear(first, &headers.concat())
         {
-            self.read.borrow_mut().extend(modules.iter().map(|module| weight(&module.name)));
+            modules.iter().for_each(|module| self.mark_read(&weight(&module.name)));
             return Ok(linear);
         }
         let read = |module: &Module| self.matrix(&weight(&module.name), module.rows, cols);
@@ -290,13 +230,13 @@ impl<B: Backend> Loader<'_, B> {
             for rows in module.parts(cut) {
                 let bias = module.bias.as_ref().map(|bias| bias[rows.clone()].to_vec());
                 let sliced = if cut == 1 { Ok(matrix.borrowed()) } else { matrix.slice_rows(rows) };
-                let weight = sliced.map_err(|source| self.weight_error(&module.name, source.into()))?;
+                let weight = sliced.map_err(|source| self.weight_error(&weight(&module.name), source.into()))?;
                 parts.push(LinearPart { weight, bias });
             }
         }
         let linear = self.backend.load_named_linear(first, &parts);
         modules.iter().for_each(|module| self.checkpoint.release(&weight(&module.name)));
-        linear.map_err(|source| self.weight_error(first, source))
+        linear.map_err(|source| self.weight_error(&weight(first), source))
     }
 
     /// A module's parts without its weights; `None` if the checkpoint has no such matrix, which reading it then says.
@@ -310,31 +250,37 @@ impl<B: Backend> Loader<'_, B> {
         Some(module.parts(cut).map(header).collect())
     }
 
-    fn weight_error(&self, module: &str, source: KernelError) -> ModelError {
-        ModelError::Weight { model: self.checkpoint.name().to_owned(), tensor: weight(module), source }
+    pub(super) fn weight_error(&self, tensor: &str, source: KernelError) -> ModelError {
+        ModelError::Weight { model: self.checkpoint.name().to_owned(), tensor: tensor.to_owned(), source }
     }
 
-    fn norm(&self, module: &str, len: usize) -> Result<B::Vector, ModelError> {
+    pub(super) fn norm(&self, module: &str, len: usize) -> Result<B::Vector, ModelError> {
         let mut weights = self.vector(&weight(module), len)?;
         weights.iter_mut().for_each(|weight| *weight += self.spec.norm_offset);
         Ok(self.backend.load_vector(&weights)?)
     }
 
-    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<PackedMatrix<'_>, ModelError> {
-        self.read.borrow_mut().insert(name.to_owned());
+    pub(super) fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<PackedMatrix<'_>, ModelError> {
+        self.mark_read(name);
         Ok(self.checkpoint.matrix(name, rows, cols)?)
     }
 
-    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
-        self.read.borrow_mut().insert(name.to_owned());
+    pub(super) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
+        self.mark_read(name);
         Ok(self.checkpoint.vector(name, len)?)
+    }
+
+    pub(super) fn mark_read(&self, name: &str) {
+        self.read.borrow_mut().insert(name.to_owned());
     }
 
     /// A tensor of the decoder that nobody asked for means that config.json describes another model: a layer too few, a bias
     /// switched off. It would run and write nonsense. (Old checkpoints hold rotary frequencies, which follow from config.json.)
     fn refuse_unread(&self) -> Result<(), ModelError> {
         let read = self.read.borrow();
-        let is_unread = |name: &&str| !read.contains(*name) && !name.ends_with(".rotary_emb.inv_freq");
+        let is_unread = |name: &&str| {
+            !read.contains(*name) && !name.ends_with(".rotary_emb.inv_freq") && !self.spec.is_of_prediction(name)
+        };
         let unread: Vec<&str> =
             self.checkpoint.tensor_names().filter(|name| name.starts_with("model.")).filter(is_unread).collect();
         match unread.first() {
@@ -349,10 +295,10 @@ impl<B: Backend> Loader<'_, B> {
 }
 
 /// A matrix of a linear, and its bias.
-struct Module {
-    name: String,
-    rows: usize,
-    bias: Option<Vec<f32>>,
+pub(super) struct Module {
+    pub(super) name: String,
+    pub(super) rows: usize,
+    pub(super) bias: Option<Vec<f32>>,
 }
 
 impl Module {
@@ -363,6 +309,6 @@ impl Module {
     }
 }
 
-fn weight(module: &str) -> String {
+pub(super) fn weight(module: &str) -> String {
     format!("{module}.weight")
 }

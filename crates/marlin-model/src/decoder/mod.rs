@@ -1,15 +1,29 @@
 //! A decoder-only transformer on a backend.
 
+mod attention;
+mod experts;
+mod latent;
 mod load;
+mod mlp;
+mod stacks;
 #[cfg(test)]
 mod tests;
+mod workspace;
 
+pub(crate) use experts::expert_bytes;
+pub(crate) use latent::kv_b_bytes;
 pub use load::load_model;
-pub(crate) use load::{Sizes, angle_shapes, kv_blocks, workspace_shapes};
+pub(crate) use load::{Sizes, kv_blocks};
+pub(crate) use workspace::{angle_shapes, expert_row_width, workspace_shapes};
 
-use marlin_kernels::{Activation, AttentionShape, Backend, Encoder, Input, QkNorm, SampleRow, SamplingId, StepLimits};
+use marlin_kernels::{Backend, Encoder, HostRoutes, Input, SampleRow, SamplingId, StepLimits};
 
-use crate::{KvPool, LanguageModel, ModelError, ModelInfo, StepBatch};
+use self::attention::GroupedAttention;
+use self::experts::Experts;
+use self::latent::LatentAttention;
+use self::mlp::Mlp;
+use self::workspace::{ExpertWork, Workspace};
+use crate::{KvPool, LanguageModel, LayerRouting, ModelError, ModelInfo, StepBatch};
 
 /// A loaded model. Fields are named after the checkpoint's tensors.
 struct Decoder<B: Backend> {
@@ -32,6 +46,10 @@ struct Decoder<B: Backend> {
     logit_rows: usize,
     /// Rows of the last sampling.
     sampled_rows: usize,
+    /// Loads of layers with experts, in their order, if they are measured.
+    routing: Vec<LayerRouting>,
+    /// Where those are read.
+    routes: HostRoutes,
 }
 
 /// A kind of rotary embedding.
@@ -46,56 +64,25 @@ struct Layer<B: Backend> {
     attn_norm: B::Vector,
     self_attn: Attention<B>,
     mlp_norm: B::Vector,
-    mlp: Mlp<B>,
+    feed_forward: FeedForward<B>,
 }
 
-/// Attention with grouped queries; Q, K and V are one matrix.
-struct Attention<B: Backend> {
-    shape: AttentionShape,
-    /// Index into the decoder's ropes.
-    rope: usize,
-    qkv_proj: B::Linear,
-    qk_norm: Option<HeadNorms<B>>,
-    o_proj: OutputProjection<B>,
+/// The attention of a layer.
+enum Attention<B: Backend> {
+    Grouped(GroupedAttention<B>),
+    Latent(LatentAttention<B>),
 }
 
-/// Norms over each head of Q and K.
-struct HeadNorms<B: Backend> {
-    q_norm: B::Vector,
-    k_norm: B::Vector,
-}
-
-/// A gated MLP; gate and up are one matrix.
-struct Mlp<B: Backend> {
-    gate_up_proj: B::Linear,
-    activation: Activation,
-    down_proj: OutputProjection<B>,
+/// The feed-forward block of a layer.
+enum FeedForward<B: Backend> {
+    Mlp(Mlp<B>),
+    Experts(Experts<B>),
 }
 
 /// The end of a block: `x += norm(linear(y))`, in most families without the norm.
 struct OutputProjection<B: Backend> {
     linear: B::Linear,
     norm: Option<B::Vector>,
-}
-
-/// Activations of a step.
-struct Workspace<B: Backend> {
-    /// The residual stream, `[T, hidden]`.
-    hidden: B::Buffer,
-    /// The output of a block before its norm, `[T, hidden]`; empty if blocks have none.
-    block_output: B::Buffer,
-    /// Cosines and sines of each rope, `[T, rotated dimensions]`.
-    angles: Vec<B::Buffer>,
-    /// `[T, q heads | k heads | v heads]`.
-    qkv: B::Buffer,
-    /// `[T, q heads]`.
-    attention: B::Buffer,
-    /// `[T, intermediate]`.
-    gated: B::Buffer,
-    /// Rows of the residual stream whose logits are wanted, `[L, hidden]`.
-    last_hidden: B::Buffer,
-    /// `[L, vocabulary]`.
-    logits: B::Buffer,
 }
 
 impl<B: Backend> LanguageModel for Decoder<B> {
@@ -113,7 +100,7 @@ impl<B: Backend> LanguageModel for Decoder<B> {
         if batch.tokens() == 0 {
             return Ok(());
         }
-        self.encode(batch);
+        self.encode(batch)?;
         self.encoder.start()?;
         self.pool.finish_copies();
         self.logit_rows = batch.logit_rows();
@@ -143,6 +130,10 @@ impl<B: Backend> LanguageModel for Decoder<B> {
     fn sampled(&mut self, sampling: SamplingId, tokens: &mut [u32]) -> Result<(), ModelError> {
         Ok(self.encoder.sampled(sampling, tokens)?)
     }
+
+    fn routing(&self) -> &[LayerRouting] {
+        &self.routing
+    }
 }
 
 impl<B: Backend> Decoder<B> {
@@ -156,8 +147,9 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// The step, from tokens to logits.
-    fn encode(&mut self, batch: &StepBatch) {
+    fn encode(&mut self, batch: &StepBatch) -> Result<(), ModelError> {
         let Self { encoder, kv_cache, workspace: work, rms_norm_eps: eps, .. } = self;
+        let mut routing = self.routing.iter_mut();
         encoder.begin(&batch.as_step());
         encoder.copy_kv_blocks(kv_cache, self.pool.pending_copies());
         // Angles come first: a device that uploads them would have to start what is recorded before.
@@ -166,8 +158,24 @@ impl<B: Backend> Decoder<B> {
         }
         encoder.embed(&self.embed_tokens, self.embedding_scale, &mut work.hidden);
         for (index, layer) in self.layers.iter().enumerate() {
-            layer.self_attn.encode(encoder, work, &layer.attn_norm, kv_cache, index, *eps);
-            layer.mlp.encode(encoder, work, &layer.mlp_norm, *eps);
+            match &layer.self_attn {
+                Attention::Grouped(attention) => {
+                    attention.encode(encoder, work, &layer.attn_norm, kv_cache, index, *eps);
+                }
+                Attention::Latent(attention) => {
+                    attention.encode(encoder, work, &layer.attn_norm, kv_cache, index, *eps);
+                }
+            }
+            match &layer.feed_forward {
+                FeedForward::Mlp(mlp) => mlp.encode(encoder, work, &layer.mlp_norm, *eps),
+                FeedForward::Experts(experts) => {
+                    experts.encode(encoder, work, &layer.mlp_norm, *eps);
+                    if let (Some(measured), Some(ExpertWork { routes, .. })) = (routing.next(), &work.experts) {
+                        encoder.read_routes(routes, &mut self.routes)?;
+                        measured.load.add(&self.routes);
+                    }
+                }
+            }
         }
         if batch.logit_rows() > 0 {
             encoder.select_logit_rows(&work.hidden, &mut work.last_hidden);
@@ -178,35 +186,7 @@ impl<B: Backend> Decoder<B> {
                 encoder.soft_cap(&mut work.logits, cap);
             }
         }
-    }
-}
-
-impl<B: Backend> Attention<B> {
-    /// Adds the attention of the normalised `hidden` to it.
-    fn encode(
-        &self,
-        encoder: &mut B::Encoder,
-        work: &mut Workspace<B>,
-        input_norm: &B::Vector,
-        kv_cache: &mut B::KvCache,
-        layer: usize,
-        eps: f32,
-    ) {
-        let norm = self.qk_norm.as_ref().map(|norms| QkNorm { q: &norms.q_norm, k: &norms.k_norm, eps });
-        let normed = Input::Normed { x: &work.hidden, weight: input_norm, eps };
-        encoder.linear(normed, &self.qkv_proj, &mut work.qkv);
-        encoder.rope_store_kv(&mut work.qkv, &self.shape, norm, &work.angles[self.rope], kv_cache, layer);
-        encoder.attention(&work.qkv, &self.shape, None, kv_cache, layer, &mut work.attention);
-        self.o_proj.encode(encoder, &work.attention, &mut work.block_output, &mut work.hidden, eps);
-    }
-}
-
-impl<B: Backend> Mlp<B> {
-    /// Adds the MLP of the normalised `hidden` to it.
-    fn encode(&self, encoder: &mut B::Encoder, work: &mut Workspace<B>, input_norm: &B::Vector, eps: f32) {
-        let normed = Input::Normed { x: &work.hidden, weight: input_norm, eps };
-        encoder.linear_gated(normed, &self.gate_up_proj, self.activation, &mut work.gated);
-        self.down_proj.encode(encoder, &work.gated, &mut work.block_output, &mut work.hidden, eps);
+        Ok(())
     }
 }
 

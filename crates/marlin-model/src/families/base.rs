@@ -1,15 +1,16 @@
 //! What config.json says in the same words in every family.
 
+use marlin_kernels::Activation;
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::ConfigError;
 use crate::config::{self, HiddenAct, Positive, Size};
 use crate::rope::Rope;
-use crate::spec::{AttentionSpec, DecoderSpec, LayerSpec, MlpSpec};
+use crate::spec::{AttentionSpec, BlockNorms, DecoderSpec, GroupedSpec, LayerSpec, MlpSpec};
 
 /// Width of a head. Rotary frequencies are computed before any weight shows that a size is real, so it is kept small.
-type HeadDim = Size<{ 1 << 16 }>;
+pub(super) type HeadDim = Size<{ 1 << 16 }>;
 
 /// The fields that all families share.
 #[derive(Debug, Deserialize)]
@@ -43,9 +44,14 @@ impl BaseConfig {
         self.max_position_embeddings.get()
     }
 
-    /// The same in every layer.
+    /// The same in every layer, but for experts.
+    pub(super) fn layers_with(&self, window: Option<usize>, has_experts: impl Fn(usize) -> bool) -> Vec<LayerSpec> {
+        (0..self.layers()).map(|layer| LayerSpec { window, rope: 0, has_experts: has_experts(layer) }).collect()
+    }
+
+    /// The same in every layer, and no experts.
     pub(super) fn uniform_layers(&self, window: Option<usize>) -> Vec<LayerSpec> {
-        vec![LayerSpec { window, rope: 0 }; self.layers()]
+        self.layers_with(window, |_| false)
     }
 
     /// `head_dim`, or an even share of the hidden size.
@@ -79,35 +85,56 @@ impl BaseConfig {
         }
     }
 
-    /// Llama's blocks in these sizes, from which a family goes on: no biases, no QK norm, an embedding of its own unless
-    /// it is said to be tied.
-    pub(super) fn decoder(
-        &self,
-        head_dim: usize,
-        ropes: Vec<Rope>,
-        layers: Vec<LayerSpec>,
-    ) -> Result<DecoderSpec, ConfigError> {
+    /// Llama's attention in these sizes: no biases, no QK norm.
+    pub(super) fn attention(&self, head_dim: usize) -> Result<GroupedSpec, ConfigError> {
         let kv_heads = self.num_key_value_heads.unwrap_or(self.num_attention_heads);
-        Ok(DecoderSpec {
+        GroupedSpec::new(self.num_attention_heads, kv_heads, head_dim)
+    }
+
+    /// Llama's other blocks around it, from which a family goes on: an embedding of its own unless it is said to be tied.
+    pub(super) fn decoder(&self, attention: AttentionSpec, ropes: Vec<Rope>, layers: Vec<LayerSpec>) -> DecoderSpec {
+        DecoderSpec {
             vocab_size: self.vocab_size.get(),
             hidden_size: self.hidden_size.get(),
             max_position_embeddings: self.context(),
             rms_norm_eps: self.rms_norm_eps.get() as f32,
             norm_offset: 0.0,
-            block_output_norms: false,
+            norms: BlockNorms::BEFORE,
             embedding_scale: 1.0,
             logit_cap: None,
             tie_word_embeddings: self.tie_word_embeddings.unwrap_or(false),
-            is_fused: false,
             ropes,
-            attention: AttentionSpec::new(self.num_attention_heads, kv_heads, head_dim)?,
+            attention,
             mlp: MlpSpec {
-                intermediate_size: self.intermediate_size.get(),
+                intermediate_size: self.intermediate_size(),
                 activation: self.hidden_act.into(),
+                is_fused: false,
                 bias: false,
             },
+            experts: None,
             layers,
-        })
+            prediction_layers: 0,
+        }
+    }
+
+    /// Query heads.
+    pub(super) fn heads(&self) -> usize {
+        self.num_attention_heads.get()
+    }
+
+    /// Key and value heads, if config.json names them.
+    pub(super) fn kv_heads(&self) -> Option<usize> {
+        self.num_key_value_heads.map(Size::get)
+    }
+
+    /// Width inside an MLP.
+    pub(super) fn intermediate_size(&self) -> usize {
+        self.intermediate_size.get()
+    }
+
+    /// The non-linearity of gates.
+    pub(super) fn activation(&self) -> Activation {
+        self.hidden_act.into()
     }
 
     /// Whether the head is the embedding, if config.json says so or not.

@@ -10,7 +10,7 @@ use super::layer_type::{self, LayerType};
 use crate::ConfigError;
 use crate::config::{self, HiddenAct, Positive, Size};
 use crate::rope::{Rope, RopeFields};
-use crate::spec::{DecoderSpec, LayerSpec};
+use crate::spec::{AttentionSpec, BlockNorms, DecoderSpec, GroupedSpec, LayerSpec};
 
 /// Defaults of `Gemma3TextConfig`, for what config.json leaves out.
 const HEAD_DIM: usize = 256;
@@ -72,21 +72,31 @@ pub(super) fn spec(config: &Value) -> Result<DecoderSpec, ConfigError> {
     own.check_supported()?;
     let head_dim = base.head_dim_or(HEAD_DIM);
     let ropes = own.ropes(head_dim, base.context())?;
-    let mut spec = base.decoder(head_dim, ropes, own.layers(base.layers())?)?;
     let scalar = own.query_pre_attn_scalar.map_or(QUERY_PRE_ATTN_SCALAR, Positive::get);
-    spec.attention.scale = scalar.powf(-0.5) as f32;
-    (spec.attention.qkv_bias, spec.attention.o_bias) = (own.attention_bias, own.attention_bias);
-    spec.attention.qk_norm = true;
+    let attention = GroupedSpec {
+        scale: scalar.powf(-0.5) as f32,
+        qkv_bias: own.attention_bias,
+        o_bias: own.attention_bias,
+        qk_norm: true,
+        ..base.attention(head_dim)?
+    };
+    let mut spec = base.decoder(AttentionSpec::Grouped(attention), ropes, own.layers(base.layers())?);
     spec.mlp.activation = own.hidden_activation.unwrap_or(HiddenAct::GeluTanh).into();
     Ok(DecoderSpec {
         norm_offset: 1.0,
-        block_output_norms: true,
+        norms: NORMS,
         embedding_scale: own.embedding_scale(base.hidden_size()),
         logit_cap: own.final_logit_softcapping.map(|cap| cap.get() as f32),
         tie_word_embeddings: base.tie_word_embeddings().unwrap_or(true),
         ..spec
     })
 }
+
+/// Both blocks have a norm on either side.
+const NORMS: BlockNorms = BlockNorms {
+    mlp: "pre_feedforward_layernorm",
+    outputs: Some(["post_attention_layernorm", "post_feedforward_layernorm"]),
+};
 
 /// Layers with a window take the first rope, those without the second one.
 const SLIDING_ROPE: usize = 0;
@@ -114,7 +124,7 @@ impl Gemma3Config {
         let layer_types = self.layer_types.clone().unwrap_or_else(|| (0..layers).map(by_pattern).collect());
         let windows = layer_type::windows(&layer_types, layers, self.sliding_window.map(Size::get), "sliding_window")?;
         let rope = |window: Option<usize>| if window.is_some() { SLIDING_ROPE } else { FULL_ROPE };
-        Ok(windows.into_iter().map(|window| LayerSpec { window, rope: rope(window) }).collect())
+        Ok(windows.into_iter().map(|window| LayerSpec { window, rope: rope(window), has_experts: false }).collect())
     }
 
     /// `rope_scaling` of the older spelling, and `rope_theta`, are those of layers without a window.

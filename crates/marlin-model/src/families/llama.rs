@@ -7,7 +7,7 @@ use super::base::BaseConfig;
 use crate::ConfigError;
 use crate::config;
 use crate::rope::{Rope, RopeFields};
-use crate::spec::DecoderSpec;
+use crate::spec::{AttentionSpec, DecoderSpec, GroupedSpec};
 
 /// What `LlamaConfig` of `transformers` has of its own.
 #[derive(Debug, Deserialize)]
@@ -23,8 +23,8 @@ pub(super) fn spec(config: &Value) -> Result<DecoderSpec, ConfigError> {
     let LlamaConfig { attention_bias, mlp_bias } = config::parse(config)?;
     let head_dim = base.head_dim_or_share()?;
     let rope = Rope::new(RopeFields::parse(config)?, head_dim, base.context())?;
-    let mut spec = base.decoder(head_dim, vec![rope], base.uniform_layers(None))?;
-    (spec.attention.qkv_bias, spec.attention.o_bias) = (attention_bias, attention_bias);
+    let attention = GroupedSpec { qkv_bias: attention_bias, o_bias: attention_bias, ..base.attention(head_dim)? };
+    let mut spec = base.decoder(AttentionSpec::Grouped(attention), vec![rope], base.uniform_layers(None));
     spec.mlp.bias = mlp_bias;
     Ok(spec)
 }

@@ -7,7 +7,7 @@ use super::base::BaseConfig;
 use crate::ConfigError;
 use crate::config::{self, Size};
 use crate::rope::{Rope, RopeFields};
-use crate::spec::DecoderSpec;
+use crate::spec::{AttentionSpec, DecoderSpec};
 
 /// Window where config.json names none; later releases say `null`, which is no window.
 const DEFAULT_WINDOW: i64 = 4096;
@@ -29,5 +29,6 @@ pub(super) fn spec(config: &Value) -> Result<DecoderSpec, ConfigError> {
     base.require_kv_heads()?;
     let head_dim = base.head_dim_or_share()?;
     let rope = Rope::new(RopeFields::parse(config)?, head_dim, base.context())?;
-    base.decoder(head_dim, vec![rope], base.uniform_layers(sliding_window.map(Size::get)))
+    let attention = AttentionSpec::Grouped(base.attention(head_dim)?);
+    Ok(base.decoder(attention, vec![rope], base.uniform_layers(sliding_window.map(Size::get))))
 }

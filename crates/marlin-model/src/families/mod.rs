@@ -1,12 +1,19 @@
 //! Model families: how each one's config.json maps to the shared blocks.
 
 mod base;
+mod deepseek;
+mod experts;
 mod gemma3;
+mod glm4;
+mod gpt_oss;
+mod latent;
 mod layer_type;
 mod llama;
 mod mistral;
+mod mixtral;
 mod phi3;
 mod qwen;
+mod qwen3_moe;
 
 use marlin_checkpoint::Checkpoint;
 use serde_json::Value;
@@ -18,13 +25,20 @@ use crate::{ConfigError, ModelError};
 type ReadSpec = fn(&Value) -> Result<DecoderSpec, ConfigError>;
 
 /// What is found under `architectures` in config.json of a model that can be loaded, and how its config is read.
-const FAMILIES: [(&str, ReadSpec); 6] = [
+const FAMILIES: [(&str, ReadSpec); 13] = [
     ("LlamaForCausalLM", llama::spec),
     ("MistralForCausalLM", mistral::spec),
     ("Qwen2ForCausalLM", qwen::qwen2),
     ("Qwen3ForCausalLM", qwen::qwen3),
     ("Phi3ForCausalLM", phi3::spec),
     ("Gemma3ForCausalLM", gemma3::spec),
+    ("MixtralForCausalLM", mixtral::spec),
+    ("Qwen3MoeForCausalLM", qwen3_moe::spec),
+    ("Glm4ForCausalLM", glm4::dense),
+    ("Glm4MoeForCausalLM", glm4::experts),
+    ("Glm4MoeLiteForCausalLM", deepseek::glm4_moe_lite),
+    ("DeepseekV3ForCausalLM", deepseek::deepseek_v3),
+    ("GptOssForCausalLM", gpt_oss::spec),
 ];
 
 /// Names of the architectures that can be loaded, as config.json gives them.

@@ -7,7 +7,7 @@ use super::base::BaseConfig;
 use crate::ConfigError;
 use crate::config::{self, Size};
 use crate::rope::{Rope, RopeFields};
-use crate::spec::DecoderSpec;
+use crate::spec::{AttentionSpec, DecoderSpec, GroupedSpec};
 
 /// What `Phi3Config` of `transformers` has of its own.
 #[derive(Debug, Deserialize)]
@@ -20,6 +20,8 @@ pub(super) fn spec(config: &Value) -> Result<DecoderSpec, ConfigError> {
     let Phi3Config { sliding_window } = config::parse(config)?;
     let head_dim = base.head_dim_or_share()?;
     let rope = Rope::unscaled(RopeFields::parse(config)?, head_dim, base.context())?;
-    let spec = base.decoder(head_dim, vec![rope], base.uniform_layers(sliding_window.map(Size::get)))?;
-    Ok(DecoderSpec { is_fused: true, ..spec })
+    let attention = AttentionSpec::Grouped(GroupedSpec { is_fused: true, ..base.attention(head_dim)? });
+    let mut spec = base.decoder(attention, vec![rope], base.uniform_layers(sliding_window.map(Size::get)));
+    spec.mlp.is_fused = true;
+    Ok(spec)
 }

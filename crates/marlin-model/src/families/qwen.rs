@@ -9,7 +9,7 @@ use super::layer_type::{self, LayerType};
 use crate::ConfigError;
 use crate::config::{self, Size};
 use crate::rope::{Rope, RopeFields};
-use crate::spec::{DecoderSpec, LayerSpec};
+use crate::spec::{AttentionSpec, DecoderSpec, GroupedSpec, LayerSpec};
 
 /// Width of a head where Qwen3's config.json names none: not hidden size / heads.
 const QWEN3_HEAD_DIM: usize = 128;
@@ -31,19 +31,17 @@ pub(super) fn qwen2(config: &Value) -> Result<DecoderSpec, ConfigError> {
     let (base, own) = parse(config)?;
     let head_dim = base.head_dim_or_share()?;
     let rope = Rope::new(RopeFields::parse(config)?, head_dim, base.context())?;
-    let mut spec = base.decoder(head_dim, vec![rope], own.layers(base.layers())?)?;
-    spec.attention.qkv_bias = true;
-    Ok(spec)
+    let attention = AttentionSpec::Grouped(GroupedSpec { qkv_bias: true, ..base.attention(head_dim)? });
+    Ok(base.decoder(attention, vec![rope], own.layers(base.layers())?))
 }
 
 pub(super) fn qwen3(config: &Value) -> Result<DecoderSpec, ConfigError> {
     let (base, own) = parse(config)?;
     let head_dim = base.head_dim_or(QWEN3_HEAD_DIM);
     let rope = Rope::new(RopeFields::parse(config)?, head_dim, base.context())?;
-    let mut spec = base.decoder(head_dim, vec![rope], own.layers(base.layers())?)?;
-    (spec.attention.qkv_bias, spec.attention.o_bias) = (own.attention_bias, own.attention_bias);
-    spec.attention.qk_norm = true;
-    Ok(spec)
+    let bias = own.attention_bias;
+    let attention = GroupedSpec { qkv_bias: bias, o_bias: bias, qk_norm: true, ..base.attention(head_dim)? };
+    Ok(base.decoder(AttentionSpec::Grouped(attention), vec![rope], own.layers(base.layers())?))
 }
 
 fn parse(config: &Value) -> Result<(BaseConfig, QwenConfig), ConfigError> {
@@ -68,6 +66,6 @@ impl QwenConfig {
                 (0..layers).map(|layer| (layer >= first).then_some(window)).collect()
             }
         };
-        Ok(windows.into_iter().map(|window| LayerSpec { window, rope: 0 }).collect())
+        Ok(windows.into_iter().map(|window| LayerSpec { window, rope: 0, has_experts: false }).collect())
     }
 }

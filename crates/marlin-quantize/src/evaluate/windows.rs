@@ -36,6 +36,11 @@ impl Windows {
         self.tokens.is_empty()
     }
 
+    /// Tokens of all windows.
+    pub fn tokens(&self) -> usize {
+        self.tokens.len()
+    }
+
     /// Predicted tokens: all but the first of each window.
     pub fn predicted(&self) -> usize {
         self.tokens.len() - self.len()

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use marlin_model::{KvSequence, LanguageModel, LogitRows, ModelError, StepBatch};
+use marlin_model::{KvSequence, LanguageModel, LogitRows, ModelError, ModelShape, StepBatch};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
@@ -20,13 +20,13 @@ const GPU_WARM_UP: Duration = Duration::from_millis(500);
 ///
 /// The KV cache below a depth is filled by running that many random tokens through the model, for each stream its own, once for
 /// all repetitions (which then roll back to it) and as the beginning of the next depth. Tokens are random too: nothing is
-/// sampled. `weights` and `heads`, of queries, tell how much work a test is.
+/// sampled. `weights` and `shape` tell how much work a test is.
 pub(super) fn run(
     model: &mut dyn LanguageModel,
     tests: &[Test],
     repetitions: usize,
     weights: StepWeights,
-    heads: usize,
+    shape: &ModelShape,
     recorded: &dyn Fn() -> Option<u64>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Vec<Measurement>, ModelError> {
@@ -48,7 +48,7 @@ pub(super) fn run(
             done += 1;
             progress(done, total);
         }
-        let work = Work::of(test, weights, heads, runner.model.info());
+        let work = Work::of(test, weights, shape, runner.model.info());
         let kernels = recorded().zip(recorded_before).map(|(after, before)| {
             let steps = match test {
                 Test::Prefill(_) => repetitions,

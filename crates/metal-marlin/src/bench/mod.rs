@@ -75,7 +75,7 @@ pub fn run(
 
     let (model, footprint, formats) = (checkpoint.name().to_owned(), Footprint::of(&checkpoint), formats(&checkpoint));
     let weights = StepWeights::of(&checkpoint);
-    let heads = Planner::new(opened.memory_use(), &checkpoint).map_err(LoadError::Model)?.shape().heads;
+    let shape = Planner::new(opened.memory_use(), &checkpoint).map_err(LoadError::Model)?.shape();
     let started = Instant::now();
     let (options, memory_plan) =
         requirements::load_options(&checkpoint, &tests, context, plan.kv_type, &opened, memory)?;
@@ -86,7 +86,7 @@ pub fn run(
 
     let recorded = || opened.gpu().map(GpuBackend::kernels_recorded);
     let repetitions = plan.repetitions.max(1);
-    let measurements = measure::run(loaded.as_mut(), &tests, repetitions, weights, heads, &recorded, progress)?;
+    let measurements = measure::run(loaded.as_mut(), &tests, repetitions, weights, &shape, &recorded, progress)?;
     let profiles = match profiled {
         Some(gpu) => profile::run(loaded.as_mut(), gpu, &tests, repetitions)?,
         None => Vec::new(),

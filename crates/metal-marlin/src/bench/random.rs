@@ -33,8 +33,10 @@ pub fn random_model(shape: &Shape, linears: &Scheme, embedding: &Scheme) -> Resu
             TensorShape::Norm(len) => MemoryTensor::vector(&vec![1.0; len]),
             TensorShape::Matrix(size @ [rows, cols]) => {
                 let scheme = match TensorRole::of(&name, 2) {
+                    TensorRole::DecoderLinear => linears,
                     TensorRole::Embedding | TensorRole::Head => embedding,
-                    _ => linears,
+                    // Routers.
+                    TensorRole::Vector | TensorRole::Unknown => &Scheme::BF16,
                 };
                 let matrix = match made.get(&(*scheme, size)) {
                     Some(matrix) => matrix.clone(),

@@ -44,6 +44,7 @@ pub(super) fn load_options(
         logit_rows: streams,
         kv_blocks: Some(kv_blocks(&largest)),
         kv_type,
+        ..usual
     };
     let plan = planner.plan(&options).map_err(LoadError::Model)?;
     match memory.budget(device) {

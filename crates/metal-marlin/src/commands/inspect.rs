@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use marlin_checkpoint::{Checkpoint, Storage, TensorInfo};
 use marlin_kernels::KvType;
 use marlin_kernels::cpu::{CpuBackend, CpuOptions};
-use marlin_model::{MemoryPlan, ModelError, ModelShape, Planner, format_size};
-use marlin_quantize::{Footprint, layer_and_kind};
+use marlin_model::{ExpertShape, MemoryPlan, ModelError, ModelShape, Planner, format_size};
+use marlin_quantize::{Footprint, kind_of};
 use metal_marlin::LoadError;
 use serde_json::{Value, json};
 
@@ -157,7 +157,7 @@ fn groups(checkpoint: &Checkpoint, each: bool) -> Vec<Group> {
     }
     let mut groups: Vec<Group> = Vec::new();
     for (name, info) in tensors {
-        let tensor = Group::new(layer_and_kind(name).1, info);
+        let tensor = Group::new(&kind_of(name), info);
         match groups.iter_mut().find(|group| group.takes(&tensor)) {
             Some(group) => {
                 group.count += 1;
@@ -199,16 +199,35 @@ impl Inspection<'_> {
         });
         match &self.decoder {
             Ok(decoder) => {
-                let ModelShape { layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary, context, tied } =
-                    decoder.shape;
+                let ModelShape {
+                    layers,
+                    hidden,
+                    intermediate,
+                    experts,
+                    heads,
+                    kv_heads,
+                    head_dim,
+                    kv_rank,
+                    vocabulary,
+                    context,
+                    tied,
+                } = decoder.shape;
                 json["architecture"] = decoder.architecture.as_str().into();
                 json["shape"] = json!({
                     "layers": layers,
                     "hidden": hidden,
                     "intermediate": intermediate,
+                    "experts": experts.map(|experts| json!({
+                        "layers": experts.layers,
+                        "routed": experts.routed,
+                        "top_k": experts.top_k,
+                        "width": experts.width,
+                        "shared_width": experts.shared_width,
+                    })),
                     "heads": heads,
                     "kv_heads": kv_heads,
                     "head_dim": head_dim,
+                    "kv_rank": kv_rank,
                     "vocabulary": vocabulary,
                     "context": context,
                     "tied": tied,
@@ -240,20 +259,34 @@ impl Inspection<'_> {
             Ok(Decoder { architecture, shape, kv_bytes_per_token, .. }) => {
                 let kv = kv_bytes_per_token.map(|(name, bytes)| format!("{} in {name}", format_size(bytes as u64)));
                 let head = if shape.tied { "head tied to the embedding" } else { "head of its own" };
+                let heads = match shape.kv_rank {
+                    None => format!("{}, {} of keys and values, {} wide", shape.heads, shape.kv_heads, shape.head_dim),
+                    Some(rank) => format!(
+                        "{} over one latent vector of {rank} and {} rotated values a token",
+                        shape.heads,
+                        shape.head_dim - rank
+                    ),
+                };
+                let experts = shape.experts.map_or(String::new(), |experts| {
+                    let ExpertShape { layers, routed, top_k, width, shared_width } = experts;
+                    let shared = match shared_width {
+                        0 => String::new(),
+                        width => format!(", shared ones {width} wide"),
+                    };
+                    format!("experts       {routed} in {layers} layers, {top_k} a token, {width} wide{shared}\n")
+                });
                 text += &format!(
                     "architecture  {architecture}\n\
                      layers        {}\n\
                      width         {}, {} inside the MLP\n\
-                     heads         {}, {} of keys and values, {} wide\n\
+                     {experts}\
+                     heads         {heads}\n\
                      vocabulary    {}, {head}\n\
                      context       {} tokens\n\
                      KV cache      {} a token\n",
                     shape.layers,
                     shape.hidden,
                     shape.intermediate,
-                    shape.heads,
-                    shape.kv_heads,
-                    shape.head_dim,
                     shape.vocabulary,
                     shape.context,
                     kv.join(", "),

@@ -1,6 +1,6 @@
 //! Attention over the paged cache: a prompt, and one token after many.
 
-use marlin_kernels::{AttentionShape, Encoder, KvLayer, KvLayout, KvType, Step, StepLimits};
+use marlin_kernels::{AttentionShape, Encoder, KvLayer, KvLayout, KvType, RopeLayout, Step, StepLimits, Values};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
@@ -8,8 +8,15 @@ use super::timer::Timed;
 use super::{Bench, KernelBenchError, Measurement, Plans, Work, full_name};
 
 /// The heads of Qwen3-4B and -8B and of Llama 3.1 8B.
-const SHAPE: AttentionShape =
-    AttentionShape { heads: 32, kv_heads: 8, head_dim: 128, scale: 0.088_388_35, window: None };
+const SHAPE: AttentionShape = AttentionShape {
+    heads: 32,
+    kv_heads: 8,
+    head_dim: 128,
+    scale: 0.088_388_35,
+    window: None,
+    values: Values::Cached,
+    rope: RopeLayout::HalfSplit,
+};
 /// Tokens of a block of the cache.
 const BLOCK: usize = 16;
 

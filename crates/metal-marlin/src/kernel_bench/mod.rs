@@ -5,6 +5,7 @@
 //! memory is read, and whether the clock has changed in between.
 
 mod attention;
+mod experts;
 mod layer;
 mod linear;
 mod output;
@@ -18,6 +19,7 @@ use crate::device::Device;
 use crate::stats::Spread;
 
 use self::attention::AttentionGroup;
+use self::experts::ExpertsGroup;
 use self::layer::LayerGroup;
 use self::linear::LinearGroup;
 use self::threads::ThreadsGroup;
@@ -168,8 +170,9 @@ fn groups<B: Timed>(backend: &B, plan: &Plan) -> Vec<Box<dyn Plans<B>>> {
     let linears = LinearGroup::all(plan.quick).into_iter().map(|group| Box::new(group) as Box<dyn Plans<B>>);
     let attention = AttentionGroup::all(plan.quick).into_iter().map(|group| Box::new(group) as Box<dyn Plans<B>>);
     let layers = LayerGroup::all(plan.quick).into_iter().map(|group| Box::new(group) as Box<dyn Plans<B>>);
+    let experts = ExpertsGroup::all(plan.quick).into_iter().map(|group| Box::new(group) as Box<dyn Plans<B>>);
     let threads = backend.threads().map(|threads| Box::new(ThreadsGroup(threads.clone())) as Box<dyn Plans<B>>);
-    linears.chain(layers).chain(attention).chain(threads).collect()
+    linears.chain(layers).chain(experts).chain(attention).chain(threads).collect()
 }
 
 fn full_name(group: &str, case: &str) -> String {

@@ -40,7 +40,24 @@ pub(crate) struct Activations {
 pub(super) struct Inputs<'a> {
     pub(super) blocks: &'a [Block],
     pub(super) floats: &'a [[f32; CHUNK]],
+    /// The row to multiply at each place; as they are if `None`.
+    pub(super) order: Option<&'a [u32]>,
 }
+
+impl Inputs<'_> {
+    /// The inputs after so many rows of `chunks`.
+    pub(super) fn after(self, rows: usize, chunks: usize) -> Self {
+        let skip = rows * chunks;
+        Self {
+            blocks: self.blocks.get(skip..).unwrap_or_default(),
+            floats: self.floats.get(skip..).unwrap_or_default(),
+            ..self
+        }
+    }
+}
+
+/// Values of a task that prepares rows: fewer are not worth waking threads for.
+const TASK_VALUES: usize = 2048;
 
 impl Activations {
     /// Room for `max_rows` rows of at most `max_width` values.
@@ -56,6 +73,11 @@ impl Activations {
         max_rows.saturating_mul(max_width.div_ceil(CHUNK)).saturating_mul(chunk)
     }
 
+    /// Rows of so many values that there is room for.
+    pub(super) fn room(&self, width: usize) -> usize {
+        self.blocks.len() / width.div_ceil(CHUNK).max(1)
+    }
+
     /// Prepares `x`, `[rows, width]`, in the forms asked for.
     pub(super) fn prepare<'a>(
         &'a mut self,
@@ -65,25 +87,44 @@ impl Activations {
         simd: SimdLevel,
         threads: &Threads,
     ) -> Inputs<'a> {
+        // Rows of whole chunks are read where they are.
+        let in_place = forms.floats && width.is_multiple_of(CHUNK);
+        let copied = Forms { floats: forms.floats && !in_place, ..forms };
+        let inputs = self.gather(x.len() / width, width, |row| &x[row * width..][..width], copied, simd, threads);
+        if in_place { Inputs { floats: x.as_chunks().0, ..inputs } } else { inputs }
+    }
+
+    /// Prepares so many rows of `width` values, from wherever they are.
+    pub(super) fn gather<'x>(
+        &mut self,
+        rows: usize,
+        width: usize,
+        row: impl Fn(usize) -> &'x [f32] + Sync,
+        forms: Forms,
+        simd: SimdLevel,
+        threads: &Threads,
+    ) -> Inputs<'_> {
         let chunks = width.div_ceil(CHUNK);
-        let count = x.len() / width * chunks;
-        let mut inputs = Inputs { blocks: &[], floats: &[] };
-        if forms.floats && width.is_multiple_of(CHUNK) {
-            inputs.floats = x.as_chunks().0;
-        } else if forms.floats {
-            let padded = &mut self.padded[..count];
-            for (row, values) in padded.chunks_exact_mut(chunks).zip(x.chunks_exact(width)) {
-                let (values_of, rest) = row.as_flattened_mut().split_at_mut(width);
-                values_of.copy_from_slice(values);
-                rest.fill(0.0);
-            }
+        let task_rows = (TASK_VALUES / width).max(1);
+        let mut inputs = Inputs { blocks: &[], floats: &[], order: None };
+        if forms.floats {
+            let padded = &mut self.padded[..rows * chunks];
+            threads.for_each_chunk(padded, task_rows * chunks, |task, padded| {
+                for (i, padded) in padded.chunks_exact_mut(chunks).enumerate() {
+                    let (values, rest) = padded.as_flattened_mut().split_at_mut(width);
+                    values.copy_from_slice(row(task * task_rows + i));
+                    rest.fill(0.0);
+                }
+            });
             inputs.floats = padded;
         }
         if forms.blocks {
-            let blocks = &mut self.blocks[..count];
-            threads.for_each_chunk(blocks, chunks, |row, blocks| {
-                let quantise = Quantise { x: &x[row * width..][..width], blocks };
-                simd.dispatch(quantise).expect("the level was checked when the linear was loaded");
+            let blocks = &mut self.blocks[..rows * chunks];
+            threads.for_each_chunk(blocks, task_rows * chunks, |task, blocks| {
+                for (i, blocks) in blocks.chunks_exact_mut(chunks).enumerate() {
+                    let quantise = Quantise { x: row(task * task_rows + i), blocks };
+                    simd.dispatch(quantise).expect("the level was checked when the linear was loaded");
+                }
             });
             inputs.blocks = blocks;
         }
@@ -96,6 +137,13 @@ impl Activations {
 pub(super) struct Forms {
     pub(super) blocks: bool,
     pub(super) floats: bool,
+}
+
+impl Forms {
+    /// These and others.
+    pub(super) fn or(self, other: Self) -> Self {
+        Self { blocks: self.blocks || other.blocks, floats: self.floats || other.floats }
+    }
 }
 
 /// Quantises one row.

@@ -4,7 +4,6 @@
 
 use std::fmt;
 use std::marker::PhantomData;
-use std::slice::ChunksExact;
 
 use super::activations::{Block, Forms, Inputs};
 use super::codes::{CHUNK, Codes, Floats};
@@ -263,15 +262,15 @@ fn decode_chunk<S: Simd, D: Dot, const ROWS: usize>(
     chunk: usize,
 ) -> (D::Weights<'_, S>, Index<D, S>) {
     let (codes, index) = chunk_of::<S, D>(panel, chunk);
-    // One row waits for memory, more are multiplied for longer than the next weights take to come.
-    if ROWS == 1 {
+    // One or two rows wait for memory, more are multiplied for longer than the next weights take to come.
+    if ROWS <= 2 {
         prefetch(simd, codes);
         prefetch(simd, index);
     }
     (D::decode(simd, codes), D::Pattern::load_index(simd, index))
 }
 
-/// How far ahead of what it multiplies a kernel of one row asks for weights: what memory brings while a few chunks are multiplied.
+/// How far ahead of what it multiplies a kernel of one or two rows asks for weights: what memory brings while a few chunks are multiplied.
 const AHEAD: usize = 2048;
 
 /// Asks for what comes so far behind these bytes, in this panel or the next.
@@ -294,7 +293,7 @@ pub(super) trait PanelKernel: fmt::Debug + Send + Sync {
     fn pack(&self, panel: &PanelCodes, tiles: &mut [u8]);
     /// The forms of input that it reads.
     fn forms(&self) -> Forms;
-    /// `sums[i] = x[first_row + i] · W(panel)ᵀ`; `sums` is `[rows, lanes]`.
+    /// `sums[i] = x[first_row + i] · W(panel)ᵀ`, rows counted in the order that they are multiplied in; `sums` is `[rows, lanes]`.
     fn run(&self, tiles: &Tiles, panel: usize, x: Inputs<'_>, first_row: usize, sums: &mut [f32]);
     /// The weights of one row of a panel.
     fn decode_row(&self, tiles: &Tiles, panel: usize, lane: usize, weights: &mut [f32]);
@@ -351,7 +350,7 @@ impl<S: Simd, D: Dot> PanelKernel for Kernel<S, D> {
     }
 
     fn run(&self, tiles: &Tiles, panel: usize, x: Inputs<'_>, first_row: usize, sums: &mut [f32]) {
-        let x = &D::inputs(x)[first_row * tiles.chunks..];
+        let x = Rows { x: D::inputs(x), chunks: tiles.chunks, order: x.order, next: first_row };
         self.simd.vectorize(Run::<D> { tiles, panel, x, sums });
     }
 
@@ -363,8 +362,28 @@ impl<S: Simd, D: Dot> PanelKernel for Kernel<S, D> {
 struct Run<'a, D: Dot> {
     tiles: &'a Tiles,
     panel: usize,
-    x: &'a [D::Input],
+    x: Rows<'a, D::Input>,
     sums: &'a mut [f32],
+}
+
+/// Rows of input in the order that they are multiplied in.
+struct Rows<'a, T> {
+    x: &'a [T],
+    chunks: usize,
+    order: Option<&'a [u32]>,
+    next: usize,
+}
+
+impl<'a, T> Rows<'a, T> {
+    #[inline(always)]
+    fn next(&mut self) -> &'a [T] {
+        let row = match self.order {
+            Some(order) => order[self.next] as usize,
+            None => self.next,
+        };
+        self.next += 1;
+        &self.x[row * self.chunks..][..self.chunks]
+    }
 }
 
 impl<D: Dot> WithSimd for Run<'_, D> {
@@ -372,8 +391,7 @@ impl<D: Dot> WithSimd for Run<'_, D> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { tiles, panel, x, sums } = self;
-        let mut x = x.chunks_exact(tiles.chunks);
+        let Self { tiles, panel, mut x, sums } = self;
         let mut rest = sums;
         // A decoded chunk serves several rows of the input: as many as there are registers for.
         while S::REGISTERS >= 32 && rest.len() >= 8 * S::LANES {
@@ -397,13 +415,13 @@ fn panel_sums<'o, S: Simd, D: Dot, const ROWS: usize>(
     simd: S,
     tiles: &Tiles,
     panel: usize,
-    x: &mut ChunksExact<'_, D::Input>,
+    x: &mut Rows<'_, D::Input>,
     out: &'o mut [f32],
 ) -> &'o mut [f32] {
     let chunks = tiles.chunks;
     let mut rows: [&[D::Input]; ROWS] = [&[]; ROWS];
     for row in &mut rows {
-        *row = x.next().expect("an input row for each output row");
+        *row = x.next();
     }
     let codes = tiles.panel(panel);
     let zero = simd.splat(0.0);

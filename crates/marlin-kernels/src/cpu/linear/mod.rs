@@ -5,8 +5,10 @@
 //! output is therefore bitwise the same whatever the batch and the number of threads.
 
 mod activations;
+mod apply;
 mod bytes;
 mod codes;
+mod group;
 mod keep;
 mod kernel;
 mod pattern;
@@ -14,7 +16,6 @@ mod pattern;
 mod tests;
 mod tiles;
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use marlin_format::{Element, FormatError, Scheme, Sparsity};
@@ -24,16 +25,16 @@ use self::codes::{Bf16, Codes, E2M1, E4M3, F16, F32, Floats, Int2, Int3, Int4, I
 use self::kernel::{ExactDot, FloatDot, IntegerDot, Kernel, PanelKernel};
 use self::pattern::{Dense, Pattern, TwoOfFour};
 use self::tiles::Tiles;
-use super::disjoint::Disjoint;
-use super::simd::{MOST_LANES, Simd, SimdLevel, WithSimd};
+use super::simd::{Simd, SimdLevel, WithSimd};
 use super::threads::Threads;
 use super::tile_file::TileFile;
-use super::vector::{gelu_tanh, silu};
 use crate::backend::check_parts;
-use crate::{Activation, KernelError, LinearPart};
+use crate::{KernelError, LinearPart};
 
 pub(crate) use self::activations::Activations;
+pub(crate) use self::apply::Epilogue;
 pub(crate) use self::bytes::TileBytes;
+pub(crate) use self::group::LinearGroup;
 pub(crate) use self::keep::layout;
 
 /// What activations are multiplied as.
@@ -45,17 +46,6 @@ pub enum Arithmetic {
     /// bits are multiplied in f32.
     #[default]
     Int8,
-}
-
-/// What becomes of the sums of a linear.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Epilogue {
-    /// `out = x · Wᵀ + bias`.
-    Store,
-    /// `out += x · Wᵀ + bias`.
-    Add,
-    /// The linear has two parts of equal N, gate and up: `out = activation(gate) ⊙ up`, width N.
-    Gated(Activation),
 }
 
 /// One or several matrices with a common input, in tile order.
@@ -82,13 +72,6 @@ struct Part {
     first: usize,
 }
 
-/// Input rows that pass over all panels of a task before the next ones do: few enough to stay in the second-level cache.
-const ROW_BLOCK: usize = 64;
-/// More tasks than threads, so that a thread that is held up does not hold up all.
-const TASKS_PER_THREAD: usize = 8;
-/// The same for one row of input, which waits for memory: long stretches of it are read faster than short ones.
-const STRETCHES_PER_THREAD: usize = 2;
-
 impl TiledLinear {
     /// Puts matrices of equal K into tile order. What has no kernel is converted to f32, exactly.
     pub(crate) fn load(
@@ -112,9 +95,7 @@ impl TiledLinear {
 
     /// Adds a part after the others.
     fn push(&mut self, part: Part) {
-        let forms = part.kernel.forms();
-        self.forms.blocks |= forms.blocks;
-        self.forms.floats |= forms.floats;
+        self.forms = self.forms.or(part.kernel.forms());
         self.parts.push(Part { first: self.rows(), ..part });
         self.part_rows.push(self.parts[self.parts.len() - 1].tiles.rows);
     }
@@ -146,92 +127,6 @@ impl TiledLinear {
         let row = row - part.first;
         let lanes = part.kernel.lanes();
         part.kernel.decode_row(&part.tiles, row / lanes, row % lanes, out);
-    }
-
-    /// Multiplies `x`, `[m, K]`. `out` is `[m, N]`, or `[m, N / 2]` under [`Epilogue::Gated`].
-    pub(crate) fn apply(
-        &self,
-        x: &[f32],
-        m: usize,
-        out: &mut [f32],
-        epilogue: Epilogue,
-        scratch: &mut Activations,
-        threads: &Threads,
-    ) {
-        let (width, panels) = match epilogue {
-            Epilogue::Store | Epilogue::Add => (self.rows(), self.parts.iter().map(|part| part.tiles.panels()).sum()),
-            Epilogue::Gated(_) => {
-                assert!(self.part_rows.len() == 2 && self.part_rows[0] == self.part_rows[1], "two parts of equal N");
-                (self.part_rows[0], self.parts[0].tiles.panels())
-            }
-        };
-        assert!(x.len() == m * self.cols && out.len() == m * width, "[{m}, {}] to [{m}, {width}]", self.cols);
-        if m == 0 {
-            return;
-        }
-        let output =
-            Output { x: scratch.prepare(x, self.cols, self.forms, self.simd, threads), out: Disjoint::new(out), width };
-        let tasks = panels.min(threads.count() * if m == 1 { STRETCHES_PER_THREAD } else { TASKS_PER_THREAD });
-        threads.run(tasks, &|task| {
-            let panels = panels * task / tasks..panels * (task + 1) / tasks;
-            // One row's kernel takes less time than to clear memory for the sums of many.
-            if m == 1 {
-                self.apply_panels(panels, m, &output, epilogue, &mut [[0.0; MOST_LANES]; 2]);
-            } else {
-                self.apply_panels(panels, m, &output, epilogue, &mut [[0.0; ROW_BLOCK * MOST_LANES]; 2]);
-            }
-        });
-    }
-
-    /// Multiplies all rows of the input with some panels. `sums` has room for those of a panel, and of another that it is gated with.
-    fn apply_panels<const SUMS: usize>(
-        &self,
-        panels: Range<usize>,
-        m: usize,
-        output: &Output<'_>,
-        epilogue: Epilogue,
-        sums: &mut [[f32; SUMS]; 2],
-    ) {
-        for first_row in (0..m).step_by(ROW_BLOCK) {
-            for panel in panels.clone() {
-                self.apply_panel(panel, first_row..m.min(first_row + ROW_BLOCK), output, epilogue, sums);
-            }
-        }
-    }
-
-    fn apply_panel<const SUMS: usize>(
-        &self,
-        panel: usize,
-        rows: Range<usize>,
-        output: &Output<'_>,
-        epilogue: Epilogue,
-        [sums, up]: &mut [[f32; SUMS]; 2],
-    ) {
-        let (part, panel) = self.locate(panel);
-        let sums = &mut sums[..rows.len() * part.kernel.lanes()];
-        part.sums(panel, rows.start, output.x, sums);
-        match epilogue {
-            Epilogue::Store => output.write(part, panel, rows, sums, |out, sum| *out = sum),
-            Epilogue::Add => output.write(part, panel, rows, sums, |out, sum| *out += sum),
-            Epilogue::Gated(activation) => {
-                let up = &mut up[..sums.len()];
-                self.parts[1].sums(panel, rows.start, output.x, up);
-                let gate = Gate { activation, gate: sums, up };
-                self.simd.dispatch(gate).expect("the level was checked when the linear was loaded");
-                output.write(part, panel, rows, sums, |out, value| *out = value);
-            }
-        }
-    }
-
-    /// The part that a panel (counted over all parts) belongs to, and its number there.
-    fn locate(&self, mut panel: usize) -> (&Part, usize) {
-        for part in &self.parts {
-            if panel < part.tiles.panels() {
-                return (part, panel);
-            }
-            panel -= part.tiles.panels();
-        }
-        unreachable!("panels are counted over all parts")
     }
 }
 
@@ -282,55 +177,6 @@ pub(crate) fn bytes(
     let scheme = if tiles::is_native_scheme(scheme, cols) { scheme } else { &Scheme::F32 };
     let kernel = simd.dispatch(ChooseKernel { scheme, arithmetic })?;
     Ok(tiles::tile_bytes(scheme, rows, cols, kernel.as_ref()).ok_or(FormatError::TooLarge { rows, cols })?)
-}
-
-/// What the tasks of one multiplication share.
-struct Output<'a> {
-    x: Inputs<'a>,
-    out: Disjoint<'a, f32>,
-    width: usize,
-}
-
-impl Output<'_> {
-    /// Writes the outputs of one panel: a column a lane, or fewer at the end of a part.
-    fn write(&self, part: &Part, panel: usize, rows: Range<usize>, values: &[f32], write: impl Fn(&mut f32, f32)) {
-        let lanes = part.kernel.lanes();
-        let columns = lanes.min(part.tiles.rows - panel * lanes);
-        let column = part.first + panel * lanes;
-        for (row, values) in rows.zip(values.chunks_exact(lanes)) {
-            // SAFETY: a panel belongs to one task, and its columns to no other panel.
-            let out = unsafe { self.out.slice(row * self.width + column, columns) };
-            out.iter_mut().zip(values).for_each(|(out, &value)| write(out, value));
-        }
-    }
-}
-
-/// `gate = activation(gate) ⊙ up`
-struct Gate<'a> {
-    activation: Activation,
-    gate: &'a mut [f32],
-    up: &'a [f32],
-}
-
-impl WithSimd for Gate<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        let pairs = self.gate.iter_mut().zip(self.up);
-        match self.activation {
-            Activation::Silu => {
-                for (gate, up) in pairs {
-                    *gate = silu(*gate) * up;
-                }
-            }
-            Activation::GeluTanh => {
-                for (gate, up) in pairs {
-                    *gate = gelu_tanh(*gate) * up;
-                }
-            }
-        }
-    }
 }
 
 /// Finds the kernel for a scheme.

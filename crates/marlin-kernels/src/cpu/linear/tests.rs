@@ -3,6 +3,7 @@
 use marlin_format::{ColumnOrder, Element, Format, Grouping, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind};
 
 use super::*;
+use crate::Activation;
 
 /// SplitMix64.
 struct Random(u64);
@@ -477,4 +478,48 @@ fn what_does_not_fit_is_refused() {
     let absent = if cfg!(target_arch = "x86_64") { SimdLevel::Neon } else { SimdLevel::Avx2 };
     let error = TiledLinear::load(&[part(&matrix(2, 3))], Arithmetic::Exact, absent, &threads).unwrap_err();
     assert!(error.to_string().contains("has no"), "{error}");
+}
+
+fn heads(count: usize, n: usize, k: usize, random: &mut Random, threads: &Threads) -> Vec<TiledLinear> {
+    let scheme = Format::Fp4.scheme(None).unwrap();
+    let mut load =
+        || TiledLinear::load(&[part(&random.matrix(scheme, n, k))], Arithmetic::Int8, SimdLevel::detect(), threads);
+    (0..count).map(|_| load().unwrap()).collect()
+}
+
+#[test]
+fn groups_are_of_one_shape() {
+    let (mut random, threads) = (Random(13), Threads::new(1).unwrap());
+    assert_eq!(LinearGroup::new(heads(2, 9, 64, &mut random, &threads)).unwrap().len(), 2);
+    let found = LinearGroup::new(Vec::new()).unwrap_err().to_string();
+    assert!(found.contains("at least one linear"), "{found}");
+    for (n, k) in [(8, 64), (9, 32)] {
+        let mut linears = heads(2, 9, 64, &mut random, &threads);
+        linears.extend(heads(1, n, k, &mut random, &threads));
+        let found = LinearGroup::new(linears).unwrap_err().to_string();
+        let wanted = format!("linear 0 has parts of [9] rows, 64 columns; linear 2: parts of [{n}] rows, {k} columns");
+        assert!(found.contains(&wanted), "{found}");
+    }
+}
+
+/// As many heads at once as scratch memory has room for; results are the same, and what follows a head's outputs stays.
+#[test]
+fn stretches_need_room_for_one_head() {
+    let (mut random, threads) = (Random(14), Threads::new(2).unwrap());
+    let (m, n, k, from, to) = (2, 9, 40, 44, 12);
+    let linears = heads(5, n, k, &mut random, &threads);
+    let x: Vec<f32> = (0..m * 5 * from).map(|_| random.value()).collect();
+    let mut wanted = vec![7.0; m * 5 * to];
+    for (head, linear) in linears.iter().enumerate() {
+        for row in 0..m {
+            let out = apply(linear, &x[row * 5 * from + head * from..][..k], &threads);
+            wanted[row * 5 * to + head * to..][..n].copy_from_slice(&out);
+        }
+    }
+    let group = LinearGroup::new(linears).unwrap();
+    for room in [k, 2 * k, 5 * from] {
+        let mut out = vec![7.0; wanted.len()];
+        group.stretches(&x, m, &mut out, &mut Activations::new(m, room).unwrap(), &threads);
+        assert_eq!(out, wanted, "room for {room} values");
+    }
 }

@@ -1,55 +1,88 @@
 //! Attention over the paged cache, and what prepares it.
 
+mod combine;
+mod latent;
 mod split;
 mod store;
 mod tile;
 
 use std::sync::Arc;
 
-use self::split::{CombineVariant, SplitAttention, SplitVariant};
-use self::store::StoreVariant;
+use self::combine::{Combine, CombineVariant};
+use self::latent::{LatentAttention, LatentVariant};
+use self::split::{SplitAttention, SplitVariant};
+use self::store::{LATENT_STORE_SIZE, LatentStoreVariant, StoreVariant};
 use self::tile::{TileAttention, TileVariant};
 use super::device::{Gpu, Storage};
+use super::kv::{GpuKvLayer, KV_UNIT};
 use super::linear::LinearEncoder;
 use super::pipeline::{Binding, Kernel, Pipeline, Variants};
 use super::recorder::Recorder;
 use super::step::StepBuffers;
 use super::{GpuArithmetic, GpuBackend, GpuBuffer, GpuKvCache, GpuVector};
-use crate::{AttentionShape, KernelError, KvType, QkNorm, StepLimits};
+use crate::{AttentionShape, KernelError, KvType, LatentShape, QkNorm, RopeLayout, StepLimits, Values};
 
 /// Records attention and what the cache needs.
 pub(super) struct AttentionEncoder {
     store: Variants<StoreVariant>,
+    latent_store: Variants<LatentStoreVariant>,
     split: SplitAttention,
     tile: TileAttention,
+    latent: LatentAttention,
+    combine: Combine,
     /// Of words, and of scales in half precision.
     copy_block: [Arc<Pipeline>; 2],
 }
 
-/// Compiles the kernels for heads of these widths, which attention does for those that it meets.
-pub(super) fn compile(gpu: &Gpu, head_dims: &[usize]) -> Result<(), KernelError> {
-    for &head_dim in head_dims {
-        for packs in [false, true].into_iter().filter(|packs| !packs || packs_heads(gpu, head_dim)) {
-            gpu.pipeline(&CombineVariant { head_dim, packs }.kernel())?;
+/// Compiles the kernels for heads of these widths, and for keys and the values that are part of them, which attention does for those that it meets.
+pub(super) fn compile(gpu: &Gpu, head_dims: &[usize], latent_dims: &[[usize; 2]]) -> Result<(), KernelError> {
+    let cached = head_dims.iter().map(|&head_dim| (head_dim, Values::Cached));
+    let latent = latent_dims.iter().map(|&[key_dim, value_dim]| (key_dim, Values::OfKeys(value_dim)));
+    for (head_dim, values) in cached.chain(latent) {
+        for packs in [false, true].into_iter().filter(|packs| !packs || packs_heads(gpu, head_dim, values)) {
+            gpu.pipeline(&CombineVariant::new(head_dim, values, packs).kernel())?;
             for kv_type in KvType::ALL {
                 for group in [1, 2, 4] {
-                    gpu.pipeline(&SplitVariant::new(gpu, kv_type, head_dim, group, packs).kernel())?;
+                    gpu.pipeline(&SplitVariant::new(gpu, kv_type, head_dim, values, group, packs).kernel())?;
                 }
             }
         }
+    }
+    for &head_dim in head_dims {
         for variant in KvType::ALL.into_iter().flat_map(|kv_type| TileVariant::used(gpu, kv_type, head_dim)) {
             gpu.pipeline(&variant.kernel())?;
         }
     }
-    for (kv_type, normed) in KvType::ALL.into_iter().flat_map(|kv_type| [false, true].map(|normed| (kv_type, normed))) {
-        gpu.pipeline(&StoreVariant { kv_type, normed }.kernel())?;
+    for &dims in latent_dims {
+        for variant in KvType::ALL.into_iter().flat_map(|kv_type| LatentVariant::used(gpu, kv_type, dims)) {
+            gpu.pipeline(&variant.kernel())?;
+        }
+    }
+    for kv_type in KvType::ALL {
+        for rope in [RopeLayout::HalfSplit, RopeLayout::Interleaved] {
+            gpu.pipeline(&LatentStoreVariant { kv_type, rope }.kernel())?;
+            for normed in [false, true] {
+                gpu.pipeline(&StoreVariant { kv_type, normed, rope }.kernel())?;
+            }
+        }
     }
     Ok(())
 }
 
-/// Whether heads of this width can be packed for a linear as attention writes them: they are whole units of it.
-fn packs_heads(gpu: &Gpu, head_dim: usize) -> bool {
-    gpu.arithmetic == GpuArithmetic::Half && head_dim.is_multiple_of(32)
+/// Whether heads of this width can be packed for a linear as attention writes them: they are whole units of it. What latent attention gives goes to
+/// a linear of each head.
+fn packs_heads(gpu: &Gpu, head_dim: usize, values: Values) -> bool {
+    gpu.arithmetic == GpuArithmetic::Half && head_dim.is_multiple_of(32) && values == Values::Cached
+}
+
+/// Why kernels do not take a head whose width is no multiple of [`KV_UNIT`].
+fn check_units(what: &str, dim: usize) -> Result<(), KernelError> {
+    if dim.is_multiple_of(KV_UNIT) {
+        return Ok(());
+    }
+    Err(KernelError::Device(format!(
+        "the GPU's latent attention has {what} whose width is a multiple of {KV_UNIT}, found {dim}; use the CPU instead"
+    )))
 }
 
 /// What kernels know of a token.
@@ -72,7 +105,7 @@ fn sink_scores<'a>(sinks: Option<&'a GpuVector>, qkv: &'a GpuBuffer) -> &'a Stor
 
 impl AttentionEncoder {
     pub(super) fn bytes(limits: &StepLimits) -> usize {
-        SplitAttention::bytes(limits)
+        Combine::bytes(limits)
     }
 
     pub(super) fn new(gpu: &Gpu, limits: &StepLimits) -> Result<Self, KernelError> {
@@ -83,8 +116,11 @@ impl AttentionEncoder {
         };
         Ok(Self {
             store: Variants::default(),
-            split: SplitAttention::new(gpu, limits)?,
+            latent_store: Variants::default(),
+            split: SplitAttention::default(),
             tile: TileAttention::new(),
+            latent: LatentAttention::default(),
+            combine: Combine::new(gpu, limits)?,
             copy_block: [copy_block("u32")?, copy_block("f16")?],
         })
     }
@@ -104,13 +140,13 @@ impl AttentionEncoder {
     ) {
         let cache = &kv.layers[layer];
         cache.check(shape);
-        assert_eq!((qkv.rows, qkv.width), (step.rows, (shape.heads + 2 * shape.kv_heads) * shape.head_dim));
+        assert_eq!((qkv.rows, qkv.width, shape.values), (step.rows, shape.row_width(), Values::Cached));
         assert!(angles.rows == qkv.rows && angles.width.is_multiple_of(2) && angles.width <= shape.head_dim);
         for norm in norm.iter().flat_map(|norm| [norm.q, norm.k]) {
             assert_eq!(norm.values.len(), shape.head_dim, "a norm over a head");
         }
         qkv.written();
-        let variant = StoreVariant { kv_type: kv.kv_type, normed: norm.is_some() };
+        let variant = StoreVariant { kv_type: kv.kv_type, normed: norm.is_some(), rope: shape.rope };
         let kernel = match self.store.get(gpu, variant, StoreVariant::kernel) {
             Ok(kernel) => kernel,
             Err(error) => return gpu.fail(&error),
@@ -134,6 +170,52 @@ impl AttentionEncoder {
     }
 
     #[expect(clippy::too_many_arguments, reason = "those of the operation, and where it is recorded")]
+    pub(super) fn latent_store_kv(
+        &mut self,
+        gpu: &Gpu,
+        recorder: &mut Recorder,
+        step: &StepBuffers,
+        q: &GpuBuffer,
+        kv: &GpuBuffer,
+        shape: &LatentShape,
+        norm: &GpuVector,
+        eps: f32,
+        angles: &GpuBuffer,
+        cache: &mut GpuKvCache,
+        layer: usize,
+        queries: &mut GpuBuffer,
+    ) {
+        let LatentShape { heads, nope_dim, rope_dim, rank, rope } = *shape;
+        let key_dim = shape.key_dim();
+        let GpuKvLayer { heads: kv_heads, keys, values } = &cache.layers[layer];
+        assert_eq!((*kv_heads, keys.dim, values.dim), (1, key_dim, 0), "a cache of latent vectors");
+        assert_eq!((q.rows, q.width), (step.rows, heads * (nope_dim + rope_dim)));
+        assert_eq!((kv.rows, kv.width, norm.values.len()), (step.rows, key_dim, rank));
+        assert_eq!((angles.rows, angles.width, rope_dim % 2), (step.rows, rope_dim, 0));
+        queries.output(step.rows, heads * key_dim);
+        let variant = LatentStoreVariant { kv_type: cache.kv_type, rope };
+        let kernel = match self.latent_store.get(gpu, variant, LatentStoreVariant::kernel) {
+            Ok(kernel) => kernel,
+            Err(error) => return gpu.fail(&error),
+        };
+        let StepBuffers { step_tokens, block_tables, .. } = step;
+        let (rows, vectors) = ([&q.storage, &kv.storage], [&norm.storage, &angles.storage]);
+        let planes = [&keys.storage, &values.storage, step_tokens, block_tables, &queries.storage];
+        let buffers = rows.into_iter().chain(vectors).chain(planes).chain(keys.scales.iter().chain(&values.scales));
+        let parameters = [
+            heads as u32,
+            nope_dim as u32,
+            rope_dim as u32,
+            rank as u32,
+            key_dim as u32,
+            cache.block_tokens as u32,
+            eps.to_bits(),
+        ];
+        let workgroups = [1 + (heads * rope_dim / 2).div_ceil(LATENT_STORE_SIZE), step.rows, 1];
+        recorder.dispatch(kernel, buffers, &parameters, workgroups);
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "those of the operation, and where it is recorded")]
     pub(super) fn attention(
         &mut self,
         gpu: &Gpu,
@@ -147,19 +229,24 @@ impl AttentionEncoder {
         out: &mut GpuBuffer,
         linear: &mut LinearEncoder,
     ) {
-        out.output(step.rows, shape.heads * shape.head_dim);
+        out.output(step.rows, shape.heads * shape.value_dim());
         kv.layers[layer].check(shape);
-        assert_eq!((qkv.rows, qkv.width), (step.rows, (shape.heads + 2 * shape.kv_heads) * shape.head_dim));
+        assert_eq!((qkv.rows, qkv.width), (step.rows, shape.row_width()));
         assert!(sinks.is_none_or(|sinks| sinks.values.len() == shape.heads), "a sink for each head");
-        let tiled = self.tile.run(gpu, recorder, step, qkv, shape, sinks, kv, layer, out);
-        let split = tiled.and_then(|tiled| {
+        let Self { split, tile, latent, combine, .. } = self;
+        let mut run = || {
+            check_units("values", shape.value_dim())?;
+            if latent.run(gpu, recorder, step, qkv, shape, sinks, kv, layer, out, combine)? {
+                return Ok(());
+            }
+            let tiled = tile.run(gpu, recorder, step, qkv, shape, sinks, kv, layer, out)?;
             let tokens = if tiled { step.untiled } else { step.rows };
             // The linear that follows finds its input packed, if all of it is.
-            let packs = tokens == step.rows && packs_heads(gpu, shape.head_dim);
+            let packs = tokens == step.rows && packs_heads(gpu, shape.head_dim, shape.values);
             let packed = if packs { linear.pack_output(out) } else { None };
-            self.split.run(gpu, recorder, step, tokens, qkv, shape, sinks, kv, layer, out, packed)
-        });
-        if let Err(error) = split {
+            split.run(gpu, recorder, step, tokens, qkv, shape, sinks, kv, layer, out, combine, packed)
+        };
+        if let Err(error) = run() {
             gpu.fail(&error);
         }
     }

@@ -8,7 +8,7 @@ use crate::gpu::pipeline::{Binding, Kernel, Variants};
 use crate::gpu::recorder::Recorder;
 use crate::gpu::step::{StepBuffers, TILE_TOKENS};
 use crate::gpu::{GpuBuffer, GpuKvCache, GpuVector};
-use crate::{AttentionShape, KernelError, KvType};
+use crate::{AttentionShape, KernelError, KvType, RopeLayout, Values};
 
 /// How a workgroup divides its work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -58,7 +58,7 @@ const MANY_WORKGROUPS: usize = 256;
 const MOST_DIM: usize = 256;
 
 /// What a query tile is, as kernels see it.
-const QUERY_TILE: &str = "struct QueryTile {\n    first: u32,\n    count: u32,\n}\n";
+pub(super) const QUERY_TILE: &str = "struct QueryTile {\n    first: u32,\n    count: u32,\n}\n";
 
 /// Attention by query tiles.
 pub(super) struct TileAttention {
@@ -78,6 +78,9 @@ impl TileVariant {
     /// For a step of so many query tiles and these heads. `None` if such heads have no kernel on this device, or would lose precision: keys and
     /// values become half precision.
     fn new(gpu: &Gpu, kv_type: KvType, shape: &AttentionShape, tiles: usize) -> Option<Self> {
+        if shape.values != Values::Cached {
+            return None;
+        }
         let group = shape.heads / shape.kv_heads;
         let is_worthwhile = |variant: &Self| {
             variant.tile.rows() <= MANY_ROWS || variant.tile.workgroups(shape.heads, tiles) >= MANY_WORKGROUPS
@@ -89,7 +92,15 @@ impl TileVariant {
     /// Those that steps use for heads of this width: of one head or two that share keys, for few tokens or many.
     pub(super) fn used(gpu: &Gpu, kv_type: KvType, head_dim: usize) -> impl Iterator<Item = Self> {
         let chosen = move |[heads, tiles]: [usize; 2]| {
-            let shape = AttentionShape { heads, kv_heads: 1, head_dim, scale: 1.0, window: None };
+            let shape = AttentionShape {
+                heads,
+                kv_heads: 1,
+                head_dim,
+                scale: 1.0,
+                window: None,
+                values: Values::Cached,
+                rope: RopeLayout::HalfSplit,
+            };
             Self::new(gpu, kv_type, &shape, tiles)
         };
         [[1, 1], [2, 1], [2, MANY_WORKGROUPS]].into_iter().filter_map(chosen)

@@ -1,6 +1,6 @@
 //! Records linears, and prepares their input.
 
-use super::pack::{Packer, Prepared, rows};
+use super::pack::{Packer, Prepared, Source, rows};
 use super::{GpuLinear, LinearKernels, Part, Shape};
 use crate::gpu::device::{Gpu, Storage};
 use crate::gpu::recorder::Recorder;
@@ -9,17 +9,30 @@ use crate::{Activation, Input, KernelError, StepLimits};
 
 /// What becomes of a linear's sums; numbered as in `epilogue.wgsl`.
 #[derive(Debug, Clone, Copy)]
-enum Epilogue {
+pub(super) enum Epilogue {
     Store,
     Add,
     /// The activation of the output so far, times the sum.
     GateSilu,
     GateGeluTanh,
+    GateClampedSwiglu,
+}
+
+impl Epilogue {
+    pub(super) fn gate(activation: Activation) -> Self {
+        match activation {
+            Activation::Silu => Self::GateSilu,
+            Activation::GeluTanh => Self::GateGeluTanh,
+            Activation::ClampedSwiglu => Self::GateClampedSwiglu,
+        }
+    }
 }
 
 /// Records linears.
 pub(in crate::gpu) struct LinearEncoder {
-    packer: Packer,
+    pub(super) packer: Packer,
+    /// The memory of routes in which rows of experts are packed, and what they were made of.
+    pub(super) packed_experts: Option<(u64, Source)>,
 }
 
 impl LinearEncoder {
@@ -28,7 +41,7 @@ impl LinearEncoder {
     }
 
     pub(in crate::gpu) fn new(gpu: &Gpu, limits: &StepLimits) -> Result<Self, KernelError> {
-        Ok(Self { packer: Packer::new(gpu, limits)? })
+        Ok(Self { packer: Packer::new(gpu, limits)?, packed_experts: None })
     }
 
     pub(in crate::gpu) fn store(
@@ -69,10 +82,7 @@ impl LinearEncoder {
         assert!(matches!(gate_up.rows[..], [gate, up] if gate == up), "a gate and as large a matrix");
         let half = gate_up.outputs() / 2;
         out.output(rows(&x).rows, half);
-        let gate = match activation {
-            Activation::Silu => Epilogue::GateSilu,
-            Activation::GeluTanh => Epilogue::GateGeluTanh,
-        };
+        let gate = Epilogue::gate(activation);
         self.run(recorder, &x, gate_up, out, |part| match (&part.kernels.gated, part.matrix) {
             (Some(kernels), _) => (kernels, gate, part.first),
             (None, 0) => (&part.kernels.plain, Epilogue::Store, part.first),
@@ -148,7 +158,7 @@ pub(in crate::gpu) fn embed(
 }
 
 /// A parameter block of `N` words: a shape, and what follows it.
-fn with_shape<const N: usize>(shape: &Shape, rest: &[u32]) -> [u32; N] {
+pub(super) fn with_shape<const N: usize>(shape: &Shape, rest: &[u32]) -> [u32; N] {
     let shape: [u32; 3] = bytemuck::cast(*shape);
     let mut words = [0; N];
     let (first, last) = words.split_at_mut(shape.len());

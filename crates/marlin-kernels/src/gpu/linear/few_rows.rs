@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::Place;
 use super::format::DeviceFormat;
 use super::layout::{QUAD, UNIT};
 use super::pack::{PACK_TURNS, PACK_UNITS, PACKED_OUTPUT, Packing, Prepared, VECTOR, four_functions};
@@ -99,17 +100,15 @@ impl FewRows {
     pub(super) fn new(
         gpu: &Gpu,
         format: &DeviceFormat,
+        place: Place,
         cols: usize,
         outputs: usize,
         is_gated: bool,
     ) -> Result<Self, KernelError> {
         let variant = |rows, is_normed| {
             let tile = FewRowsTile::of(cols, outputs, is_gated, rows, is_normed);
-            // Not in single precision, so that every device shows both ways to be right.
-            let sums_subgroups = format.arithmetic == GpuArithmetic::Half
-                && gpu.caps.subgroups
-                && gpu.caps.subgroup[0] as usize >= tile.lanes;
-            Variant { tile, rows, is_gated, is_normed, sums_subgroups, cols }
+            let sums_subgroups = sums_subgroups(gpu, format, tile.lanes);
+            Variant { tile, place, rows, is_gated, is_normed, sums_subgroups, cols }
         };
         let kernel = |variant: Variant| {
             Ok::<_, KernelError>(FewRowsKernel {
@@ -119,11 +118,12 @@ impl FewRows {
             })
         };
         let normed = variant(1, true);
-        // In single precision larger blocks have more sums than registers.
-        let most = if format.arithmetic == GpuArithmetic::Exact { 4 } else { most_few_rows(gpu) };
+        let most = most_rows_at_once(gpu);
         let is_made = |rows: &usize| *rows == most || *rows < most && !gpu.batch_invariant;
         let blocks = ROW_BLOCKS.into_iter().filter(is_made);
+        // Of a group, norms are the input of gated linears alone.
         let is_worth_it = !gpu.batch_invariant
+            && (place == Place::Plain || is_gated)
             && format.arithmetic == GpuArithmetic::Half
             && cols.is_multiple_of(VECTOR)
             && outputs.div_ceil(normed.tile.outputs()) <= MOST_NORMS
@@ -158,15 +158,41 @@ impl FewRows {
     }
 }
 
+/// Rows of the largest block. In single precision larger blocks have more sums than registers.
+pub(super) fn most_rows_at_once(gpu: &Gpu) -> usize {
+    match gpu.arithmetic {
+        GpuArithmetic::Exact => 4,
+        GpuArithmetic::Half => most_few_rows(gpu),
+    }
+}
+
+/// The block that takes so many rows; the largest one if none does.
+pub(super) fn block_of(gpu: &Gpu, rows: usize) -> usize {
+    let most = most_rows_at_once(gpu);
+    if gpu.batch_invariant {
+        return most;
+    }
+    ROW_BLOCKS.into_iter().find(|block| rows <= *block).map_or(most, |block| block.min(most))
+}
+
+/// Whether subgroups sum over lanes: not in single precision, so that every device shows both ways to be right.
+pub(super) fn sums_subgroups(gpu: &Gpu, format: &DeviceFormat, lanes: usize) -> bool {
+    format.arithmetic == GpuArithmetic::Half && gpu.caps.subgroups && gpu.caps.subgroup[0] as usize >= lanes
+}
+
 /// Whether the next linear finds its input packed: what is gated goes into one.
 fn packs_output(format: &DeviceFormat, is_gated: bool) -> bool {
     is_gated && format.arithmetic == GpuArithmetic::Half
 }
 
+/// Sums of lanes meet where those of splits do.
+pub(super) const SUM_OF_NO_LANES: &str = "fn sum_of_lanes(value: vec4<f32>) -> vec4<f32> { return value; }\n";
+
 /// A kernel to be made.
 #[derive(Debug, Clone, Copy)]
 struct Variant {
     tile: FewRowsTile,
+    place: Place,
     /// Rows of the input.
     rows: usize,
     is_gated: bool,
@@ -228,14 +254,14 @@ impl Variant {
             prelude += &format!("const KEPT = {}u;\n", rows_at_once * self.tile.outputs());
             files.extend([include_str!("../shaders/pack_output.wgsl"), include_str!("../shaders/pack_gated.wgsl")]);
         } else {
-            prelude += "fn keep_output(i: u32, value: f32) {}\nfn pack_kept(first: u32, first_m: u32, index: u32) {}\n";
+            prelude += "fn keep_output(i: u32, value: f32) {}\nfn pack_kept(rows: Rows, first: u32, first_m: u32, index: u32) {}\n";
         }
         let packing = if self.is_normed {
             let turns = (self.staged_units() / PACK_UNITS).min(PACK_TURNS);
             prelude += &format!(
                 "const UNITS = {}u;\nconst TURNS = {turns}u;\n{}",
                 self.staged_units(),
-                four_functions(true, true)
+                four_functions(true, true, "k")
             );
             files.extend([
                 include_str!("../shaders/pack_row.wgsl"),
@@ -251,10 +277,11 @@ impl Variant {
         if self.sums_subgroups {
             files.push(include_str!("../shaders/lanes_subgroup.wgsl"));
         } else {
-            prelude += "fn sum_of_lanes(value: vec4<f32>) -> vec4<f32> { return value; }\n";
+            prelude += SUM_OF_NO_LANES;
         }
-        files.push(include_str!("../shaders/linear_rows.wgsl"));
-        let mut kernel = super::linear(format, "linear_rows", packing, prelude, &files);
+        files.extend([include_str!("../shaders/linear_sums.wgsl"), include_str!("../shaders/linear_rows.wgsl")]);
+        let name = self.place.name("linear_rows", "group_rows");
+        let mut kernel = super::linear(format, name, self.place, packing, prelude, &files);
         kernel.bindings.extend(PACKED_OUTPUT.into_iter().filter(|_| packs_output));
         kernel
     }
@@ -271,7 +298,8 @@ mod tests {
                 for (rows, is_normed) in ROW_BLOCKS.map(|rows| (rows, false)).into_iter().chain([(1, true)]) {
                     let cols = units * UNIT;
                     let tile = FewRowsTile::of(cols, outputs, is_gated, rows, is_normed);
-                    let of = |sums_subgroups| Variant { tile, rows, is_gated, is_normed, sums_subgroups, cols };
+                    let place = Place::Plain;
+                    let of = |sums_subgroups| Variant { tile, place, rows, is_gated, is_normed, sums_subgroups, cols };
                     variants.extend([of(false), of(true)]);
                 }
             }

@@ -6,12 +6,13 @@ use std::fmt::Write as _;
 use half::f16;
 use marlin_format::{ColumnOrder, Element, Grouping, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind};
 
+use super::Shape;
 use super::layout::{QUAD, UNIT, planes, power_of_two};
 use crate::gpu::GpuArithmetic;
 use crate::gpu::pipeline::Binding;
 
 /// How a matrix is stored on a device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct DeviceFormat {
     pub(super) arithmetic: GpuArithmetic,
     pub(super) element: Element,
@@ -25,7 +26,7 @@ pub(super) struct DeviceFormat {
 }
 
 /// Scales of groups. What a whole row shares is a factor of its sum.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Scale {
     None,
     /// In the device's arithmetic.
@@ -37,7 +38,7 @@ pub(super) enum Scale {
 }
 
 /// What is subtracted from the codes of a group, or added to its weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Offset {
     None,
     Zero,
@@ -105,6 +106,22 @@ impl DeviceFormat {
     /// That of E4M3 codes with a NaN among them, which decoding by shifts takes for a number.
     fn of_nan(arithmetic: GpuArithmetic) -> Self {
         Self::converted(if arithmetic == GpuArithmetic::Exact { Element::F32 } else { Element::F16 }, arithmetic)
+    }
+
+    /// Bytes of each of the buffers that a matrix has, in the order of [`DeviceFormat::bindings`].
+    pub(super) fn buffer_bytes(&self, shape: &Shape) -> Vec<usize> {
+        let (rows, units) = (shape.rows as usize, (shape.k as usize).div_ceil(UNIT));
+        let quads = shape.groups as usize * rows.div_ceil(QUAD);
+        let mut bytes = vec![rows * units * self.unit_words() * size_of::<u32>()];
+        bytes.extend(
+            [self.scale_quad_bytes(), self.offset_quad_bytes()]
+                .into_iter()
+                .filter(|&of_quad| of_quad > 0)
+                .map(|of_quad| quads * of_quad),
+        );
+        bytes.extend(self.is_sparse.then(|| rows * units * size_of::<u32>()));
+        bytes.push(rows * size_of::<[f32; 2]>());
+        bytes
     }
 
     /// Words of the codes of a unit.
@@ -274,7 +291,7 @@ impl DeviceFormat {
         format!(
             "struct Codes {{ {} }}\n\
              fn fetch_codes(shape: Shape, row: u32, unit: u32) -> Codes {{\n\
-             let index = row * units_of(shape) + unit;\nreturn Codes({});\n}}\n",
+             let index = (first_row(shape) + row) * units_of(shape) + unit;\nreturn Codes({});\n}}\n",
             members.join(", "),
             values.join(", "),
         )

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::sync::Arc;
 
+use super::Place;
 use super::format::DeviceFormat;
 use super::layout::UNIT;
 use super::pack::{PADDED, Packing};
@@ -91,11 +92,17 @@ pub(super) enum ManyRows {
 
 impl ManyRows {
     /// The kernels of linears with so many outputs.
-    pub(super) fn new(gpu: &Gpu, format: &DeviceFormat, outputs: usize, is_gated: bool) -> Result<Self, KernelError> {
+    pub(super) fn new(
+        gpu: &Gpu,
+        format: &DeviceFormat,
+        place: Place,
+        outputs: usize,
+        is_gated: bool,
+    ) -> Result<Self, KernelError> {
         let Some(matrices) = gpu.matrices else {
-            return Ok(Self::Plain(gpu.pipeline(&plain_kernel(format, is_gated))?, outputs));
+            return Ok(Self::Plain(gpu.pipeline(&plain_kernel(format, place, is_gated))?, outputs));
         };
-        let kernel = |tile: Tile| Ok((tile, gpu.pipeline(&tile.kernel(format, matrices, is_gated))?));
+        let kernel = |tile: Tile| Ok((tile, gpu.pipeline(&tile.kernel(format, place, matrices, is_gated))?));
         let rows = if is_gated { 2 * outputs } else { outputs };
         let tiles = tiles(matrices.size, rows, gpu.caps.workgroup_memory as usize).map(kernel);
         Ok(Self::Tiles(tiles.collect::<Result<_, KernelError>>()?, rows))
@@ -103,23 +110,48 @@ impl ManyRows {
 
     /// The kernel for `m` rows of input, and its workgroups.
     pub(super) fn choose(&self, m: usize) -> (&Arc<Pipeline>, [usize; 3]) {
+        self.choose_for_each(m, 1)
+    }
+
+    /// The same for `m` rows of input of each of `matrices`.
+    pub(super) fn choose_for_each(&self, m: usize, matrices: usize) -> (&Arc<Pipeline>, [usize; 3]) {
         match self {
-            Self::Plain(kernel, outputs) => (kernel, [outputs.div_ceil(PLAIN_TILE), m.div_ceil(PLAIN_TILE), 1]),
+            Self::Plain(kernel, outputs) => (kernel, [outputs.div_ceil(PLAIN_TILE), m.div_ceil(PLAIN_TILE), matrices]),
             Self::Tiles(tiles, n) => {
                 // The larger one of those that take as long.
-                let fastest = tiles.iter().rev().min_by_key(|(tile, _)| tile.time(m, *n));
+                let fastest = tiles.iter().rev().min_by_key(|(tile, _)| tile.time(m, *n, matrices));
                 let (tile, kernel) = fastest.unwrap_or(&tiles[0]);
-                (kernel, [n.div_ceil(tile.n), m.div_ceil(tile.m), 1])
+                (kernel, [n.div_ceil(tile.n), m.div_ceil(tile.m), matrices])
+            }
+        }
+    }
+
+    /// The kernel whose tiles have so many rows of input, one of [`heights`], and workgroups that share the outputs.
+    pub(super) fn of_height(&self, height: usize) -> (&Arc<Pipeline>, usize) {
+        match self {
+            Self::Plain(kernel, outputs) => (kernel, outputs.div_ceil(PLAIN_TILE)),
+            Self::Tiles(tiles, n) => {
+                let (tile, kernel) = tiles.iter().find(|(tile, _)| tile.m == height).expect("tiles of this height");
+                (kernel, n.div_ceil(tile.n))
             }
         }
     }
 }
 
+/// Rows of input of the tiles that a device has for all matrices.
+pub(super) fn heights(gpu: &Gpu) -> impl Iterator<Item = usize> {
+    let of_units =
+        gpu.matrices.map(|matrices| tiles(matrices.size, 1, gpu.caps.workgroup_memory as usize).map(|tile| tile.m));
+    let plain = of_units.is_none().then_some(PLAIN_TILE);
+    of_units.into_iter().flatten().chain(plain)
+}
+
 /// The kernel that does without matrix units.
-fn plain_kernel(format: &DeviceFormat, is_gated: bool) -> Kernel {
+fn plain_kernel(format: &DeviceFormat, place: Place, is_gated: bool) -> Kernel {
     let constants = format!("const GATED = {is_gated};\n");
     let file = include_str!("../shaders/linear_tile_plain.wgsl");
-    super::linear(format, "linear_tile_plain", Packing::of(format.arithmetic), constants, &[file])
+    let name = place.name("linear_tile_plain", "group_tile_plain");
+    super::linear(format, name, place, Packing::of(format.arithmetic), constants, &[file])
 }
 
 /// The tiles of a device for `n` rows of W, by rows of input.
@@ -138,9 +170,9 @@ impl Tile {
         SUBGROUP * m * n * self.splits
     }
 
-    /// How long it takes for `m` rows of input and `n` of W, in products of all columns.
-    fn time(&self, m: usize, n: usize) -> usize {
-        let rounds = (m.div_ceil(self.m) * n.div_ceil(self.n)).div_ceil(AT_ONCE);
+    /// How long it takes for `m` rows of input and `n` of each of so many W, in products of all columns.
+    fn time(&self, m: usize, n: usize, matrices: usize) -> usize {
+        let rounds = (m.div_ceil(self.m) * n.div_ceil(self.n) * matrices).div_ceil(AT_ONCE);
         rounds * self.n * (self.m + UNPACKING_ROWS)
     }
 
@@ -163,7 +195,7 @@ impl Tile {
     }
 
     /// The kernel of a format.
-    fn kernel(&self, format: &DeviceFormat, matrices: Matrices, is_gated: bool) -> Kernel {
+    fn kernel(&self, format: &DeviceFormat, place: Place, matrices: Matrices, is_gated: bool) -> Kernel {
         let Self { m, n, k, parts: [parts_m, parts_n], splits, ahead, .. } = self;
         let size = matrices.size.rows();
         let mut constants = format!(
@@ -177,7 +209,8 @@ impl Tile {
             let _ = writeln!(constants, "const {name} = {count}u;");
         }
         let files = [matrices.module(), include_str!("../shaders/linear_tile.wgsl")];
-        super::linear(format, "linear_tile", Packing::Rows, constants, &files)
+        let name = place.name("linear_tile", "group_tile");
+        super::linear(format, name, place, Packing::Rows, constants, &files)
     }
 }
 
@@ -232,8 +265,10 @@ mod tests {
             let format = DeviceFormat::of(&scheme, GpuArithmetic::Half);
             for (tile, is_gated) in SIXTEEN.iter().flat_map(|tiles| tiles.iter()).zip([false, true].into_iter().cycle())
             {
-                let what = format!("{tile:?} for {scheme}");
-                spirv::assert_cooperative(&tile.kernel(&format, matrices, is_gated), &what);
+                for place in [Place::Plain, Place::Group] {
+                    let what = format!("{tile:?} for {scheme}, {place:?}");
+                    spirv::assert_cooperative(&tile.kernel(&format, place, matrices, is_gated), &what);
+                }
             }
         }
     }

@@ -3,20 +3,25 @@
 mod encode;
 mod few_rows;
 mod format;
+mod group;
+mod group_encode;
 mod layout;
 mod many_rows;
 mod pack;
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use marlin_format::{FormatError, Grouping, PackedMatrix, Scheme};
 
 pub(super) use self::encode::{LinearEncoder, embed};
 use self::few_rows::FewRows;
 use self::format::DeviceFormat;
+pub use self::group::GpuLinearGroup;
+pub(super) use self::group::{compile as compile_groups, step_height};
 use self::layout::{QUAD, Rows, UNIT};
 use self::many_rows::ManyRows;
-pub(super) use self::pack::PACKED_OUTPUT;
+pub(super) use self::pack::{PACKED_OUTPUT, Packed, VECTOR, four_function, four_functions};
 use self::pack::{Packing, Prepared};
 use super::GpuArithmetic;
 use super::device::{Gpu, Storage};
@@ -36,6 +41,7 @@ pub struct GpuLinear {
 /// Consecutive rows of one format, no more than the device can bind.
 #[derive(Debug)]
 pub(super) struct Part {
+    format: DeviceFormat,
     pub(super) shape: Shape,
     /// The first matrix that it has rows of.
     pub(super) matrix: usize,
@@ -43,11 +49,11 @@ pub(super) struct Part {
     pub(super) first: usize,
     /// Codes, scales, zero points or biases, 2:4 index, row affine: those that its format has.
     pub(super) buffers: Vec<Storage>,
-    pub(super) kernels: PartKernels,
+    pub(super) kernels: Arc<PartKernels>,
 }
 
 /// The kernels of a part's format.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct PartKernels {
     plain: LinearKernels,
     /// Of a part that is a gate and as large a matrix.
@@ -63,7 +69,7 @@ struct LinearKernels {
 }
 
 /// What kernels are told of a part; the order of `Shape` in `weights.wgsl`.
-#[derive(Debug, Clone, Copy, bytemuck::NoUninit)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, bytemuck::NoUninit)]
 #[repr(C)]
 pub(super) struct Shape {
     pub(super) k: u32,
@@ -238,7 +244,8 @@ impl Part {
             .collect();
         buffers.push(Upload::all(gpu, "row factors", &affine)?);
         let is_gated = matches!(&sources[..], [(_, gate), (_, up)] if gate.matrix.rows == up.matrix.rows);
-        Ok(Self { shape, matrix, first, buffers, kernels: PartKernels::new(gpu, format, &shape, is_gated)? })
+        let kernels = gpu.linear_kernels.get(gpu, format, &shape, is_gated)?;
+        Ok(Self { format: *format, shape, matrix, first, buffers, kernels })
     }
 }
 
@@ -253,12 +260,35 @@ pub(super) fn compile(gpu: &Gpu, scheme: &Scheme, rows: usize, cols: usize) -> R
     Ok(())
 }
 
+/// The kernels of parts that were loaded: a model has many of few shapes, and putting their sources together takes longer than finding them here.
+#[derive(Default)]
+pub(super) struct LinearCache(Mutex<HashMap<(DeviceFormat, Shape, bool), Arc<PartKernels>>>);
+
+impl LinearCache {
+    fn get(
+        &self,
+        gpu: &Gpu,
+        format: &DeviceFormat,
+        shape: &Shape,
+        is_gated: bool,
+    ) -> Result<Arc<PartKernels>, KernelError> {
+        let kernels = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (*format, *shape, is_gated);
+        if let Some(found) = kernels().get(&key) {
+            return Ok(found.clone());
+        }
+        let new = Arc::new(PartKernels::new(gpu, format, shape, is_gated)?);
+        Ok(kernels().entry(key).or_insert(new).clone())
+    }
+}
+
 impl PartKernels {
     fn new(gpu: &Gpu, format: &DeviceFormat, shape: &Shape, is_gated: bool) -> Result<Self, KernelError> {
         let (cols, rows) = (shape.k as usize, shape.rows as usize);
         // Drivers compile on the thread that asks them to.
-        let plain = || LinearKernels::new(gpu, format, cols, rows, false);
-        let gated = || is_gated.then(|| LinearKernels::new(gpu, format, cols, rows / 2, true)).transpose();
+        let plain = || LinearKernels::new(gpu, format, Place::Plain, cols, rows, false);
+        let gated =
+            || is_gated.then(|| LinearKernels::new(gpu, format, Place::Plain, cols, rows / 2, true)).transpose();
         let embed = || gpu.pipeline(&embed_kernel(format));
         let (plain, (gated, embed)) = rayon::join(plain, || rayon::join(gated, embed));
         Ok(Self { plain: plain?, gated: gated?, embed: embed? })
@@ -266,10 +296,17 @@ impl PartKernels {
 }
 
 impl LinearKernels {
-    fn new(gpu: &Gpu, format: &DeviceFormat, cols: usize, outputs: usize, is_gated: bool) -> Result<Self, KernelError> {
+    fn new(
+        gpu: &Gpu,
+        format: &DeviceFormat,
+        place: Place,
+        cols: usize,
+        outputs: usize,
+        is_gated: bool,
+    ) -> Result<Self, KernelError> {
         Ok(Self {
-            few_rows: FewRows::new(gpu, format, cols, outputs, is_gated)?,
-            many_rows: ManyRows::new(gpu, format, outputs, is_gated)?,
+            few_rows: FewRows::new(gpu, format, place, cols, outputs, is_gated)?,
+            many_rows: ManyRows::new(gpu, format, place, outputs, is_gated)?,
         })
     }
 
@@ -293,10 +330,51 @@ fn weights(format: &DeviceFormat) -> Vec<&'static str> {
     vec![arithmetic, include_str!("../shaders/elements.wgsl"), include_str!("../shaders/weights.wgsl")]
 }
 
+/// Where a kernel finds its rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// Those of the input in their order, of one matrix.
+    Plain,
+    /// Those of tiles of one matrix each, or of a head.
+    Group,
+}
+
+impl Place {
+    /// The modules that say so.
+    fn files(self) -> [&'static str; 2] {
+        match self {
+            Self::Plain => [MATRIX_OF_ONE, include_str!("../shaders/place_plain.wgsl")],
+            Self::Group => [MATRIX_OF_GROUP, include_str!("../shaders/place_group.wgsl")],
+        }
+    }
+
+    /// What they read.
+    fn bindings(self) -> &'static [Binding] {
+        const GROUP: [Binding; 3] =
+            [Binding::read("tiles", "vec4<u32>"), Binding::read("pairs", "u32"), Binding::read("matrices", "u32")];
+        match self {
+            Self::Plain => &[],
+            Self::Group => &GROUP,
+        }
+    }
+
+    /// The name of a kernel's variant for it.
+    fn name(self, plain: &'static str, of_group: &'static str) -> &'static str {
+        match self {
+            Self::Plain => plain,
+            Self::Group => of_group,
+        }
+    }
+}
+
+const MATRIX_OF_ONE: &str = include_str!("../shaders/matrix_of_one.wgsl");
+const MATRIX_OF_GROUP: &str = include_str!("../shaders/matrix_of_group.wgsl");
+
 /// A kernel of a linear.
 fn linear(
     format: &DeviceFormat,
     name: &'static str,
+    place: Place,
     packing: Packing,
     constants: String,
     of_kernel: &[&'static str],
@@ -304,7 +382,9 @@ fn linear(
     let mut bindings = format.bindings();
     bindings.extend(packing.bindings());
     bindings.push(Binding::write("out", "f32"));
+    bindings.extend(place.bindings());
     let mut files = weights(format);
+    files.extend(place.files());
     files.extend([packing.file(), include_str!("../shaders/epilogue.wgsl")]);
     files.extend(of_kernel);
     Kernel { name, prelude: format.module() + &constants, bindings, files }
@@ -315,6 +395,6 @@ fn embed_kernel(format: &DeviceFormat) -> Kernel {
     let mut bindings = format.bindings();
     bindings.extend([Binding::read("tokens", "u32"), Binding::read("sampled", "u32"), Binding::write("out", "f32")]);
     let mut files = weights(format);
-    files.push(include_str!("../shaders/embed.wgsl"));
+    files.extend([MATRIX_OF_ONE, include_str!("../shaders/embed.wgsl")]);
     Kernel { name: "embed", prelude: format.module(), bindings, files }
 }

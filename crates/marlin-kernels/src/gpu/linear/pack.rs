@@ -98,7 +98,8 @@ pub(super) struct PackKernels {
 type ByInput = [[Arc<Pipeline>; 2]; 2];
 
 /// Packed rows.
-pub(super) struct Packed {
+#[derive(Debug)]
+pub(in crate::gpu) struct Packed {
     halves: Storage,
     scales: Storage,
     /// What they were made of.
@@ -107,15 +108,28 @@ pub(super) struct Packed {
 
 /// What an input was when it was packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Source {
+pub(super) struct Source {
     buffer: u64,
     version: u64,
     /// Weights and epsilon of its norm.
     norm: Option<(u64, u32)>,
 }
 
+/// Rows that are packed as they are.
+pub(super) struct RowsToPack<'a> {
+    pub(super) x: &'a Storage,
+    pub(super) rows: usize,
+    /// Stretches of a row that become rows of their own.
+    pub(super) stretches: usize,
+    /// Columns of a stretch that are packed, and how far apart stretches are.
+    pub(super) width: usize,
+    pub(super) stride: usize,
+    /// For matrix units.
+    pub(super) by_rows: bool,
+}
+
 /// Values of a vector that kernels load at once.
-pub(super) const VECTOR: usize = 4;
+pub(in crate::gpu) const VECTOR: usize = 4;
 
 impl Packer {
     /// Bytes of scratch memory.
@@ -141,6 +155,38 @@ impl Packer {
                 output: Packed::new(gpu, output_rows(gpu, limits), limits.width)?,
             },
         })
+    }
+
+    /// Packs the rows of a group's input into memory of its own, if kernels want it packed.
+    pub(super) fn pack_rows_of(&self, recorder: &mut Recorder, rows: &RowsToPack<'_>, packed: &Packed) {
+        if let Self::Half { kernels, .. } = self {
+            kernels.pack_rows_of(recorder, rows, None, packed);
+        }
+    }
+
+    /// Packs stretches of rows, each as a row of its own, so many of each row. What was packed before is lost.
+    pub(super) fn prepare_heads(
+        &mut self,
+        gpu: &Gpu,
+        recorder: &mut Recorder,
+        rows: &RowsToPack<'_>,
+    ) -> Result<Prepared, KernelError> {
+        let Self::Half { kernels, packed, .. } = self else {
+            return Ok(Prepared::Exact);
+        };
+        packed.source = None;
+        let count = rows.rows * rows.stretches;
+        if !packed.has_room_for(count, rows.width) {
+            // Stretches are padded, each for itself; a model has the same ones in each step.
+            *packed = Packed::new(gpu, count, rows.width)?;
+        }
+        kernels.pack_rows_of(recorder, rows, None, packed);
+        Ok(Prepared::Packed)
+    }
+
+    /// Whether kernels want rows packed as those on matrix units do, if a step has so many.
+    pub(super) fn packs_rows(&self, m: usize) -> bool {
+        matches!(self, Self::Half { kernels, .. } if kernels.packs_rows(m))
     }
 
     /// Prepares the input of a linear, which may pack its output.
@@ -203,7 +249,7 @@ impl Packer {
             return None;
         };
         let wants_units = kernels.rows.is_none() || out.rows <= kernels.few_rows;
-        if !wants_units || !packed.has_room_for(out) {
+        if !wants_units || !packed.has_room_for(out.rows, out.width) {
             return None;
         }
         packed.source = Some(Source::of(&Input::Rows(out)));
@@ -249,21 +295,40 @@ impl PackKernels {
         })
     }
 
+    fn packs_rows(&self, m: usize) -> bool {
+        self.rows.is_some() && m > self.few_rows
+    }
+
     fn pack(&self, recorder: &mut Recorder, input: &Input<'_, GpuBackend>, packed: &Packed) {
-        let GpuBuffer { rows, width, storage, .. } = rows(input);
-        let by_rows = self.rows.as_ref().filter(|_| *rows > self.few_rows);
-        let (norm, eps) = match input {
-            Input::Rows(_) => (None, 0.0),
-            Input::Normed { weight, eps, .. } => (Some(&weight.storage), *eps),
+        let &GpuBuffer { rows, width, ref storage, .. } = rows(input);
+        let norm = match input {
+            Input::Rows(_) => None,
+            Input::Normed { weight, eps, .. } => Some((&weight.storage, *eps)),
         };
+        let by_rows = self.packs_rows(rows);
+        let rows = RowsToPack { x: storage, rows, stretches: 1, width, stride: width, by_rows };
+        self.pack_rows_of(recorder, &rows, norm, packed);
+    }
+
+    fn pack_rows_of(
+        &self,
+        recorder: &mut Recorder,
+        rows: &RowsToPack<'_>,
+        norm: Option<(&Storage, f32)>,
+        packed: &Packed,
+    ) {
+        let &RowsToPack { x, rows, stretches, width, stride, by_rows } = rows;
+        let by_rows = self.rows.as_ref().filter(|_| by_rows);
         let of_row = match (by_rows, norm) {
             (None, None) => width.div_ceil(UNIT).div_ceil(PACK_UNITS),
             _ => 1,
         };
-        let is_aligned = width.is_multiple_of(VECTOR);
+        let is_aligned = width.is_multiple_of(VECTOR) && stride.is_multiple_of(VECTOR);
         let kernel = &by_rows.unwrap_or(&self.units)[usize::from(norm.is_some())][usize::from(is_aligned)];
-        let buffers = [storage].into_iter().chain(norm).chain(packed.buffers());
-        recorder.dispatch(kernel, buffers, &[*width as u32, eps.to_bits()], [of_row, *rows, 1]);
+        let (weight, eps) = norm.unzip();
+        let buffers = [x].into_iter().chain(weight).chain(packed.buffers());
+        let parameters = [width as u32, eps.unwrap_or(0.0).to_bits(), stride as u32];
+        recorder.dispatch(kernel, buffers, &parameters, [of_row, rows, stretches]);
     }
 }
 
@@ -302,18 +367,30 @@ fn pack_kernel(name: &'static str, is_normed: bool, is_aligned: bool, of_kernel:
     files.extend(of_kernel);
     let prelude = format!(
         "const NORMED = {is_normed};\nconst PADDED = {PADDED}u;\nconst TURNS = {PACK_TURNS}u;\n{}",
-        four_functions(is_normed, is_aligned)
+        four_functions(is_normed, is_aligned, "params.stride")
     );
     Kernel { name, prelude, bindings, files }
 }
 
-/// The functions by which `pack_row.wgsl` reads four columns of x, and multiplies them by the weights of a norm.
-pub(super) fn four_functions(is_normed: bool, is_aligned: bool) -> String {
-    let four = |buffer: &str, start: &str| {
-        if is_aligned {
-            return format!("if (column >= k) {{ return vec4<f32>(); }} return {buffer}[({start} + column) / 4u];");
-        }
-        let value = |i: usize| format!("{buffer}[{start} + min(column + {i}u, k - 1u)]");
+/// The functions by which `pack_row.wgsl` reads four columns of x, whose rows are `stride` apart, and multiplies them by the weights of a norm.
+pub(in crate::gpu) fn four_functions(is_normed: bool, is_aligned: bool, stride: &str) -> String {
+    let weighted = if is_normed {
+        format!(
+            "{}fn weighted(x: vec4<f32>, column: u32, k: u32) -> vec4<f32> {{ return x * norm_weight_four(0u, column, k); }}\n",
+            four_function("norm_weight", is_aligned, "k")
+        )
+    } else {
+        "fn weighted(x: vec4<f32>, column: u32, k: u32) -> vec4<f32> { return x; }\n".into()
+    };
+    four_function("x", is_aligned, stride) + &weighted
+}
+
+/// The function that reads four columns of a row of a buffer, 0 beyond the last of `k`.
+pub(in crate::gpu) fn four_function(buffer: &str, is_aligned: bool, stride: &str) -> String {
+    let body = if is_aligned {
+        format!("if (column >= k) {{ return vec4<f32>(); }} return {buffer}[(row * {stride} + column) / 4u];")
+    } else {
+        let value = |i: usize| format!("{buffer}[row * {stride} + min(column + {i}u, k - 1u)]");
         format!(
             "return select(vec4<f32>(), vec4<f32>({}, {}, {}, {}), vec4<u32>(column) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(k));",
             value(0),
@@ -322,16 +399,7 @@ pub(super) fn four_functions(is_normed: bool, is_aligned: bool) -> String {
             value(3),
         )
     };
-    let weighted = if is_normed {
-        format!(
-            "fn weight_four(column: u32, k: u32) -> vec4<f32> {{ {} }}\n\
-             fn weighted(x: vec4<f32>, column: u32, k: u32) -> vec4<f32> {{ return x * weight_four(column, k); }}\n",
-            four("norm_weight", "0u")
-        )
-    } else {
-        "fn weighted(x: vec4<f32>, column: u32, k: u32) -> vec4<f32> { return x; }\n".into()
-    };
-    format!("fn x_four(row: u32, column: u32, k: u32) -> vec4<f32> {{ {} }}\n{weighted}", four("x", "row * k"))
+    format!("fn {buffer}_four(row: u32, column: u32, k: u32) -> vec4<f32> {{ {body} }}\n")
 }
 
 impl Packed {
@@ -341,23 +409,33 @@ impl Packed {
         [2 * UNIT, size_of::<f32>()].map(|bytes| units.saturating_mul(bytes))
     }
 
-    fn new(gpu: &Gpu, rows: usize, width: usize) -> Result<Self, KernelError> {
+    pub(in crate::gpu) fn new(gpu: &Gpu, rows: usize, width: usize) -> Result<Self, KernelError> {
         let [halves, scales] = Self::sizes(rows, width);
         let what = "the packed input of linears";
         Ok(Self { halves: gpu.storage(what, halves)?, scales: gpu.storage(what, scales)?, source: None })
     }
 
-    fn has_room_for(&self, rows: &GpuBuffer) -> bool {
-        Self::sizes(rows.rows, rows.width)[0] as u64 <= self.halves.buffer.size()
+    fn has_room_for(&self, rows: usize, width: usize) -> bool {
+        Self::sizes(rows, width)[0] as u64 <= self.halves.buffer.size()
     }
 
-    fn buffers(&self) -> [&Storage; 2] {
+    /// Bytes that rows take.
+    pub(in crate::gpu) fn bytes(rows: usize, width: usize) -> usize {
+        Self::sizes(rows, width).into_iter().fold(0, usize::saturating_add)
+    }
+
+    /// Which memory it is.
+    pub(super) fn id(&self) -> u64 {
+        self.halves.id
+    }
+
+    pub(super) fn buffers(&self) -> [&Storage; 2] {
         [&self.halves, &self.scales]
     }
 }
 
 impl Source {
-    fn of(input: &Input<'_, GpuBackend>) -> Self {
+    pub(super) fn of(input: &Input<'_, GpuBackend>) -> Self {
         let norm = match input {
             Input::Rows(_) => None,
             Input::Normed { weight, eps, .. } => Some((weight.storage.id, eps.to_bits())),

@@ -1,6 +1,6 @@
-// Puts together what `attention_split` gives for one head of a token: the sums of its splits, each relative to the split's largest
-// score. A workgroup a head of a token; each invocation adds four dimensions of every GROUPS-th split, relative to the largest score of those,
-// so that nothing but the sums of the groups has to wait for others.
+// Puts together what `attention_split` or `attention_latent` gives for one head of a token: the sums of its splits, each relative to the split's
+// largest score. PARTS workgroups have DIM dimensions each of a head of a token; each invocation adds four dimensions of every GROUPS-th split,
+// relative to the largest score of those, so that nothing but the sums of the groups has to wait for others.
 
 struct Params {
     heads: u32,
@@ -28,7 +28,8 @@ fn main(
     @builtin(num_workgroups) workgroups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let head = workgroup.x;
+    let head = workgroup.x / PARTS;
+    let part_of_head = workgroup.x % PARTS;
     var row = params.row;
     if (workgroups.y > 1u) {
         row = attention_tokens[params.first_token + workgroup.y].row;
@@ -46,7 +47,7 @@ fn main(
             let exists@i = split + @iu * GROUPS < params.splits;
             let at@i = first + select(split, split + @iu * GROUPS, exists@i);
             let loaded@i = split_softmax[at@i];
-            let part@i = split_sums[at@i * VECTORS + vector];
+            let part@i = split_sums[(at@i * PARTS + part_of_head) * VECTORS + vector];
             @end
             let before = largest;
             @for i < BATCH
@@ -85,10 +86,10 @@ fn main(
         }
         @end
         sum *= 1.0 / total;
-        out[(row * params.heads + head) * VECTORS + lane] = sum;
+        out[(row * params.heads * PARTS + workgroup.x) * VECTORS + lane] = sum;
         @for i < 4
         keep_output(4u * lane + @iu, sum[@i]);
         @end
     }
-    pack_heads(row, head, 1u, params.heads, lane);
+    pack_heads(row, workgroup.x, 1u, params.heads * PARTS, lane);
 }

@@ -3,7 +3,9 @@
 //
 // LANES neighbours, a group, share a key and its value: they hold their dimensions of the queries and of the sums in registers, and exchange
 // what a score consists of. Each group goes through keys of its own, with a reference for its weights of its own; nothing waits for other
-// groups until the end, where their sums meet in workgroup memory. The next keys are on their way while the last ones are multiplied.
+// groups until the end, where their sums meet in workgroup memory. The next keys are on their way while the last ones are multiplied. Values are
+// cached beside keys, or the first dimensions of keys: those are loaded once, and dimensions beyond them are summed with the rest of a unit's lanes
+// and left out of the result.
 //
 // Scores are to base 2. Positions that are not seen read one that is, with weight 0. If there is one split, it gives the result;
 // otherwise `attention_combine` does.
@@ -36,10 +38,11 @@ const TILE = GROUPS * BATCH;
 const SPAN = 16u * TILE;
 // Neighbours that have the score of the same head.
 const HEAD_LANES = LANES / HEADS;
-// Vectors of four dimensions of a head.
+// Vectors of four dimensions of a key head, and of a value head.
 const VECTORS = DIM / 4u;
+const VALUE_VECTORS = VALUE_DIM / 4u;
 // Of a head's sums the first halves of all units, then the second ones, which begin in different banks.
-const HALF_ROW = LANES * UNITS + 4u;
+const HALF_ROW = LANES * VALUE_UNITS + 4u;
 const SUMS_ROW = HEADS * 2u * HALF_ROW;
 
 // Eight dimensions.
@@ -112,9 +115,7 @@ fn main(
     let end = token.position + 1u;
     let begin = end - min(end, params.window);
     let seen = end - begin;
-    // Of the token alone, whatever else is in the step.
-    let share = ((seen - 1u) >> params.most_splits) / LEAST_SPLIT * LEAST_SPLIT + LEAST_SPLIT;
-    let split = select(share, ONE_SPLIT, seen <= ONE_SPLIT);
+    let split = positions_of_split(seen);
     let split_begin = begin + workgroup.x * split;
     let split_end = min(end, split_begin + split);
 
@@ -137,7 +138,7 @@ fn main(
     let group = lane / LANES;
     let in_group = lane % LANES;
     let own_head = in_group / HEAD_LANES;
-    let query = (token.row * (params.heads + 2u * params.kv_heads) + first_head) * VECTORS;
+    let query = (token.row * (params.heads + BESIDE_QUERIES * params.kv_heads) + first_head) * VECTORS;
     @for c < UNITS
     let unit@c = min(@cu * LANES + in_group, CHUNKS - 1u);
     let exists@c = @cu * LANES + in_group < CHUNKS;
@@ -146,6 +147,10 @@ fn main(
         query_vector(query + @hu * VECTORS + 2u * unit@c, exists@c && @hu < count),
         query_vector(query + @hu * VECTORS + 2u * unit@c + 1u, exists@c && @hu < count),
     );
+    @end
+    @end
+    @for c < VALUE_UNITS
+    @for h < HEADS
     var low@c_@h = vec4<f32>();
     var high@c_@h = vec4<f32>();
     @end
@@ -171,8 +176,11 @@ fn main(
         @end
         @end
         @for b < BATCH
-        @for c < UNITS
+        @for c < CACHED_UNITS
         var value@b_@c = load_value(place@b + unit@c);
+        @end
+        @for c < UNITS_OF_KEYS
+        var value@b_@c: Raw;
         @end
         @end
         for (var tile = 0u; tile < span_keys; tile += TILE) {
@@ -191,6 +199,9 @@ fn main(
             @end
             @for b < BATCH
             let key_scale@b = key@b_0;
+            @for c < UNITS_OF_KEYS
+            value@b_@c = key@b_@c;
+            @end
             @end
             if (has_next) {
                 @for b < BATCH
@@ -211,7 +222,7 @@ fn main(
             let shrink = exp2(before - largest);
             total *= shrink;
             let shrinks = of_all_heads(shrink);
-            @for c < UNITS
+            @for c < VALUE_UNITS
             @for h < HEADS
             low@c_@h *= shrinks[@h];
             high@c_@h *= shrinks[@h];
@@ -222,7 +233,7 @@ fn main(
                 let weight = select(0.0, exp2(score@b - largest), is_seen@b);
                 total += weight;
                 let weights = of_all_heads(weight * scale_of_head(value@b_0));
-                @for c < UNITS
+                @for c < VALUE_UNITS
                 let v@c = decode(value@b_@c);
                 let scaled@c = weights * scale_of_unit(value@b_@c);
                 @for h < HEADS
@@ -234,7 +245,7 @@ fn main(
             @end
             if (has_next) {
                 @for b < BATCH
-                @for c < UNITS
+                @for c < CACHED_UNITS
                 value@b_@c = load_value(places[next + @bu * GROUPS + group] + unit@c);
                 @end
                 @end
@@ -254,7 +265,7 @@ fn main(
     }
     let shrink = exp2(largest - reference);
     let shrinks = of_all_heads(shrink);
-    @for c < UNITS
+    @for c < VALUE_UNITS
     @for h < HEADS
     low@c_@h *= shrinks[@h];
     high@c_@h *= shrinks[@h];
@@ -267,7 +278,7 @@ fn main(
     for (var first = GROUPS - KEPT_GROUPS; true; first -= KEPT_GROUPS) {
         let row = (group - first) * SUMS_ROW + in_group;
         if (group >= first && group - first < KEPT_GROUPS) {
-            @for c < UNITS
+            @for c < VALUE_UNITS
             @for h < HEADS
             sums[row + 2u * @hu * HALF_ROW + @cu * LANES] = low@c_@h;
             sums[row + (2u * @hu + 1u) * HALF_ROW + @cu * LANES] = high@c_@h;
@@ -280,7 +291,7 @@ fn main(
         }
         if (group < KEPT_GROUPS) {
             let own_row = group * SUMS_ROW + in_group;
-            @for c < UNITS
+            @for c < VALUE_UNITS
             @for h < HEADS
             low@c_@h += sums[own_row + 2u * @hu * HALF_ROW + @cu * LANES];
             high@c_@h += sums[own_row + (2u * @hu + 1u) * HALF_ROW + @cu * LANES];
@@ -290,9 +301,9 @@ fn main(
         workgroupBarrier();
     }
 
-    for (var i = lane; i < count * VECTORS; i += SIZE) {
-        let h = i / VECTORS;
-        let vector = i % VECTORS;
+    for (var i = lane; i < count * VALUE_VECTORS; i += SIZE) {
+        let h = i / VALUE_VECTORS;
+        let vector = i % VALUE_VECTORS;
         var sum = vec4<f32>();
         for (var row = 0u; row < KEPT_GROUPS; row++) {
             sum += sums[row * SUMS_ROW + (2u * h + vector % 2u) * HALF_ROW + vector / 2u];
@@ -307,13 +318,13 @@ fn main(
         }
         if (workgroups.x == 1u) {
             sum *= 1.0 / (all + sink_weight(first_head + h, largest_of_head));
-            out[(token.row * params.heads + first_head + h) * VECTORS + vector] = sum;
+            out[(token.row * params.heads + first_head + h) * VALUE_VECTORS + vector] = sum;
             @for d < 4
             keep_output(4u * i + @du, sum[@d]);
             @end
         } else {
             let at = first_split + h * workgroups.x;
-            split_sums[at * VECTORS + vector] = sum;
+            split_sums[at * VALUE_VECTORS + vector] = sum;
             if (vector == 0u) {
                 split_softmax[at] = vec2<f32>(largest_of_head, all);
             }

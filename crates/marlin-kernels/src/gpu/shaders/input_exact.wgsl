@@ -9,7 +9,7 @@ fn input_pair(start: u32, column: u32, k: u32) -> pair {
 }
 
 fn input_unit(shape: Shape, m: u32, unit: u32) -> array<pair, 16> {
-    let s = m * shape.k;
+    let s = m * input_stride(shape);
     let c = 32u * unit;
     let k = shape.k;
     return array<pair, 16>(

@@ -30,10 +30,9 @@ fn weight_row(shape: Shape, first: u32, r: u32) -> u32 {
     return min(first + r, shape.rows - 1u);
 }
 
-// The octet of x that is the i-th of the tile in a step.
-fn fetch_x(shape: Shape, first_m: u32, step: u32, i: u32) -> vec4<u32> {
-    let m = min(first_m + i / (TILE_K / 8u), params.m - 1u);
-    return fetch_octet(shape, m, step * (TILE_K / 8u) + i % (TILE_K / 8u));
+// The octet of a row of x that is the i-th of the tile in a step.
+fn fetch_x(shape: Shape, x_row: u32, step: u32, i: u32) -> vec4<u32> {
+    return fetch_octet(shape, x_row, step * (TILE_K / 8u) + i % (TILE_K / 8u));
 }
 
 // Where in a tile of W the unit is that comes i-th: its row and its place in the row. Two of a row come together, then those of the next row, so that
@@ -75,15 +74,15 @@ fn share_of(at: u32, split: u32) -> array<f32, SHARE> {
 }
 
 // Stores the outputs of an invocation's share of a matrix that begins at (first_m, first), and of what is gated by it.
-fn store_share(shape: Shape, values: array<f32, SHARE>, others: array<f32, SHARE>, split: u32, first_m: u32, first: u32) {
+fn store_share(shape: Shape, values: array<f32, SHARE>, others: array<f32, SHARE>, split: u32, rows: Rows, first_m: u32, first: u32) {
     var value = values;
     var other = others;
     for (var e = 0u; e < SHARE; e++) {
         let i = (e * SPLITS + split) * 32u + lane;
         let m = first_m + i / SIZE;
         let row = first + i % SIZE;
-        if (i < SUMS && m < params.m && row < output_rows(shape)) {
-            let scale = input_scale(m);
+        if (i < SUMS && m < rows.end && row < output_rows(shape)) {
+            let scale = input_scale(input_row(m));
             store_row(m, row, affine_of(row), value[e] * scale, other[e] * scale);
         }
     }
@@ -92,7 +91,11 @@ fn store_share(shape: Shape, values: array<f32, SHARE>, others: array<f32, SHARE
 @compute @workgroup_size(INVOCATIONS)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) index: u32) {
     let shape = params.shape;
-    let first_m = workgroup.y * TILE_M;
+    let rows = rows_of(workgroup, TILE_M);
+    if (is_empty(rows)) {
+        return;
+    }
+    let first_m = rows.first;
     let first = workgroup.x * select(TILE_N, TILE_N / 2u, GATED);
     lane = index % 32u;
     let subgroup = index / 32u;
@@ -112,6 +115,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
 @end
 @for i < X_OCTETS
     let x_place_@i = index + @iu * INVOCATIONS;
+    let x_row_@i = input_row(min(first_m + x_place_@i / (TILE_K / 8u), rows.end - 1u));
 @end
 @for a < AHEAD
 @for i < W_UNITS
@@ -120,7 +124,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     var groups_@a_@i = fetch_groups(shape, row_@i / 4u, unit_@a_@i);
 @end
 @for i < X_OCTETS
-    var x_@a_@i = fetch_x(shape, first_m, @au, x_place_@i);
+    var x_@a_@i = fetch_x(shape, x_row_@i, @au, x_place_@i);
 @end
 @end
 
@@ -160,7 +164,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         groups_@a_@i = fetch_groups(shape, row_@i / 4u, next_unit_@i);
 @end
 @for i < X_OCTETS
-        x_@a_@i = fetch_x(shape, first_m, next, x_place_@i);
+        x_@a_@i = fetch_x(shape, x_row_@i, next, x_place_@i);
 @end
 @for k < DEPTH
 @for r < ROWS
@@ -192,11 +196,11 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     workgroupBarrier();
     let odd_share_@r_@p = share_of(at, split);
     if (GATED) {
-        store_share(shape, even_share_@r_@p, odd_share_@r_@p, split, first_m + part_m + @ru * SIZE, first_of_part + @pu * SIZE);
+        store_share(shape, even_share_@r_@p, odd_share_@r_@p, split, rows, first_m + part_m + @ru * SIZE, first_of_part + @pu * SIZE);
     } else {
         let first_row = first_of_part + 2u * @pu * SIZE;
-        store_share(shape, even_share_@r_@p, even_share_@r_@p, split, first_m + part_m + @ru * SIZE, first_row);
-        store_share(shape, odd_share_@r_@p, odd_share_@r_@p, split, first_m + part_m + @ru * SIZE, first_row + SIZE);
+        store_share(shape, even_share_@r_@p, even_share_@r_@p, split, rows, first_m + part_m + @ru * SIZE, first_row);
+        store_share(shape, odd_share_@r_@p, odd_share_@r_@p, split, rows, first_m + part_m + @ru * SIZE, first_row + SIZE);
     }
 @end
 @end

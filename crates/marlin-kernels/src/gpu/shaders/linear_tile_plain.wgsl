@@ -7,15 +7,16 @@ const STRIDE = 17u;
 var<workgroup> x_tile: array<vec2<f32>, TILE * STRIDE>;
 var<workgroup> w_tile: array<vec2<f32>, TILE * STRIDE>;
 
-// An invocation's sums of the tile whose first row is `first_row`.
-fn sum_tile(shape: Shape, first_row: u32, first_m: u32, local: vec2<u32>) -> array<f32, 16> {
+// An invocation's sums of the tile whose first row of W is `first_of_w`.
+fn sum_tile(shape: Shape, rows: Rows, first_of_w: u32, local: vec2<u32>) -> array<f32, 16> {
     let index = 16u * local.y + local.x;
     let units = units_of(shape);
+    let x_row = input_row(min(rows.first + index % TILE, rows.end - 1u));
     var sums: array<f32, 16>;
     for (var unit = 0u; unit < units; unit++) {
         workgroupBarrier();
         if (index < TILE) {
-            let row = min(first_row + index, shape.rows - 1u);
+            let row = min(first_of_w + index, shape.rows - 1u);
             let groups = decode_groups(fetch_groups(shape, row / 4u, unit), row % 4u);
             var weights = decode_weights(fetch_codes(shape, row, unit), groups);
             for (var p = 0u; p < 16u; p++) {
@@ -23,9 +24,8 @@ fn sum_tile(shape: Shape, first_row: u32, first_m: u32, local: vec2<u32>) -> arr
             }
         } else if (index < 2u * TILE) {
             let row = index - TILE;
-            let m = min(first_m + row, params.m - 1u);
-            var values = input_unit(shape, m, unit);
-            let scale = input_scale(shape, m, unit);
+            var values = input_unit(shape, x_row, unit);
+            let scale = input_scale(shape, x_row, unit);
             for (var p = 0u; p < 16u; p++) {
                 x_tile[row * STRIDE + p] = vec2<f32>(values[p]) * scale;
             }
@@ -50,17 +50,20 @@ fn sum_tile(shape: Shape, first_row: u32, first_m: u32, local: vec2<u32>) -> arr
 @compute @workgroup_size(16, 16)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
     let shape = params.shape;
-    let first_row = workgroup.x * TILE;
-    let first_m = workgroup.y * TILE;
-    var sums = sum_tile(shape, first_row, first_m, local.xy);
+    let first_of_w = workgroup.x * TILE;
+    let rows = rows_of(workgroup, TILE);
+    if (is_empty(rows)) {
+        return;
+    }
+    var sums = sum_tile(shape, rows, first_of_w, local.xy);
     var others: array<f32, 16>;
     if (GATED) {
-        others = sum_tile(shape, first_row + output_rows(shape), first_m, local.xy);
+        others = sum_tile(shape, rows, first_of_w + output_rows(shape), local.xy);
     }
     for (var i = 0u; i < 16u; i++) {
-        let m = first_m + local.y + 16u * (i / 4u);
-        let row = first_row + local.x + 16u * (i % 4u);
-        if (m < params.m && row < output_rows(shape)) {
+        let m = rows.first + local.y + 16u * (i / 4u);
+        let row = first_of_w + local.x + 16u * (i % 4u);
+        if (m < rows.end && row < output_rows(shape)) {
             store_row(m, row, affine_of(row), sums[i], others[i]);
         }
     }

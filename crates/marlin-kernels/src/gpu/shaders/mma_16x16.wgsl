@@ -13,6 +13,10 @@ fn put_x(at: u32, octet: Octet) {
     x_tile[at / 4u + 1u] = octet.high;
 }
 
+fn put_x_quad(at: u32, quad: vec4<f16>) {
+    x_tile[at / 4u] = quad;
+}
+
 fn put_w(at: u32, octet: Octet) {
     w_tile[at / 4u] = octet.low;
     w_tile[at / 4u + 1u] = octet.high;
@@ -21,6 +25,11 @@ fn put_w(at: u32, octet: Octet) {
 // Rows of x lie `stride` apart, and so do those of W, which are columns of the factor.
 fn load_x(at: u32, stride: u32) -> XMatrix {
     return coopLoadT<XMatrix>(&x_tile[at / 4u], stride / 4u);
+}
+
+// The same of rows that lie where those of W do.
+fn load_x_from_w(at: u32, stride: u32) -> XMatrix {
+    return coopLoadT<XMatrix>(&w_tile[at / 4u], stride / 4u);
 }
 
 fn load_w(at: u32, stride: u32) -> WMatrix {

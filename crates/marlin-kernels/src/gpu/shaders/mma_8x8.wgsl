@@ -8,15 +8,16 @@ alias XMatrix = coop_mat8x8<f16, A>;
 alias WMatrix = coop_mat8x8<f16, B>;
 alias SumMatrix = coop_mat8x8<f32, C>;
 
+fn put_x_quad(at: u32, quad: vec4<f16>) {
+    x_tile[at] = quad.x;
+    x_tile[at + 1u] = quad.y;
+    x_tile[at + 2u] = quad.z;
+    x_tile[at + 3u] = quad.w;
+}
+
 fn put_x(at: u32, octet: Octet) {
-    x_tile[at] = octet.low.x;
-    x_tile[at + 1u] = octet.low.y;
-    x_tile[at + 2u] = octet.low.z;
-    x_tile[at + 3u] = octet.low.w;
-    x_tile[at + 4u] = octet.high.x;
-    x_tile[at + 5u] = octet.high.y;
-    x_tile[at + 6u] = octet.high.z;
-    x_tile[at + 7u] = octet.high.w;
+    put_x_quad(at, octet.low);
+    put_x_quad(at + 4u, octet.high);
 }
 
 fn put_w_quad(at: u32, quad: vec4<f16>) {
@@ -34,6 +35,11 @@ fn put_w(at: u32, octet: Octet) {
 // Rows of x lie `stride` apart, and so do those of W, which are columns of the factor.
 fn load_x(at: u32, stride: u32) -> XMatrix {
     return coopLoadT<XMatrix>(&x_tile[at], stride);
+}
+
+// The same of rows that lie where those of W do.
+fn load_x_from_w(at: u32, stride: u32) -> XMatrix {
+    return coopLoadT<XMatrix>(&w_tile[at], stride);
 }
 
 fn load_w(at: u32, stride: u32) -> WMatrix {

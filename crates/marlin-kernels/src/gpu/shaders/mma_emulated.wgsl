@@ -25,6 +25,10 @@ fn put_x(at: u32, octet: Octet) {
     x_tile[at / 4u + 1u] = octet.high;
 }
 
+fn put_x_quad(at: u32, quad: vec4<f16>) {
+    x_tile[at / 4u] = quad;
+}
+
 fn put_w(at: u32, octet: Octet) {
     w_tile[at / 4u] = octet.low;
     w_tile[at / 4u + 1u] = octet.high;
@@ -34,6 +38,15 @@ fn load_x(at: u32, stride: u32) -> XMatrix {
     var row: XMatrix;
     for (var k = 0u; k < SIZE / 4u; k++) {
         row[k] = x_tile[(at + lane / ACROSS * stride) / 4u + k];
+    }
+    return row;
+}
+
+// The same of rows that lie where those of W do.
+fn load_x_from_w(at: u32, stride: u32) -> XMatrix {
+    var row: XMatrix;
+    for (var k = 0u; k < SIZE / 4u; k++) {
+        row[k] = w_tile[(at + lane / ACROSS * stride) / 4u + k];
     }
     return row;
 }

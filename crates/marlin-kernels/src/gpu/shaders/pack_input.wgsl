@@ -4,6 +4,8 @@
 struct Params {
     k: u32,
     eps: f32,
+    // How far apart rows of x are.
+    stride: u32,
 }
 var<immediate> params: Params;
 
@@ -21,7 +23,7 @@ fn main(
     @builtin(num_workgroups) workgroups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let row = workgroup.y;
+    let row = workgroup.y * workgroups.z + workgroup.z;
     let squares = pack_octets(row, params.k, workgroup.x * SIZE, workgroups.x * SIZE, lane);
     if (NORMED) {
         let factor = norm_factor(reduce_sum(lane, squares), params.k, params.eps);

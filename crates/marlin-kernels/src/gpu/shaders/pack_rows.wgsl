@@ -5,14 +5,20 @@
 struct Params {
     k: u32,
     eps: f32,
+    // How far apart rows of x are.
+    stride: u32,
 }
 var<immediate> params: Params;
 
 const SIZE = 256u;
 
 @compute @workgroup_size(SIZE)
-fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let row = workgroup.y;
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let row = workgroup.y * workgroups.z + workgroup.z;
     let k = params.k;
     var squares = vec4<f32>();
     var largest = vec4<f32>();

@@ -48,12 +48,13 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     for (var i = lane; i < dim; i += SIZE) {
         var value = head[i];
         if (!is_value && i < params.rotary) {
-            let pair = i % half;
+            let pair = pair_of(i, half);
+            let dimensions = dimensions_of(pair, half);
             let cosine = angles[t * params.rotary + pair];
             let sine = angles[t * params.rotary + half + pair];
-            let low = head[pair];
-            let high = head[pair + half];
-            value = select(high * cosine + low * sine, low * cosine - high * sine, i < half);
+            let low = head[dimensions.x];
+            let high = head[dimensions.y];
+            value = select(high * cosine + low * sine, low * cosine - high * sine, i == dimensions.x);
         }
         if (is_query) {
             qkv[start + i] = value;

@@ -1,6 +1,6 @@
 // Packed weights `[rows, K]`, unpacked 32 columns ("a unit") at a time, in the order of pairs: pair p holds columns c and c + 4, c = 8 (p / 4) + p % 4.
 // The constants, and what
-// fetches and decodes codes, scales and offsets, come from the format's module.
+// fetches and decodes codes, scales and offsets, come from the format's module; where in the buffers the matrix begins, from one of the `matrix` modules.
 
 struct Shape {
     // Columns.
@@ -31,7 +31,7 @@ fn units_of(shape: Shape) -> u32 {
 }
 
 fn fetch_groups(shape: Shape, quad: u32, unit: u32) -> PackedGroups {
-    let first = quad * shape.groups;
+    let first = (first_quad(shape) + quad) * shape.groups;
     let low = first + 32u * unit / GROUP;
     if (HALVED) {
         // Half a unit may lie beyond the last group.

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use anyhow::bail;
 use marlin_checkpoint::Checkpoint;
 use marlin_format::{Grouping, Scheme};
-use marlin_quantize::{TensorRole, layer_and_kind};
+use marlin_quantize::{TensorRole, kind_of, layer_and_kind};
 
 use crate::commands::recipe::quantized_format;
 
@@ -44,16 +44,21 @@ impl Exception {
 
 /// The schemes of the matrices that the exceptions are about; each must be about one at least.
 pub(super) fn resolve(exceptions: &[Exception], checkpoint: &Checkpoint) -> anyhow::Result<BTreeMap<String, Scheme>> {
-    let rank = |name: &&str| checkpoint.info(name).map_or(0, |info| info.shape.len());
-    let linears: Vec<&str> = checkpoint
-        .tensor_names()
-        .filter(|name| TensorRole::of(name, rank(name)) == TensorRole::DecoderLinear)
-        .collect();
+    let role = |name: &str| TensorRole::of(name, checkpoint.info(name).map_or(0, |info| info.shape.len()));
+    let is_matrix = |name: &str| checkpoint.info(name).is_some_and(|info| info.shape.len() == 2);
+    let is_of_layer = |name: &str| layer_and_kind(name).0.is_some();
+    // Routers are of no known kind, and quantised by name alone.
+    let is_named = |name: &&str| match role(name) {
+        TensorRole::DecoderLinear => true,
+        TensorRole::Unknown => is_matrix(name) && is_of_layer(name),
+        _ => false,
+    };
+    let linears: Vec<&str> = checkpoint.tensor_names().filter(is_named).collect();
     let mut schemes = BTreeMap::new();
     for exception in exceptions {
         let mut about = linears.iter().filter(|name| exception.is_about(name)).peekable();
         if about.peek().is_none() {
-            let mut kinds: Vec<&str> = linears.iter().map(|name| layer_and_kind(name).1).collect();
+            let mut kinds: Vec<_> = linears.iter().map(|name| kind_of(name)).collect();
             kinds.sort_unstable();
             kinds.dedup();
             bail!(

@@ -1,8 +1,10 @@
 //! `metal-marlin quantize`: a checkpoint in fewer bits.
 
+mod cold;
 mod exception;
 mod report;
 
+use std::collections::BTreeMap;
 use std::io::{Write, stdout};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -18,6 +20,7 @@ use metal_marlin::device::parse_threads;
 use metal_marlin::memory::{Account, parse_size, usual_context};
 use metal_marlin::{DeviceOptions, LoadError};
 
+use self::cold::{Cold, ColdOptions};
 use self::exception::Exception;
 use self::report::Summary;
 use super::model::HubOptions;
@@ -36,6 +39,7 @@ Examples:
   metal-marlin quantize Qwen/Qwen3-4B out --format fp4
   metal-marlin quantize path/to/model out --format int3 --matrix v_proj=int8 --matrix o_proj=int4:32
   metal-marlin quantize path/to/model out --fit 16GiB --context 32768
+  metal-marlin quantize path/to/model out --format fp4 --cold-expert-format int2 --calibration text.txt
 
 Group sizes, where they are not given: fp4, int4, int4-sym and int8 128, int3 64, int2 32, fp8 row;
 mxfp4 always has 32 and nvfp4 16. Norms and biases are kept as they are. An interrupted run leaves
@@ -56,7 +60,7 @@ the one that gains most for its bytes and still fits: v_proj, o_proj and the fir
 down_proj and q_proj late. docs/mixes.md measures why.";
 
 /// Options that choose formats by hand, which `--fit` does by itself.
-const CHOSEN: [&str; 5] = ["format", "bits", "group_size", "sparse_24", "matrix"];
+const CHOSEN: [&str; 6] = ["format", "bits", "group_size", "sparse_24", "matrix", "cold_expert_format"];
 
 /// Quantise the weights of a model
 ///
@@ -81,6 +85,9 @@ pub(crate) struct Args {
     /// layers.0.mlp.down_proj=int4:32 (with a group size); may be given several times, the last that matches counts
     #[arg(long, value_name = "NAME=FORMAT[:SIZE]", help_heading = HEADING)]
     matrix: Vec<Exception>,
+
+    #[command(flatten)]
+    cold: ColdOptions,
 
     /// Choose the best mix of formats with which the model takes no more than this memory, such as 16GiB
     #[arg(
@@ -126,9 +133,12 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let started = Instant::now();
     let uniform = args.recipe.recipe(args.layout)?;
     let checkpoint = model::open(Some(&args.model), &args.hub)?;
+    let threads = DeviceOptions { threads: args.threads, ..DeviceOptions::default() };
+    let cold = args.cold.measure(&checkpoint, &threads)?;
     let (recipe, account) = match (uniform, args.fit) {
         (Some(mut recipe), _) => {
-            recipe.exceptions = exception::resolve(&args.matrix, &checkpoint)?;
+            recipe.exceptions = cold.as_ref().map_or_else(BTreeMap::new, Cold::schemes);
+            recipe.exceptions.extend(exception::resolve(&args.matrix, &checkpoint)?);
             (recipe, None)
         }
         (None, Some(memory)) => {
@@ -149,7 +159,14 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         };
         quantize(&checkpoint, &args.out, &recipe, options)
     })??;
-    let summary = Summary { args: &args, recipe: &recipe, account, report: &report, time: started.elapsed() };
+    let summary = Summary {
+        args: &args,
+        recipe: &recipe,
+        account,
+        cold: cold.as_ref(),
+        report: &report,
+        time: started.elapsed(),
+    };
     let text = if args.json { format!("{}\n", summary.to_json()) } else { summary.to_text() };
     stdout().write_all(text.as_bytes())?;
     Ok(())

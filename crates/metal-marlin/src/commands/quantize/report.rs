@@ -1,13 +1,15 @@
 //! What `quantize` says at its end.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use marlin_format::Scheme;
-use marlin_quantize::{ErrorStats, MatrixReport, Recipe, Report, layer_and_kind};
+use marlin_quantize::{ErrorStats, MatrixReport, Recipe, Report, kind_of, layer_and_kind};
 use metal_marlin::memory::Account;
 use serde_json::{Value, json};
 
 use super::Args;
+use super::cold::Cold;
 
 /// Everything there is to say.
 pub(super) struct Summary<'a> {
@@ -15,6 +17,7 @@ pub(super) struct Summary<'a> {
     pub(super) recipe: &'a Recipe,
     /// Of `--fit`.
     pub(super) account: Option<Account>,
+    pub(super) cold: Option<&'a Cold>,
     pub(super) report: &'a Report,
     pub(super) time: Duration,
 }
@@ -40,6 +43,7 @@ impl Summary<'_> {
             "exceptions": recipe.exceptions.len(),
             "embedding_scheme": recipe.embedding.map(|scheme| scheme.to_string()),
             "fit": self.account.map(|account| account.to_json()),
+            "cold_experts": self.cold.map(Cold::to_json),
             "layout": args.layout.name(),
             "bits_per_weight": report.after.bits_per_weight(),
             "decoder_bits_per_weight": report.after.linear_bits_per_weight(),
@@ -71,8 +75,14 @@ impl Summary<'_> {
         if let Some(account) = &self.account {
             text += &format!("\n{}\n", account.to_text(&self.mix()));
         }
+        if let Some(cold) = self.cold {
+            text += &format!("\n{}\n", cold.to_text());
+        }
         if !report.kept.is_empty() {
-            text += &format!("kept as they are, being of no kind known: {}\n", report.kept.join(", "));
+            let mut kinds: Vec<_> = report.kept.iter().map(|name| kind_of(name)).collect();
+            kinds.sort_unstable();
+            kinds.dedup();
+            text += &format!("kept as they are: {}\n", kinds.join(", "));
         }
         if report.resumed > 0 {
             text += &format!("went on after {} tensors of an interrupted run\n", report.resumed);
@@ -145,21 +155,24 @@ fn every_matrix(report: &Report) -> Vec<Line> {
     report.matrices.iter().map(line).collect()
 }
 
-/// One line for the matrices that differ only in their layer.
+/// What matrices of a line have in common.
+type Kind<'a> = (Cow<'a, str>, Scheme);
+
+/// One line for the matrices that differ only in their layer or expert.
 fn by_kind(report: &Report) -> Vec<Line> {
-    let mut kinds: Vec<((&str, Scheme), Vec<&MatrixReport>)> = Vec::new();
+    let mut kinds: Vec<(Kind<'_>, Vec<&MatrixReport>)> = Vec::new();
     for matrix in &report.matrices {
-        let kind = (layer_and_kind(&matrix.name).1, matrix.scheme);
+        let kind = (kind_of(&matrix.name), matrix.scheme);
         match kinds.iter_mut().find(|(known, _)| *known == kind) {
             Some((_, matrices)) => matrices.push(matrix),
             None => kinds.push((kind, vec![matrix])),
         }
     }
     // Those of one kind together, in the order in which kinds appear.
-    let first = |name: &str| report.matrices.iter().position(|m| layer_and_kind(&m.name).1 == name);
+    let first = |name: &str| report.matrices.iter().position(|m| kind_of(&m.name) == name);
     kinds.sort_by_key(|((name, _), _)| first(name));
     let is_split = |name: &str| kinds.iter().filter(|((other, _), _)| *other == name).count() > 1;
-    let line = |((kind, scheme), matrices): &((&str, Scheme), Vec<&MatrixReport>)| {
+    let line = |((kind, scheme), matrices): &(Kind<'_>, Vec<&MatrixReport>)| {
         let worst = matrices.iter().max_by(|a, b| a.error.relative_rms().total_cmp(&b.error.relative_rms()));
         let worst = worst.and_then(|m| Some((layer_and_kind(&m.name).0?, m.error.relative_rms() * 100.0)));
         let weights: f64 = matrices.iter().map(|m| (m.shape[0] * m.shape[1]) as f64).sum();
@@ -167,7 +180,7 @@ fn by_kind(report: &Report) -> Vec<Line> {
             |m: &&MatrixReport| m.scheme.bits_per_weight(m.shape[0], m.shape[1]) * (m.shape[0] * m.shape[1]) as f64;
         let layers = matrices.iter().filter_map(|m| layer_and_kind(&m.name).0);
         Line {
-            name: (*kind).to_owned(),
+            name: kind.to_string(),
             count: matrices.len(),
             scheme: *scheme,
             bits: matrices.iter().map(bits).sum::<f64>() / weights,
@@ -182,6 +195,7 @@ fn by_kind(report: &Report) -> Vec<Line> {
 /// `0-2,5`
 fn ranges(mut layers: Vec<usize>) -> String {
     layers.sort_unstable();
+    layers.dedup();
     let runs = layers.chunk_by(|a, b| a + 1 == *b);
     let run = |run: &[usize]| match run {
         [first, .., last] => format!("{first}-{last}"),

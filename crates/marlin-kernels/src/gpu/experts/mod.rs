@@ -1,0 +1,11 @@
+//! Mixtures of experts: which experts tokens go to, and the memory that computing with them needs. The experts' linears are
+//! [groups](super::linear::GpuLinearGroup).
+
+mod router;
+mod routes;
+#[cfg(test)]
+mod tests;
+
+pub use self::router::GpuRouter;
+pub(super) use self::router::compile;
+pub use self::routes::GpuRoutes;

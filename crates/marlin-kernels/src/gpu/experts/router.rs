@@ -1,0 +1,217 @@
+//! Routers: logits of tokens, the experts chosen by them, and tokens sorted by expert.
+
+use std::sync::Arc;
+
+use super::GpuRoutes;
+use super::routes::combine_kernel;
+use crate::gpu::device::{Gpu, Storage};
+use crate::gpu::linear::{VECTOR, four_function, four_functions, step_height};
+use crate::gpu::pipeline::{Binding, Kernel, Pipeline};
+use crate::gpu::recorder::Recorder;
+use crate::gpu::upload::Upload;
+use crate::gpu::{GpuBackend, GpuBuffer};
+use crate::{Input, KernelError, RouterScore, RouterWeights, Routing};
+
+/// Experts that kernels have room for, shared ones among them.
+const MOST_EXPERTS: usize = 1024;
+
+/// A router on the device.
+#[derive(Debug)]
+pub struct GpuRouter {
+    routing: Routing,
+    hidden: usize,
+    /// `[E, hidden]`.
+    weights: Storage,
+    /// Added to logits, and to scores where experts are chosen, `[E]`.
+    bias: Storage,
+    correction: Storage,
+    kernels: RouterKernels,
+}
+
+#[derive(Debug)]
+struct RouterKernels {
+    /// For few tokens and for many; of rows as they are, and of their norms.
+    logits: [[Arc<Pipeline>; 2]; 2],
+    /// Of any number of tokens, and of one whose experts are sorted at once.
+    select: [Arc<Pipeline>; 2],
+    sort: Arc<Pipeline>,
+}
+
+/// How a workgroup shares out logits: `route_logits.wgsl`.
+#[derive(Debug, Clone, Copy)]
+struct LogitsTile {
+    lanes: usize,
+    tokens: usize,
+    experts: usize,
+    steps: usize,
+}
+
+/// One token's logits are divided among many workgroups.
+const FEW_TOKENS: LogitsTile = LogitsTile { lanes: 64, tokens: 1, experts: 1, steps: 4 };
+/// Many tokens share weights, and experts tokens.
+const MANY_TOKENS: LogitsTile = LogitsTile { lanes: 32, tokens: 8, experts: 2, steps: 1 };
+/// So many tokens are few.
+const MOST_FEW_TOKENS: usize = 16;
+
+impl LogitsTile {
+    const INVOCATIONS: usize = 128;
+
+    /// Workgroups for so many experts and tokens.
+    fn workgroups(self, experts: usize, tokens: usize) -> [usize; 3] {
+        let of_workgroup = Self::INVOCATIONS / self.lanes * self.experts;
+        [experts.div_ceil(of_workgroup), tokens.div_ceil(self.tokens), 1]
+    }
+
+    fn kernel(self, is_normed: bool, is_aligned: bool) -> Kernel {
+        let Self { lanes, tokens, experts, steps } = self;
+        let element = if is_aligned { "vec4<f32>" } else { "f32" };
+        let mut bindings = vec![Binding::read("x", element)];
+        bindings.extend(is_normed.then(|| Binding::read("norm_weight", element)));
+        bindings.extend([
+            Binding::read("router", element),
+            Binding::read("bias", "f32"),
+            Binding::write("logits", "f32"),
+        ]);
+        let prelude = format!(
+            "const LANES = {lanes}u;\nconst TOKENS = {tokens}u;\nconst EXPERTS = {experts}u;\nconst STEPS = {steps}u;\n\
+             const NORMED = {is_normed};\n{}{}",
+            four_functions(is_normed, is_aligned, "k"),
+            four_function("router", is_aligned, "k"),
+        );
+        let files = vec![include_str!("../shaders/norm.wgsl"), include_str!("../shaders/route_logits.wgsl")];
+        Kernel { name: "route_logits", prelude, bindings, files }
+    }
+}
+
+impl RouterKernels {
+    fn new(gpu: &Gpu, is_aligned: bool) -> Result<Self, KernelError> {
+        let logits = |tile: LogitsTile| {
+            let kernel = |is_normed| gpu.pipeline(&tile.kernel(is_normed, is_aligned));
+            Ok::<_, KernelError>([kernel(false)?, kernel(true)?])
+        };
+        Ok(Self {
+            logits: [logits(FEW_TOKENS)?, logits(MANY_TOKENS)?],
+            select: [gpu.pipeline(&select_kernel(false))?, gpu.pipeline(&select_kernel(true))?],
+            sort: gpu.pipeline(&sort_kernel())?,
+        })
+    }
+}
+
+fn select_kernel(sorts: bool) -> Kernel {
+    let (read, write) = (Binding::read, Binding::write);
+    let mut bindings =
+        vec![read("logits", "f32"), read("correction", "f32"), write("experts", "u32"), write("weights", "f32")];
+    let mut prelude =
+        format!("const MOST_EXPERTS = {MOST_EXPERTS}u;\nconst MOST_GROUPS = {}u;\n", Routing::MOST_GROUPS);
+    if sorts {
+        bindings.extend(SORTED);
+        prelude += "fn put_sorted(place: u32, slot: u32, expert: u32) {\n    pairs[place] = slot;\n    places[slot] = place;\n    \
+                    tiles[place] = vec4<u32>(expert, place, place + 1u, 0u);\n}\n";
+    } else {
+        prelude += "fn put_sorted(place: u32, slot: u32, expert: u32) {}\n";
+    }
+    prelude += &format!("const SORTS = {sorts};\n");
+    let files = vec![include_str!("../shaders/reduce.wgsl"), include_str!("../shaders/route_select.wgsl")];
+    Kernel { name: "route_select", prelude, bindings, files }
+}
+
+fn sort_kernel() -> Kernel {
+    let bindings = std::iter::once(Binding::read("experts", "u32")).chain(SORTED).collect();
+    Kernel {
+        name: "route_sort",
+        prelude: format!("const MOST_EXPERTS = {MOST_EXPERTS}u;\n"),
+        bindings,
+        files: vec![include_str!("../shaders/route_sort.wgsl")],
+    }
+}
+
+/// Where sorted pairs go.
+const SORTED: [Binding; 3] =
+    [Binding::write("pairs", "u32"), Binding::write("places", "u32"), Binding::write("tiles", "vec4<u32>")];
+
+impl GpuRouter {
+    pub(in crate::gpu) fn load(gpu: &Gpu, router: &RouterWeights<'_>) -> Result<Self, KernelError> {
+        let hidden = router.check()?;
+        let routing = router.routing;
+        if routing.all_experts() > MOST_EXPERTS {
+            return Err(KernelError::Device(format!(
+                "a GPU routes to at most {MOST_EXPERTS} experts, found {}; use the CPU instead",
+                routing.all_experts()
+            )));
+        }
+        let zeros = vec![0.0; routing.experts];
+        let of_experts = |what: &str, values: Option<&[f32]>| Upload::all(gpu, what, values.unwrap_or(&zeros));
+        Ok(Self {
+            routing,
+            hidden,
+            weights: Upload::all(gpu, "a router", router.weight)?,
+            bias: of_experts("a router's biases", router.bias)?,
+            correction: of_experts("a router's corrections", router.correction)?,
+            kernels: RouterKernels::new(gpu, hidden.is_multiple_of(VECTOR))?,
+        })
+    }
+
+    /// As [`Encoder::route`](crate::Encoder::route).
+    pub(in crate::gpu) fn route(
+        &self,
+        gpu: &Gpu,
+        recorder: &mut Recorder,
+        input: &Input<'_, GpuBackend>,
+        routes: &mut GpuRoutes,
+    ) {
+        let (Input::Rows(x) | Input::Normed { x, .. }) = *input;
+        let &GpuBuffer { rows: tokens, width, ref storage, .. } = x;
+        let routing = &self.routing;
+        assert_eq!(width, self.hidden, "an input of the router's columns");
+        routes.begin(routing, tokens, step_height(gpu, tokens, routing.slots(), routing.all_experts()));
+        let (norm, eps) = match input {
+            Input::Rows(_) => (None, 0.0),
+            Input::Normed { weight, eps, .. } => {
+                assert_eq!(weight.values.len(), width, "a weight for each value of a row");
+                (Some(&weight.storage), *eps)
+            }
+        };
+        let is_many = tokens > MOST_FEW_TOKENS && !gpu.batch_invariant;
+        let tile = if is_many { MANY_TOKENS } else { FEW_TOKENS };
+        let kernel = &self.kernels.logits[usize::from(is_many)][usize::from(norm.is_some())];
+        let buffers = [storage].into_iter().chain(norm).chain([&self.weights, &self.bias, &routes.logits]);
+        let parameters = [width as u32, eps.to_bits(), tokens as u32, routing.experts as u32];
+        recorder.dispatch(kernel, buffers, &parameters, tile.workgroups(routing.experts, tokens));
+
+        let sorts = tokens == 1;
+        let kernel = &self.kernels.select[usize::from(sorts)];
+        let sorted = [&routes.sorted, &routes.places, &routes.tiles];
+        let chosen = [&routes.logits, &self.correction, &routes.experts, &routes.weights];
+        let buffers = chosen.into_iter().chain(sorted.into_iter().filter(|_| sorts));
+        recorder.dispatch(kernel, buffers, &select_parameters(routing), [tokens, 1, 1]);
+        if !sorts {
+            let (experts, tiles) = (routing.all_experts(), routes.tile_count());
+            let parameters = [routes.pairs(), experts, routes.height, tiles].map(|count| count as u32);
+            let buffers = std::iter::once(&routes.experts).chain(sorted);
+            recorder.dispatch(&self.kernels.sort, buffers, &parameters, [if tokens > 0 { experts } else { 0 }, 1, 1]);
+        }
+    }
+}
+
+/// In the order of `route_select.wgsl`.
+fn select_parameters(routing: &Routing) -> [u32; 8] {
+    let &Routing { experts, top_k, shared, score, groups, top_groups, normalize, scale } = routing;
+    [
+        experts as u32,
+        top_k as u32,
+        shared as u32,
+        u32::from(score == RouterScore::Softmax),
+        groups as u32,
+        top_groups as u32,
+        u32::from(normalize),
+        scale.to_bits(),
+    ]
+}
+
+/// Compiles the kernels of all routers.
+pub(in crate::gpu) fn compile(gpu: &Gpu) -> Result<(), KernelError> {
+    for is_aligned in [false, true] {
+        RouterKernels::new(gpu, is_aligned)?;
+    }
+    gpu.pipeline(&combine_kernel()).map(drop)
+}
