@@ -117,9 +117,13 @@ fn a_recipe_quantises_experts_and_keeps_routers() {
             "{name}: {:?}",
             report.kept
         );
-        let error = relative_error(&logits(&Checkpoint::open(&out).unwrap()), &logits(&source));
-        // A token of a small random model that changes an expert moves far.
-        assert!(error < 0.2, "{name}: logits are off by {error}");
+        // A token of a small random model that changes an expert moves far: half of them must not.
+        let (found, wanted) = (logits(&Checkpoint::open(&out).unwrap()), logits(&source));
+        let row = wanted.len() / TOKENS.len();
+        let rows = found.chunks(row).zip(wanted.chunks(row));
+        let mut errors: Vec<f64> = rows.map(|(found, wanted)| relative_error(found, wanted)).collect();
+        errors.sort_by(f64::total_cmp);
+        assert!(errors[TOKENS.len() / 2] < 0.15, "{name}: logits are off by {errors:?}");
     }
 }
 
