@@ -85,6 +85,9 @@ const TOKENS: usize = 192;
 /// Of them, how many are decoded one by one.
 const DECODED: usize = 64;
 
+/// The reference caches what GPUs cache: what f16 costs is not theirs, and sends one token of the mixture to another expert.
+const DISTRIBUTIONS: LoadOptions = LoadOptions { context: Some(TOKENS), kv_type: KvType::F16, ..OPTIONS };
+
 /// The reference's logits of a text, and its tokens, one more.
 fn of_reference(folder: &Path) -> &'static (Golden, u32) {
     static REFERENCES: [OnceLock<(Golden, u32)>; 2] = [OnceLock::new(), OnceLock::new()];
@@ -95,8 +98,7 @@ fn of_reference(folder: &Path) -> &'static (Golden, u32) {
         let mut input_ids = tokenizer.encode(&text, false).unwrap();
         let next = input_ids[TOKENS];
         input_ids.truncate(TOKENS);
-        let options = LoadOptions { context: Some(TOKENS), ..OPTIONS };
-        let logits = Device::Reference.load(folder, &options).unwrap().logits_of(&input_ids, 32);
+        let logits = Device::Reference.load(folder, &DISTRIBUTIONS).unwrap().logits_of(&input_ids, 32);
         (Golden { input_ids, logits }, next)
     })
 }
@@ -105,8 +107,7 @@ fn of_reference(folder: &Path) -> &'static (Golden, u32) {
 /// divergence from the reference is below 1e-4 nats, and perplexity the same within 0.1 %.
 fn distributions(folder: &Path, device: Device) {
     let (golden, next) = of_reference(folder);
-    let options = LoadOptions { context: Some(TOKENS), kv_type: KvType::F16, ..OPTIONS };
-    let mut model = device.load(folder, &options).unwrap();
+    let mut model = device.load(folder, &DISTRIBUTIONS).unwrap();
     let mut sequence = model.sequence();
     let (prompt, decoded) = golden.input_ids.split_at(TOKENS - DECODED);
     let mut found: Vec<f32> = prompt.chunks(32).flat_map(|tokens| model.extend(&mut sequence, tokens)).collect();
