@@ -161,6 +161,7 @@ impl LatentVariant {
             planes.load,
             include_str!("../shaders/attention_sinks.wgsl"),
             include_str!("../shaders/attention_splits.wgsl"),
+            include_str!("../shaders/attention_units.wgsl"),
             include_str!("../shaders/attention_latent.wgsl"),
         ];
         Kernel { name: "attention_latent", prelude, bindings, files }

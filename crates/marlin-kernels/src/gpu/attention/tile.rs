@@ -182,6 +182,7 @@ impl TileVariant {
             matrices.module(),
             planes.load,
             include_str!("../shaders/attention_sinks.wgsl"),
+            include_str!("../shaders/attention_units.wgsl"),
             include_str!("../shaders/attention_tile.wgsl"),
         ];
         Kernel { name: "attention_tile", prelude, bindings, files }

@@ -46,24 +46,6 @@ const X_HALVES = ROWS * X_STRIDE;
 const TILE_HALVES = TILE_KEYS * W_STRIDE;
 const W_HALVES = 2u * TILE_HALVES;
 
-// Eight dimensions.
-struct Unit {
-    low: vec4<f32>,
-    high: vec4<f32>,
-}
-
-struct Octet {
-    low: vec4<f16>,
-    high: vec4<f16>,
-}
-
-// Puts a unit, scaled, into workgroup memory.
-fn put_unit(at: u32, raw: Raw) {
-    let unit = decode(raw);
-    let scale = scale_of_unit(raw) * scale_of_head(raw);
-    put_w(at, Octet(vec4<f16>(unit.low * scale), vec4<f16>(unit.high * scale)));
-}
-
 // Each part's scores; at other times a matrix of each subgroup.
 var<workgroup> sums: array<f32, PARTS * ROWS * SUMS_STRIDE>;
 // Where the keys of two tiles are, as units.

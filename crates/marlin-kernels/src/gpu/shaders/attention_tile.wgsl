@@ -40,24 +40,6 @@ const X_HALVES = TILE_ROWS * X_STRIDE;
 const VALUES_AT = TILE_KEYS * W_STRIDE;
 const W_HALVES = 2u * VALUES_AT;
 
-// Eight dimensions.
-struct Unit {
-    low: vec4<f32>,
-    high: vec4<f32>,
-}
-
-struct Octet {
-    low: vec4<f16>,
-    high: vec4<f16>,
-}
-
-// Puts a unit, scaled, into workgroup memory.
-fn put_unit(at: u32, raw: Raw) {
-    let unit = decode(raw);
-    let scale = scale_of_unit(raw) * scale_of_head(raw);
-    put_w(at, Octet(vec4<f16>(unit.low * scale), vec4<f16>(unit.high * scale)));
-}
-
 // Scores; at other times columns of a subgroup's sums. Behind each row is something of each of its invocations.
 var<workgroup> sums: array<f32, TILE_ROWS * SUMS_STRIDE>;
 // Where the keys of two tiles are, as units.
