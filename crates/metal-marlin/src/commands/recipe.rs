@@ -105,6 +105,15 @@ pub(super) fn quantized_format(name: &str) -> Result<Format, String> {
     formats.find(|format| format.name() == name).ok_or_else(quantized_formats)
 }
 
+/// Parses `FORMAT[:SIZE]`, a format that quantises and perhaps its groups.
+pub(super) fn quantized_scheme(text: &str) -> Result<Scheme, String> {
+    let (format, size) = match text.split_once(':') {
+        Some((format, size)) => (format, Some(size.parse::<Grouping>().map_err(|e| e.to_string())?)),
+        None => (text, None),
+    };
+    quantized_format(format)?.scheme(size).map_err(|e| e.to_string())
+}
+
 fn quantized_formats() -> String {
     let formats = Format::ALL.into_iter().filter(|format| !format.is_dense());
     format!("formats are {}", formats.map(Format::name).collect::<Vec<_>>().join(", "))

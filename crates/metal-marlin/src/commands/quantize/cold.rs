@@ -3,18 +3,17 @@
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use anyhow::{Context, ensure};
 use marlin_checkpoint::Checkpoint;
-use marlin_format::{Grouping, Scheme};
+use marlin_format::Scheme;
 use marlin_model::LoadOptions;
 use marlin_quantize::{ColdExperts, ExpertMatrix, MoeLayer, cold_experts, find_moe_layers, measure_routing};
 use metal_marlin::{DeviceOptions, load};
 use serde_json::{Value, json};
 
 use crate::commands::measure;
-use crate::commands::recipe::quantized_format;
+use crate::commands::recipe::quantized_scheme;
 use crate::progress::{self, Bar};
 
 const HEADING: &str = "Cold experts";
@@ -24,8 +23,14 @@ const HEADING: &str = "Cold experts";
 pub(super) struct ColdOptions {
     /// Format of cold experts in a mixture of experts, such as int2 or int3:64 (with a group size): those that --calibration
     /// uses least
-    #[arg(long, value_name = "FORMAT[:SIZE]", requires = "calibration", help_heading = HEADING)]
-    cold_expert_format: Option<ColdFormat>,
+    #[arg(
+        long,
+        value_name = "FORMAT[:SIZE]",
+        value_parser = quantized_scheme,
+        requires = "calibration",
+        help_heading = HEADING
+    )]
+    cold_expert_format: Option<Scheme>,
 
     /// Share of each layer's experts that are cold
     #[arg(
@@ -47,22 +52,6 @@ pub(super) struct ColdOptions {
     calibration_windows: Option<NonZeroUsize>,
 }
 
-/// `FORMAT[:SIZE]`
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct ColdFormat(Scheme);
-
-impl FromStr for ColdFormat {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (format, size) = match text.split_once(':') {
-            Some((format, size)) => (format, Some(size.parse::<Grouping>().map_err(|e| e.to_string())?)),
-            None => (text, None),
-        };
-        quantized_format(format)?.scheme(size).map(Self).map_err(|e| e.to_string())
-    }
-}
-
 fn fraction(text: &str) -> Result<f64, String> {
     let share = text.parse().ok().filter(|share| (0.0..=1.0).contains(share));
     share.ok_or_else(|| format!("must be a number from 0 to 1, found {text}"))
@@ -79,7 +68,7 @@ pub(super) struct Cold {
 impl ColdOptions {
     /// Runs the model over the text; `None` if nothing is asked for.
     pub(super) fn measure(&self, checkpoint: &Checkpoint, device: &DeviceOptions) -> anyhow::Result<Option<Cold>> {
-        let (Some(ColdFormat(scheme)), Some(text)) = (self.cold_expert_format, &self.calibration) else {
+        let (Some(scheme), Some(text)) = (self.cold_expert_format, &self.calibration) else {
             return Ok(None);
         };
         let layers = find_moe_layers(checkpoint)?;

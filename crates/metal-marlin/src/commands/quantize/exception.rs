@@ -5,10 +5,10 @@ use std::str::FromStr;
 
 use anyhow::bail;
 use marlin_checkpoint::Checkpoint;
-use marlin_format::{Grouping, Scheme};
+use marlin_format::Scheme;
 use marlin_quantize::{TensorRole, kind_of, layer_and_kind};
 
-use crate::commands::recipe::quantized_format;
+use crate::commands::recipe::quantized_scheme;
 
 /// `NAME=FORMAT[:SIZE]`
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,12 +25,7 @@ impl FromStr for Exception {
         let (name, format) = text.split_once('=').filter(|(name, _)| !name.is_empty()).ok_or_else(|| {
             format!("`{text}` is no NAME=FORMAT, such as v_proj=int8 or layers.0.mlp.down_proj=int4:32")
         })?;
-        let (format, size) = match format.split_once(':') {
-            Some((format, size)) => (format, Some(size.parse::<Grouping>().map_err(|e| e.to_string())?)),
-            None => (format, None),
-        };
-        let scheme = quantized_format(format)?.scheme(size).map_err(|e| e.to_string())?;
-        Ok(Self { name: name.to_owned(), scheme })
+        Ok(Self { name: name.to_owned(), scheme: quantized_scheme(format)? })
     }
 }
 
@@ -75,7 +70,7 @@ pub(super) fn resolve(exceptions: &[Exception], checkpoint: &Checkpoint) -> anyh
 
 #[cfg(test)]
 mod tests {
-    use marlin_format::Format;
+    use marlin_format::{Format, Grouping};
 
     use super::*;
 
