@@ -16,6 +16,7 @@ use crate::memory::MemoryTensor;
 use crate::quantization::Quantization;
 use crate::shard::{Location, Shard};
 use crate::source::Source;
+use crate::stack::MatrixStack;
 use crate::weights::{self, Weights};
 use crate::{CheckpointError, GenerationConfig, QuantizationConfig, Tokenizer, chat_template};
 
@@ -359,6 +360,19 @@ impl Checkpoint {
                 None => Err(self.wrong_type(name, "an ordinary tensor")),
             },
         }
+    }
+
+    /// A tensor `[count, rows, cols]` of plain floats: as many matrices, borrowed from the map.
+    pub fn stack(&self, name: &str) -> Result<MatrixStack<'_>, CheckpointError> {
+        let Tensor { dtype, shape, bytes } = self.tensor(name)?;
+        let &[count, rows, cols] = shape else {
+            return Err(self.wrong_shape(name, shape.to_vec(), "matrices [count, rows, cols]".to_owned()));
+        };
+        if shape.contains(&0) {
+            return Err(self.wrong_shape(name, shape.to_vec(), "matrices that are not empty".to_owned()));
+        }
+        let scheme = layouts::dense_scheme(dtype).ok_or_else(|| self.wrong_type(name, "BF16, F16 or F32"))?;
+        Ok(MatrixStack { scheme, shape: [count, rows, cols], bytes })
     }
 
     /// Gives back the memory of what was read of a mapped tensor, for a loader that has a copy of its own: it does not lie in memory

@@ -178,6 +178,25 @@ impl<'a> PackedMatrix<'a> {
         })
     }
 
+    /// The transposed matrix of some columns of a matrix of plain floats: `first`, `first + step` and so on.
+    ///
+    /// # Errors
+    /// The scheme is not dense, there is no such column, or the codes have the wrong length.
+    pub fn transposed_columns(&self, first: usize, step: usize) -> Result<PackedMatrix<'static>, FormatError> {
+        let columns = || (first..self.cols).step_by(step);
+        let size = self.scheme.element.bits() as usize / 8;
+        let mut bytes = Vec::with_capacity(columns().len() * self.rows * size);
+        if self.scheme.is_dense() {
+            self.check_lengths(&self.scheme.sizes(self.rows, self.cols)?)?;
+            for col in columns() {
+                for row in 0..self.rows {
+                    bytes.extend_from_slice(&self.codes[(row * self.cols + col) * size..][..size]);
+                }
+            }
+        }
+        PackedMatrix::from_dense_bytes(self.scheme, columns().len(), self.rows, bytes)
+    }
+
     /// Second-level values of some rows: minima stand behind all scales.
     fn slice_globals(&self, rows: &Range<usize>) -> Cow<'_, [u8]> {
         if !matches!(self.scheme.scale, ScaleKind::TwoLevel { .. }) {

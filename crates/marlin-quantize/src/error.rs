@@ -102,16 +102,6 @@ pub enum QuantizeError {
         /// The tensor.
         tensor: String,
     },
-    /// Experts of a type that is not quantised.
-    #[error("{model}: tensor `{tensor}` has the type {found}; experts to quantise are BF16, F16 or F32")]
-    ExpertType {
-        /// The source.
-        model: String,
-        /// The tensor.
-        tensor: String,
-        /// Its type.
-        found: String,
-    },
     /// Windows too short to predict anything.
     #[error("evaluation windows of {context} tokens predict nothing; at least 2 are needed")]
     Context {

@@ -254,3 +254,18 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn columns_are_transposed() {
+    let values: Vec<f32> = (0..12).map(|i| i as f32).collect();
+    let bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+    let matrix = PackedMatrix::from_dense_bytes(Scheme::F32, 3, 4, bytes(&values)).unwrap();
+    let all = matrix.transposed_columns(0, 1).unwrap();
+    assert_eq!((all.rows, all.cols), (4, 3));
+    assert_eq!(all.decode(), [0.0, 4.0, 8.0, 1.0, 5.0, 9.0, 2.0, 6.0, 10.0, 3.0, 7.0, 11.0]);
+    let odd = matrix.transposed_columns(1, 2).unwrap();
+    assert_eq!((odd.rows, odd.decode()), (2, vec![1.0, 5.0, 9.0, 3.0, 7.0, 11.0]));
+    assert!(matrix.transposed_columns(4, 1).is_err());
+    let packed = PackedMatrix::empty(Scheme::MXFP4, 3, 32);
+    assert!(packed.transposed_columns(0, 1).unwrap_err().to_string().contains("no dense format"));
+}

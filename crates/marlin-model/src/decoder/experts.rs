@@ -151,10 +151,10 @@ impl<B: Backend> Loader<'_, B> {
         let halves = [header(gate_ups.scheme(), width, hidden), header(gate_ups.scheme(), width, hidden)];
         let whole = [header(downs.scheme(), hidden, width)];
         self.each_expert(spec, |e| {
-            let parts = || Ok([0, width].map(|first| part(gate_ups.slice(e, first, width))));
+            let parts = || Ok([0, width].map(|first| part(gate_ups.rows(e, first..first + width))));
             Ok([
                 self.of_expert(&gate_up, e, &halves, parts)?,
-                self.of_expert(&down, e, &whole, || Ok([part(downs.slice(e, 0, hidden))]))?,
+                self.of_expert(&down, e, &whole, || Ok([part(downs.matrix(e))]))?,
             ])
         })
     }
@@ -172,13 +172,13 @@ impl<B: Backend> Loader<'_, B> {
             let whole = [PartHeader { bias: of_whole.clone(), ..header(downs.scheme(), hidden, width) }];
             let parts = || {
                 let [gate, up] = of_halves;
-                Ok([(0, gate), (1, up)]
-                    .map(|(first, bias)| LinearPart { weight: gate_ups.transposed(e, first, 2), bias }))
+                let weight = |first| gate_ups.matrix(e).transposed_columns(first, 2);
+                Ok([LinearPart { weight: weight(0)?, bias: gate }, LinearPart { weight: weight(1)?, bias: up }])
             };
             Ok([
                 self.of_expert(&gate_up, e, &halves, parts)?,
                 self.of_expert(&down, e, &whole, || {
-                    Ok([LinearPart { weight: downs.transposed(e, 0, 1), bias: of_whole }])
+                    Ok([LinearPart { weight: downs.matrix(e).transposed_columns(0, 1)?, bias: of_whole }])
                 })?,
             ])
         })

@@ -11,7 +11,6 @@ use marlin_kernels::{
 
 use super::OutputProjection;
 use super::load::{Loader, weight};
-use super::stacks::gather;
 use super::workspace::Workspace;
 use crate::ModelError;
 use crate::spec::{LatentSpec, LayerSpec};
@@ -176,12 +175,10 @@ pub(crate) fn kv_b_bytes(device: &dyn MemoryUse, stored: &Scheme, spec: &LatentS
 
 /// Rows from `first` on, transposed: `[rank, nope]`.
 fn key_rows(matrix: &PackedMatrix<'_>, first: usize, spec: &LatentSpec) -> Result<PackedMatrix<'static>, KernelError> {
-    let (rank, nope) = (spec.rank, spec.nope_dim);
-    let scheme = key_scheme(&matrix.scheme);
+    let nope = spec.nope_dim;
     let rows =
         if matrix.scheme.is_dense() { matrix.slice_rows(first..first + nope)? } else { halves(matrix, first, nope)? };
-    let bytes = gather(&rows.codes, scheme.element.bits() as usize / 8, rank, nope, |row, col| col * rank + row);
-    Ok(PackedMatrix::from_dense_bytes(scheme, rank, nope, bytes)?)
+    Ok(rows.transposed_columns(0, 1)?)
 }
 
 /// Rows from `first` on: `[value_dim, rank]`.

@@ -1,9 +1,8 @@
 //! The matrices of experts, one by one, in whatever layout a checkpoint has them.
 
-use std::borrow::Cow;
 use std::path::Path;
 
-use marlin_checkpoint::{Checkpoint, Dtype};
+use marlin_checkpoint::Checkpoint;
 use marlin_format::{EncodeOptions, PackedMatrix, Scheme};
 
 use super::{ExpertMatrix, ExpertTensors, MoeLayer, find_moe_layers};
@@ -85,53 +84,16 @@ pub fn expert_matrix<'a>(
         ExpertTensors::Fused { gate_up, down, transposed, .. } => (gate_up, down, *transposed),
     };
     let name = if matrix == ExpertMatrix::Down { down } else { gate_up };
-    let tensor = source.tensor(name)?;
-    let (scheme, size) = match tensor.dtype {
-        Dtype::BF16 => (Scheme::BF16, 2),
-        Dtype::F16 => (Scheme::F16, 2),
-        Dtype::F32 => (Scheme::F32, 4),
-        other => {
-            return Err(QuantizeError::ExpertType {
-                model: source.name().to_owned(),
-                tensor: name.clone(),
-                found: other.to_string(),
-            });
-        }
-    };
-    let &[experts, rows, cols] = tensor.shape else { unreachable!("three dimensions, as they were found") };
-    let bytes = &tensor.bytes[expert * (tensor.bytes.len() / experts)..][..tensor.bytes.len() / experts];
-    let (of_expert, [rows, cols]) = if transposed {
-        (Cow::Owned(transpose(bytes, rows, cols, size)), [cols, rows])
-    } else {
-        (Cow::Borrowed(bytes), [rows, cols])
-    };
-    let row = cols * size;
-    let codes = match (matrix, transposed) {
-        (ExpertMatrix::Down, _) => of_expert,
+    let stack = source.stack(name)?;
+    let [_, rows, _] = stack.shape();
+    let found = match (matrix, transposed) {
+        (ExpertMatrix::Down, false) => Ok(stack.matrix(expert)),
+        (ExpertMatrix::Down, true) => stack.matrix(expert).transposed_columns(0, 1),
         // In halves, or in turns.
-        (_, false) => {
-            let half = rows / 2 * row;
-            let first = if matrix == ExpertMatrix::Gate { 0 } else { half };
-            Cow::Owned(of_expert[first..first + half].to_vec())
-        }
-        (_, true) => {
-            let first = usize::from(matrix == ExpertMatrix::Up);
-            Cow::Owned(of_expert.chunks_exact(row).skip(first).step_by(2).flatten().copied().collect())
-        }
+        (ExpertMatrix::Gate, false) => Ok(stack.rows(expert, 0..rows / 2)),
+        (ExpertMatrix::Up, false) => Ok(stack.rows(expert, rows / 2..rows)),
+        (ExpertMatrix::Gate, true) => stack.matrix(expert).transposed_columns(0, 2),
+        (ExpertMatrix::Up, true) => stack.matrix(expert).transposed_columns(1, 2),
     };
-    let rows = if matrix == ExpertMatrix::Down { rows } else { rows / 2 };
-    let mut found = PackedMatrix::empty(scheme, rows, cols);
-    found.codes = codes;
-    Ok(found)
-}
-
-/// The bytes of a matrix of elements of `size` bytes with rows and columns exchanged.
-fn transpose(bytes: &[u8], rows: usize, cols: usize, size: usize) -> Vec<u8> {
-    let mut transposed = Vec::with_capacity(bytes.len());
-    for col in 0..cols {
-        for row in 0..rows {
-            transposed.extend_from_slice(&bytes[(row * cols + col) * size..][..size]);
-        }
-    }
-    transposed
+    found.map_err(|error| encode_error(source, name, error))
 }
