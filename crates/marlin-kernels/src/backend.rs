@@ -209,9 +209,9 @@ pub(crate) fn check_hadamard(width: usize, block: usize) {
 pub enum Input<'a, B: Backend> {
     /// Rows as they are.
     Rows(&'a B::Buffer),
-    /// Their RMS norms, `x / sqrt(mean(x²) + eps) · weight`.
+    /// The RMS norms of their first K values, `x / sqrt(mean(x²) + eps) · weight`: what follows them is of no account.
     Normed {
-        /// `[T, K]`.
+        /// `[T, K or more]`.
         x: &'a B::Buffer,
         /// `[K]`.
         weight: &'a B::Vector,
@@ -387,14 +387,14 @@ pub trait Encoder<B: Backend> {
     fn expert_gated(
         &mut self,
         x: Input<'_, B>,
-        routes: &B::Routes,
+        routes: &mut B::Routes,
         gate_up: &B::LinearGroup,
         activation: Activation,
         out: &mut B::Buffer,
     );
 
     /// `out[t] += Σ weight · (x[row of t and expert] · Wᵀ + bias)` over the experts of token t; `down` has a linear of one part for each expert.
-    fn expert_combine(&mut self, x: &B::Buffer, routes: &B::Routes, down: &B::LinearGroup, out: &mut B::Buffer);
+    fn expert_combine(&mut self, x: &B::Buffer, routes: &mut B::Routes, down: &B::LinearGroup, out: &mut B::Buffer);
 
     /// A linear for each head: rows of `x` and of `out` are divided into as many stretches as `heads` has linears of one part, `[N, K]`, and the first N
     /// values of each stretch of `out` become the product of the first K values of that of `x`. What follows them stays as it is.
@@ -413,8 +413,8 @@ pub trait Encoder<B: Backend> {
         layer: usize,
     );
 
-    /// Prepares latent attention. Of rows `[latent | rotated part]` of `kv`, `[T, rank + rope_dim]`, the latent vector is normalised (RMS, `norm`, `eps`) and the
-    /// rotated part rotated; both are written as the key of each token to its slot in the layer's cache, which has one head and no values. Of rows
+    /// Prepares latent attention. Of rows `[… | latent | rotated part]` of `kv`, `[T, rank + rope_dim or more]`, which end in them, the latent vector is
+    /// normalised (RMS, `norm`, `eps`) and the rotated part rotated; both are written as the key of each token to its slot in the layer's cache, which has one head and no values. Of rows
     /// `[heads, nope | rope]` of `q` the rotated parts are rotated, and written behind the first `rank` values of each head of `queries`,
     /// `[T, heads, rank + rope_dim]`: those are [`Encoder::head_linear`]'s to fill.
     #[expect(clippy::too_many_arguments, reason = "what is prepared, how, and where it goes")]
@@ -465,7 +465,7 @@ pub trait Encoder<B: Backend> {
     ///
     /// # Errors
     /// The device failed.
-    fn read_routes(&mut self, routes: &B::Routes, out: &mut HostRoutes) -> Result<(), KernelError>;
+    fn read_routes(&mut self, routes: &mut B::Routes, out: &mut HostRoutes) -> Result<(), KernelError>;
 
     /// Starts whatever is recorded, without waiting for it.
     ///

@@ -53,6 +53,12 @@ impl HostBuffer {
         &mut self.values_mut()[row * width..][..width]
     }
 
+    /// The first `width` values of each row, as rows of their own.
+    pub(crate) fn first_columns(&self, width: usize) -> Self {
+        let values = self.values().chunks_exact(self.width.max(1)).flat_map(|row| &row[..width]).copied().collect();
+        Self { values, capacity: self.rows, width, rows: self.rows }
+    }
+
     /// Makes this the output of an operation: `rows` rows, which must be `width` wide. Their old values are still in place.
     pub(crate) fn output(&mut self, rows: usize, width: usize) -> &mut [f32] {
         assert_eq!(self.width, width, "an output buffer of this width");

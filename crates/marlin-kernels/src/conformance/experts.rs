@@ -182,7 +182,7 @@ impl Case for Route<'_> {
             encoder.submit().expect("a submission");
         }
         let mut found = HostRoutes::default();
-        encoder.read_routes(&routes, &mut found).expect("routes");
+        encoder.read_routes(&mut routes, &mut found).expect("routes");
         match self.reads {
             Reads::Logits => found.logits,
             Reads::Experts => found.experts.iter().map(|&expert| expert as f32).collect(),
@@ -270,7 +270,7 @@ impl Case for Gated<'_> {
         for x in [&vec![f32::NAN; self.x.len()], &self.x] {
             let x = upload(backend, k, x);
             encoder.route(input(&x, norm.as_ref()), &router, &mut routes);
-            encoder.expert_gated(input(&x, norm.as_ref()), &routes, &group, self.activation, &mut out);
+            encoder.expert_gated(input(&x, norm.as_ref()), &mut routes, &group, self.activation, &mut out);
             encoder.submit().expect("a submission");
         }
         read::<B>(&mut encoder, &out, rows * n)
@@ -322,7 +322,7 @@ impl Case for Combine<'_> {
                 backend.upload(&mut out, tokens, &self.residual).expect("as many values");
             }
             encoder.route(Input::Rows(&out), &router, &mut routes);
-            encoder.expert_combine(&x, &routes, &group, &mut out);
+            encoder.expert_combine(&x, &mut routes, &group, &mut out);
             encoder.submit().expect("a submission");
         }
         read::<B>(&mut encoder, &out, tokens * n)
@@ -395,8 +395,8 @@ impl Case for Layer {
         let x = upload(backend, hidden, &self.x);
         for _ in 0..2 {
             encoder.route(input(&x, Some(&norm)), &router, &mut routes);
-            encoder.expert_gated(input(&x, Some(&norm)), &routes, &gate_up, Activation::Silu, &mut gated);
-            encoder.expert_combine(&gated, &routes, &down, &mut out);
+            encoder.expert_gated(input(&x, Some(&norm)), &mut routes, &gate_up, Activation::Silu, &mut gated);
+            encoder.expert_combine(&gated, &mut routes, &down, &mut out);
         }
         read::<B>(&mut encoder, &out, self.x.len())
     }

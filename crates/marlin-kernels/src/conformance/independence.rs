@@ -278,8 +278,8 @@ fn mixture<B: Backend>(backend: &B, scheme: Scheme, batches: &[Range<usize>]) ->
         let mut headed = poisoned(backend, rows, hidden);
         let normed = || Input::Normed { x: &out, weight: &norm, eps: 1e-5 };
         encoder.route(normed(), &router, &mut routes);
-        encoder.expert_gated(normed(), &routes, &gate_up, Activation::Silu, &mut gated);
-        encoder.expert_combine(&gated, &routes, &down, &mut out);
+        encoder.expert_gated(normed(), &mut routes, &gate_up, Activation::Silu, &mut gated);
+        encoder.expert_combine(&gated, &mut routes, &down, &mut out);
         encoder.head_linear(&out, &of_heads, &mut headed);
         let mut read = |buffer| read::<B>(&mut encoder, buffer, rows * hidden);
         let (out, headed) = (read(&out), read(&headed));
@@ -393,10 +393,10 @@ fn experts(backend: &CpuBackend, schemes: &[Scheme], batches: &[Range<usize>]) -
         let mut out = upload(backend, HIDDEN, &reversed);
         let normed = || Input::Normed { x: &x, weight: &norm, eps: 1e-5 };
         encoder.route(normed(), &router, &mut routes);
-        encoder.expert_gated(normed(), &routes, &gate_up, Activation::Silu, &mut gated);
-        encoder.expert_combine(&gated, &routes, &down, &mut out);
+        encoder.expert_gated(normed(), &mut routes, &gate_up, Activation::Silu, &mut gated);
+        encoder.expert_combine(&gated, &mut routes, &down, &mut out);
         let mut chosen = HostRoutes::default();
-        encoder.read_routes(&routes, &mut chosen).expect("routes");
+        encoder.read_routes(&mut routes, &mut chosen).expect("routes");
         let gated = read::<CpuBackend>(&mut encoder, &gated, rows * slots * WIDTH);
         let out = read::<CpuBackend>(&mut encoder, &out, rows * HIDDEN);
         let mut sorted: Vec<usize> = (0..rows * slots).collect();

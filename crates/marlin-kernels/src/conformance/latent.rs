@@ -237,14 +237,15 @@ impl<'a, B: Backend> Layer<'a, B> {
     /// Begins a step, stores its keys and gives its queries, of random rows or of NaN.
     fn store(&mut self, step: &Ragged, rng: Option<&mut Rng>) -> B::Buffer {
         let LatentShape { heads, nope_dim, rope_dim, .. } = self.latent;
-        let (q_width, kv_width) = (heads * (nope_dim + rope_dim), self.latent.key_dim());
+        // Rows of keys begin with something else.
+        let (q_width, kv_width) = (heads * (nope_dim + rope_dim), 12 + self.latent.key_dim());
         let is_poison = rng.is_none();
         let (q, kv) = match rng {
             Some(rng) => (rng.normals(step.rows() * q_width), rng.normals(step.rows() * kv_width)),
             None => (vec![f32::NAN; step.rows() * q_width], vec![f32::NAN; step.rows() * kv_width]),
         };
         let mut angles = poisoned(self.backend, step.rows(), rope_dim);
-        let mut queries = poisoned(self.backend, step.rows(), heads * kv_width);
+        let mut queries = poisoned(self.backend, step.rows(), heads * self.latent.key_dim());
         let (q, kv) = (upload(self.backend, q_width, &q), upload(self.backend, kv_width, &kv));
         let Self { encoder, latent, norm, inv_freq, absorb, kv: cache, .. } = self;
         encoder.begin(&step.step());

@@ -261,18 +261,18 @@ fn input<'a>(
     simd: SimdLevel,
     threads: &Threads,
 ) -> (&'a [f32], usize) {
-    let (Input::Rows(rows) | Input::Normed { x: rows, .. }) = x;
-    assert_eq!(rows.width(), cols, "an input as wide as the linear's columns");
-    let values = match x {
-        Input::Rows(x) => x.values(),
-        Input::Normed { x, weight, eps } => {
-            assert_eq!(weight.len(), cols, "a norm weight for each value of a row");
-            let normed = &mut normed[..x.values().len()];
-            rows::rms_norm(x.values(), weight, eps, normed, simd, threads);
-            normed
+    match x {
+        Input::Rows(x) => {
+            assert_eq!(x.width(), cols, "an input as wide as the linear's columns");
+            (x.values(), x.rows())
         }
-    };
-    (values, rows.rows())
+        Input::Normed { x, weight, eps } => {
+            assert_eq!(weight.len(), cols, "a norm as wide as the linear's columns");
+            let normed = &mut normed[..x.rows() * cols];
+            rows::rms_norm(x.values(), x.width(), weight, eps, normed, simd, threads);
+            (normed, x.rows())
+        }
+    }
 }
 
 impl Encoder<CpuBackend> for CpuEncoder {
@@ -301,7 +301,7 @@ impl Encoder<CpuBackend> for CpuEncoder {
         let width = x.width();
         assert_eq!(weight.len(), width, "a norm weight for each value of a row");
         let out = out.output(x.rows(), width);
-        rows::rms_norm(x.values(), weight, eps, out, self.simd, &self.threads);
+        rows::rms_norm(x.values(), x.width(), weight, eps, out, self.simd, &self.threads);
     }
 
     fn rms_norm_add(&mut self, x: &HostBuffer, weight: &Vec<f32>, eps: f32, out: &mut HostBuffer) {
@@ -362,7 +362,7 @@ impl Encoder<CpuBackend> for CpuEncoder {
     fn expert_gated(
         &mut self,
         x: Input<'_, CpuBackend>,
-        routes: &CpuRoutes,
+        routes: &mut CpuRoutes,
         gate_up: &CpuLinearGroup,
         activation: Activation,
         out: &mut HostBuffer,
@@ -374,7 +374,7 @@ impl Encoder<CpuBackend> for CpuEncoder {
         group.gated(values, sorted, activation, out, &mut self.activations, &self.threads);
     }
 
-    fn expert_combine(&mut self, x: &HostBuffer, routes: &CpuRoutes, down: &CpuLinearGroup, out: &mut HostBuffer) {
+    fn expert_combine(&mut self, x: &HostBuffer, routes: &mut CpuRoutes, down: &CpuLinearGroup, out: &mut HostBuffer) {
         let (group, sorted) = (&down.0, routes.sorted_for(down.0.len()));
         assert_eq!(x.width(), group.cols(), "an input as wide as the linears' columns");
         assert_eq!(x.rows(), sorted.tokens().len(), "a row of each token for each of its experts");
@@ -406,7 +406,7 @@ impl Encoder<CpuBackend> for CpuEncoder {
         latent.rotate_queries(q, queries, self.simd, &self.threads);
     }
 
-    fn read_routes(&mut self, routes: &CpuRoutes, out: &mut HostRoutes) -> Result<(), KernelError> {
+    fn read_routes(&mut self, routes: &mut CpuRoutes, out: &mut HostRoutes) -> Result<(), KernelError> {
         out.clone_from(routes.host());
         Ok(())
     }

@@ -35,13 +35,23 @@ pub(super) fn rope_angles(positions: &[u32], inv_freq: &[f32], scaling: f32, out
 }
 
 /// RMS norm of each row.
-pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32], simd: SimdLevel, threads: &Threads) {
-    if weight.is_empty() {
+pub(super) fn rms_norm(
+    x: &[f32],
+    stride: usize,
+    weight: &[f32],
+    eps: f32,
+    out: &mut [f32],
+    simd: SimdLevel,
+    threads: &Threads,
+) {
+    let width = weight.len();
+    if width == 0 {
         return;
     }
-    let task = TASK_ROWS * weight.len();
-    threads.for_each_chunk(out, task, |i, rows| {
-        rows.copy_from_slice(&x[i * task..][..rows.len()]);
+    assert!(width <= stride, "a row has a value for each weight");
+    threads.for_each_chunk(out, TASK_ROWS * width, |i, rows| {
+        let of_task = x[i * TASK_ROWS * stride..].chunks(stride);
+        rows.chunks_exact_mut(width).zip(of_task).for_each(|(row, x)| row.copy_from_slice(&x[..width]));
         simd.dispatch(NormRows { rows, weight, eps }).expect(CHECKED);
     });
 }
@@ -216,10 +226,10 @@ impl Latent<'_> {
         layer: usize,
         simd: SimdLevel,
     ) {
-        assert_eq!(kv.width(), self.shape.key_dim(), "rows of a latent vector and the rotated part");
-        key.resize(kv.width(), 0.0);
+        let beside = kv.width().checked_sub(self.shape.key_dim()).expect("rows that end in a latent vector and the rotated part");
+        key.resize(self.shape.key_dim(), 0.0);
         for (sequence, row) in step.sequence_rows() {
-            key.copy_from_slice(kv.row(row));
+            key.copy_from_slice(&kv.row(row)[beside..]);
             simd.dispatch(LatentKey { latent: self, row, key }).expect(CHECKED);
             let slot = step.slot(sequence, step.positions[row] as usize, cache.block_tokens);
             store(&mut cache.layers[layer].keys, 0, slot, key);

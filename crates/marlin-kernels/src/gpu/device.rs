@@ -124,7 +124,7 @@ pub(super) struct Storage {
 }
 
 /// Bytes of kernel parameters, at most.
-const IMMEDIATE_BYTES: u32 = 64;
+const IMMEDIATE_BYTES: u32 = 128;
 
 /// Bytes of workgroup memory that all tiles of matrices can do with.
 pub(super) const MATRICES_WORKGROUP_MEMORY: u32 = 32 << 10;

@@ -228,7 +228,7 @@ impl Encoder<GpuBackend> for GpuEncoder {
     fn expert_gated(
         &mut self,
         x: Input<'_, GpuBackend>,
-        routes: &GpuRoutes,
+        routes: &mut GpuRoutes,
         gate_up: &GpuLinearGroup,
         activation: Activation,
         out: &mut GpuBuffer,
@@ -236,7 +236,7 @@ impl Encoder<GpuBackend> for GpuEncoder {
         self.linear.expert_gated(&mut self.recorder, x, routes, gate_up, activation, out);
     }
 
-    fn expert_combine(&mut self, x: &GpuBuffer, routes: &GpuRoutes, down: &GpuLinearGroup, out: &mut GpuBuffer) {
+    fn expert_combine(&mut self, x: &GpuBuffer, routes: &mut GpuRoutes, down: &GpuLinearGroup, out: &mut GpuBuffer) {
         self.linear.expert_combine(&self.gpu, &mut self.recorder, x, routes, down, out);
     }
 
@@ -262,7 +262,8 @@ impl Encoder<GpuBackend> for GpuEncoder {
         attention.latent_store_kv(gpu, recorder, step, q, kv, shape, norm, eps, angles, cache, layer, queries);
     }
 
-    fn read_routes(&mut self, routes: &GpuRoutes, out: &mut HostRoutes) -> Result<(), KernelError> {
+    fn read_routes(&mut self, routes: &mut GpuRoutes, out: &mut HostRoutes) -> Result<(), KernelError> {
+        routes.choose(&mut self.recorder);
         out.logits.resize(routes.tokens * routes.routing.experts, 0.0);
         out.experts.resize(routes.pairs(), 0);
         out.weights.resize(routes.pairs(), 0.0);
@@ -390,7 +391,7 @@ impl GpuEncoder {
     fn rms_norm_into(&mut self, variant: usize, x: &GpuBuffer, weight: &GpuVector, eps: f32, out: &GpuBuffer) {
         assert_eq!(weight.values.len(), x.width, "a weight for each value of a row");
         let buffers = [&x.storage, &weight.storage, &out.storage];
-        let parameters = [x.width as u32, eps.to_bits()];
+        let parameters = [x.width as u32, eps.to_bits(), x.width as u32];
         self.recorder.dispatch(&self.kernels.rms_norm[variant], buffers, &parameters, [x.rows, 1, 1]);
     }
 }

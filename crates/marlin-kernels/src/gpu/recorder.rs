@@ -10,7 +10,7 @@ use super::timing::Timing;
 use crate::KernelError;
 
 /// Storage buffers of a kernel, at most.
-const MAX_BINDINGS: usize = 13;
+const MAX_BINDINGS: usize = 15;
 
 /// Kernels that are started together: enough to make a submission worth while, and few enough that the device works on the first while
 /// the next are recorded. On an H200, 400 kernels took 1.4 to 1.9 ms in one submission and 1.03 ms in eight.

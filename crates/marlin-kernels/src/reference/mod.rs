@@ -314,7 +314,7 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
     fn expert_gated(
         &mut self,
         x: Input<'_, ReferenceBackend>,
-        routes: &ReferenceRoutes,
+        routes: &mut ReferenceRoutes,
         gate_up: &Vec<ReferenceLinear>,
         activation: Activation,
         out: &mut HostBuffer,
@@ -335,11 +335,11 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
     fn expert_combine(
         &mut self,
         x: &HostBuffer,
-        routes: &ReferenceRoutes,
+        routes: &mut ReferenceRoutes,
         down: &Vec<ReferenceLinear>,
         out: &mut HostBuffer,
     ) {
-        let ReferenceRoutes { slots, routes: HostRoutes { experts, weights, .. }, dispatch } = routes;
+        let ReferenceRoutes { slots, routes: HostRoutes { experts, weights, .. }, dispatch } = &*routes;
         assert_eq!(out.rows() * slots, x.rows(), "a row of each token for each of its experts");
         for t in 0..out.rows() {
             let pairs = t * slots..(t + 1) * slots;
@@ -413,7 +413,7 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
         let block_tokens = cache.block_tokens;
         queries.output(q.rows(), heads * shape.key_dim());
         for (sequence, t) in self.step.sequence_rows() {
-            let mut key = kv.row(t).to_vec();
+            let mut key = kv.row(t)[kv.width() - shape.key_dim()..].to_vec();
             rms_norm(&mut key[..rank], norm, eps);
             rotate(&mut key[rank..], angles.row(t), rope);
             let slot = self.step.slot(sequence, self.step.positions[t] as usize, block_tokens);
@@ -492,7 +492,7 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
         kv.copy_blocks(pairs);
     }
 
-    fn read_routes(&mut self, routes: &ReferenceRoutes, out: &mut HostRoutes) -> Result<(), KernelError> {
+    fn read_routes(&mut self, routes: &mut ReferenceRoutes, out: &mut HostRoutes) -> Result<(), KernelError> {
         out.clone_from(&routes.routes);
         Ok(())
     }
@@ -515,7 +515,7 @@ fn rows(x: Input<'_, ReferenceBackend>) -> Cow<'_, HostBuffer> {
     match x {
         Input::Rows(x) => Cow::Borrowed(x),
         Input::Normed { x, weight, eps } => {
-            let mut normed = x.clone();
+            let mut normed = x.first_columns(weight.len());
             normed.values_mut().chunks_exact_mut(weight.len()).for_each(|row| rms_norm(row, weight, eps));
             Cow::Owned(normed)
         }

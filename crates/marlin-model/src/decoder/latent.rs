@@ -24,8 +24,7 @@ pub(super) struct LatentAttention<B: Backend> {
     shape: AttentionShape,
     /// Index into the decoder's ropes.
     rope: usize,
-    q_proj: QueryProjection<B>,
-    kv_a_proj: B::Linear,
+    queries: QueryProjection<B>,
     kv_a_norm: B::Vector,
     /// `[rank, nope]` of each head: brings queries into the space of latent vectors.
     keys: B::LinearGroup,
@@ -34,15 +33,11 @@ pub(super) struct LatentAttention<B: Backend> {
     o_proj: OutputProjection<B>,
 }
 
-/// What makes queries.
+/// What makes queries, and latent vectors of keys and values.
 enum QueryProjection<B: Backend> {
-    Direct(B::Linear),
-    /// By a latent vector.
-    Latent {
-        q_a_proj: B::Linear,
-        q_a_norm: B::Vector,
-        q_b_proj: B::Linear,
-    },
+    Direct { q_proj: B::Linear, kv_a_proj: B::Linear },
+    /// By latent vectors of their own, which one linear makes with those of keys and values.
+    Latent { qkv_a_proj: B::Linear, q_a_norm: B::Vector, q_b_proj: B::Linear },
 }
 
 impl<B: Backend> LatentAttention<B> {
@@ -58,15 +53,17 @@ impl<B: Backend> LatentAttention<B> {
     ) {
         let (latent, angles) = (&mut work.latent, &work.angles[self.rope]);
         let normed = || Input::Normed { x: &work.hidden, weight: input_norm, eps };
-        match &self.q_proj {
-            QueryProjection::Direct(q_proj) => encoder.linear(normed(), q_proj, &mut latent.q),
-            QueryProjection::Latent { q_a_proj, q_a_norm, q_b_proj } => {
-                encoder.linear(normed(), q_a_proj, &mut latent.q_a);
-                let normed = Input::Normed { x: &latent.q_a, weight: q_a_norm, eps: LATENT_EPS };
+        match &self.queries {
+            QueryProjection::Direct { q_proj, kv_a_proj } => {
+                encoder.linear(normed(), q_proj, &mut latent.q);
+                encoder.linear(normed(), kv_a_proj, &mut latent.kv);
+            }
+            QueryProjection::Latent { qkv_a_proj, q_a_norm, q_b_proj } => {
+                encoder.linear(normed(), qkv_a_proj, &mut latent.kv);
+                let normed = Input::Normed { x: &latent.kv, weight: q_a_norm, eps: LATENT_EPS };
                 encoder.linear(normed, q_b_proj, &mut latent.q);
             }
         }
-        encoder.linear(normed(), &self.kv_a_proj, &mut latent.kv);
         encoder.head_linear(&latent.q, &self.keys, &mut work.queries);
         encoder.latent_store_kv(
             &latent.q,
@@ -94,22 +91,24 @@ impl<B: Backend> Loader<'_, B> {
         out_norm: Option<B::Vector>,
     ) -> Result<LatentAttention<B>, ModelError> {
         let (hidden, shape) = (self.spec.hidden_size, spec.latent_shape());
-        let q_proj = match spec.q_rank {
-            None => QueryProjection::Direct(self.linear(block, &[("q_proj", spec.q_width())], hidden, false)?),
+        let kv_a_proj = ("kv_a_proj_with_mqa", shape.key_dim());
+        let queries = match spec.q_rank {
+            None => QueryProjection::Direct {
+                q_proj: self.linear(block, &[("q_proj", spec.q_width())], hidden, false)?,
+                kv_a_proj: self.linear(block, &[kv_a_proj], hidden, spec.bias)?,
+            },
             Some(rank) => QueryProjection::Latent {
-                q_a_proj: self.linear(block, &[("q_a_proj", rank)], hidden, spec.bias)?,
+                qkv_a_proj: self.linear(block, &[("q_a_proj", rank), kv_a_proj], hidden, spec.bias)?,
                 q_a_norm: self.norm(&format!("{block}.q_a_layernorm"), rank)?,
                 q_b_proj: self.linear(block, &[("q_b_proj", spec.q_width())], rank, false)?,
             },
         };
-        let kv_a_proj = self.linear(block, &[("kv_a_proj_with_mqa", shape.key_dim())], hidden, spec.bias)?;
         let [keys, values] = self.kv_b(&format!("{block}.kv_b_proj"), spec)?;
         Ok(LatentAttention {
             latent: shape,
             shape: spec.shape(layer.window),
             rope: layer.rope,
-            q_proj,
-            kv_a_proj,
+            queries,
             kv_a_norm: self.norm(&format!("{block}.kv_a_layernorm"), spec.rank)?,
             keys,
             values,

@@ -170,7 +170,7 @@ impl<B: Backend> Decoder<B> {
                 FeedForward::Mlp(mlp) => mlp.encode(encoder, work, &layer.mlp_norm, *eps),
                 FeedForward::Experts(experts) => {
                     experts.encode(encoder, work, &layer.mlp_norm, *eps);
-                    if let (Some(measured), Some(ExpertWork { routes, .. })) = (routing.next(), &work.experts) {
+                    if let (Some(measured), Some(ExpertWork { routes, .. })) = (routing.next(), &mut work.experts) {
                         encoder.read_routes(routes, &mut self.routes)?;
                         measured.load.add(&self.routes);
                     }

@@ -31,11 +31,9 @@ pub(super) struct Workspace<B: Backend> {
 
 /// What comes before and after attention in the space of latent vectors.
 pub(super) struct LatentWork<B: Backend> {
-    /// Latent vectors that queries are made of, `[T, q_lora_rank]`.
-    pub(super) q_a: B::Buffer,
     /// `[T, heads, nope | rope]`.
     pub(super) q: B::Buffer,
-    /// `[T, latent | rotated part]`.
+    /// `[T, latent vectors of queries, if they have any | latent | rotated part]`.
     pub(super) kv: B::Buffer,
     /// `[T, heads, v_head_dim]`.
     pub(super) values: B::Buffer,
@@ -52,26 +50,25 @@ pub(super) struct ExpertWork<B: Backend> {
 
 /// Rows and width of each buffer of a [`Workspace`], in the order of its fields, without the angles; the last is that of the
 /// logits.
-pub(crate) fn workspace_shapes(spec: &DecoderSpec, step_tokens: usize, logit_rows: usize) -> [(usize, usize); 13] {
+pub(crate) fn workspace_shapes(spec: &DecoderSpec, step_tokens: usize, logit_rows: usize) -> [(usize, usize); 12] {
     let hidden = spec.hidden_size;
     let rows = |is_needed: bool| if is_needed { step_tokens } else { 0 };
     let none = (0, hidden);
     let (queries, attention, latent) = match spec.attention {
         AttentionSpec::Grouped(spec) => {
-            ((step_tokens, spec.q_width() + 2 * spec.kv_width()), (step_tokens, spec.q_width()), [none; 4])
+            ((step_tokens, spec.q_width() + 2 * spec.kv_width()), (step_tokens, spec.q_width()), [none; 3])
         }
         AttentionSpec::Latent(spec) => (
             (step_tokens, spec.latent_q_width()),
             (step_tokens, spec.heads * spec.rank),
             [
-                spec.q_rank.map_or(none, |rank| (step_tokens, rank)),
                 (step_tokens, spec.q_width()),
-                (step_tokens, spec.latent_shape().key_dim()),
+                (step_tokens, spec.q_rank.unwrap_or(0) + spec.latent_shape().key_dim()),
                 (step_tokens, spec.v_width()),
             ],
         ),
     };
-    let [q_a, q, kv, values] = latent;
+    let [q, kv, values] = latent;
     let has_mlps = spec.layers.iter().any(|layer| !layer.has_experts);
     let expert_rows = |slots: usize| step_tokens.saturating_mul(slots);
     let beside = spec.experts.and_then(|experts| experts.beside);
@@ -80,7 +77,6 @@ pub(crate) fn workspace_shapes(spec: &DecoderSpec, step_tokens: usize, logit_row
         (rows(spec.norms.outputs.is_some()), hidden),
         queries,
         attention,
-        q_a,
         q,
         kv,
         values,
@@ -115,7 +111,6 @@ impl<B: Backend> Workspace<B> {
             block_output,
             queries,
             attention,
-            q_a,
             q,
             kv,
             values,
@@ -141,7 +136,7 @@ impl<B: Backend> Workspace<B> {
                 .collect::<Result<_, _>>()?,
             queries: queries?,
             attention: attention?,
-            latent: LatentWork { q_a: q_a?, q: q?, kv: kv?, values: values? },
+            latent: LatentWork { q: q?, kv: kv?, values: values? },
             gated: gated?,
             experts,
             last_hidden: last_hidden?,

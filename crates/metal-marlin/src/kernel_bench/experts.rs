@@ -224,7 +224,8 @@ impl<B: Backend> Layers<B> {
         let (mut routes, mut chosen) = (HostRoutes::default(), 0);
         for i in 0..INPUTS {
             self.record(encoder, buffers, Part::Route, i);
-            encoder.read_routes(&buffers.routes[i % buffers.routes.len()], &mut routes)?;
+            let of_input = i % buffers.routes.len();
+            encoder.read_routes(&mut buffers.routes[of_input], &mut routes)?;
             routes.experts.sort_unstable();
             routes.experts.dedup();
             chosen += routes.experts.len();

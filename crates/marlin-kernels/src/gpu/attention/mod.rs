@@ -190,7 +190,8 @@ impl AttentionEncoder {
         let GpuKvLayer { heads: kv_heads, keys, values } = &cache.layers[layer];
         assert_eq!((*kv_heads, keys.dim, values.dim), (1, key_dim, 0), "a cache of latent vectors");
         assert_eq!((q.rows, q.width), (step.rows, heads * (nope_dim + rope_dim)));
-        assert_eq!((kv.rows, kv.width, norm.values.len()), (step.rows, key_dim, rank));
+        assert_eq!((kv.rows, norm.values.len()), (step.rows, rank));
+        assert!(kv.width >= key_dim, "rows that end in a latent vector and the rotated part");
         assert_eq!((angles.rows, angles.width, rope_dim % 2), (step.rows, rope_dim, 0));
         queries.output(step.rows, heads * key_dim);
         let variant = LatentStoreVariant { kv_type: cache.kv_type, rope };
@@ -210,6 +211,7 @@ impl AttentionEncoder {
             key_dim as u32,
             cache.block_tokens as u32,
             eps.to_bits(),
+            kv.width as u32,
         ];
         let workgroups = [1 + (heads * rope_dim / 2).div_ceil(LATENT_STORE_SIZE), step.rows, 1];
         recorder.dispatch(kernel, buffers, &parameters, workgroups);

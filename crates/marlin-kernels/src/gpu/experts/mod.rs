@@ -7,5 +7,5 @@ mod routes;
 mod tests;
 
 pub use self::router::GpuRouter;
-pub(super) use self::router::compile;
+pub(super) use self::router::{ROUTE_CHOOSE, compile, route_constants, select_parameters};
 pub use self::routes::GpuRoutes;

@@ -24,7 +24,8 @@ pub struct GpuRouter {
     weights: Storage,
     /// Added to logits, and to scores where experts are chosen, `[E]`.
     bias: Storage,
-    correction: Storage,
+    /// Shared with the routes that are chosen by it.
+    correction: Arc<Storage>,
     kernels: RouterKernels,
 }
 
@@ -32,8 +33,8 @@ pub struct GpuRouter {
 struct RouterKernels {
     /// For few tokens and for many; of rows as they are, and of their norms.
     logits: [[Arc<Pipeline>; 2]; 2],
-    /// Of any number of tokens, and of one whose experts are sorted at once.
-    select: [Arc<Pipeline>; 2],
+    /// Of more tokens than one.
+    select: Arc<Pipeline>,
     sort: Arc<Pipeline>,
 }
 
@@ -91,28 +92,38 @@ impl RouterKernels {
         };
         Ok(Self {
             logits: [logits(FEW_TOKENS)?, logits(MANY_TOKENS)?],
-            select: [gpu.pipeline(&select_kernel(false))?, gpu.pipeline(&select_kernel(true))?],
+            select: gpu.pipeline(&select_kernel(false))?,
             sort: gpu.pipeline(&sort_kernel())?,
         })
     }
 }
 
-fn select_kernel(sorts: bool) -> Kernel {
+/// The kernel that chooses experts; of one token, they are sorted at once, and have tiles.
+pub(super) fn select_kernel(has_tiles: bool) -> Kernel {
     let (read, write) = (Binding::read, Binding::write);
     let mut bindings =
         vec![read("logits", "f32"), read("correction", "f32"), write("experts", "u32"), write("weights", "f32")];
-    let mut prelude =
-        format!("const MOST_EXPERTS = {MOST_EXPERTS}u;\nconst MOST_GROUPS = {}u;\n", Routing::MOST_GROUPS);
-    if sorts {
+    let mut prelude = format!("{}const TILES = {has_tiles};\n", route_constants(MOST_EXPERTS));
+    if has_tiles {
         bindings.extend(SORTED);
-        prelude += "fn put_sorted(place: u32, slot: u32, expert: u32) {\n    pairs[place] = slot;\n    places[slot] = place;\n    \
+        prelude += "fn put_tile(place: u32, slot: u32, expert: u32) {\n    pairs[place] = slot;\n    places[slot] = place;\n    \
                     tiles[place] = vec4<u32>(expert, place, place + 1u, 0u);\n}\n";
     } else {
-        prelude += "fn put_sorted(place: u32, slot: u32, expert: u32) {}\n";
+        prelude += "fn put_tile(place: u32, slot: u32, expert: u32) {}\n";
     }
-    prelude += &format!("const SORTS = {sorts};\n");
-    let files = vec![include_str!("../shaders/reduce.wgsl"), include_str!("../shaders/route_select.wgsl")];
-    Kernel { name: "route_select", prelude, bindings, files }
+    let own = [include_str!("../shaders/reduce.wgsl"), include_str!("../shaders/route_select.wgsl")];
+    Kernel { name: "route_select", prelude, bindings, files: ROUTE_CHOOSE.into_iter().chain(own).collect() }
+}
+
+/// What chooses experts in any kernel …
+pub(in crate::gpu) const ROUTE_CHOOSE: [&str; 2] =
+    [include_str!("../shaders/routing.wgsl"), include_str!("../shaders/route_choose.wgsl")];
+
+/// … of no more than so many experts, shared ones among them.
+pub(in crate::gpu) fn route_constants(most_experts: usize) -> String {
+    // Most models share the kernels of groups. Eight are read at once.
+    let most_experts = most_experts.next_multiple_of(128);
+    format!("const MOST_EXPERTS = {most_experts}u;\nconst MOST_GROUPS = {}u;\n", Routing::MOST_GROUPS)
 }
 
 fn sort_kernel() -> Kernel {
@@ -146,7 +157,7 @@ impl GpuRouter {
             hidden,
             weights: Upload::all(gpu, "a router", router.weight)?,
             bias: of_experts("a router's biases", router.bias)?,
-            correction: of_experts("a router's corrections", router.correction)?,
+            correction: Arc::new(of_experts("a router's corrections", router.correction)?),
             kernels: RouterKernels::new(gpu, hidden.is_multiple_of(VECTOR))?,
         })
     }
@@ -178,23 +189,24 @@ impl GpuRouter {
         let parameters = [width as u32, eps.to_bits(), tokens as u32, routing.experts as u32];
         recorder.dispatch(kernel, buffers, &parameters, tile.workgroups(routing.experts, tokens));
 
-        let sorts = tokens == 1;
-        let kernel = &self.kernels.select[usize::from(sorts)];
-        let sorted = [&routes.sorted, &routes.places, &routes.tiles];
-        let chosen = [&routes.logits, &self.correction, &routes.experts, &routes.weights];
-        let buffers = chosen.into_iter().chain(sorted.into_iter().filter(|_| sorts));
-        recorder.dispatch(kernel, buffers, &select_parameters(routing), [tokens, 1, 1]);
-        if !sorts {
-            let (experts, tiles) = (routing.all_experts(), routes.tile_count());
-            let parameters = [routes.pairs(), experts, routes.height, tiles].map(|count| count as u32);
-            let buffers = std::iter::once(&routes.experts).chain(sorted);
-            recorder.dispatch(&self.kernels.sort, buffers, &parameters, [if tokens > 0 { experts } else { 0 }, 1, 1]);
+        routes.correction = Some(self.correction.clone());
+        if tokens == 1 {
+            // What multiplies with the experts may choose them.
+            routes.is_chosen = false;
+            return;
         }
+        routes.is_chosen = true;
+        let chosen = [&routes.logits, &self.correction, &routes.experts, &routes.weights];
+        recorder.dispatch(&self.kernels.select, chosen, &select_parameters(routing), [tokens, 1, 1]);
+        let (experts, tiles) = (routing.all_experts(), routes.tile_count());
+        let parameters = [routes.pairs(), experts, routes.height, tiles].map(|count| count as u32);
+        let buffers = [&routes.experts, &routes.sorted, &routes.places, &routes.tiles];
+        recorder.dispatch(&self.kernels.sort, buffers, &parameters, [if tokens > 0 { experts } else { 0 }, 1, 1]);
     }
 }
 
-/// In the order of `route_select.wgsl`.
-fn select_parameters(routing: &Routing) -> [u32; 8] {
+/// In the order of `routing.wgsl`.
+pub(in crate::gpu) fn select_parameters(routing: &Routing) -> [u32; 8] {
     let &Routing { experts, top_k, shared, score, groups, top_groups, normalize, scale } = routing;
     [
         experts as u32,
@@ -213,5 +225,6 @@ pub(in crate::gpu) fn compile(gpu: &Gpu) -> Result<(), KernelError> {
     for is_aligned in [false, true] {
         RouterKernels::new(gpu, is_aligned)?;
     }
+    gpu.pipeline(&select_kernel(true))?;
     gpu.pipeline(&combine_kernel()).map(drop)
 }

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use crate::gpu::GpuArithmetic;
 use crate::gpu::device::{Gpu, Storage};
 use crate::gpu::linear::Packed;
+use super::router::{select_kernel, select_parameters};
 use crate::gpu::pipeline::{Binding, Kernel, Pipeline};
+use crate::gpu::recorder::Recorder;
 use crate::{KernelError, Routing};
 
 /// The experts of a step's tokens, the pairs of token and expert sorted by expert, and memory for what experts make of them.
@@ -31,6 +33,12 @@ pub struct GpuRoutes {
     pub(in crate::gpu) products: Storage,
     /// Sums up products.
     pub(in crate::gpu) combine: Arc<Pipeline>,
+    /// Chooses the experts of one token.
+    select: Arc<Pipeline>,
+    /// Of the router that routed last.
+    pub(in crate::gpu) correction: Option<Arc<Storage>>,
+    /// Experts are chosen, and not only their logits known.
+    pub(in crate::gpu) is_chosen: bool,
     /// Of the last step that was routed.
     pub(in crate::gpu) tokens: usize,
     /// Rows of a tile, in that step.
@@ -84,6 +92,9 @@ impl GpuRoutes {
             packed: is_packed.then(|| Packed::new(gpu, pairs, width)).transpose()?,
             products: make("what experts make of tokens", products)?,
             combine: gpu.pipeline(&combine_kernel())?,
+            select: gpu.pipeline(&select_kernel(true))?,
+            correction: None,
+            is_chosen: true,
             tokens: 0,
             height: 1,
         })
@@ -94,6 +105,15 @@ impl GpuRoutes {
         assert_eq!(self.routing, *routing, "routes of this router");
         assert!(tokens <= self.capacity, "{tokens} tokens for routes of {}", self.capacity);
         (self.tokens, self.height) = (tokens, height);
+    }
+
+    /// Chooses the experts of one token, unless they are chosen.
+    pub(in crate::gpu) fn choose(&mut self, recorder: &mut Recorder) {
+        let Some(correction) = self.correction.as_ref().filter(|_| !self.is_chosen) else { return };
+        let chosen = [&self.logits, correction, &self.experts, &self.weights];
+        let buffers = chosen.into_iter().chain([&self.sorted, &self.places, &self.tiles]);
+        recorder.dispatch(&self.select, buffers, &select_parameters(&self.routing), [1, 1, 1]);
+        self.is_chosen = true;
     }
 
     /// Holds what computes with them against them: an expert for each number, and a row for each token.

@@ -51,12 +51,12 @@ fn layer<B: Backend>(backend: &B, tokens: usize) -> (Vec<f32>, B::Encoder) {
     let mut gated = poisoned(backend, tokens * ROUTING.slots(), WIDTH);
     let normed = || Input::Normed { x: &out, weight: &norm, eps: 1e-5 };
     encoder.route(normed(), &router, &mut routes);
-    encoder.expert_gated(normed(), &routes, &gate_up, Activation::Silu, &mut gated);
-    encoder.expert_combine(&gated, &routes, &down, &mut out);
+    encoder.expert_gated(normed(), &mut routes, &gate_up, Activation::Silu, &mut gated);
+    encoder.expert_combine(&gated, &mut routes, &down, &mut out);
     let mut values = vec![0.0; tokens * HIDDEN];
     encoder.read(&out, &mut values).expect("rows");
     let mut found = HostRoutes::default();
-    encoder.read_routes(&routes, &mut found).expect("routes");
+    encoder.read_routes(&mut routes, &mut found).expect("routes");
     (values, encoder)
 }
 
@@ -65,8 +65,8 @@ fn a_layer_takes_few_kernels() {
     let caps = |matrices: Vec<MatrixSize>| GpuCaps { matrices, ..GpuCaps::apple() };
     let devices = [
         (caps(vec![]), GpuArithmetic::Exact, [5, 7, 7]),
-        (caps(vec![]), GpuArithmetic::Half, [4, 7, 8]),
-        (caps(vec![MatrixSize::Sixteen]), GpuArithmetic::Half, [4, 7, 8]),
+        (caps(vec![]), GpuArithmetic::Half, [3, 7, 8]),
+        (caps(vec![MatrixSize::Sixteen]), GpuArithmetic::Half, [3, 7, 8]),
     ];
     for (caps, arithmetic, wanted) in devices {
         let backend = imaginary(caps, arithmetic);

@@ -1,6 +1,6 @@
 //! Records linears, and prepares their input.
 
-use super::pack::{Packer, Prepared, Source, rows};
+use super::pack::{Packer, Prepared, Source, columns, rows};
 use super::{GpuLinear, LinearKernels, Part, Shape};
 use crate::gpu::device::{Gpu, Storage};
 use crate::gpu::recorder::Recorder;
@@ -104,17 +104,14 @@ impl LinearEncoder {
         out: &GpuBuffer,
         of_part: impl Fn(&'a Part) -> (&'a LinearKernels, Epilogue, usize),
     ) {
-        assert_eq!(rows(x).width, linear.cols, "an input of the linear's columns");
+        assert_eq!(columns(x), linear.cols, "an input of the linear's columns");
         let m = out.rows;
         if m == 0 {
             return;
         }
         let eps = match x {
             Input::Rows(_) => 0.0,
-            Input::Normed { x, weight, eps } => {
-                assert_eq!(weight.values.len(), x.width, "a weight for each value of a row");
-                *eps
-            }
+            Input::Normed { eps, .. } => *eps,
         };
         let normalises = |part: &'a Part| of_part(part).0.few_rows.normalises(m);
         let prepared = match x {

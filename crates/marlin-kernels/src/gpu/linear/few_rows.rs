@@ -34,6 +34,9 @@ const MOST_NORMS: usize = 1024;
 /// Bytes of workgroup memory that a kernel may take which packs its input for itself.
 const NORMED_BYTES: usize = 16 << 10;
 
+/// Columns of rows that are packed where they are multiplied, at most: each workgroup does so, and there are few of them.
+const DIRECT_COLS: usize = 512;
+
 /// Their room for units is a multiple of this, so that widths share kernels.
 const STAGED_UNITS: usize = 64;
 
@@ -79,6 +82,8 @@ pub(super) struct FewRows {
     blocks: Vec<FewRowsKernel>,
     /// For the norm of one row, where it is worth packing it in each workgroup.
     normed: Option<FewRowsKernel>,
+    /// As `blocks`, for rows that are packed where they are multiplied: heads', which are short. They can pack their output.
+    direct: Vec<FewRowsKernel>,
     /// They pack their output.
     packs_output: bool,
     /// They are the only ones: many rows are blocks of few.
@@ -105,10 +110,10 @@ impl FewRows {
         outputs: usize,
         is_gated: bool,
     ) -> Result<Self, KernelError> {
-        let variant = |rows, is_normed| {
-            let tile = FewRowsTile::of(cols, outputs, is_gated, rows, is_normed);
+        let variant = |rows, packing, place| {
+            let tile = FewRowsTile::of(cols, outputs, is_gated, rows, packing == Packing::Normed);
             let sums_subgroups = sums_subgroups(gpu, format, tile.lanes);
-            Variant { tile, place, rows, is_gated, is_normed, sums_subgroups, cols }
+            Variant { tile, place, rows, is_gated, packing, sums_subgroups, cols }
         };
         let kernel = |variant: Variant| {
             Ok::<_, KernelError>(FewRowsKernel {
@@ -117,10 +122,13 @@ impl FewRows {
                 pipeline: gpu.pipeline(&variant.kernel(format))?,
             })
         };
-        let normed = variant(1, true);
+        let normed = variant(1, Packing::Normed, place.of_norms());
         let most = most_rows_at_once(gpu);
         let is_made = |rows: &usize| *rows == most || *rows < most && !gpu.batch_invariant;
-        let blocks = ROW_BLOCKS.into_iter().filter(is_made);
+        let blocks = |packing| {
+            let kernels = ROW_BLOCKS.into_iter().filter(is_made).map(|rows| kernel(variant(rows, packing, place)));
+            kernels.collect::<Result<Vec<_>, KernelError>>()
+        };
         // Of a group, norms are the input of gated linears alone.
         let is_worth_it = !gpu.batch_invariant
             && (place == Place::Plain || is_gated)
@@ -128,23 +136,36 @@ impl FewRows {
             && cols.is_multiple_of(VECTOR)
             && outputs.div_ceil(normed.tile.outputs()) <= MOST_NORMS
             && normed.workgroup_bytes() <= NORMED_BYTES;
+        let is_short = matches!(place, Place::Group(_))
+            && !is_gated
+            && format.arithmetic == GpuArithmetic::Half
+            && cols <= DIRECT_COLS
+            && cols.is_multiple_of(UNIT);
         Ok(Self {
-            blocks: blocks.map(|rows| kernel(variant(rows, false))).collect::<Result<_, KernelError>>()?,
+            blocks: blocks(Packing::of(format.arithmetic))?,
             normed: is_worth_it.then(|| kernel(normed)).transpose()?,
+            direct: if is_short { blocks(Packing::Direct)? } else { Vec::new() },
             packs_output: packs_output(format, is_gated),
             takes_all: gpu.batch_invariant,
         })
     }
 
+    /// The kernel for `m` rows that it packs itself, and its workgroups; `None` if they are many, or not worth it.
+    pub(super) fn choose_direct(&self, m: usize) -> Option<(&Arc<Pipeline>, [usize; 3])> {
+        self.enough(&self.direct, m)
+    }
+
     /// The kernel for `m` rows, and its workgroups; `None` if they are many.
     pub(super) fn choose(&self, m: usize, prepared: Prepared) -> Option<(&Arc<Pipeline>, [usize; 3])> {
-        let kernel = if prepared == Prepared::Unpacked {
-            self.normed.as_ref()?
-        } else {
-            let enough = self.blocks.iter().find(|kernel| m <= kernel.rows);
-            enough.or_else(|| self.blocks.last().filter(|_| self.takes_all))?
-        };
-        Some((&kernel.pipeline, [kernel.workgroups, m.div_ceil(kernel.rows), 1]))
+        if prepared == Prepared::Unpacked {
+            return self.normed.as_ref().map(|kernel| kernel.run(m));
+        }
+        self.enough(&self.blocks, m)
+    }
+
+    fn enough<'a>(&self, blocks: &'a [FewRowsKernel], m: usize) -> Option<(&'a Arc<Pipeline>, [usize; 3])> {
+        let enough = blocks.iter().find(|kernel| m <= kernel.rows);
+        enough.or_else(|| blocks.last().filter(|_| self.takes_all)).map(|kernel| kernel.run(m))
     }
 
     /// Whether there is a kernel that normalises its `m` rows of input.
@@ -155,6 +176,12 @@ impl FewRows {
     /// Whether the kernel for `m` rows packs its output.
     pub(super) fn packs_output(&self, m: usize) -> bool {
         self.packs_output && (self.takes_all || self.blocks.iter().any(|kernel| m <= kernel.rows))
+    }
+}
+
+impl FewRowsKernel {
+    fn run(&self, m: usize) -> (&Arc<Pipeline>, [usize; 3]) {
+        (&self.pipeline, [self.workgroups, m.div_ceil(self.rows), 1])
     }
 }
 
@@ -196,8 +223,7 @@ struct Variant {
     /// Rows of the input.
     rows: usize,
     is_gated: bool,
-    /// Normalises and packs its input.
-    is_normed: bool,
+    packing: Packing,
     /// Subgroups sum over lanes.
     sums_subgroups: bool,
     cols: usize,
@@ -230,10 +256,15 @@ impl Variant {
         self.cols.div_ceil(UNIT).next_multiple_of(STAGED_UNITS)
     }
 
+    /// It has room for what it packs of its output.
+    fn keeps_output(self) -> bool {
+        self.is_gated || self.packing == Packing::Direct
+    }
+
     fn workgroup_bytes(self) -> usize {
-        let kept = if self.is_gated { self.rows_at_once() * self.tile.outputs() * size_of::<f32>() } else { 0 };
+        let kept = if self.keeps_output() { self.rows_at_once() * self.tile.outputs() * size_of::<f32>() } else { 0 };
         // Halves and a scale of each unit, and what 128 invocations reduce: maxima of four octets, and sums.
-        let staged = if self.is_normed { self.staged_units() * (2 * UNIT + 4) + 5 * 128 * 4 } else { 0 };
+        let staged = if self.packing == Packing::Normed { self.staged_units() * (2 * UNIT + 4) + 5 * 128 * 4 } else { 0 };
         self.rows_at_once() * self.row_bytes() + kept + staged
     }
 
@@ -246,17 +277,21 @@ impl Variant {
             self.is_gated
         );
         let mut files = Vec::new();
-        let packs_output = packs_output(format, self.is_gated);
-        if packs_output || self.is_normed {
+        let packs_output = self.keeps_output() && format.arithmetic == GpuArithmetic::Half;
+        if packs_output || self.packing == Packing::Normed {
             files.push(include_str!("../shaders/pack.wgsl"));
         }
         if packs_output {
-            prelude += &format!("const KEPT = {}u;\n", rows_at_once * self.tile.outputs());
-            files.extend([include_str!("../shaders/pack_output.wgsl"), include_str!("../shaders/pack_gated.wgsl")]);
+            let wants = if self.is_gated { "true" } else { "params.packs_output == 1u" };
+            prelude += &format!(
+                "const KEPT = {}u;\nfn wants_packed() -> bool {{ return {wants}; }}\n",
+                rows_at_once * self.tile.outputs()
+            );
+            files.extend([include_str!("../shaders/pack_output.wgsl"), include_str!("../shaders/pack_kept.wgsl")]);
         } else {
-            prelude += "fn keep_output(i: u32, value: f32) {}\nfn pack_kept(rows: Rows, first: u32, first_m: u32, index: u32) {}\n";
+            prelude += "fn keep_output(i: u32, value: f32) {}\nfn pack_kept(shape: Shape, rows: Rows, first: u32, first_m: u32, index: u32) {}\n";
         }
-        let packing = if self.is_normed {
+        if self.packing == Packing::Normed {
             let turns = (self.staged_units() / PACK_UNITS).min(PACK_TURNS);
             prelude += &format!(
                 "const UNITS = {}u;\nconst TURNS = {turns}u;\n{}",
@@ -268,12 +303,10 @@ impl Variant {
                 include_str!("../shaders/reduce.wgsl"),
                 include_str!("../shaders/norm.wgsl"),
             ]);
-            Packing::Normed
         } else {
             prelude +=
                 "fn prepare_input(shape: Shape, index: u32) {}\nfn input_factor(shape: Shape) -> f32 { return 1.0; }\n";
-            Packing::of(format.arithmetic)
-        };
+        }
         if self.sums_subgroups {
             files.push(include_str!("../shaders/lanes_subgroup.wgsl"));
         } else {
@@ -281,7 +314,7 @@ impl Variant {
         }
         files.extend([include_str!("../shaders/linear_sums.wgsl"), include_str!("../shaders/linear_rows.wgsl")]);
         let name = self.place.name("linear_rows", "group_rows");
-        let mut kernel = super::linear(format, name, self.place, packing, prelude, &files);
+        let mut kernel = super::linear(format, name, self.place, self.packing, prelude, &files);
         kernel.bindings.extend(PACKED_OUTPUT.into_iter().filter(|_| packs_output));
         kernel
     }
@@ -295,11 +328,12 @@ mod tests {
         let mut variants = Vec::new();
         for units in [1, 17, 65, 256, 4096] {
             for (outputs, is_gated) in [(FEW_OUTPUTS, false), (FEW_OUTPUTS + 1, false), (FEW_OUTPUTS, true)] {
-                for (rows, is_normed) in ROW_BLOCKS.map(|rows| (rows, false)).into_iter().chain([(1, true)]) {
+                let blocks = ROW_BLOCKS.map(|rows| (rows, Packing::Units));
+                for (rows, packing) in blocks.into_iter().chain([(1, Packing::Normed), (4, Packing::Direct)]) {
                     let cols = units * UNIT;
-                    let tile = FewRowsTile::of(cols, outputs, is_gated, rows, is_normed);
+                    let tile = FewRowsTile::of(cols, outputs, is_gated, rows, packing == Packing::Normed);
                     let place = Place::Plain;
-                    let of = |sums_subgroups| Variant { tile, place, rows, is_gated, is_normed, sums_subgroups, cols };
+                    let of = |sums_subgroups| Variant { tile, place, rows, is_gated, packing, sums_subgroups, cols };
                     variants.extend([of(false), of(true)]);
                 }
             }
@@ -315,8 +349,9 @@ mod tests {
             assert!((128..=256).contains(&(lanes * quads * splits)), "{variant:?}");
             assert!(variant.rows.is_multiple_of(variant.rows_at_once()), "{variant:?}");
             // Those that would pack too many columns are not made.
-            assert!(variant.is_normed || variant.workgroup_bytes() <= 16 << 10, "{variant:?}");
-            assert!(!variant.is_gated || variant.tile.outputs().is_multiple_of(UNIT), "{variant:?}");
+            assert!(variant.packing == Packing::Normed || variant.workgroup_bytes() <= 16 << 10, "{variant:?}");
+            let packs_short = variant.packing == Packing::Direct && variant.cols <= DIRECT_COLS;
+            assert!(!(variant.is_gated || packs_short) || variant.tile.outputs().is_multiple_of(UNIT), "{variant:?}");
         }
     }
 }

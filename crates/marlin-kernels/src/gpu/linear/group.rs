@@ -154,7 +154,7 @@ impl GroupPart {
             buffers,
             is_whole: (0..).zip(&places).all(|(number, &place)| number == place),
             places: Upload::all(gpu, "the places of linears", &places)?,
-            kernels: GroupKernels::new(gpu, format, &shape, is_gated, is_single)?,
+            kernels: GroupKernels::new(gpu, format, &shape, count, is_gated, is_single)?,
         })
     }
 }
@@ -164,6 +164,7 @@ impl GroupKernels {
         gpu: &Gpu,
         format: &DeviceFormat,
         shape: &Shape,
+        count: usize,
         is_gated: bool,
         is_single: bool,
     ) -> Result<Self, KernelError> {
@@ -174,7 +175,7 @@ impl GroupKernels {
             Ok::<_, KernelError>((gpu.pipeline(&kernel)?, rows.div_ceil(4 * SUM_QUADS)))
         };
         Ok(Self {
-            linear: LinearKernels::new(gpu, format, Place::Group, cols, outputs, is_gated)?,
+            linear: LinearKernels::new(gpu, format, Place::Group(count), cols, outputs, is_gated)?,
             is_gated,
             sum: is_single.then(sum).transpose()?,
         })
@@ -214,11 +215,13 @@ pub(in crate::gpu) fn step_height(gpu: &Gpu, tokens: usize, slots: usize, expert
 
 /// Compiles the kernels of groups of linears of `[rows, cols]` in a scheme: of one matrix, and of two that go together or do not.
 pub(in crate::gpu) fn compile(gpu: &Gpu, scheme: &Scheme, rows: usize, cols: usize) -> Result<(), KernelError> {
+    /// Linears of a group, which kernels have room for when they choose among them.
+    const COUNT: usize = 128;
     let groups = scheme.groups_per_row(cols) as u32;
     for format in DeviceFormat::all_of(scheme, gpu.arithmetic) {
         for (rows, is_gated) in [(rows, false), (2 * rows, true)] {
             let shape = Shape { k: cols as u32, rows: rows as u32, groups };
-            GroupKernels::new(gpu, &format, &shape, is_gated, !is_gated)?;
+            GroupKernels::new(gpu, &format, &shape, COUNT, is_gated, !is_gated)?;
         }
     }
     Ok(())
@@ -244,7 +247,6 @@ fn sum_kernel(format: &DeviceFormat, sums_subgroups: bool) -> Kernel {
         Binding::write("out", "f32"),
         Binding::read("experts", "u32"),
         Binding::read("weights", "f32"),
-        Binding::read("places", "u32"),
         Binding::read("matrices", "u32"),
     ]);
     let mut files = weights(format);

@@ -2,12 +2,14 @@
 
 use super::encode::{Epilogue, LinearEncoder, with_shape};
 use super::group::{GpuLinearGroup, GroupPart};
-use super::pack::{Prepared, RowsToPack, Source, rows};
+use super::layout::UNIT;
+use super::pack::{Prepared, RowsToPack, Source, VECTOR, rows};
+use super::LinearKernels;
 use crate::gpu::device::{Gpu, Storage};
-use crate::gpu::experts::GpuRoutes;
+use crate::gpu::experts::{GpuRoutes, select_parameters};
 use crate::gpu::recorder::Recorder;
 use crate::gpu::{GpuBackend, GpuBuffer};
-use crate::{Activation, Input, KernelError};
+use crate::{Activation, Input, KernelError, Routing};
 
 /// Which rows a group's linears multiply, and where their products go.
 struct Run<'a> {
@@ -24,18 +26,51 @@ struct Run<'a> {
     head_width: usize,
     /// Columns of the output.
     width: usize,
+    /// Heads are packed, too, by kernels that may do so.
+    packs_output: bool,
+    rows: RowsOf<'a>,
+    /// Where experts are chosen.
+    routing: Option<&'a Routing>,
+}
+
+/// What says which rows a matrix has.
+#[derive(Clone, Copy)]
+enum RowsOf<'a> {
     /// Tiles, and the pairs that they are of.
-    tiles: [&'a Storage; 2],
+    Tiles([&'a Storage; 2]),
+    /// Logits of one token and their corrections, and where its experts and their weights go.
+    Logits([&'a Storage; 4]),
+}
+
+impl<'a> RowsOf<'a> {
+    fn of_routes(routes: &'a GpuRoutes, prepared: Prepared) -> Self {
+        match &routes.correction {
+            Some(correction) if prepared == Prepared::Unpacked => {
+                Self::Logits([&routes.logits, correction, &routes.experts, &routes.weights])
+            }
+            _ => Self::Tiles([&routes.tiles, &routes.sorted]),
+        }
+    }
+
+    fn buffers(self) -> impl Iterator<Item = &'a Storage> + Clone {
+        let [first, last] = match self {
+            Self::Tiles([tiles, pairs]) => [[Some(tiles), Some(pairs)], [None; 2]],
+            Self::Logits([a, b, c, d]) => [[Some(a), Some(b)], [Some(c), Some(d)]],
+        };
+        first.into_iter().chain(last).flatten()
+    }
 }
 
 impl Run<'_> {
-    fn parameters(&self, part: &GroupPart, epilogue: Epilogue, first: usize) -> [u32; 13] {
-        let &Self { m, eps, slots, heads, input_stride, head_width, width, .. } = self;
+    fn parameters(&self, part: &GroupPart, epilogue: Epilogue, first: usize) -> [u32; 22] {
+        let &Self { m, eps, slots, heads, input_stride, head_width, width, packs_output, .. } = self;
         let of_linear = [m as u32, first as u32, width as u32, epilogue as u32, eps.to_bits()];
-        let of_group = [u32::from(part.is_whole), slots as u32, heads as u32, input_stride as u32, head_width as u32];
-        let mut rest = [0; 10];
+        let of_heads = [heads as u32, input_stride as u32, head_width as u32, u32::from(packs_output)];
+        let mut rest = [0; 19];
         rest[..5].copy_from_slice(&of_linear);
-        rest[5..].copy_from_slice(&of_group);
+        rest[5..7].copy_from_slice(&[u32::from(part.is_whole), slots as u32]);
+        rest[7..11].copy_from_slice(&of_heads);
+        rest[11..].copy_from_slice(&self.routing.map_or([0; 8], select_parameters));
         with_shape(&part.shape, &rest)
     }
 
@@ -44,8 +79,7 @@ impl Run<'_> {
     where
         Self: 'b,
     {
-        let [tiles, pairs] = self.tiles;
-        [tiles, pairs, &part.places].into_iter()
+        self.rows.buffers().chain([&part.places])
     }
 }
 
@@ -55,7 +89,7 @@ impl LinearEncoder {
         &mut self,
         recorder: &mut Recorder,
         x: Input<'_, GpuBackend>,
-        routes: &GpuRoutes,
+        routes: &mut GpuRoutes,
         gate_up: &GpuLinearGroup,
         activation: Activation,
         out: &mut GpuBuffer,
@@ -80,6 +114,7 @@ impl LinearEncoder {
         let prepared = if eps.is_some() && gate_up.parts.iter().all(normalises) {
             Prepared::Unpacked
         } else {
+            routes.choose(recorder);
             self.packer.prepare(recorder, &x, false)
         };
         let run = Run {
@@ -90,7 +125,9 @@ impl LinearEncoder {
             input_stride: gate_up.cols,
             head_width: 0,
             width: half,
-            tiles: [&routes.tiles, &routes.sorted],
+            packs_output: false,
+            rows: RowsOf::of_routes(routes, prepared),
+            routing: Some(&routes.routing),
         };
         let packs = |part: &GroupPart| part.kernels.linear.few_rows.packs_output(routes.height);
         for part in &gate_up.parts {
@@ -110,6 +147,8 @@ impl LinearEncoder {
                 [workgroups, routes.tile_count(), 1],
             );
         }
+        // If not before, they are chosen now.
+        routes.is_chosen = true;
         let is_packed = gate_up.parts.iter().all(packs);
         self.packed_experts =
             routes.packed.as_ref().filter(|_| is_packed).map(|packed| (packed.id(), Source::of(&Input::Rows(out))));
@@ -121,7 +160,7 @@ impl LinearEncoder {
         gpu: &Gpu,
         recorder: &mut Recorder,
         x: &GpuBuffer,
-        routes: &GpuRoutes,
+        routes: &mut GpuRoutes,
         down: &GpuLinearGroup,
         out: &mut GpuBuffer,
     ) {
@@ -130,6 +169,7 @@ impl LinearEncoder {
         assert_eq!((x.rows, x.width), (routes.pairs(), down.cols), "a row of each token for each of its experts");
         assert_eq!(out.width, down.outputs(), "the residual stream has a value for each output");
         assert!(x.width.max(out.width) <= routes.width, "routes have room for rows as wide");
+        routes.choose(recorder);
         out.written();
         if out.rows == 0 {
             return;
@@ -143,7 +183,7 @@ impl LinearEncoder {
         if out.rows == 1 && !gpu.batch_invariant {
             for part in &down.parts {
                 let Some((kernel, workgroups)) = &part.kernels.sum else { continue };
-                let chosen = [&out.storage, &routes.experts, &routes.weights, &routes.places, &part.places];
+                let chosen = [&out.storage, &routes.experts, &routes.weights, &part.places];
                 let buffers = part.buffers.iter().chain(input.clone()).chain(chosen);
                 let parameters = [part.first as u32, slots as u32, u32::from(part.is_whole)];
                 recorder.dispatch(kernel, buffers, &with_shape::<6>(&part.shape, &parameters), [*workgroups, 1, 1]);
@@ -158,7 +198,9 @@ impl LinearEncoder {
             input_stride: down.cols,
             head_width: 0,
             width: out.width,
-            tiles: [&routes.tiles, &routes.sorted],
+            packs_output: false,
+            rows: RowsOf::Tiles([&routes.tiles, &routes.sorted]),
+            routing: None,
         };
         for part in &down.parts {
             let (kernel, workgroups) = part.kernels.of_height(routes.height, prepared);
@@ -212,9 +254,21 @@ impl LinearEncoder {
         if x.rows == 0 {
             return Ok(());
         }
-        let by_rows = self.packer.packs_rows(x.rows);
-        let rows = RowsToPack { x: &x.storage, rows: x.rows, stretches: count, width: cols, stride: from, by_rows };
-        let prepared = self.packer.prepare_heads(gpu, recorder, &rows)?;
+        let is_direct = |part: &GroupPart| part.kernels.linear.few_rows.choose_direct(x.rows).is_some();
+        let prepared = if from.is_multiple_of(VECTOR) && parts.iter().all(is_direct) {
+            Prepared::Unpacked
+        } else {
+            let by_rows = self.packer.packs_rows(x.rows);
+            let rows = RowsToPack { x: &x.storage, rows: x.rows, stretches: count, width: cols, stride: from, by_rows };
+            self.packer.prepare_heads(gpu, recorder, &rows)?
+        };
+        // Heads that are whole units, without gaps, make whole rows of them.
+        let packs_output = prepared == Prepared::Unpacked
+            && to == heads.outputs()
+            && to.is_multiple_of(UNIT)
+            && parts.iter().all(|part| part.first.is_multiple_of(UNIT))
+            && self.packer.has_room_for_output(out);
+        let input = Input::Rows(x);
         for part in parts {
             let run = Run {
                 m: x.rows,
@@ -224,17 +278,27 @@ impl LinearEncoder {
                 input_stride: from,
                 head_width: to,
                 width: out.width,
-                tiles: [&part.places; 2],
+                packs_output,
+                rows: RowsOf::Tiles([&part.places; 2]),
+                routing: None,
             };
-            let kernels = &part.kernels.linear;
-            let (kernel, workgroups) = match kernels.few_rows.choose(x.rows, prepared) {
+            let LinearKernels { few_rows, many_rows } = &part.kernels.linear;
+            let of_few = match prepared {
+                Prepared::Unpacked => few_rows.choose_direct(x.rows),
+                _ => few_rows.choose(x.rows, prepared),
+            };
+            let (kernel, workgroups) = match of_few {
                 Some((kernel, [of_outputs, of_rows, _])) => (kernel, [of_outputs, of_rows, count]),
-                None => kernels.many_rows.choose_for_each(x.rows, count),
+                None => many_rows.choose_for_each(x.rows, count),
             };
-            let x = Input::Rows(x);
-            let input = self.packer.input(prepared, &x);
-            let buffers = part.buffers.iter().chain(input).chain([&out.storage]).chain(run.buffers(part));
+            let inputs = self.packer.input(prepared, &input);
+            let output = self.packer.output().filter(|_| prepared == Prepared::Unpacked);
+            let buffers =
+                part.buffers.iter().chain(inputs).chain([&out.storage]).chain(run.buffers(part)).chain(output);
             recorder.dispatch(kernel, buffers, &run.parameters(part, Epilogue::Store, part.first), workgroups);
+        }
+        if packs_output {
+            self.packer.output_is_packed(out);
         }
         Ok(())
     }

@@ -265,7 +265,7 @@ mod tests {
             let format = DeviceFormat::of(&scheme, GpuArithmetic::Half);
             for (tile, is_gated) in SIXTEEN.iter().flat_map(|tiles| tiles.iter()).zip([false, true].into_iter().cycle())
             {
-                for place in [Place::Plain, Place::Group] {
+                for place in [Place::Plain, Place::Group(8)] {
                     let what = format!("{tile:?} for {scheme}, {place:?}");
                     spirv::assert_cooperative(&tile.kernel(&format, place, matrices, is_gated), &what);
                 }

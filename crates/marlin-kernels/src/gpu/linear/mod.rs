@@ -25,6 +25,7 @@ pub(super) use self::pack::{PACKED_OUTPUT, Packed, VECTOR, four_function, four_f
 use self::pack::{Packing, Prepared};
 use super::GpuArithmetic;
 use super::device::{Gpu, Storage};
+use super::experts::{ROUTE_CHOOSE, route_constants};
 use super::pipeline::{Binding, Kernel, Pipeline};
 use super::upload::{PIECE, Upload};
 use crate::{KernelError, LinearPart};
@@ -335,16 +336,37 @@ fn weights(format: &DeviceFormat) -> Vec<&'static str> {
 enum Place {
     /// Those of the input in their order, of one matrix.
     Plain,
-    /// Those of tiles of one matrix each, or of a head.
-    Group,
+    /// Those of tiles of one of so many matrices each, or of a head.
+    Group(usize),
+    /// Those of one token, which chooses some of so many matrices by its logits.
+    Routed(usize),
 }
 
 impl Place {
-    /// The modules that say so.
-    fn files(self) -> [&'static str; 2] {
+    /// That of the norm of one row: of a group, the linear that chooses has it.
+    fn of_norms(self) -> Self {
         match self {
-            Self::Plain => [MATRIX_OF_ONE, include_str!("../shaders/place_plain.wgsl")],
-            Self::Group => [MATRIX_OF_GROUP, include_str!("../shaders/place_group.wgsl")],
+            Self::Group(matrices) => Self::Routed(matrices),
+            other => other,
+        }
+    }
+
+    /// The modules that say so.
+    fn files(self) -> Vec<&'static str> {
+        let group = [MATRIX_OF_GROUP, include_str!("../shaders/place_group.wgsl")];
+        let own = match self {
+            Self::Plain => return vec![MATRIX_OF_ONE, include_str!("../shaders/place_plain.wgsl")],
+            Self::Group(_) => vec![include_str!("../shaders/tiles_sorted.wgsl"), include_str!("../shaders/routing.wgsl")],
+            Self::Routed(_) => [include_str!("../shaders/tiles_chosen.wgsl")].into_iter().chain(ROUTE_CHOOSE).collect(),
+        };
+        group.into_iter().chain(own).collect()
+    }
+
+    /// What they take as constants.
+    fn constants(self) -> String {
+        match self {
+            Self::Plain | Self::Group(_) => String::new(),
+            Self::Routed(most_experts) => route_constants(most_experts),
         }
     }
 
@@ -352,9 +374,17 @@ impl Place {
     fn bindings(self) -> &'static [Binding] {
         const GROUP: [Binding; 3] =
             [Binding::read("tiles", "vec4<u32>"), Binding::read("pairs", "u32"), Binding::read("matrices", "u32")];
+        const ROUTED: [Binding; 5] = [
+            Binding::read("logits", "f32"),
+            Binding::read("correction", "f32"),
+            Binding::write("experts", "u32"),
+            Binding::write("weights", "f32"),
+            Binding::read("matrices", "u32"),
+        ];
         match self {
             Self::Plain => &[],
-            Self::Group => &GROUP,
+            Self::Group(_) => &GROUP,
+            Self::Routed(_) => &ROUTED,
         }
     }
 
@@ -362,7 +392,7 @@ impl Place {
     fn name(self, plain: &'static str, of_group: &'static str) -> &'static str {
         match self {
             Self::Plain => plain,
-            Self::Group => of_group,
+            Self::Group(_) | Self::Routed(_) => of_group,
         }
     }
 }
@@ -387,7 +417,7 @@ fn linear(
     files.extend(place.files());
     files.extend([packing.file(), include_str!("../shaders/epilogue.wgsl")]);
     files.extend(of_kernel);
-    Kernel { name, prelude: format.module() + &constants, bindings, files }
+    Kernel { name, prelude: format.module() + &constants + &place.constants(), bindings, files }
 }
 
 /// The kernel that looks up rows of a table.

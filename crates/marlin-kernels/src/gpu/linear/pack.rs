@@ -21,6 +21,8 @@ pub(super) enum Packing {
     Rows,
     /// As it is, one row with the weights of its norm, to be normalised and packed into units.
     Normed,
+    /// As it is, in whole units, to be packed into units where they are multiplied.
+    Direct,
 }
 
 impl Packing {
@@ -37,6 +39,7 @@ impl Packing {
             Self::None => vec![Binding::read("x", "f32")],
             Self::Units | Self::Rows => vec![Binding::read("x", "vec4<u32>"), Binding::read("x_scales", "f32")],
             Self::Normed => vec![Binding::read("x", "vec4<f32>"), Binding::read("norm_weight", "vec4<f32>")],
+            Self::Direct => vec![Binding::read("x", "vec4<f32>")],
         }
     }
 
@@ -47,6 +50,7 @@ impl Packing {
             Self::Units => include_str!("../shaders/input_half.wgsl"),
             Self::Rows => include_str!("../shaders/input_rows.wgsl"),
             Self::Normed => include_str!("../shaders/input_normed.wgsl"),
+            Self::Direct => include_str!("../shaders/input_direct.wgsl"),
         }
     }
 }
@@ -58,7 +62,7 @@ pub(in crate::gpu) const PACKED_OUTPUT: [Binding; 2] =
 /// Where a linear's kernels find its input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Prepared {
-    /// Where it was, with the weights of its norm: kernels pack it for themselves.
+    /// Where it was, with the weights of its norm if it has one: kernels pack it for themselves.
     Unpacked,
     /// In single precision, normalised if it must be.
     Exact,
@@ -199,7 +203,7 @@ impl Packer {
         match self {
             Self::Exact { rms_norm, normed } => {
                 if let Input::Normed { x, weight, eps } = input {
-                    let parameters = [x.width as u32, eps.to_bits()];
+                    let parameters = [columns(input) as u32, eps.to_bits(), x.width as u32];
                     recorder.dispatch(rms_norm, [&x.storage, &weight.storage, normed], &parameters, [x.rows, 1, 1]);
                 }
                 Prepared::Exact
@@ -226,12 +230,18 @@ impl Packer {
     ) -> impl Iterator<Item = &'a Storage> + Clone {
         let [first, second] = match (self, prepared, input) {
             (_, Prepared::Unpacked, Input::Normed { x, weight, .. }) => [Some(&x.storage), Some(&weight.storage)],
+            (_, Prepared::Unpacked, Input::Rows(x)) => [Some(&x.storage), None],
             (Self::Exact { normed, .. }, _, Input::Normed { .. }) => [Some(normed), None],
             (Self::Half { output, .. }, Prepared::Output, _) => output.buffers().map(Some),
             (Self::Half { packed, .. }, Prepared::Packed, _) => packed.buffers().map(Some),
             (_, _, input) => [Some(&rows(input).storage), None],
         };
         first.into_iter().chain(second)
+    }
+
+    /// Whether what linears pack of `out` has room: rows are few, and no wider than inputs.
+    pub(super) fn has_room_for_output(&self, out: &GpuBuffer) -> bool {
+        matches!(self, Self::Half { output, .. } if output.has_room_for(out.rows, out.width))
     }
 
     /// Where linears pack their output; nowhere if they do not.
@@ -270,6 +280,17 @@ pub(super) fn rows<'a>(input: &Input<'a, GpuBackend>) -> &'a GpuBuffer {
     x
 }
 
+/// Columns of an input: a norm has as many as weights, and leaves the rest of a row out.
+pub(super) fn columns(input: &Input<'_, GpuBackend>) -> usize {
+    match input {
+        Input::Rows(x) => x.width,
+        Input::Normed { x, weight, .. } => {
+            assert!(weight.values.len() <= x.width, "a row has a value for each weight");
+            weight.values.len()
+        }
+    }
+}
+
 /// Rows of the outputs that linears pack.
 fn output_rows(gpu: &Gpu, limits: &StepLimits) -> usize {
     if gpu.batch_invariant { limits.tokens } else { limits.tokens.min(most_few_rows(gpu)) }
@@ -300,13 +321,13 @@ impl PackKernels {
     }
 
     fn pack(&self, recorder: &mut Recorder, input: &Input<'_, GpuBackend>, packed: &Packed) {
-        let &GpuBuffer { rows, width, ref storage, .. } = rows(input);
+        let &GpuBuffer { rows, width: stride, ref storage, .. } = rows(input);
         let norm = match input {
             Input::Rows(_) => None,
             Input::Normed { weight, eps, .. } => Some((&weight.storage, *eps)),
         };
         let by_rows = self.packs_rows(rows);
-        let rows = RowsToPack { x: storage, rows, stretches: 1, width, stride: width, by_rows };
+        let rows = RowsToPack { x: storage, rows, stretches: 1, width: columns(input), stride, by_rows };
         self.pack_rows_of(recorder, &rows, norm, packed);
     }
 

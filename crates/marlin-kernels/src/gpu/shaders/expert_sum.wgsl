@@ -34,10 +34,15 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let lane = index % LANES;
     var sum_of_slots = vec4<f32>();
     for (var slot = index / (LANES * QUADS); slot < params.slots; slot += SPLITS) {
-        if (!choose_matrix(experts[slot])) {
+        let expert = experts[slot];
+        if (!choose_matrix(expert)) {
             continue;
         }
-        let place = places[slot];
+        // Rows of x are sorted by expert.
+        var place = 0u;
+        for (var other = 0u; other < params.slots; other++) {
+            place += u32(experts[other] < expert);
+        }
         var sums = vec4<f32>();
         var unit = min(lane, units - 1u);
         var groups = fetch_groups(shape, quad, unit);

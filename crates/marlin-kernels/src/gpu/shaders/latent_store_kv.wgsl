@@ -1,4 +1,4 @@
-// Prepares latent attention. The first workgroup of a token normalises the latent vector of a row [latent | rotated part], rotates the rest, and
+// Prepares latent attention. The first workgroup of a token normalises the latent vector of a row [… | latent | rotated part], rotates the rest, and
 // writes both to the token's slot of the cache, as a key. The others rotate those parts of the query heads, and write them behind the latent parts
 // of the queries, a pair of dimensions to an invocation.
 
@@ -12,6 +12,8 @@ struct Params {
     head_dim: u32,
     block_tokens: u32,
     eps: f32,
+    // Of a row of kv.
+    kv_width: u32,
 }
 var<immediate> params: Params;
 
@@ -45,9 +47,10 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         return;
     }
 
+    let latent = (t + 1u) * params.kv_width - params.head_dim;
     var sum = 0.0;
     for (var i = lane; i < params.rank; i += SIZE) {
-        let value = kv[t * params.head_dim + i];
+        let value = kv[latent + i];
         prepared[i] = value;
         sum = fma(value, value, sum);
     }
@@ -57,8 +60,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     }
     for (var pair = lane; pair < pairs; pair += SIZE) {
         let dimensions = params.rank + dimensions_of(pair, pairs);
-        let row = t * params.head_dim;
-        let values = rotated(vec2<f32>(kv[row + dimensions.x], kv[row + dimensions.y]), t, pair);
+        let values = rotated(vec2<f32>(kv[latent + dimensions.x], kv[latent + dimensions.y]), t, pair);
         prepared[dimensions.x] = values.x;
         prepared[dimensions.y] = values.y;
     }

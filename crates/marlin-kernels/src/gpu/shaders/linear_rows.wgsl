@@ -20,13 +20,14 @@ fn finish_rows(shape: Shape, rows: Rows, affine: Affine, first: u32, first_m: u3
         }
         keep_output(i, value);
     }
-    pack_kept(rows, first, first_m, index);
+    pack_kept(shape, rows, first, first_m, index);
 }
 
 @compute @workgroup_size(INVOCATIONS)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) index: u32) {
     let shape = params.shape;
     let units = units_of(shape);
+    route(workgroup, index);
     let rows = rows_of(workgroup, MB);
     if (is_empty(rows)) {
         return;

@@ -19,6 +19,10 @@ struct Params {
     input_stride: u32,
     // Columns of the output from one head to the next.
     head_width: u32,
+    // What kernels keep of their output is packed, too.
+    packs_output: u32,
+    // Of one token that chooses its experts here.
+    routing: Routing,
 }
 var<immediate> params: Params;
 
@@ -36,8 +40,7 @@ fn rows_of(workgroup: vec3<u32>, height: u32) -> Rows {
         head = workgroup.z;
         return Rows(workgroup.y * height, select(0u, params.m, choose_matrix(head)));
     }
-    // Matrix, first row and end.
-    let tile = tiles[workgroup.y];
+    let tile = tile_of(workgroup.y);
     return Rows(tile.y, select(0u, tile.z, choose_matrix(tile.x)));
 }
 
@@ -53,7 +56,7 @@ fn has_row(rows: Rows, m: u32) -> bool {
 // The row of the input that becomes row m of the output, and how far apart rows are in single precision.
 fn input_row(m: u32) -> u32 {
     if (params.slots > 0u) {
-        return pairs[m] / params.slots;
+        return pair_of(m) / params.slots;
     }
     return select(m, m * params.heads + head, params.heads > 0u);
 }

@@ -12,6 +12,8 @@ struct Params {
 }
 var<immediate> params: Params;
 
+fn route(workgroup: vec3<u32>, index: u32) {}
+
 // The rows of a workgroup: from `first` on, before `end`.
 struct Rows {
     first: u32,

@@ -1,165 +1,19 @@
-// Chooses the experts of a token and their weights by its logits, exactly as `routing::choose` does: a workgroup a token. An expert's place among the
-// chosen is how many others come before it. If SORTS, there is one token, whose experts are put in order, each with a tile of its own.
+// Chooses the experts of a token: a workgroup a token. If TILES, there is one token, whose experts are put in order, each with a tile of its own.
 
 struct Params {
-    // Routed experts, those of them that a token goes to, and shared ones.
-    experts: u32,
-    top_k: u32,
-    shared_experts: u32,
-    is_softmax: u32,
-    // Groups of experts, and those of them that a token chooses from.
-    groups: u32,
-    top_groups: u32,
-    normalizes: u32,
-    // Of weights.
-    scale: f32,
+    routing: Routing,
 }
 var<immediate> params: Params;
 
 const SIZE = 256u;
-const LOWEST = -3.4028234e38;
-// The key of negative infinity.
-const DROPPED = 0x007fffffu;
-
-var<workgroup> scores: array<f32, MOST_EXPERTS>;
-// What experts are chosen by, in the order of numbers; what is not a number comes last.
-var<workgroup> keys: array<u32, MOST_EXPERTS>;
-var<workgroup> group_keys: array<u32, MOST_GROUPS>;
-var<workgroup> chosen: array<u32, MOST_EXPERTS>;
-
-fn key_of(value: f32) -> u32 {
-    let bits = bitcast<u32>(value);
-    let magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) {
-        return 0u;
-    }
-    if (magnitude == 0u) {
-        return 0x80000000u;
-    }
-    return select(bits | 0x80000000u, ~bits, bits != magnitude);
-}
-
-fn corrected(e: u32) -> f32 {
-    return scores[e] + correction[e];
-}
-
-fn score_logits(first: u32, lane: u32) {
-    if (params.is_softmax == 0u) {
-        for (var e = lane; e < params.experts; e += SIZE) {
-            scores[e] = 1.0 / (1.0 + exp(-logits[first + e]));
-        }
-        return;
-    }
-    var largest = LOWEST;
-    for (var e = lane; e < params.experts; e += SIZE) {
-        largest = max(largest, logits[first + e]);
-    }
-    largest = reduce_max(lane, largest);
-    var sum = 0.0;
-    for (var e = lane; e < params.experts; e += SIZE) {
-        scores[e] = exp(logits[first + e] - largest);
-        sum += scores[e];
-    }
-    sum = reduce_sum(lane, sum);
-    for (var e = lane; e < params.experts; e += SIZE) {
-        scores[e] /= sum;
-    }
-}
-
-// The first expert of the largest key from `first` on, of so many, but for one of them.
-fn first_largest(first: u32, count: u32, taken: u32) -> u32 {
-    var best = select(first, first + 1u, first == taken);
-    for (var e = best + 1u; e < first + count; e++) {
-        if (e != taken && keys[e] > keys[best]) {
-            best = e;
-        }
-    }
-    return best;
-}
-
-// Drops the experts of other groups than the best ones.
-fn drop_other_groups(lane: u32) {
-    let size = params.experts / params.groups;
-    if (lane < params.groups) {
-        let best = first_largest(lane * size, size, ~0u);
-        var score = corrected(best);
-        if (size > 1u) {
-            score += corrected(first_largest(lane * size, size, best));
-        }
-        group_keys[lane] = key_of(score);
-    }
-    workgroupBarrier();
-    for (var e = lane; e < params.experts; e += SIZE) {
-        let group = e / size;
-        var rank = 0u;
-        for (var other = 0u; other < params.groups; other++) {
-            let comes_first = group_keys[other] == group_keys[group] && other < group;
-            rank += u32(group_keys[other] > group_keys[group] || comes_first);
-        }
-        if (rank >= params.top_groups) {
-            keys[e] = DROPPED;
-        }
-    }
-    workgroupBarrier();
-}
 
 @compute @workgroup_size(SIZE)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    score_logits(workgroup.x * params.experts, lane);
-    for (var e = lane; e < MOST_EXPERTS; e += SIZE) {
-        // Beyond the last one there is none that comes before another.
-        var key = 0u;
-        if (e < params.experts) {
-            key = key_of(corrected(e));
-        }
-        keys[e] = key;
-    }
-    workgroupBarrier();
-    if (params.top_groups < params.groups) {
-        drop_other_groups(lane);
-    }
-    for (var e = lane; e < params.experts; e += SIZE) {
-        let key = keys[e];
-        var rank = 0u;
-        // Eight loads at once.
-        for (var first = 0u; first < params.experts; first += 8u) {
-@for i < 8
-            let other_@i = keys[first + @iu];
-            rank += u32(other_@i > key || (other_@i == key && first + @iu < e));
-@end
-        }
-        if (rank < params.top_k) {
-            chosen[rank] = e;
-        }
-    }
-    for (var s = lane; s < params.shared_experts; s += SIZE) {
-        chosen[params.top_k + s] = params.experts + s;
-    }
-    workgroupBarrier();
-
-    var sum = 0.0;
-    for (var slot = 0u; slot < params.top_k; slot++) {
-        sum += scores[chosen[slot]];
-    }
-    let slots = params.top_k + params.shared_experts;
-    for (var slot = lane; slot < slots; slot += SIZE) {
-        let expert = chosen[slot];
-        var weight = 1.0;
-        if (slot < params.top_k) {
-            weight = scores[expert];
-            if (params.normalizes == 1u) {
-                weight /= sum + 1e-20;
-            }
-            weight *= params.scale;
-        }
-        experts[workgroup.x * slots + slot] = expert;
-        weights[workgroup.x * slots + slot] = weight;
-        if (SORTS) {
-            var place = 0u;
-            for (var other = 0u; other < slots; other++) {
-                place += u32(chosen[other] < expert);
-            }
-            put_sorted(place, slot, expert);
+    choose_experts(workgroup.x * params.routing.experts, lane);
+    put_chosen(workgroup.x, lane);
+    if (TILES) {
+        for (var slot = lane; slot < params.routing.top_k + params.routing.shared_experts; slot += SIZE) {
+            put_tile(place_of(slot), slot, chosen[slot]);
         }
     }
 }
