@@ -444,6 +444,23 @@ pub trait Encoder<B: Backend> {
         out: &mut B::Buffer,
     );
 
+    /// [`Encoder::rope_store_kv`], then [`Encoder::attention`]. A device may do both at once; then rows of `qkv` stay as they are.
+    #[expect(clippy::too_many_arguments, reason = "those of both")]
+    fn rope_attention(
+        &mut self,
+        qkv: &mut B::Buffer,
+        shape: &AttentionShape,
+        norm: Option<QkNorm<'_, B>>,
+        angles: &B::Buffer,
+        sinks: Option<&B::Vector>,
+        kv: &mut B::KvCache,
+        layer: usize,
+        out: &mut B::Buffer,
+    ) {
+        self.rope_store_kv(qkv, shape, norm, angles, kv, layer);
+        self.attention(qkv, shape, sinks, kv, layer, out);
+    }
+
     /// `out[l] = x[logit row l]`; sets `out` to L rows.
     fn select_logit_rows(&mut self, x: &B::Buffer, out: &mut B::Buffer);
 

@@ -74,6 +74,13 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
             }
         }
         table.add(device, format!("copy-kv-blocks/{suffix}"), move |device| copy_blocks(device, kv_type));
+        // One kernel does it all for the usual type.
+        let shapes = [(9, 1, 80), (4, 2, 64), (2, 2, 256), (14, 2, 128)];
+        for &(heads, kv_heads, dim) in &shapes[..if kv_type == KvType::F16 { shapes.len() } else { 1 }] {
+            table.add(device, format!("rope-attention/heads={heads}:{kv_heads},dim={dim},{suffix}"), move |device| {
+                decode(device, shape(heads, kv_heads, dim, None), kv_type)
+            });
+        }
     }
 }
 
@@ -197,6 +204,27 @@ fn copy_blocks<B: Backend>(device: &Device<B>, kv_type: KvType) -> Result<(), St
 }
 
 /// What a case reads back.
+fn decode<B: Backend>(device: &Device<B>, shape: AttentionShape, kv_type: KvType) -> Result<(), String> {
+    for batch in DECODES {
+        for (rotary, rope) in [
+            (shape.head_dim, RopeLayout::HalfSplit),
+            (32, RopeLayout::HalfSplit),
+            (48, RopeLayout::Interleaved),
+            (24, RopeLayout::HalfSplit),
+        ] {
+            for is_normed in [false, true] {
+                let window = is_normed.then_some(33);
+                let base = Attention::new(AttentionShape { rope, window, ..shape }, kv_type, 16, batch);
+                let case = Decode(Attention { rotary, norm: is_normed, sinks: is_normed, ..base });
+                let name = format!("positions {batch:?}, rotary {rotary} {rope:?}, norm {is_normed}");
+                // The other neighbour of a key is that of all heads that share it.
+                device.check(&case, 10.0 * bound(kv_type), &name)?;
+            }
+        }
+    }
+    Ok(())
+}
+
 #[derive(Debug, Clone, Copy)]
 enum Reads {
     /// The prepared queries.
@@ -281,6 +309,41 @@ impl Case for Attention<'_> {
     }
 }
 
+/// Sequences that bring one token each, which attention may prepare on the way: what it gives for them and for the tokens after them, which see what was
+/// cached.
+struct Decode<'a>(Attention<'a>);
+
+/// Positions of those tokens.
+const DECODES: [&[Range<usize>]; 3] = [&[0..1], &[40..41], &[31..32, 32..33, 300..301, 64..65]];
+
+impl Case for Decode<'_> {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<f32> {
+        let Self(case) = self;
+        let mut rng = Rng(21);
+        let lengths: Vec<usize> = case.batch.iter().map(|range| range.end + 1).collect();
+        let pages = Pages::new(case.block_tokens, &lengths, &mut rng);
+        let mut layer = Layer::new(case, backend, pages.blocks, &mut rng);
+        let width = layer.width;
+        layer.store(&pages.all_slots(), &vec![f32::NAN; pages.all_slots().rows() * width]);
+        let history: Vec<Range<usize>> = case.batch.iter().map(|range| 0..range.start).collect();
+        let history = pages.step(&history);
+        layer.store(&history, &rng.normals(history.rows() * width));
+
+        let next: Vec<Range<usize>> = case.batch.iter().map(|range| range.end..range.end + 1).collect();
+        let mut found = Vec::new();
+        for step in [pages.step(case.batch), pages.step(&next)] {
+            let (mut qkv, angles) = layer.begin(&step, &rng.normals(step.rows() * width));
+            let values = case.shape.heads * case.shape.head_dim;
+            let mut out = poisoned(backend, step.rows(), values);
+            let Layer { encoder, kv, shape, norm, sinks, .. } = &mut layer;
+            let norm = norm.as_ref().map(|[q, k]| QkNorm { q, k, eps: 1e-6 });
+            encoder.rope_attention(&mut qkv, shape, norm, &angles, sinks.as_ref(), kv, LAYER, &mut out);
+            found.extend(read::<B>(encoder, &out, step.rows() * values));
+        }
+        found
+    }
+}
+
 /// The cache's layer that tests use.
 const LAYER: usize = 1;
 
@@ -320,13 +383,18 @@ impl<'a, B: Backend> Layer<'a, B> {
         }
     }
 
-    /// Begins a step, prepares its rows `values` and stores their keys and values; gives the prepared rows.
-    fn store(&mut self, step: &Ragged, values: &[f32]) -> B::Buffer {
+    /// Begins a step; gives its rows `values`, and their angles.
+    fn begin(&mut self, step: &Ragged, values: &[f32]) -> (B::Buffer, B::Buffer) {
         let mut angles = poisoned(self.backend, step.rows(), self.rotary);
-        let mut qkv = upload(self.backend, self.width, values);
-        let norm = self.norm.as_ref().map(|[q, k]| QkNorm { q, k, eps: 1e-6 });
         self.encoder.begin(&step.step());
         self.encoder.rope_angles(&self.inv_freq, 1.0, &mut angles);
+        (upload(self.backend, self.width, values), angles)
+    }
+
+    /// Begins a step, prepares its rows `values` and stores their keys and values; gives the prepared rows.
+    fn store(&mut self, step: &Ragged, values: &[f32]) -> B::Buffer {
+        let (mut qkv, angles) = self.begin(step, values);
+        let norm = self.norm.as_ref().map(|[q, k]| QkNorm { q, k, eps: 1e-6 });
         self.encoder.rope_store_kv(&mut qkv, &self.shape, norm, &angles, &mut self.kv, LAYER);
         qkv
     }

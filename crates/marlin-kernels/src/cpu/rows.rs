@@ -226,7 +226,10 @@ impl Latent<'_> {
         layer: usize,
         simd: SimdLevel,
     ) {
-        let beside = kv.width().checked_sub(self.shape.key_dim()).expect("rows that end in a latent vector and the rotated part");
+        let beside = kv
+            .width()
+            .checked_sub(self.shape.key_dim())
+            .expect("rows that end in a latent vector and the rotated part");
         key.resize(self.shape.key_dim(), 0.0);
         for (sequence, row) in step.sequence_rows() {
             key.copy_from_slice(&kv.row(row)[beside..]);

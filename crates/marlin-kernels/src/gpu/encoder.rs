@@ -297,6 +297,21 @@ impl Encoder<GpuBackend> for GpuEncoder {
         self.attention.attention(gpu, recorder, step, qkv, shape, sinks, kv, layer, out, linear);
     }
 
+    fn rope_attention(
+        &mut self,
+        qkv: &mut GpuBuffer,
+        shape: &AttentionShape,
+        norm: Option<QkNorm<'_, GpuBackend>>,
+        angles: &GpuBuffer,
+        sinks: Option<&GpuVector>,
+        kv: &mut GpuKvCache,
+        layer: usize,
+        out: &mut GpuBuffer,
+    ) {
+        let Self { gpu, recorder, step, linear, attention, .. } = self;
+        attention.rope_attention(gpu, recorder, step, qkv, shape, norm, angles, sinks, kv, layer, out, linear);
+    }
+
     fn select_logit_rows(&mut self, x: &GpuBuffer, out: &mut GpuBuffer) {
         assert_eq!(x.rows, self.step.rows, "a row for each token");
         out.output(self.step.logits, x.width);

@@ -29,6 +29,8 @@ pub(super) struct StepBuffers {
     pub(super) rows: usize,
     /// Those that no query tile has.
     pub(super) untiled: usize,
+    /// No sequence brings more than one.
+    pub(super) is_decode: bool,
     /// Rows whose logits are wanted.
     pub(super) logits: usize,
 }
@@ -61,6 +63,7 @@ impl StepBuffers {
             staged_tiles: Vec::with_capacity(limits.tokens.div_ceil(LEAST_TILED)),
             rows: 0,
             untiled: 0,
+            is_decode: false,
             logits: 0,
         })
     }
@@ -75,6 +78,7 @@ impl StepBuffers {
             self.staged.extend(step.rows(sequence).map(|row| [step.positions[row], table]));
         }
         self.divide_among_tiles(step);
+        self.is_decode = (0..step.sequences()).all(|sequence| step.rows(sequence).len() <= 1);
         (self.rows, self.logits) = (0, 0);
         let tables = size_of_val(step.block_tables);
         if tables as u64 > self.block_tables.buffer.size() {

@@ -39,8 +39,16 @@ impl<B: Backend> GroupedAttention<B> {
         let norm = self.qk_norm.as_ref().map(|norms| QkNorm { q: &norms.q_norm, k: &norms.k_norm, eps });
         let normed = Input::Normed { x: &work.hidden, weight: input_norm, eps };
         encoder.linear(normed, &self.qkv_proj, &mut work.queries);
-        encoder.rope_store_kv(&mut work.queries, &self.shape, norm, &work.angles[self.rope], kv_cache, layer);
-        encoder.attention(&work.queries, &self.shape, self.sinks.as_ref(), kv_cache, layer, &mut work.attention);
+        encoder.rope_attention(
+            &mut work.queries,
+            &self.shape,
+            norm,
+            &work.angles[self.rope],
+            self.sinks.as_ref(),
+            kv_cache,
+            layer,
+            &mut work.attention,
+        );
         self.o_proj.encode(encoder, &work.attention, &mut work.block_output, &mut work.hidden, eps);
     }
 }

@@ -35,9 +35,16 @@ pub(super) struct LatentAttention<B: Backend> {
 
 /// What makes queries, and latent vectors of keys and values.
 enum QueryProjection<B: Backend> {
-    Direct { q_proj: B::Linear, kv_a_proj: B::Linear },
+    Direct {
+        q_proj: B::Linear,
+        kv_a_proj: B::Linear,
+    },
     /// By latent vectors of their own, which one linear makes with those of keys and values.
-    Latent { qkv_a_proj: B::Linear, q_a_norm: B::Vector, q_b_proj: B::Linear },
+    Latent {
+        qkv_a_proj: B::Linear,
+        q_a_norm: B::Vector,
+        q_b_proj: B::Linear,
+    },
 }
 
 impl<B: Backend> LatentAttention<B> {

@@ -106,20 +106,8 @@ impl<B: Backend> Workspace<B> {
         logit_rows: usize,
     ) -> Result<Self, ModelError> {
         let shapes = workspace_shapes(spec, step_tokens, logit_rows);
-        let [
-            hidden,
-            block_output,
-            queries,
-            attention,
-            q,
-            kv,
-            values,
-            gated,
-            of_experts,
-            beside,
-            last_hidden,
-            logits,
-        ] = shapes.map(|(rows, width)| backend.buffer(rows, width));
+        let [hidden, block_output, queries, attention, q, kv, values, gated, of_experts, beside, last_hidden, logits] =
+            shapes.map(|(rows, width)| backend.buffer(rows, width));
         let experts = match &spec.experts {
             None => None,
             Some(experts) => {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use self::combine::{Combine, CombineVariant};
 use self::latent::{LatentAttention, LatentVariant};
-use self::split::{SplitAttention, SplitVariant};
+use self::split::{RotateVariant, Rotation, SplitAttention, SplitVariant};
 use self::store::{LATENT_STORE_SIZE, LatentStoreVariant, StoreVariant};
 use self::tile::{TileAttention, TileVariant};
 use super::device::{Gpu, Storage};
@@ -42,8 +42,13 @@ pub(super) fn compile(gpu: &Gpu, head_dims: &[usize], latent_dims: &[[usize; 2]]
         for packs in [false, true].into_iter().filter(|packs| !packs || packs_heads(gpu, head_dim, values)) {
             gpu.pipeline(&CombineVariant::new(head_dim, values, packs).kernel())?;
             for kv_type in KvType::ALL {
-                for group in [1, 2, 4] {
-                    gpu.pipeline(&SplitVariant::new(gpu, kv_type, head_dim, values, group, packs).kernel())?;
+                for variant in [1, 2, 4].map(|group| SplitVariant::new(gpu, kv_type, head_dim, values, group, packs)) {
+                    gpu.pipeline(&variant.kernel())?;
+                    let ropes = [RopeLayout::HalfSplit, RopeLayout::Interleaved];
+                    let rotates = ropes.into_iter().flat_map(|rope| [false, true].map(|normed| (rope, normed)));
+                    for (rope, normed) in rotates.filter(|_| kv_type == KvType::F16 && values == Values::Cached) {
+                        gpu.pipeline(&variant.rotating(RotateVariant { rope, normed }).kernel())?;
+                    }
                 }
             }
         }
@@ -103,6 +108,23 @@ fn sink_scores<'a>(sinks: Option<&'a GpuVector>, qkv: &'a GpuBuffer) -> &'a Stor
     sinks.map_or(&qkv.storage, |sinks| &sinks.storage)
 }
 
+/// Holds what prepares attention against the cache's layer and the step.
+fn check_rotation(
+    kv: &GpuKvCache,
+    layer: usize,
+    step: &StepBuffers,
+    qkv: &GpuBuffer,
+    shape: &AttentionShape,
+    Rotation { angles, norm }: &Rotation<'_>,
+) {
+    kv.layers[layer].check(shape);
+    assert_eq!((qkv.rows, qkv.width, shape.values), (step.rows, shape.row_width(), Values::Cached));
+    assert!(angles.rows == qkv.rows && angles.width.is_multiple_of(2) && angles.width <= shape.head_dim);
+    for norm in norm.iter().flat_map(|norm| [norm.q, norm.k]) {
+        assert_eq!(norm.values.len(), shape.head_dim, "a norm over a head");
+    }
+}
+
 impl AttentionEncoder {
     pub(super) fn bytes(limits: &StepLimits) -> usize {
         Combine::bytes(limits)
@@ -138,13 +160,9 @@ impl AttentionEncoder {
         kv: &mut GpuKvCache,
         layer: usize,
     ) {
-        let cache = &kv.layers[layer];
-        cache.check(shape);
-        assert_eq!((qkv.rows, qkv.width, shape.values), (step.rows, shape.row_width(), Values::Cached));
-        assert!(angles.rows == qkv.rows && angles.width.is_multiple_of(2) && angles.width <= shape.head_dim);
-        for norm in norm.iter().flat_map(|norm| [norm.q, norm.k]) {
-            assert_eq!(norm.values.len(), shape.head_dim, "a norm over a head");
-        }
+        let rotation = Rotation { angles, norm };
+        check_rotation(kv, layer, step, qkv, shape, &rotation);
+        let (cache, norm) = (&kv.layers[layer], rotation.norm);
         qkv.written();
         let variant = StoreVariant { kv_type: kv.kv_type, normed: norm.is_some(), rope: shape.rope };
         let kernel = match self.store.get(gpu, variant, StoreVariant::kernel) {
@@ -231,6 +249,51 @@ impl AttentionEncoder {
         out: &mut GpuBuffer,
         linear: &mut LinearEncoder,
     ) {
+        self.attend(gpu, recorder, step, qkv, shape, sinks, kv, layer, out, linear, None);
+    }
+
+    /// [`Self::rope_store_kv`] and [`Self::attention`], in one kernel where that can be.
+    #[expect(clippy::too_many_arguments, reason = "those of the operation, and where it is recorded")]
+    pub(super) fn rope_attention(
+        &mut self,
+        gpu: &Gpu,
+        recorder: &mut Recorder,
+        step: &StepBuffers,
+        qkv: &mut GpuBuffer,
+        shape: &AttentionShape,
+        norm: Option<QkNorm<'_, GpuBackend>>,
+        angles: &GpuBuffer,
+        sinks: Option<&GpuVector>,
+        kv: &mut GpuKvCache,
+        layer: usize,
+        out: &mut GpuBuffer,
+        linear: &mut LinearEncoder,
+    ) {
+        let rotation = Rotation { angles, norm };
+        if rotation.fits(gpu, step, shape, kv.kv_type) {
+            check_rotation(kv, layer, step, qkv, shape, &rotation);
+            self.attend(gpu, recorder, step, qkv, shape, sinks, kv, layer, out, linear, Some(&rotation));
+        } else {
+            self.rope_store_kv(gpu, recorder, step, qkv, shape, rotation.norm, angles, kv, layer);
+            self.attend(gpu, recorder, step, qkv, shape, sinks, kv, layer, out, linear, None);
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "those of the operation, and where it is recorded")]
+    fn attend(
+        &mut self,
+        gpu: &Gpu,
+        recorder: &mut Recorder,
+        step: &StepBuffers,
+        qkv: &GpuBuffer,
+        shape: &AttentionShape,
+        sinks: Option<&GpuVector>,
+        kv: &GpuKvCache,
+        layer: usize,
+        out: &mut GpuBuffer,
+        linear: &mut LinearEncoder,
+        rotation: Option<&Rotation<'_>>,
+    ) {
         out.output(step.rows, shape.heads * shape.value_dim());
         kv.layers[layer].check(shape);
         assert_eq!((qkv.rows, qkv.width), (step.rows, shape.row_width()));
@@ -246,7 +309,7 @@ impl AttentionEncoder {
             // The linear that follows finds its input packed, if all of it is.
             let packs = tokens == step.rows && packs_heads(gpu, shape.head_dim, shape.values);
             let packed = if packs { linear.pack_output(out) } else { None };
-            split.run(gpu, recorder, step, tokens, qkv, shape, sinks, kv, layer, out, combine, packed)
+            split.run(gpu, recorder, step, tokens, qkv, shape, sinks, kv, layer, out, combine, packed, rotation)
         };
         if let Err(error) = run() {
             gpu.fail(&error);

@@ -1,15 +1,15 @@
 //! Attention of few queries at a time over many keys: each split of a sequence's positions by itself, then their sums put together.
 
 use super::combine::{Combine, Splits, pack_heads};
-use super::store::{KvPlanes, kv_constants};
+use super::store::{KvPlanes, kv_constants, rope_constant};
 use super::{ATTENTION_TOKEN, sink_scores, window};
 use crate::gpu::device::{Gpu, Storage};
 use crate::gpu::kv::KV_UNIT;
 use crate::gpu::pipeline::{Binding, Kernel, Variants};
 use crate::gpu::recorder::Recorder;
 use crate::gpu::step::StepBuffers;
-use crate::gpu::{GpuArithmetic, GpuBuffer, GpuKvCache, GpuVector};
-use crate::{AttentionShape, KernelError, KvType, Values};
+use crate::gpu::{GpuArithmetic, GpuBackend, GpuBuffer, GpuKvCache, GpuVector};
+use crate::{AttentionShape, KernelError, KvType, QkNorm, RopeLayout, Values};
 
 /// How positions are divided.
 pub(super) const SPLITS: Splits = Splits { least: 64, most: 64, workgroups: 256, one: 128 };
@@ -51,6 +51,33 @@ pub(super) struct SplitVariant {
     exchanges_subgroups: bool,
     /// Heads that one split takes are packed, too.
     packs: bool,
+    /// Rows are rotated, and normalised or not, and their keys and values go into the cache.
+    rotates: Option<RotateVariant>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct RotateVariant {
+    pub(super) rope: RopeLayout,
+    pub(super) normed: bool,
+}
+
+/// What rows are rotated by on their way.
+pub(super) struct Rotation<'a> {
+    pub(super) angles: &'a GpuBuffer,
+    pub(super) norm: Option<QkNorm<'a, GpuBackend>>,
+}
+
+impl Rotation<'_> {
+    /// Whether attention can rotate the rows of a step: each sequence has one, which is rotated by whole units on both sides.
+    pub(super) fn fits(&self, gpu: &Gpu, step: &StepBuffers, shape: &AttentionShape, kv_type: KvType) -> bool {
+        // Where a row must not depend on others, it is the same kernels that prepare it in every step.
+        !gpu.batch_invariant
+            && step.is_decode
+            && kv_type == KvType::F16
+            && shape.values == Values::Cached
+            && shape.head_dim.is_multiple_of(KV_UNIT)
+            && self.angles.width.is_multiple_of(2 * KV_UNIT)
+    }
 }
 
 impl SplitVariant {
@@ -71,11 +98,16 @@ impl SplitVariant {
         };
         let room = (units / (head_dim / KV_UNIT).div_ceil(lanes)).clamp(1, tuning::MOST_HEADS);
         let heads = group.next_power_of_two().min(1 << room.ilog2());
-        Self { kv_type, head_dim, values, heads, lanes, exchanges_subgroups, packs }
+        Self { kv_type, head_dim, values, heads, lanes, exchanges_subgroups, packs, rotates: None }
+    }
+
+    /// The same kernel, which rotates rows on their way.
+    pub(super) fn rotating(self, rotates: RotateVariant) -> Self {
+        Self { rotates: Some(rotates), ..self }
     }
 
     pub(super) fn kernel(self) -> Kernel {
-        let Self { kv_type, head_dim, values, heads, lanes, exchanges_subgroups, packs } = self;
+        let Self { kv_type, head_dim, values, heads, lanes, exchanges_subgroups, packs, rotates } = self;
         let chunks = head_dim / KV_UNIT;
         let units = chunks.div_ceil(lanes);
         // Of values, those that are loaded, those that are of keys; and heads of keys and values beside the queries.
@@ -107,16 +139,18 @@ impl SplitVariant {
             ("KEPT_GROUPS", kept_groups),
             // Heads of a row beside the queries, for each KV head.
             ("BESIDE_QUERIES", beside),
+            ("ROTATIONS", usize::from(rotates.is_some())),
         ];
         let constants = constants.into_iter().chain(SPLITS.constants());
         let constants: String = constants.map(|(name, value)| format!("const {name} = {value}u;\n")).collect();
-        let prelude = format!("{ATTENTION_TOKEN}{}{constants}", kv_constants(kv_type));
+        let mut prelude = format!("{ATTENTION_TOKEN}{}{constants}", kv_constants(kv_type));
         let planes = KvPlanes::of(kv_type);
         let (read, write) = (Binding::read, Binding::write);
+        let plane = if rotates.is_some() { write } else { read };
         let mut bindings = vec![
             read("qkv", "vec4<f32>"),
-            read("keys", planes.reads),
-            read("values", planes.reads),
+            plane("keys", planes.reads),
+            plane("values", planes.reads),
             read("attention_tokens", "AttentionToken"),
             read("block_tables", "u32"),
             write("split_sums", "vec4<f32>"),
@@ -132,13 +166,27 @@ impl SplitVariant {
         } else {
             include_str!("../shaders/exchange_workgroup.wgsl")
         };
-        let files = vec![
+        let mut files = vec![
             exchange,
             planes.load,
             include_str!("../shaders/attention_sinks.wgsl"),
             include_str!("../shaders/attention_splits.wgsl"),
             include_str!("../shaders/attention_split.wgsl"),
         ];
+        if let Some(RotateVariant { rope, normed }) = rotates {
+            bindings.push(read("angles", "vec4<f32>"));
+            files.push(include_str!("../shaders/attention_rotate.wgsl"));
+            prelude += &format!("{}const NORMED = {normed};\n", rope_constant(rope));
+            for (function, weight) in [("normed_query", "q_norm"), ("normed_key", "k_norm")] {
+                let body = if normed {
+                    bindings.push(read(weight, "vec4<f32>"));
+                    format!("Unit(x.low * factor * {weight}[2u * unit], x.high * factor * {weight}[2u * unit + 1u])")
+                } else {
+                    "x".into()
+                };
+                prelude += &format!("fn {function}(x: Unit, unit: u32, factor: f32) -> Unit {{ return {body}; }}\n");
+            }
+        }
         let mut kernel = Kernel { name: "attention_split", prelude, bindings, files };
         pack_heads(&mut kernel, packs, heads * value_dim);
         kernel
@@ -162,6 +210,7 @@ impl SplitAttention {
         out: &GpuBuffer,
         combine: &mut Combine,
         packed: Option<[&Storage; 2]>,
+        rotation: Option<&Rotation<'_>>,
     ) -> Result<(), KernelError> {
         let cache = &kv.layers[layer];
         let window = window(shape);
@@ -173,6 +222,9 @@ impl SplitAttention {
         let splits = step.attention_positions(tokens).map(splits_of).max().unwrap_or(1);
         // Several splits leave it to the kernel that puts them together: one that could pack is slower even where it does not.
         variant.packs &= splits == 1;
+        variant.rotates = rotation.map(|rotation| RotateVariant { rope: shape.rope, normed: rotation.norm.is_some() });
+        let (rotary, eps) = rotation
+            .map_or((0, 0.0), |rotation| (rotation.angles.width, rotation.norm.as_ref().map_or(0.0, |norm| norm.eps)));
         let kernel = self.kernels.get(gpu, variant, SplitVariant::kernel)?;
         let most = if splits == 1 { tokens } else { combine.rows(shape, splits) };
 
@@ -206,11 +258,18 @@ impl SplitAttention {
                 row,
                 position,
                 table,
+                rotary as u32,
+                eps.to_bits(),
             ];
             let workgroups = [splits, workgroups_of_split, count];
             let scales = cache.keys.scales.iter().chain(&cache.values.scales);
             let written = packed.into_iter().flatten();
-            let buffers = buffers.into_iter().chain(scales).chain(written.filter(|_| variant.packs));
+            let angles = rotation.map(|rotation| &rotation.angles.storage);
+            let norms = rotation.and_then(|rotation| rotation.norm.as_ref());
+            let norms = norms.into_iter().flat_map(|norm| [&norm.q.storage, &norm.k.storage]);
+            let rotated_by = angles.into_iter().chain(norms);
+            let written = written.filter(|_| variant.packs);
+            let buffers = buffers.into_iter().chain(scales).chain(rotated_by).chain(written);
             recorder.dispatch(kernel, buffers, &parameters, workgroups);
             if splits > 1 {
                 let rows = [first, count, splits];

@@ -92,7 +92,7 @@ pub(super) struct LatentStoreVariant {
 pub(super) const LATENT_STORE_SIZE: usize = MAX_LATENT_DIM / KV_UNIT;
 
 /// The constant that tells kernels which dimensions are rotated together.
-fn rope_constant(rope: RopeLayout) -> String {
+pub(super) fn rope_constant(rope: RopeLayout) -> String {
     format!("const INTERLEAVED = {};\n", rope == RopeLayout::Interleaved)
 }
 

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
+use super::router::{select_kernel, select_parameters};
 use crate::gpu::GpuArithmetic;
 use crate::gpu::device::{Gpu, Storage};
 use crate::gpu::linear::Packed;
-use super::router::{select_kernel, select_parameters};
 use crate::gpu::pipeline::{Binding, Kernel, Pipeline};
 use crate::gpu::recorder::Recorder;
 use crate::{KernelError, Routing};

@@ -264,7 +264,8 @@ impl Variant {
     fn workgroup_bytes(self) -> usize {
         let kept = if self.keeps_output() { self.rows_at_once() * self.tile.outputs() * size_of::<f32>() } else { 0 };
         // Halves and a scale of each unit, and what 128 invocations reduce: maxima of four octets, and sums.
-        let staged = if self.packing == Packing::Normed { self.staged_units() * (2 * UNIT + 4) + 5 * 128 * 4 } else { 0 };
+        let staged =
+            if self.packing == Packing::Normed { self.staged_units() * (2 * UNIT + 4) + 5 * 128 * 4 } else { 0 };
         self.rows_at_once() * self.row_bytes() + kept + staged
     }
 

@@ -1,10 +1,10 @@
 //! Records linears of groups.
 
+use super::LinearKernels;
 use super::encode::{Epilogue, LinearEncoder, with_shape};
 use super::group::{GpuLinearGroup, GroupPart};
 use super::layout::UNIT;
 use super::pack::{Prepared, RowsToPack, Source, VECTOR, rows};
-use super::LinearKernels;
 use crate::gpu::device::{Gpu, Storage};
 use crate::gpu::experts::{GpuRoutes, select_parameters};
 use crate::gpu::recorder::Recorder;

@@ -356,7 +356,9 @@ impl Place {
         let group = [MATRIX_OF_GROUP, include_str!("../shaders/place_group.wgsl")];
         let own = match self {
             Self::Plain => return vec![MATRIX_OF_ONE, include_str!("../shaders/place_plain.wgsl")],
-            Self::Group(_) => vec![include_str!("../shaders/tiles_sorted.wgsl"), include_str!("../shaders/routing.wgsl")],
+            Self::Group(_) => {
+                vec![include_str!("../shaders/tiles_sorted.wgsl"), include_str!("../shaders/routing.wgsl")]
+            }
             Self::Routed(_) => [include_str!("../shaders/tiles_chosen.wgsl")].into_iter().chain(ROUTE_CHOOSE).collect(),
         };
         group.into_iter().chain(own).collect()

@@ -7,6 +7,9 @@
 // cached beside keys, or the first dimensions of keys: those are loaded once, and dimensions beyond them are summed with the rest of a unit's lanes
 // and left out of the result.
 //
+// If ROTATIONS is 1, and not 0, each sequence brings one token, whose row is as it was projected: queries are normalised and rotated here, and so are its
+// key and value before they go into the cache. Workgroups of the last split write them; where several share a KV head, all write the same.
+//
 // Scores are to base 2. Positions that are not seen read one that is, with weight 0. If there is one split, it gives the result;
 // otherwise `attention_combine` does.
 
@@ -28,6 +31,9 @@ struct Params {
     row: u32,
     position: u32,
     table: u32,
+    // Rotated dimensions, and the epsilon of the norms of heads.
+    rotary: u32,
+    eps: f32,
 }
 var<immediate> params: Params;
 
@@ -143,11 +149,51 @@ fn main(
     let unit@c = min(@cu * LANES + in_group, CHUNKS - 1u);
     let exists@c = @cu * LANES + in_group < CHUNKS;
     @for h < HEADS
-    let q@c_@h = Unit(
+    var q@c_@h = Unit(
         query_vector(query + @hu * VECTORS + 2u * unit@c, exists@c && @hu < count),
         query_vector(query + @hu * VECTORS + 2u * unit@c + 1u, exists@c && @hu < count),
     );
     @end
+    @end
+    @for r < ROTATIONS
+    var squares = vec4<f32>();
+    @for c < UNITS
+    let partner@c = partner_of(unit@c);
+    @for h < HEADS
+    let other@c_@h = Unit(
+        query_vector(query + @hu * VECTORS + 2u * partner@c, @hu < count),
+        query_vector(query + @hu * VECTORS + 2u * partner@c + 1u, @hu < count),
+    );
+    squares[@h] += squares_of(q@c_@h);
+    @end
+    @end
+    let factors = of_all_heads(factor_of_head(sum_of_group(squares)));
+    @for c < UNITS
+    @for h < HEADS
+    q@c_@h = rotated(normed_query(q@c_@h, unit@c, factors[@h]), normed_query(other@c_@h, partner@c, factors[@h]), unit@c, token.row);
+    @end
+    @end
+    if (split_end == end) {
+        let key = (token.row * (params.heads + 2u * params.kv_heads) + params.heads + kv_head) * VECTORS;
+        let value = key + params.kv_heads * VECTORS;
+        let block = block_tables[token.table + token.position / params.block_tokens];
+        let place = head_units + (block * params.block_tokens + token.position % params.block_tokens) * CHUNKS;
+        var key_squares = vec4<f32>();
+        @for c < UNITS
+        let k@c = Unit(query_vector(key + 2u * unit@c, exists@c), query_vector(key + 2u * unit@c + 1u, exists@c));
+        let other_k@c = Unit(qkv[key + 2u * partner@c], qkv[key + 2u * partner@c + 1u]);
+        key_squares.x += squares_of(k@c);
+        @end
+        let factor = of_all_heads(factor_of_head(sum_of_group(key_squares))).x;
+        @for c < UNITS
+        if (group == 0u && exists@c) {
+            let own = normed_key(k@c, unit@c, factor);
+            keys[place + unit@c] = encode(rotated(own, normed_key(other_k@c, partner@c, factor), unit@c, token.row));
+            values[place + unit@c] = encode(Unit(qkv[value + 2u * unit@c], qkv[value + 2u * unit@c + 1u]));
+        }
+        @end
+        storageBarrier();
+    }
     @end
     @for c < VALUE_UNITS
     @for h < HEADS
