@@ -38,7 +38,7 @@ pub struct LayerRange {
 
 impl ExpertLayers {
     /// Every layer from this one on.
-    pub fn from(first: usize) -> Self {
+    pub fn from_layer(first: usize) -> Self {
         Self::Ranges(vec![LayerRange { first, last: None }])
     }
 

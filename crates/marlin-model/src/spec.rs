@@ -298,15 +298,15 @@ impl DecoderSpec {
         KvLayout { block_tokens: BLOCK_TOKENS, layers: self.layers.iter().map(layer).collect() }
     }
 
-    /// The widest rows that any linear multiplies.
+    /// The widest rows that any linear on the device multiplies.
     pub(crate) fn widest_input(&self) -> usize {
         let attention = match self.attention {
             AttentionSpec::Grouped(spec) => spec.q_width(),
             AttentionSpec::Latent(spec) => spec.q_width().max(spec.heads * spec.rank).max(spec.v_width()),
         };
-        let experts =
-            self.experts.map_or(0, |experts| experts.width.max(experts.beside.map_or(0, |mlp| mlp.intermediate_size)));
-        self.hidden_size.max(attention).max(self.mlp.intermediate_size).max(experts)
+        let experts = self.device_experts().map_or(0, |experts| experts.width);
+        let shared = self.shared_mlp().map_or(0, |mlp| mlp.intermediate_size);
+        self.hidden_size.max(attention).max(self.mlp.intermediate_size).max(experts).max(shared)
     }
 
     /// Whether a tensor belongs to a layer that predicts further tokens.

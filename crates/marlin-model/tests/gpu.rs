@@ -109,7 +109,7 @@ fn host_experts(gpu: &'static GpuBackend, kv_type: KvType, bound: f32) {
         let golden = Golden::read(&folder);
         let checkpoint = Checkpoint::open(&folder).unwrap();
         let last = *Planner::new(gpu, &checkpoint).unwrap().expert_layers().last().unwrap();
-        for layers in [ExpertLayers::All, ExpertLayers::from(last)] {
+        for layers in [ExpertLayers::All, ExpertLayers::from_layer(last)] {
             let mut model = Device::Gpu(gpu).load_offloaded(&folder, &options(kv_type), &host, &layers).unwrap();
             for chunk in [golden.input_ids.len(), 1] {
                 let logits = model.logits_of(&golden.input_ids, chunk);

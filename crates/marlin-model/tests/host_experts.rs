@@ -43,7 +43,7 @@ fn logits_agree_with_transformers_whatever_layers_are_on_the_host() {
         let (golden, layers) = (Golden::read(&folder), expert_layers(&folder));
         let last = *layers.last().unwrap();
         for device in [Device::Reference, Device::cpu(Arithmetic::Exact, 1, None)] {
-            for layers in [ExpertLayers::All, ExpertLayers::from(last)] {
+            for layers in [ExpertLayers::All, ExpertLayers::from_layer(last)] {
                 let mut model = load(device, &folder, &layers);
                 // As a prompt, in pieces, and as tokens that are decoded.
                 for chunk in [golden.input_ids.len(), 7, 1] {

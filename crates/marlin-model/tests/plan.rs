@@ -64,7 +64,7 @@ fn each_offloaded_load(device: &CpuBackend) {
         let planner = Planner::new(device, &checkpoint).unwrap();
         let options = LoadOptions { step_tokens: 300, ..LoadOptions::default() };
         let whole = planner.plan(&options).unwrap();
-        for layers in [ExpertLayers::All, ExpertLayers::from(1)] {
+        for layers in [ExpertLayers::All, ExpertLayers::from_layer(1)] {
             let plan = planner.clone().with_offload(&host, &layers).unwrap().plan(&options).unwrap();
             let of_host = plan.host.unwrap();
             assert_eq!(

@@ -199,7 +199,7 @@ impl<B: Backend> Loader<'_, B> {
             feed_forward: match (&spec.experts, host.filter(|_| spec.host_layers.contains(&index))) {
                 (Some(experts), Some(host)) => {
                     let norm = format!("{block}.{}", spec.norms.mlp);
-                    FeedForward::HostExperts(self.host_experts(host, &block, &norm, experts)?)
+                    FeedForward::HostExperts(Box::new(self.host_experts(host, &block, &norm, experts)?))
                 }
                 (Some(experts), None) if layer.has_experts => FeedForward::Experts(self.experts(&block, experts)?),
                 _ => FeedForward::Mlp(self.mlp(&mlp, &spec.mlp, mlp_out_norm)?),

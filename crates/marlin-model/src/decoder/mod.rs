@@ -82,7 +82,7 @@ enum Attention<B: Backend> {
 enum FeedForward<B: Backend> {
     Mlp(Mlp<B>),
     Experts(Experts<B>),
-    HostExperts(HostExperts<B>),
+    HostExperts(Box<HostExperts<B>>),
 }
 
 /// The end of a block: `x += norm(linear(y))`, in most families without the norm.
