@@ -62,7 +62,8 @@ pub trait Backend: MemoryUse + Send + Sync + Sized + 'static {
     /// Makes a buffer of at most `rows` rows of `width` values.
     fn buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer, KernelError>;
 
-    /// Writes `rows` rows into a buffer (embeddings made elsewhere, test inputs); `values` is `[rows, width]`.
+    /// Writes `rows` rows into a buffer (embeddings made elsewhere, test inputs) before anything that is started later; `values` is
+    /// `[rows, width]`. Between operations, [`Encoder::write`] does.
     fn upload(&self, buffer: &mut Self::Buffer, rows: usize, values: &[f32]) -> Result<(), KernelError>;
 
     /// Makes a pool of `blocks` KV blocks for every layer of `layout`.
@@ -85,6 +86,11 @@ pub trait MemoryUse {
     /// Bytes that [`Backend::load_router`] will keep of a router of rows `hidden` wide.
     fn router_bytes(&self, routing: &Routing, hidden: usize) -> usize {
         routing.experts.saturating_mul(hidden + 2).saturating_mul(size_of::<f32>())
+    }
+
+    /// Whether its memory is the host's.
+    fn shares_memory(&self) -> bool {
+        true
     }
 
     /// Bytes of memory that [`Backend::routes`] makes.
@@ -495,4 +501,11 @@ pub trait Encoder<B: Backend> {
 
     /// Runs whatever is recorded and reads the rows of a buffer; `out` has rows × width values.
     fn read(&mut self, buffer: &B::Buffer, out: &mut [f32]) -> Result<(), KernelError>;
+
+    /// Writes `rows` rows into a buffer as one operation among others: those before it see what the buffer held, those after it
+    /// `values`, `[rows, width]`. Starts whatever is recorded.
+    ///
+    /// # Errors
+    /// There are not as many values, the buffer has no room for them, or the device failed before.
+    fn write(&mut self, buffer: &mut B::Buffer, rows: usize, values: &[f32]) -> Result<(), KernelError>;
 }

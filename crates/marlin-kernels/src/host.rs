@@ -67,17 +67,25 @@ impl HostBuffer {
         self.values_mut()
     }
 
-    pub(crate) fn upload(&mut self, rows: usize, values: &[f32]) -> Result<(), KernelError> {
-        if rows > self.capacity || rows.checked_mul(self.width) != Some(values.len()) {
-            return Err(KernelError::BufferShape {
-                found: values.len(),
-                rows,
-                width: self.width,
-                capacity: self.capacity,
-            });
+    /// Makes it hold `rows` rows, `[rows, width]`, for the caller to fill.
+    ///
+    /// # Errors
+    /// It has no room for as many.
+    pub fn fill(&mut self, rows: usize) -> Result<&mut [f32], KernelError> {
+        if rows > self.capacity {
+            let Self { capacity, width, .. } = *self;
+            return Err(KernelError::BufferShape { found: rows.saturating_mul(width), rows, width, capacity });
         }
         self.rows = rows;
-        self.values_mut().copy_from_slice(values);
+        Ok(self.values_mut())
+    }
+
+    pub(crate) fn upload(&mut self, rows: usize, values: &[f32]) -> Result<(), KernelError> {
+        let Self { capacity, width, .. } = *self;
+        if rows.checked_mul(width) != Some(values.len()) {
+            return Err(KernelError::BufferShape { found: values.len(), rows, width, capacity });
+        }
+        self.fill(rows)?.copy_from_slice(values);
         Ok(())
     }
 

@@ -41,9 +41,16 @@ fn refusals<B: Backend>(backend: &B) {
     backend.upload(&mut buffer, 1, &[1.0, 2.0, 3.0]).unwrap();
     let mut encoder = backend.encoder(&LIMITS).unwrap();
     assert!(encoder.read(&buffer, &mut [0.0; 6]).is_err());
+    for (rows, values) in [(1, 2), (1, 4), (3, 9)] {
+        let error = encoder.write(&mut buffer, rows, &vec![0.0; values]).unwrap_err();
+        assert!(matches!(error, KernelError::BufferShape { width: 3, capacity: 2, .. }), "{error}");
+    }
     let mut row = [0.0; 3];
     encoder.read(&buffer, &mut row).unwrap();
     assert_eq!(row, [1.0, 2.0, 3.0]);
+    encoder.write(&mut buffer, 1, &[4.0, 5.0, 6.0]).unwrap();
+    encoder.read(&buffer, &mut row).unwrap();
+    assert_eq!(row, [4.0, 5.0, 6.0]);
 }
 
 #[test]

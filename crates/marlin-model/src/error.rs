@@ -52,6 +52,20 @@ pub enum ModelError {
         /// What it may be.
         wanted: String,
     },
+    /// What is no list of layers.
+    #[error("`{found}` is neither a layer nor a range of layers; wanted a list such as 0-11,20,40-")]
+    LayerRange {
+        /// What was found.
+        found: String,
+    },
+    /// The host cannot be left the experts of these layers.
+    #[error("{model}: experts cannot be left to the host (--expert-device): {problem}")]
+    ExpertLayers {
+        /// The checkpoint.
+        model: String,
+        /// What is wrong, and what there is.
+        problem: String,
+    },
     /// The device failed.
     #[error(transparent)]
     Kernel(#[from] KernelError),

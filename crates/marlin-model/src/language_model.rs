@@ -2,7 +2,7 @@
 
 use marlin_kernels::{DeviceInfo, KvLayout, KvType, RouterLoad, SampleRow, SamplingId};
 
-use crate::{KvPool, ModelError, StepBatch};
+use crate::{ExpertLayers, KvPool, ModelError, StepBatch};
 
 /// A decoder ready to run: what an engine, an evaluation or a quantiser needs of it.
 ///
@@ -72,8 +72,19 @@ pub struct ModelInfo {
     pub weight_bytes: u64,
     /// The device it runs on.
     pub device: DeviceInfo,
+    /// The experts that the host computes beside that device, if there are any.
+    pub host_experts: Option<HostExpertsInfo>,
     /// The device works while the host goes on, so that it pays to start a step before the tokens of the last one are read.
     pub overlaps: bool,
+}
+
+/// Routed experts that the host computes.
+#[derive(Debug, Clone)]
+pub struct HostExpertsInfo {
+    /// Their layers.
+    pub layers: ExpertLayers,
+    /// What computes them.
+    pub device: DeviceInfo,
 }
 
 /// How much room to make when a model is loaded.

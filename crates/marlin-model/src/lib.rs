@@ -2,12 +2,13 @@
 //!
 //! [`load_model`] reads a checkpoint's config.json, finds the family, and builds a decoder on any
 //! [`Backend`](marlin_kernels::Backend). A caller grows its [`KvSequence`]s in the model's [`KvPool`], describes what to run
-//! in a [`StepBatch`], and calls [`LanguageModel::forward`]. What all that takes of a device's memory, a [`Planner`] tells before.
+//! in a [`StepBatch`], and calls [`LanguageModel::forward`]. [`load_model_offloaded`] leaves experts to the host's processor. What all that takes of a device's memory, a [`Planner`] tells before.
 
 mod batch;
 mod config;
 mod decoder;
 mod error;
+mod expert_layers;
 mod families;
 mod kv;
 mod language_model;
@@ -16,9 +17,10 @@ mod rope;
 mod spec;
 
 pub use batch::{LogitRows, StepBatch};
-pub use decoder::load_model;
+pub use decoder::{load_model, load_model_offloaded};
 pub use error::{ConfigError, ModelError};
+pub use expert_layers::{ExpertLayers, ExpertOffload, LayerRange};
 pub use families::supported_architectures;
 pub use kv::{KvPool, KvSequence};
-pub use language_model::{LanguageModel, LayerRouting, LoadOptions, ModelInfo};
-pub use plan::{ExpertShape, MemoryPlan, ModelShape, Planner, format_size};
+pub use language_model::{HostExpertsInfo, LanguageModel, LayerRouting, LoadOptions, ModelInfo};
+pub use plan::{ExpertShape, HostPlan, MemoryPlan, ModelShape, Planner, format_size};

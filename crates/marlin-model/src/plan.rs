@@ -10,9 +10,12 @@ use marlin_checkpoint::{Checkpoint, TensorInfo};
 use marlin_format::Scheme;
 use marlin_kernels::{KernelError, KvLayout, KvType, MemoryUse};
 
-use crate::decoder::{Sizes, angle_shapes, expert_bytes, expert_row_width, kv_b_bytes, kv_blocks, workspace_shapes};
+use crate::decoder::{
+    Sizes, angle_shapes, expert_bytes, expert_work_bytes, host_work_bytes, is_routed, kv_b_bytes, kv_blocks,
+    workspace_shapes,
+};
 use crate::spec::{AttentionSpec, DecoderSpec, layer_of};
-use crate::{LoadOptions, ModelError, families};
+use crate::{ExpertLayers, LoadOptions, ModelError, families};
 
 /// Allowance for code, stacks, the allocator and what a request needs.
 const PROGRAM_BYTES: u64 = 8 << 20;
@@ -20,9 +23,12 @@ const PROGRAM_BYTES: u64 = 8 << 20;
 /// A tokenizer in memory takes about so many times the bytes of its file.
 const TOKENIZER_FACTOR: u64 = 12;
 
-/// Tells what a checkpoint's model will take on a device.
+/// Tells what a checkpoint's model will take on a device, and on the host if experts are left to it.
+#[derive(Clone)]
 pub struct Planner<'a> {
     device: &'a dyn MemoryUse,
+    /// What computes the experts of [`DecoderSpec::host_layers`].
+    host: Option<&'a dyn MemoryUse>,
     checkpoint: &'a Checkpoint,
     architecture: String,
     spec: DecoderSpec,
@@ -95,10 +101,30 @@ pub struct MemoryPlan {
     pub block_bytes: u64,
     /// KV blocks that the device can have at most, however much memory there is.
     pub most_blocks: u64,
+    /// What experts take of the host's memory, if they are left to it.
+    pub host: Option<HostPlan>,
+    /// The device's memory is the host's.
+    pub shares_memory: bool,
+}
+
+/// Memory of the host, in bytes, for experts that are left to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostPlan {
+    /// Their weights as the host holds them.
+    pub weights: u64,
+    /// Buffers of a step and scratch memory.
+    pub activations: u64,
+}
+
+impl HostPlan {
+    /// Everything.
+    pub fn total(&self) -> u64 {
+        self.weights.saturating_add(self.activations)
+    }
 }
 
 impl MemoryPlan {
-    /// Everything.
+    /// Everything on the device; where its memory is the host's, with the experts that are left to the host.
     pub fn total(&self) -> u64 {
         self.without_kv().saturating_add(self.kv_cache)
     }
@@ -116,8 +142,15 @@ impl MemoryPlan {
         Some(self.usable_blocks(memory)? / blocks).filter(|&sequences| sequences > 0)
     }
 
+    /// What the experts that are left to the host take of memory that is not the device's.
+    pub fn host_total(&self) -> u64 {
+        self.host.filter(|_| !self.shares_memory).map_or(0, |host| host.total())
+    }
+
     fn without_kv(&self) -> u64 {
-        [self.activations, self.logits, self.program].iter().fold(self.weights, |sum, &bytes| sum.saturating_add(bytes))
+        let of_host = self.host.filter(|_| self.shares_memory).map_or(0, |host| host.total());
+        let parts = [self.activations, self.logits, self.program, of_host];
+        parts.iter().fold(self.weights, |sum, &bytes| sum.saturating_add(bytes))
     }
 
     /// Blocks that `memory` has room for and the device can have, less the one to spare.
@@ -140,7 +173,12 @@ impl fmt::Display for MemoryPlan {
             format_size(self.activations),
             format_size(self.logits),
             format_size(self.program)
-        )
+        )?;
+        match self.host {
+            None => Ok(()),
+            Some(host) if self.shares_memory => write!(f, ", experts on the host {}", format_size(host.total())),
+            Some(host) => write!(f, "; and {} of the host's memory for experts", format_size(host.total())),
+        }
     }
 }
 
@@ -164,7 +202,27 @@ impl<'a> Planner<'a> {
         let tokenizer = checkpoint.file("tokenizer.json")?.map_or(0, |file| file.len() as u64);
         let program = PROGRAM_BYTES + TOKENIZER_FACTOR * tokenizer;
         let kv_layout = spec.kv_layout();
-        Ok(Self { device, checkpoint, architecture, spec, kv_layout, program })
+        Ok(Self { device, host: None, checkpoint, architecture, spec, kv_layout, program })
+    }
+
+    /// The same for a model whose experts of some layers are left to the host, as by [`crate::load_model_offloaded`].
+    ///
+    /// # Errors
+    /// The model has no such layers, or no experts there.
+    pub fn with_offload(mut self, host: &'a dyn MemoryUse, layers: &ExpertLayers) -> Result<Self, ModelError> {
+        self.spec.host_layers = layers.resolve(&self.spec, self.checkpoint.name())?;
+        self.host = Some(host);
+        Ok(self)
+    }
+
+    /// Layers whose experts are left to the host; `None` if there are none.
+    pub fn host_layers(&self) -> Option<ExpertLayers> {
+        self.host.map(|_| ExpertLayers::of(&self.spec.host_layers))
+    }
+
+    /// Indices of the layers with experts, in ascending order.
+    pub fn expert_layers(&self) -> Vec<usize> {
+        self.spec.expert_layers().collect()
     }
 
     /// `architectures[0]` of config.json.
@@ -185,7 +243,7 @@ impl<'a> Planner<'a> {
             AttentionSpec::Latent(attention) => (attention.heads, Some(attention.rank)),
         };
         let experts = spec.experts.as_ref().map(|experts| ExpertShape {
-            layers: spec.layers.iter().filter(|layer| layer.has_experts).count(),
+            layers: spec.expert_layers().count(),
             routed: experts.routing.experts,
             top_k: experts.routing.top_k,
             width: experts.width,
@@ -244,25 +302,31 @@ impl<'a> Planner<'a> {
         let buffer = |(rows, width): (usize, usize)| (rows as u64).saturating_mul(width as u64).saturating_mul(4);
         let [buffers @ .., logits] = workspace_shapes(&self.spec, options.step_tokens, sizes.logit_rows);
         let scratch = self.device.encoder_bytes(&sizes.step_limits(&self.spec, options.step_tokens)) as u64;
-        let routes = self.spec.experts.map_or(0, |experts| {
-            let width = expert_row_width(self.spec.hidden_size, experts.width);
-            self.device.routes_bytes(&experts.routing, options.step_tokens, width) as u64
+        let (hidden, tokens) = (self.spec.hidden_size, options.step_tokens);
+        let experts = self.spec.device_experts();
+        let experts = experts.map_or(0, |experts| expert_work_bytes(self.device, hidden, &experts, tokens));
+        let (weights, host_weights) = self.weights(scheme)?;
+        let host = self.host.zip(self.spec.host_experts()).map(|(host, experts)| HostPlan {
+            weights: host_weights,
+            activations: host_work_bytes(host, &self.spec, &experts, tokens),
         });
         Ok(MemoryPlan {
             context: sizes.context,
             model_context: self.spec.max_position_embeddings,
-            weights: self.weights(scheme)?,
+            weights,
             kv_cache: self.kv_layout.pool_bytes(options.kv_type, sizes.kv_blocks) as u64,
             activations: buffers
                 .into_iter()
                 .chain(angle_shapes(&self.spec, options.step_tokens))
                 .map(buffer)
-                .fold(scratch.saturating_add(routes), u64::saturating_add),
+                .fold(scratch.saturating_add(experts), u64::saturating_add),
             logits: buffer(logits),
             program: self.program,
             block_tokens: self.kv_layout.block_tokens,
             block_bytes: self.kv_layout.pool_bytes(options.kv_type, 1) as u64,
             most_blocks: self.device.most_kv_blocks(&self.kv_layout, options.kv_type) as u64,
+            host,
+            shares_memory: self.device.shares_memory(),
         })
     }
 
@@ -280,11 +344,12 @@ impl<'a> Planner<'a> {
     /// # Errors
     /// The scheme has no such shape.
     pub fn matrix_bytes(&self, name: &str, rows: usize, cols: usize, scheme: &Scheme) -> Result<u64, ModelError> {
+        let (device, _) = self.device_of(name);
         let bytes = match &self.spec.attention {
             AttentionSpec::Latent(attention) if name.ends_with(".self_attn.kv_b_proj.weight") => {
-                kv_b_bytes(self.device, scheme, attention)
+                kv_b_bytes(device, scheme, attention)
             }
-            _ => self.device.linear_bytes(scheme, rows, cols),
+            _ => device.linear_bytes(scheme, rows, cols),
         };
         bytes.map(|bytes| bytes as u64).map_err(|source| self.weight_error(name, source))
     }
@@ -305,22 +370,36 @@ impl<'a> Planner<'a> {
         }
     }
 
-    fn weights(&self, scheme: impl Fn(&str, &TensorInfo) -> Option<Scheme>) -> Result<u64, ModelError> {
-        let mut sum = 0u64;
+    /// What a tensor is loaded to, and whether that is the host.
+    fn device_of(&self, name: &str) -> (&'a dyn MemoryUse, bool) {
+        let is_on_host =
+            || is_routed(name) && layer_of(name).is_some_and(|layer| self.spec.host_layers.contains(&layer));
+        match self.host {
+            Some(host) if is_on_host() => (host, true),
+            _ => (self.device, false),
+        }
+    }
+
+    /// Bytes on the device and on the host.
+    fn weights(&self, scheme: impl Fn(&str, &TensorInfo) -> Option<Scheme>) -> Result<(u64, u64), ModelError> {
+        // The host has a copy of the norm before its experts.
+        let norms = (self.spec.host_layers.len() * self.spec.hidden_size * size_of::<f32>()) as u64;
+        let (mut of_device, mut of_host) = (0u64, norms);
         for name in self.checkpoint.tensor_names().filter(|name| self.is_loaded(name)) {
             let Some(info) = self.checkpoint.info(name) else { continue };
-            if let Some(bytes) = expert_bytes(self.device, &self.spec, name, &info) {
-                sum = sum.saturating_add(bytes.map_err(|source| self.weight_error(name, source))? as u64);
-                continue;
-            }
-            sum = sum.saturating_add(match (info.shape.as_slice(), scheme(name, &info).or(info.scheme())) {
-                (&[rows, cols], Some(scheme)) => self.matrix_bytes(name, rows, cols, &scheme)?,
+            let (device, is_host) = self.device_of(name);
+            let of_experts = expert_bytes(device, &self.spec, name, &info);
+            let bytes = match (of_experts, info.shape.as_slice(), scheme(name, &info).or(info.scheme())) {
+                (Some(bytes), ..) => bytes.map_err(|source| self.weight_error(name, source))? as u64,
+                (_, &[rows, cols], Some(scheme)) => self.matrix_bytes(name, rows, cols, &scheme)?,
                 // Vectors become f32.
-                (&[len], _) => (len as u64).saturating_mul(4),
+                (_, &[len], _) => (len as u64).saturating_mul(4),
                 _ => info.bytes,
-            });
+            };
+            let sum = if is_host { &mut of_host } else { &mut of_device };
+            *sum = sum.saturating_add(bytes);
         }
-        Ok(sum)
+        Ok((of_device, of_host))
     }
 }
 

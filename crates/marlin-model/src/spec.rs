@@ -1,5 +1,7 @@
 //! A decoder in the terms of its shared blocks: what a family makes of its config.
 
+use std::collections::BTreeSet;
+
 use marlin_kernels::{Activation, AttentionShape, KvLayer, KvLayout, LatentShape, RopeLayout, Routing, Values};
 
 use crate::ConfigError;
@@ -43,6 +45,8 @@ pub(crate) struct DecoderSpec {
     /// Layers that a checkpoint may hold behind the decoder's, numbered on, which predict further tokens (multi-token prediction, DeepSeek-V3,
     /// section 2.2). They are for speculation: the decoder itself does not load them.
     pub(crate) prediction_layers: usize,
+    /// Layers whose routed experts the host computes. Loading chooses them, no family does.
+    pub(crate) host_layers: BTreeSet<usize>,
 }
 
 /// What one layer has of its own.
@@ -252,7 +256,38 @@ impl LatentSpec {
     }
 }
 
+impl ExpertsSpec {
+    /// The same with shared experts as an MLP beside the routed ones.
+    pub(crate) fn with_shared_beside(self) -> Self {
+        let Self { routing, width, activation, .. } = self;
+        let intermediate_size = routing.shared * width;
+        let mlp = MlpSpec { intermediate_size, activation, is_fused: false, bias: false };
+        let beside = self.beside.or((routing.shared > 0).then_some(mlp));
+        Self { routing: Routing { shared: 0, ..routing }, beside, ..self }
+    }
+}
+
 impl DecoderSpec {
+    /// Layers with experts.
+    pub(crate) fn expert_layers(&self) -> impl Iterator<Item = usize> + '_ {
+        (0..self.layers.len()).filter(|&layer| self.experts.is_some() && self.layers[layer].has_experts)
+    }
+
+    /// The experts of layers that the device computes itself, if there are any.
+    pub(crate) fn device_experts(&self) -> Option<ExpertsSpec> {
+        self.experts.filter(|_| self.expert_layers().any(|layer| !self.host_layers.contains(&layer)))
+    }
+
+    /// The experts of layers that the host computes, if there are any.
+    pub(crate) fn host_experts(&self) -> Option<ExpertsSpec> {
+        self.experts.filter(|_| !self.host_layers.is_empty()).map(ExpertsSpec::with_shared_beside)
+    }
+
+    /// The MLP of shared experts beside routed ones, if any layer has one.
+    pub(crate) fn shared_mlp(&self) -> Option<MlpSpec> {
+        self.host_experts().or(self.device_experts())?.beside
+    }
+
     /// How the KV cache is laid out.
     pub(crate) fn kv_layout(&self) -> KvLayout {
         let (heads, key_dim, value_dim) = match self.attention {
@@ -263,15 +298,15 @@ impl DecoderSpec {
         KvLayout { block_tokens: BLOCK_TOKENS, layers: self.layers.iter().map(layer).collect() }
     }
 
-    /// The widest rows that any linear multiplies.
+    /// The widest rows that any linear on the device multiplies.
     pub(crate) fn widest_input(&self) -> usize {
         let attention = match self.attention {
             AttentionSpec::Grouped(spec) => spec.q_width(),
             AttentionSpec::Latent(spec) => spec.q_width().max(spec.heads * spec.rank).max(spec.v_width()),
         };
-        let experts =
-            self.experts.map_or(0, |experts| experts.width.max(experts.beside.map_or(0, |mlp| mlp.intermediate_size)));
-        self.hidden_size.max(attention).max(self.mlp.intermediate_size).max(experts)
+        let experts = self.device_experts().map_or(0, |experts| experts.width);
+        let shared = self.shared_mlp().map_or(0, |mlp| mlp.intermediate_size);
+        self.hidden_size.max(attention).max(self.mlp.intermediate_size).max(experts).max(shared)
     }
 
     /// Whether a tensor belongs to a layer that predicts further tokens.

@@ -3,7 +3,7 @@
 mod common;
 
 use std::alloc::System;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use common::{golden, goldens, packed, schemes, sparse_schemes};
 use marlin_checkpoint::Checkpoint;
@@ -11,7 +11,10 @@ use marlin_format::Format;
 use marlin_kernels::KvType;
 use marlin_kernels::cpu::{CpuBackend, CpuOptions};
 use marlin_kernels::reference::ReferenceBackend;
-use marlin_model::{ExpertShape, LoadOptions, ModelError, Planner, load_model};
+use marlin_model::{
+    ExpertLayers, ExpertOffload, ExpertShape, LanguageModel, LoadOptions, MemoryPlan, ModelError, Planner, load_model,
+    load_model_offloaded,
+};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
 #[global_allocator]
@@ -30,6 +33,7 @@ fn backend() -> CpuBackend {
 fn plans_are_what_loading_allocates() {
     let backend = backend();
     each_load(&backend, goldens());
+    each_offloaded_load(&backend);
     answers_agree_with_plans(&backend);
     unsuitable_options_are_refused(&backend);
 }
@@ -46,17 +50,48 @@ fn each_load(backend: &CpuBackend, stored: Vec<PathBuf>) {
         let checkpoint = Checkpoint::open(&folder).unwrap();
         for options in [LoadOptions::default(), wide, many] {
             let plan = Planner::new(backend, &checkpoint).unwrap().plan(&options).unwrap();
-            let planned = plan.total() - plan.program;
-            let region = Region::new(ALLOCATOR);
-            let model = load_model(backend, &checkpoint, &options).unwrap();
-            let change = region.change();
-            let allocated = (change.bytes_allocated - change.bytes_deallocated) as u64;
-            drop(model);
-            let name = folder.display();
-            let range = planned..planned + SLACK;
-            assert!(range.contains(&allocated), "{name}: {allocated} allocated, {planned} planned: {plan:?}");
+            assert_allocates(&plan, &folder, || load_model(backend, &checkpoint, &options).unwrap());
         }
     }
+}
+
+/// Loads models whose experts are left to a host: both devices together are as planned, which here have one memory.
+fn each_offloaded_load(device: &CpuBackend) {
+    let host = CpuBackend::new(CpuOptions { threads: Some(2), ..CpuOptions::default() }).unwrap();
+    for name in ["mixtral-top2", "glm4moelite-shared-mtp", "glm4moe-fused-shared2", "gptoss-mxfp4"] {
+        let folder = golden(name);
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        let planner = Planner::new(device, &checkpoint).unwrap();
+        let options = LoadOptions { step_tokens: 300, ..LoadOptions::default() };
+        let whole = planner.plan(&options).unwrap();
+        for layers in [ExpertLayers::All, ExpertLayers::from_layer(1)] {
+            let plan = planner.clone().with_offload(&host, &layers).unwrap().plan(&options).unwrap();
+            let of_host = plan.host.unwrap();
+            assert_eq!(
+                plan.total() - plan.kv_cache,
+                plan.weights + plan.activations + plan.logits + plan.program + of_host.total()
+            );
+            // The device keeps what is not of routed experts.
+            let norms = of_host.weights - (whole.weights - plan.weights);
+            assert!(of_host.weights > norms && norms <= 2 * 64 * 4, "{name}, layers {layers}: {plan:?}, {whole:?}");
+            let offload = ExpertOffload { host: host.clone(), layers };
+            assert_allocates(&plan, &folder, || {
+                load_model_offloaded(device, Some(&offload), &checkpoint, &options).unwrap()
+            });
+        }
+    }
+}
+
+/// Holds what a load allocates against its plan.
+fn assert_allocates(plan: &MemoryPlan, folder: &Path, load: impl FnOnce() -> Box<dyn LanguageModel>) {
+    let planned = plan.total() - plan.program;
+    let region = Region::new(ALLOCATOR);
+    let model = load();
+    let change = region.change();
+    let allocated = (change.bytes_allocated - change.bytes_deallocated) as u64;
+    drop(model);
+    let (name, range) = (folder.display(), planned..planned + SLACK);
+    assert!(range.contains(&allocated), "{name}: {allocated} allocated, {planned} planned: {plan:?}");
 }
 
 /// The longest context and the most sequences fit; one more does not.

@@ -31,6 +31,7 @@ impl<F: Fn(u32, u32) -> [f32; VOCABULARY] + Send> Fake<F> {
             kv_type: KvType::F32,
             weight_bytes: 0,
             device: DeviceInfo { name: "fake".into(), detail: String::new() },
+            host_experts: None,
             overlaps: false,
         };
         // Just enough for one window: blocks that are not given back are missed at once.

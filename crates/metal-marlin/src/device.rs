@@ -1,14 +1,16 @@
 //! Which device a model runs on, and how.
 
+use std::fmt;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use marlin_checkpoint::Checkpoint;
-use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions};
+use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions, TileFile};
 use marlin_kernels::gpu::{GpuArithmetic, GpuBackend, GpuChoice, GpuOptions};
-use marlin_kernels::{KernelError, KvType, MemoryUse};
-use marlin_model::{LanguageModel, LoadOptions, ModelError};
+use marlin_kernels::{Backend, DeviceInfo, KernelError, KvType, MemoryUse};
+use marlin_model::{ExpertLayers, ExpertOffload, LanguageModel, LoadOptions, ModelError, Planner};
 
 use crate::model_cache::ModelCache;
 
@@ -27,6 +29,11 @@ pub struct DeviceOptions {
     /// CPU threads [default: one for each performance core]
     #[arg(long, value_name = "N", value_parser = parse_threads)]
     pub threads: Option<NonZeroUsize>,
+
+    /// Leave the experts of a mixture to the processor, in its memory, and all else to the GPU: cpu for every layer's, or
+    /// cpu:LAYERS for those of some, such as cpu:0-11,20,40- (`plan` tells how many let a model fit)
+    #[arg(long, value_name = "cpu[:LAYERS]")]
+    pub expert_device: Option<ExpertDevice>,
 
     /// Keep activations in f32 instead of rounding them, to int8 on a CPU and to f16 on a GPU, before each matrix product:
     /// slower, closer to the original
@@ -65,13 +72,45 @@ impl FromStr for DeviceChoice {
     }
 }
 
+/// Experts that are left to the processor, as `--expert-device` names them: those of every layer, or of some.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExpertDevice(pub ExpertLayers);
+
+impl FromStr for ExpertDevice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.strip_prefix("cpu:")) {
+            ("cpu", _) => Ok(Self(ExpertLayers::All)),
+            (_, Some(layers)) => layers.parse().map(Self).map_err(|error: ModelError| error.to_string()),
+            _ => Err("must be cpu, or cpu:LAYERS such as cpu:0-11,20,40-".into()),
+        }
+    }
+}
+
+impl fmt::Display for ExpertDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            ExpertLayers::All => f.write_str("cpu"),
+            layers => write!(f, "cpu:{layers}"),
+        }
+    }
+}
+
 /// An open device.
 #[derive(Debug)]
 pub enum Device {
     /// The processor.
     Cpu(CpuBackend),
-    /// A GPU.
-    Gpu(GpuBackend),
+    /// A GPU, and the processor for what is left to it.
+    Gpu {
+        /// The GPU.
+        backend: GpuBackend,
+        /// How the processor is used beside it.
+        host: CpuOptions,
+        /// Experts that are left to the processor.
+        offload: Option<ExpertOffload>,
+    },
 }
 
 impl Device {
@@ -79,7 +118,27 @@ impl Device {
     pub fn memory_use(&self) -> &dyn MemoryUse {
         match self {
             Self::Cpu(backend) => backend,
-            Self::Gpu(backend) => backend,
+            Self::Gpu { backend, .. } => backend,
+        }
+    }
+
+    /// What this device is.
+    pub fn info(&self) -> DeviceInfo {
+        match self {
+            Self::Cpu(backend) => backend.info(),
+            Self::Gpu { backend, .. } => backend.info(),
+        }
+    }
+
+    /// Tells what a checkpoint's model will take on it.
+    ///
+    /// # Errors
+    /// The model is not supported, or lacks the experts that are to be left to the processor.
+    pub fn planner<'a>(&'a self, checkpoint: &'a Checkpoint) -> Result<Planner<'a>, ModelError> {
+        let planner = Planner::new(self.memory_use(), checkpoint)?;
+        match self.offload() {
+            Some(ExpertOffload { host, layers }) => planner.with_offload(host, layers),
+            None => Ok(planner),
         }
     }
 
@@ -87,7 +146,7 @@ impl Device {
     pub fn cpu(&self) -> Option<&CpuBackend> {
         match self {
             Self::Cpu(backend) => Some(backend),
-            Self::Gpu(_) => None,
+            Self::Gpu { .. } => None,
         }
     }
 
@@ -95,7 +154,15 @@ impl Device {
     pub fn gpu(&self) -> Option<&GpuBackend> {
         match self {
             Self::Cpu(_) => None,
-            Self::Gpu(backend) => Some(backend),
+            Self::Gpu { backend, .. } => Some(backend),
+        }
+    }
+
+    /// The experts that a GPU leaves to the processor.
+    pub fn offload(&self) -> Option<&ExpertOffload> {
+        match self {
+            Self::Cpu(_) => None,
+            Self::Gpu { offload, .. } => offload.as_ref(),
         }
     }
 
@@ -106,17 +173,28 @@ impl Device {
 
     /// Whether it uses the machine's memory, and not its own.
     pub fn shares_memory(&self) -> bool {
-        self.gpu().is_none_or(|gpu| gpu.caps().shares_memory)
+        self.memory_use().shares_memory()
     }
 
-    /// Loads a checkpoint's model.
+    /// Loads a checkpoint's model; linears of the processor come from `tiles` or are kept there.
     ///
     /// # Errors
-    /// What [`marlin_model::load_model`] fails with.
-    pub fn load(&self, checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Box<dyn LanguageModel>, ModelError> {
+    /// What [`marlin_model::load_model_offloaded`] fails with.
+    pub fn load(
+        &self,
+        checkpoint: &Checkpoint,
+        options: &LoadOptions,
+        tiles: Option<&Arc<TileFile>>,
+    ) -> Result<Box<dyn LanguageModel>, ModelError> {
+        let with_tiles = |cpu: &CpuBackend| tiles.map_or_else(|| cpu.clone(), |file| cpu.with_tiles(Arc::clone(file)));
         match self {
-            Self::Cpu(backend) => marlin_model::load_model(backend, checkpoint, options),
-            Self::Gpu(backend) => marlin_model::load_model(backend, checkpoint, options),
+            Self::Cpu(backend) => marlin_model::load_model(&with_tiles(backend), checkpoint, options),
+            Self::Gpu { backend, offload, .. } => {
+                let offload = offload
+                    .as_ref()
+                    .map(|offload| ExpertOffload { host: with_tiles(&offload.host), layers: offload.layers.clone() });
+                marlin_model::load_model_offloaded(backend, offload.as_ref(), checkpoint, options)
+            }
         }
     }
 }
@@ -135,7 +213,12 @@ impl DeviceOptions {
     /// # Errors
     /// There is no such device, or it lacks what is needed of it.
     pub fn open(&self) -> Result<Device, KernelError> {
-        let open_cpu = || CpuBackend::new(self.cpu()).map(Device::Cpu);
+        let open_cpu = || {
+            if let Some(experts) = &self.expert_device {
+                eprintln!("note: the whole model runs on the CPU; --expert-device {experts} changes nothing");
+            }
+            CpuBackend::new(self.cpu()).map(Device::Cpu)
+        };
         let adapter = match self.device {
             DeviceChoice::Gpu(index) => index.into(),
             DeviceChoice::Auto if may_have_gpu() => GpuChoice::FirstHardware,
@@ -154,8 +237,16 @@ impl DeviceOptions {
                 eprintln!("warning: the GPU cannot be used, the CPU is: {error}");
                 open_cpu()
             }
-            opened => opened.map(Device::Gpu),
+            opened => self.gpu(opened?),
         }
+    }
+
+    /// A GPU, with what is left to the processor.
+    fn gpu(&self, backend: GpuBackend) -> Result<Device, KernelError> {
+        let offload = self.expert_device.as_ref().map(|ExpertDevice(layers)| {
+            Ok::<_, KernelError>(ExpertOffload { host: CpuBackend::new(self.cpu())?, layers: layers.clone() })
+        });
+        Ok(Device::Gpu { backend, host: self.cpu(), offload: offload.transpose()? })
     }
 
     /// How the CPU is used.
@@ -204,4 +295,20 @@ impl From<KvFormat> for KvType {
 pub fn parse_threads(text: &str) -> Result<NonZeroUsize, String> {
     let threads = text.parse().ok().filter(|threads: &NonZeroUsize| threads.get() <= MOST_THREADS);
     threads.ok_or_else(|| format!("must be a number from 1 to {MOST_THREADS}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn experts_are_left_to_the_cpu_by_layers() {
+        for text in ["cpu", "cpu:0-11,20,40-", "cpu:7"] {
+            assert_eq!(text.parse::<ExpertDevice>().unwrap().to_string(), text);
+        }
+        for text in ["", "gpu", "cpu:", "cpu:3-1", "cpu,3", "CPU", "cpu:all", "0-11"] {
+            let error = text.parse::<ExpertDevice>().unwrap_err();
+            assert!(error.contains("0-11,20,40-"), "{text}: {error}");
+        }
+    }
 }

@@ -250,7 +250,7 @@ pub fn load_model(
     device: &Device,
     options: &LoadOptions,
 ) -> Result<Box<dyn LanguageModel>, LoadError> {
-    device.load(checkpoint, options).map_err(LoadError::Model)
+    device.load(checkpoint, options, None).map_err(LoadError::Model)
 }
 
 #[cfg(feature = "bundled-model")]

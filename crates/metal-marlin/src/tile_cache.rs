@@ -15,7 +15,7 @@ use std::time::SystemTime;
 use marlin_checkpoint::Checkpoint;
 use marlin_kernels::KernelError;
 use marlin_kernels::cpu::{CpuBackend, TileFile, TileFileOptions};
-use marlin_model::{LanguageModel, LoadOptions, Planner};
+use marlin_model::{ExpertLayers, LanguageModel, LoadOptions};
 use sha2::{Digest, Sha256};
 
 use crate::LoadError;
@@ -51,7 +51,8 @@ pub struct KeptTiles {
 }
 
 /// Loads a model as [`load_model`] does. On a CPU, a model of 256 MiB or more that lies in a folder is mapped from the [`ModelCache`] if its
-/// tiles are there, and they are put there if not, where the disk leaves a gibibyte free. Why they cannot be is said on standard error.
+/// tiles are there, and they are put there if not, where the disk leaves a gibibyte free. So are experts that a GPU leaves to the CPU. Why
+/// they cannot be is said on standard error.
 ///
 /// # Errors
 /// The model does not load.
@@ -60,14 +61,16 @@ pub fn load_model_kept(
     device: &Device,
     options: &LoadOptions,
 ) -> Result<Box<dyn LanguageModel>, LoadError> {
-    let Device::Cpu(backend) = device else { return load_model(checkpoint, device, options) };
-    let file = ModelCache::from_env().and_then(|cache| cache.tile_file(backend, checkpoint, options));
+    let Some(cpu) = device.cpu().or(device.offload().map(|offload| &offload.host)) else {
+        return load_model(checkpoint, device, options);
+    };
+    let file = ModelCache::from_env().and_then(|cache| cache.tile_file(cpu, device, checkpoint, options));
     let file = file.unwrap_or_else(|error| {
         warn(&error);
         None
     });
     let Some(file) = file.map(Arc::new) else { return load_model(checkpoint, device, options) };
-    let model = load_model(checkpoint, &Device::Cpu(backend.with_tiles(Arc::clone(&file))), options)?;
+    let model = device.load(checkpoint, options, Some(&file)).map_err(LoadError::Model)?;
     file.finish();
     Ok(model)
 }
@@ -118,27 +121,44 @@ impl ModelCache {
         fs::remove_file(&tiles.path).map_err(CacheError::io("remove", &tiles.path))
     }
 
-    /// The file of a model's tiles, to read or to make; `None` for a model that none is kept of, and while another process makes it.
+    /// The file of the tiles that a processor loads of a model, to read or to make; `None` for a model that none is kept of, and while
+    /// another process makes it. Experts that are left to the processor have a file of their own, unless all of the model has one.
     fn tile_file(
         &self,
-        backend: &CpuBackend,
+        cpu: &CpuBackend,
+        device: &Device,
         checkpoint: &Checkpoint,
         options: &LoadOptions,
     ) -> Result<Option<TileFile>, CacheError> {
         let folder = checkpoint.folder().and_then(|folder| folder.canonicalize().ok());
         let (Some(folder), Some(fingerprint)) = (folder, checkpoint.fingerprint()) else { return Ok(None) };
         // What is wrong with the model is for loading it to say.
-        let plan = Planner::new(backend, checkpoint).and_then(|planner| planner.plan(options));
-        let Some(bytes) = plan.ok().map(|plan| plan.weights).filter(|&bytes| bytes >= LEAST_BYTES) else {
+        let Ok((plan, layers)) =
+            device.planner(checkpoint).and_then(|planner| Ok((planner.plan(options)?, planner.host_layers())))
+        else {
             return Ok(None);
         };
-        let id = id(checkpoint.name(), &folder, &backend.tile_layout()?);
-        let (path, lock) = (self.tiles_folder().join(format!("{id}.{EXTENSION}")), self.lock_path(&id));
-        let model = folder.display().to_string();
-        let file = TileFile::open(
-            backend,
-            TileFileOptions { path: path.clone(), lock, fingerprint, model, report: |e| warn(e) },
-        )?;
+        let bytes = plan.host.map_or(plan.weights, |host| host.weights);
+        if bytes < LEAST_BYTES {
+            return Ok(None);
+        }
+        let layout = cpu.tile_layout()?;
+        let file_of = |layers: Option<&ExpertLayers>| {
+            let id = id(checkpoint.name(), &folder, layers, &layout);
+            let (path, lock) = (self.tiles_folder().join(format!("{id}.{EXTENSION}")), self.lock_path(&id));
+            let (fingerprint, model) = (fingerprint.clone(), folder.display().to_string());
+            TileFileOptions { path, lock, fingerprint, model, report: |e| warn(e) }
+        };
+        if layers.is_some() {
+            let whole = file_of(None);
+            if let Some(file) = TileFile::open_stored(cpu, &whole)? {
+                touch(&whole.path);
+                return Ok(Some(file));
+            }
+        }
+        let options = file_of(layers.as_ref());
+        let path = options.path.clone();
+        let file = TileFile::open(cpu, options)?;
         match &file {
             Some(file) if file.is_stored() => touch(&path),
             Some(_) => self.require_room(bytes)?,
@@ -158,11 +178,14 @@ impl ModelCache {
 }
 
 /// A name that tells people what it is, and programs everything but the state of the weights: what was made of an older one is replaced.
-fn id(name: &str, folder: &Path, layout: &str) -> String {
-    let hash = hub::hex(&Sha256::digest(format!("{}\n{layout}", folder.display())));
+/// `layers` are those whose experts it holds, if it holds nothing else.
+fn id(name: &str, folder: &Path, layers: Option<&ExpertLayers>, layout: &str) -> String {
+    let experts = layers.map_or_else(String::new, |layers| format!("\nexperts of layers {layers}"));
+    let hash = hub::hex(&Sha256::digest(format!("{}\n{layout}{experts}", folder.display())));
     let name = name.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
     let words = name.replace(|c: char| !c.is_ascii_alphanumeric() && c != '.', "-");
-    format!("{}-{}", words.trim_matches(['-', '.']), &hash[..12])
+    let part = if layers.is_some() { "-experts" } else { "" };
+    format!("{}{part}-{}", words.trim_matches(['-', '.']), &hash[..12])
 }
 
 /// Bytes that a user may still write to the disk of a folder.

@@ -63,6 +63,7 @@ impl FakeModel {
             kv_type: KvType::F16,
             weight_bytes: 0,
             device: DeviceInfo { name: "fake".into(), detail: String::new() },
+            host_experts: None,
             overlaps: sizes.overlaps,
         };
         let kv = KvPool::new(layout, sizes.blocks);

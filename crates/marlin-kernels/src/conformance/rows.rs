@@ -24,6 +24,7 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
         table.add(device, format!("rope-angles/{frequencies}"), move |device| angles(device, frequencies, scaling));
     }
     table.add(device, "select-logit-rows".into(), select);
+    table.add(device, "write".into(), write);
     for width in [1, 67, 5000] {
         table.add(device, format!("soft-cap/width={width}"), move |device| soft_cap(device, width));
     }
@@ -200,6 +201,37 @@ impl Case for Angles {
         encoder.begin(&step.step());
         encoder.rope_angles(&inv_freq, self.scaling, &mut out);
         read::<B>(&mut encoder, &out, self.tokens * width)
+    }
+}
+
+fn write<B: Backend>(device: &Device<B>) -> Result<(), String> {
+    let mut rng = Rng(14);
+    for rows in [[1, 1, 1], [2, 9, 5], [9, 1, 9]] {
+        let written = rows.map(|rows| rng.normals(rows * 33));
+        device.check(&Write { written, weight: rng.normals(33) }, 1e-12, &format!("{rows:?} rows"))?;
+    }
+    Ok(())
+}
+
+/// A buffer that the host writes between operations: each of them sees what was written last.
+struct Write {
+    /// `[rows, 33]` of each time.
+    written: [Vec<f32>; 3],
+    weight: Vec<f32>,
+}
+
+impl Case for Write {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<f32> {
+        let weight = backend.load_vector(&self.weight).expect("a vector");
+        let mut encoder = backend.encoder(&limits(9, 33)).expect("an encoder");
+        let mut x = poisoned(backend, 9, 33);
+        let mut outs = [(); 3].map(|()| poisoned(backend, 9, 33));
+        for (values, out) in self.written.iter().zip(&mut outs) {
+            encoder.write(&mut x, values.len() / 33, values).expect("rows that fit");
+            encoder.rms_norm(&x, &weight, 1e-6, out);
+        }
+        let outs = outs.iter().zip(&self.written);
+        outs.flat_map(|(out, values)| read::<B>(&mut encoder, out, values.len())).collect()
     }
 }
 

@@ -484,4 +484,8 @@ impl Encoder<CpuBackend> for CpuEncoder {
     fn read(&mut self, buffer: &HostBuffer, out: &mut [f32]) -> Result<(), KernelError> {
         buffer.read(out)
     }
+
+    fn write(&mut self, buffer: &mut HostBuffer, rows: usize, values: &[f32]) -> Result<(), KernelError> {
+        buffer.upload(rows, values)
+    }
 }

@@ -350,6 +350,12 @@ impl Encoder<GpuBackend> for GpuEncoder {
         }
         self.read_storage(&buffer.storage, bytemuck::cast_slice_mut(out))
     }
+
+    fn write(&mut self, buffer: &mut GpuBuffer, rows: usize, values: &[f32]) -> Result<(), KernelError> {
+        // What is recorded reads the rows before.
+        self.recorder.flush();
+        buffer.upload(&self.gpu, rows, values)
+    }
 }
 
 impl GpuEncoder {

@@ -126,6 +126,10 @@ impl MemoryUse for GpuBackend {
         GpuLinear::bytes(scheme, rows, cols, self.gpu.arithmetic)
     }
 
+    fn shares_memory(&self) -> bool {
+        self.gpu.caps.shares_memory
+    }
+
     fn routes_bytes(&self, routing: &Routing, tokens: usize, width: usize) -> usize {
         GpuRoutes::bytes(&self.gpu, routing, tokens, width)
     }
@@ -197,13 +201,7 @@ impl Backend for GpuBackend {
     }
 
     fn upload(&self, buffer: &mut GpuBuffer, rows: usize, values: &[f32]) -> Result<(), KernelError> {
-        let GpuBuffer { width, capacity, .. } = *buffer;
-        if rows > capacity || rows.checked_mul(width) != Some(values.len()) {
-            return Err(KernelError::BufferShape { found: values.len(), rows, width, capacity });
-        }
-        buffer.output(rows, width);
-        self.gpu.write(&buffer.storage, 0, bytemuck::cast_slice(values));
-        self.gpu.check()
+        buffer.upload(&self.gpu, rows, values)
     }
 
     fn kv_cache(&self, layout: &KvLayout, kv_type: KvType, blocks: usize) -> Result<GpuKvCache, KernelError> {
@@ -225,6 +223,17 @@ impl GpuBuffer {
         assert!(rows <= self.capacity, "{rows} rows for a buffer of {}", self.capacity);
         self.rows = rows;
         self.written();
+    }
+
+    /// Writes rows before anything that is submitted later.
+    fn upload(&mut self, gpu: &Gpu, rows: usize, values: &[f32]) -> Result<(), KernelError> {
+        let Self { width, capacity, .. } = *self;
+        if rows > capacity || rows.checked_mul(width) != Some(values.len()) {
+            return Err(KernelError::BufferShape { found: values.len(), rows, width, capacity });
+        }
+        self.output(rows, width);
+        gpu.write(&self.storage, 0, bytemuck::cast_slice(values));
+        gpu.check()
     }
 
     /// Its values change.

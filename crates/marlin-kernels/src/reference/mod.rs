@@ -508,6 +508,10 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
     fn read(&mut self, buffer: &HostBuffer, out: &mut [f32]) -> Result<(), KernelError> {
         buffer.read(out)
     }
+
+    fn write(&mut self, buffer: &mut HostBuffer, rows: usize, values: &[f32]) -> Result<(), KernelError> {
+        buffer.upload(rows, values)
+    }
 }
 
 /// The rows that a linear multiplies.

@@ -12,32 +12,51 @@ use super::workspace::{ExpertWork, Workspace};
 use crate::ModelError;
 use crate::spec::{DecoderSpec, ExpertStorage, ExpertsSpec};
 
-/// A mixture of experts; gate and up of an expert are one matrix. Shared experts follow the routed ones.
+/// A mixture of experts on one device.
 pub(super) struct Experts<B: Backend> {
+    routed: RoutedExperts<B>,
+    /// Shared experts that are wider than the others.
+    beside: Option<Mlp<B>>,
+}
+
+/// Experts that a router chooses; gate and up of an expert are one matrix. Shared experts that are as wide follow the routed ones.
+pub(super) struct RoutedExperts<B: Backend> {
     router: B::Router,
     gate_up_proj: B::LinearGroup,
     activation: Activation,
     down_proj: B::LinearGroup,
-    /// Shared experts that are wider than the others.
-    beside: Option<Mlp<B>>,
 }
 
 impl<B: Backend> Experts<B> {
     /// Adds what experts make of the normalised `hidden` to it.
     pub(super) fn encode(&self, encoder: &mut B::Encoder, work: &mut Workspace<B>, input_norm: &B::Vector, eps: f32) {
-        let normed = || Input::Normed { x: &work.hidden, weight: input_norm, eps };
-        let ExpertWork { routes, gated, beside } =
-            work.experts.as_mut().expect("a model with experts has room for their rows");
         // All that reads `hidden` comes before what adds to it.
         if let Some(mlp) = &self.beside {
-            mlp.encode_gated(encoder, normed(), beside);
+            let normed = Input::Normed { x: &work.hidden, weight: input_norm, eps };
+            mlp.encode_gated(encoder, normed, &mut work.shared);
         }
+        let experts = work.experts.as_mut().expect("a model with experts has room for their rows");
+        self.routed.encode(encoder, &mut work.hidden, experts, input_norm, eps);
+        if let Some(mlp) = &self.beside {
+            mlp.down_proj.encode(encoder, &work.shared, &mut work.block_output, &mut work.hidden, eps);
+        }
+    }
+}
+
+impl<B: Backend> RoutedExperts<B> {
+    /// Adds what each row's experts make of the normalised `hidden` to it.
+    pub(super) fn encode(
+        &self,
+        encoder: &mut B::Encoder,
+        hidden: &mut B::Buffer,
+        ExpertWork { routes, gated }: &mut ExpertWork<B>,
+        input_norm: &B::Vector,
+        eps: f32,
+    ) {
+        let normed = || Input::Normed { x: &*hidden, weight: input_norm, eps };
         encoder.route(normed(), &self.router, routes);
         encoder.expert_gated(normed(), routes, &self.gate_up_proj, self.activation, gated);
-        encoder.expert_combine(gated, routes, &self.down_proj, &mut work.hidden);
-        if let Some(mlp) = &self.beside {
-            mlp.down_proj.encode(encoder, beside, &mut work.block_output, &mut work.hidden, eps);
-        }
+        encoder.expert_combine(gated, routes, &self.down_proj, hidden);
     }
 }
 
@@ -50,8 +69,25 @@ struct Names {
     modules: [&'static str; 3],
 }
 
+impl Names {
+    fn shared(&self) -> String {
+        format!("{}.shared_experts", self.block)
+    }
+}
+
 impl<B: Backend> Loader<'_, B> {
     pub(super) fn experts(&self, layer: &str, spec: &ExpertsSpec) -> Result<Experts<B>, ModelError> {
+        Ok(Experts { routed: self.routed_experts(layer, spec)?, beside: self.shared_mlp(layer, spec)? })
+    }
+
+    /// Shared experts that are an MLP by themselves, if there are any.
+    pub(super) fn shared_mlp(&self, layer: &str, spec: &ExpertsSpec) -> Result<Option<Mlp<B>>, ModelError> {
+        let block = self.expert_names(layer, spec.storage).shared();
+        spec.beside.as_ref().map(|mlp| self.mlp(&block, mlp, None)).transpose()
+    }
+
+    /// The router and its experts, and those shared ones that are among them.
+    pub(super) fn routed_experts(&self, layer: &str, spec: &ExpertsSpec) -> Result<RoutedExperts<B>, ModelError> {
         let names = self.expert_names(layer, spec.storage);
         let router = self.router(&names.router, spec)?;
         let [mut gate_up, mut down] = match spec.storage {
@@ -69,7 +105,7 @@ impl<B: Backend> Loader<'_, B> {
             }
             _ => self.single_experts(&names, spec)?,
         };
-        let (hidden, shared) = (self.spec.hidden_size, format!("{}.shared_experts", names.block));
+        let (hidden, shared) = (self.spec.hidden_size, names.shared());
         for _ in 0..spec.routing.shared {
             gate_up.push(self.linear(&shared, &[("gate_proj", spec.width), ("up_proj", spec.width)], hidden, false)?);
             down.push(self.linear(&shared, &[("down_proj", hidden)], spec.width, false)?);
@@ -78,12 +114,11 @@ impl<B: Backend> Loader<'_, B> {
             let group = self.backend.group_linears(linears);
             group.map_err(|source| self.weight_error(&format!("{}.experts", names.block), source))
         };
-        Ok(Experts {
+        Ok(RoutedExperts {
             router,
             gate_up_proj: group(gate_up)?,
             activation: spec.activation,
             down_proj: group(down)?,
-            beside: spec.beside.as_ref().map(|mlp| self.mlp(&shared, mlp, None)).transpose()?,
         })
     }
 
@@ -320,6 +355,18 @@ fn part(weight: PackedMatrix<'_>) -> LinearPart<'_> {
     LinearPart { weight, bias: None }
 }
 
+/// Whether a tensor is of a router or of routed experts, by its name.
+pub(crate) fn is_routed(name: &str) -> bool {
+    of_block(name)
+        .is_some_and(|tensor| ["gate.", "router.", "experts."].iter().any(|module| tensor.starts_with(module)))
+}
+
+/// What a tensor of a layer's feed-forward block is called there.
+fn of_block(name: &str) -> Option<&str> {
+    let (block, tensor) = name.strip_prefix("model.layers.")?.split_once('.')?.1.split_once('.')?;
+    matches!(block, "mlp" | "block_sparse_moe").then_some(tensor)
+}
+
 /// Bytes that a device keeps of a layer's tensor that belongs to a router or holds something of all experts; `None` for any other.
 pub(crate) fn expert_bytes(
     device: &dyn MemoryUse,
@@ -329,10 +376,7 @@ pub(crate) fn expert_bytes(
 ) -> Option<Result<usize, KernelError>> {
     let spec = decoder.experts.as_ref()?;
     let (hidden, width) = (decoder.hidden_size, spec.width);
-    let (block, tensor) = name.strip_prefix("model.layers.")?.split_once('.')?.1.split_once('.')?;
-    if !matches!(block, "mlp" | "block_sparse_moe") {
-        return None;
-    }
+    let tensor = of_block(name)?;
     let of_all = |scheme: Scheme, shapes: &[(usize, usize)]| {
         let each = shapes.iter().map(|&(rows, cols)| device.linear_bytes(&scheme, rows, cols));
         let of_one = each.sum::<Result<usize, KernelError>>();

@@ -6,12 +6,16 @@ use std::ops::Range;
 
 use marlin_checkpoint::Checkpoint;
 use marlin_format::PackedMatrix;
+use marlin_kernels::cpu::CpuBackend;
 use marlin_kernels::{Backend, HostRoutes, KernelError, KvLayout, LinearPart, PartHeader, RouterLoad, StepLimits};
 
-use super::{Attention, Decoder, FeedForward, Layer, Rope, Workspace};
+use super::{Attention, Decoder, FeedForward, HostWork, Layer, Rope, Workspace};
 use crate::families;
 use crate::spec::{AttentionSpec, DecoderSpec};
-use crate::{KvPool, LanguageModel, LayerRouting, LoadOptions, ModelError, ModelInfo};
+use crate::{
+    ExpertLayers, ExpertOffload, HostExpertsInfo, KvPool, LanguageModel, LayerRouting, LoadOptions, ModelError,
+    ModelInfo,
+};
 
 const EMBED_TOKENS: &str = "model.embed_tokens";
 const LM_HEAD: &str = "lm_head";
@@ -25,28 +29,50 @@ pub fn load_model<B: Backend>(
     checkpoint: &Checkpoint,
     options: &LoadOptions,
 ) -> Result<Box<dyn LanguageModel>, ModelError> {
-    Ok(Box::new(load_decoder(backend, checkpoint, options)?))
+    load_model_offloaded(backend, None, checkpoint, options)
+}
+
+/// Loads a checkpoint's model as [`load_model`] does, but for experts that are left to the host: its steps compute them there.
+///
+/// # Errors
+/// As for [`load_model`], and if the model has no such layers or no experts there.
+pub fn load_model_offloaded<B: Backend>(
+    backend: &B,
+    offload: Option<&ExpertOffload>,
+    checkpoint: &Checkpoint,
+    options: &LoadOptions,
+) -> Result<Box<dyn LanguageModel>, ModelError> {
+    Ok(Box::new(load_decoder(backend, offload, checkpoint, options)?))
 }
 
 pub(super) fn load_decoder<B: Backend>(
     backend: &B,
+    offload: Option<&ExpertOffload>,
     checkpoint: &Checkpoint,
     options: &LoadOptions,
 ) -> Result<Decoder<B>, ModelError> {
-    let (architecture, spec) = families::spec(checkpoint)?;
+    let (architecture, mut spec) = families::spec(checkpoint)?;
+    if let Some(offload) = offload {
+        spec.host_layers = offload.layers.resolve(&spec, checkpoint.name())?;
+    }
     let sizes = Sizes::new(&spec, options, checkpoint.name())?;
     let kv_layout = spec.kv_layout();
     backend.check_kv_blocks(&kv_layout, options.kv_type, sizes.kv_blocks)?;
 
     // Weights come first: once they are there, the sizes that config.json claims are known to be real.
-    let loader = Loader { backend, checkpoint, spec: &spec, read: RefCell::default() };
+    let read = RefCell::default();
+    let loader = Loader { backend, checkpoint, spec: &spec, read: &read };
+    let host = offload.map(|offload| Loader { backend: &offload.host, checkpoint, spec: &spec, read: &read });
     let embed_tokens = loader.table(EMBED_TOKENS, spec.vocab_size, spec.hidden_size)?;
-    let layers = (0..spec.layers.len()).map(|index| loader.layer(index)).collect::<Result<_, _>>()?;
+    let layers = (0..spec.layers.len()).map(|index| loader.layer(index, host.as_ref())).collect::<Result<_, _>>()?;
     let norm = loader.norm("model.norm", spec.hidden_size)?;
     let lm_head = loader.lm_head()?;
     loader.refuse_unread()?;
     checkpoint.release_all();
 
+    let host_work = offload
+        .zip(spec.host_experts())
+        .map(|(offload, experts)| HostWork::new(&offload.host, &spec, &experts, options.step_tokens));
     let limits = sizes.step_limits(&spec, options.step_tokens);
     let rope = |rope: &crate::rope::Rope| {
         Ok::<_, ModelError>(Rope { inv_freq: backend.load_vector(&rope.inv_freq)?, scaling: rope.scaling })
@@ -64,6 +90,7 @@ pub(super) fn load_decoder<B: Backend>(
         pool: KvPool::new(kv_layout.clone(), sizes.kv_blocks),
         encoder: backend.encoder(&limits)?,
         workspace: Workspace::new(backend, &spec, options.step_tokens, sizes.logit_rows)?,
+        host: host_work.transpose()?,
         logit_rows: 0,
         sampled_rows: 0,
         routing: if options.measure_routing { unmeasured(&spec) } else { Vec::new() },
@@ -79,7 +106,12 @@ pub(super) fn load_decoder<B: Backend>(
             kv_type: options.kv_type,
             weight_bytes: checkpoint.weight_bytes(),
             device: backend.info(),
-            overlaps: B::OVERLAPS,
+            host_experts: offload.map(|offload| HostExpertsInfo {
+                layers: ExpertLayers::of(&spec.host_layers),
+                device: offload.host.info(),
+            }),
+            // A step with experts on the host is all but over when it has started.
+            overlaps: B::OVERLAPS && offload.is_none(),
         },
         limits,
     })
@@ -88,8 +120,8 @@ pub(super) fn load_decoder<B: Backend>(
 /// The layers with experts, before the first token.
 fn unmeasured(spec: &DecoderSpec) -> Vec<LayerRouting> {
     let Some(experts) = &spec.experts else { return Vec::new() };
-    let with_experts = spec.layers.iter().enumerate().filter(|(_, layer)| layer.has_experts);
-    with_experts.map(|(layer, _)| LayerRouting { layer, load: RouterLoad::new(&experts.routing) }).collect()
+    let load = || RouterLoad::new(&experts.routing);
+    spec.expert_layers().map(|layer| LayerRouting { layer, load: load() }).collect()
 }
 
 /// Load options, checked against the model and filled in.
@@ -139,11 +171,12 @@ pub(super) struct Loader<'a, B: Backend> {
     pub(super) checkpoint: &'a Checkpoint,
     pub(super) spec: &'a DecoderSpec,
     /// Names of the tensors that were asked for.
-    read: RefCell<HashSet<String>>,
+    read: &'a RefCell<HashSet<String>>,
 }
 
 impl<B: Backend> Loader<'_, B> {
-    fn layer(&self, index: usize) -> Result<Layer<B>, ModelError> {
+    /// A layer, whose experts may be the host's.
+    fn layer(&self, index: usize, host: Option<&Loader<'_, CpuBackend>>) -> Result<Layer<B>, ModelError> {
         let (spec, layer) = (self.spec, &self.spec.layers[index]);
         let block = format!("model.layers.{index}");
         let (self_attn, mlp) = (format!("{block}.self_attn"), format!("{block}.mlp"));
@@ -163,8 +196,12 @@ impl<B: Backend> Loader<'_, B> {
                 }
             },
             mlp_norm: norm(spec.norms.mlp)?,
-            feed_forward: match &spec.experts {
-                Some(experts) if layer.has_experts => FeedForward::Experts(self.experts(&block, experts)?),
+            feed_forward: match (&spec.experts, host.filter(|_| spec.host_layers.contains(&index))) {
+                (Some(experts), Some(host)) => {
+                    let norm = format!("{block}.{}", spec.norms.mlp);
+                    FeedForward::HostExperts(Box::new(self.host_experts(host, &block, &norm, experts)?))
+                }
+                (Some(experts), None) if layer.has_experts => FeedForward::Experts(self.experts(&block, experts)?),
                 _ => FeedForward::Mlp(self.mlp(&mlp, &spec.mlp, mlp_out_norm)?),
             },
         })

@@ -2,6 +2,7 @@
 
 mod attention;
 mod experts;
+mod host_experts;
 mod latent;
 mod load;
 mod mlp;
@@ -10,16 +11,18 @@ mod stacks;
 mod tests;
 mod workspace;
 
-pub(crate) use experts::expert_bytes;
+pub(crate) use experts::{expert_bytes, is_routed};
+pub(crate) use host_experts::host_work_bytes;
 pub(crate) use latent::kv_b_bytes;
-pub use load::load_model;
 pub(crate) use load::{Sizes, kv_blocks};
-pub(crate) use workspace::{angle_shapes, expert_row_width, workspace_shapes};
+pub use load::{load_model, load_model_offloaded};
+pub(crate) use workspace::{angle_shapes, expert_work_bytes, workspace_shapes};
 
 use marlin_kernels::{Backend, Encoder, HostRoutes, Input, SampleRow, SamplingId, StepLimits};
 
 use self::attention::GroupedAttention;
 use self::experts::Experts;
+use self::host_experts::{HostExperts, HostWork};
 use self::latent::LatentAttention;
 use self::mlp::Mlp;
 use self::workspace::{ExpertWork, Workspace};
@@ -42,6 +45,8 @@ struct Decoder<B: Backend> {
     kv_cache: B::KvCache,
     encoder: B::Encoder,
     workspace: Workspace<B>,
+    /// If the host computes experts.
+    host: Option<HostWork>,
     /// Rows of logits the last step left on the device.
     logit_rows: usize,
     /// Rows of the last sampling.
@@ -77,6 +82,7 @@ enum Attention<B: Backend> {
 enum FeedForward<B: Backend> {
     Mlp(Mlp<B>),
     Experts(Experts<B>),
+    HostExperts(Box<HostExperts<B>>),
 }
 
 /// The end of a block: `x += norm(linear(y))`, in most families without the norm.
@@ -148,7 +154,7 @@ impl<B: Backend> Decoder<B> {
 
     /// The step, from tokens to logits.
     fn encode(&mut self, batch: &StepBatch) -> Result<(), ModelError> {
-        let Self { encoder, kv_cache, workspace: work, rms_norm_eps: eps, .. } = self;
+        let Self { encoder, kv_cache, workspace: work, host, rms_norm_eps: eps, .. } = self;
         let mut routing = self.routing.iter_mut();
         encoder.begin(&batch.as_step());
         encoder.copy_kv_blocks(kv_cache, self.pool.pending_copies());
@@ -172,6 +178,14 @@ impl<B: Backend> Decoder<B> {
                     experts.encode(encoder, work, &layer.mlp_norm, *eps);
                     if let (Some(measured), Some(ExpertWork { routes, .. })) = (routing.next(), &mut work.experts) {
                         encoder.read_routes(routes, &mut self.routes)?;
+                        measured.load.add(&self.routes);
+                    }
+                }
+                FeedForward::HostExperts(experts) => {
+                    let host = host.as_mut().expect("a model with experts on the host has room for their rows");
+                    experts.encode(encoder, work, host, &layer.mlp_norm, *eps, batch.tokens())?;
+                    if let Some(measured) = routing.next() {
+                        host.read_routes(&mut self.routes)?;
                         measured.load.add(&self.routes);
                     }
                 }

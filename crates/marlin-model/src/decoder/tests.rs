@@ -47,7 +47,7 @@ fn with_layers(layers: usize) -> TempDir {
 fn kernels(backend: &GpuBackend, layers: usize, before: usize, tokens: usize) -> u64 {
     let folder = with_layers(layers);
     let checkpoint = Checkpoint::open(&folder.path().join("model")).unwrap();
-    let mut model = load_decoder(backend, &checkpoint, &LoadOptions::default()).unwrap();
+    let mut model = load_decoder(backend, None, &checkpoint, &LoadOptions::default()).unwrap();
     let mut batch = StepBatch::new();
     let mut sequence = model.kv().sequence();
     let mut recorded = 0;

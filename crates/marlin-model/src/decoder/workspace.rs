@@ -1,9 +1,9 @@
 //! Activations of a step.
 
-use marlin_kernels::Backend;
+use marlin_kernels::{Backend, MemoryUse};
 
 use crate::ModelError;
-use crate::spec::{AttentionSpec, DecoderSpec};
+use crate::spec::{AttentionSpec, DecoderSpec, ExpertsSpec};
 
 /// Buffers that the blocks of all layers share; those that a model's blocks do not need have no rows.
 pub(super) struct Workspace<B: Backend> {
@@ -21,7 +21,9 @@ pub(super) struct Workspace<B: Backend> {
     pub(super) latent: LatentWork<B>,
     /// `[T, intermediate]`.
     pub(super) gated: B::Buffer,
-    /// Of experts, if the model has any.
+    /// Of shared experts that are an MLP by themselves, `[T, their width]`.
+    pub(super) shared: B::Buffer,
+    /// Of experts that the device computes, if there are any.
     pub(super) experts: Option<ExpertWork<B>>,
     /// Rows of the residual stream whose logits are wanted, `[L, hidden]`.
     pub(super) last_hidden: B::Buffer,
@@ -44,13 +46,11 @@ pub(super) struct ExpertWork<B: Backend> {
     pub(super) routes: B::Routes,
     /// `[T · slots, width of an expert]`.
     pub(super) gated: B::Buffer,
-    /// Of shared experts that are wider than the others, `[T, their width]`.
-    pub(super) beside: B::Buffer,
 }
 
-/// Rows and width of each buffer of a [`Workspace`], in the order of its fields, without the angles; the last is that of the
-/// logits.
-pub(crate) fn workspace_shapes(spec: &DecoderSpec, step_tokens: usize, logit_rows: usize) -> [(usize, usize); 12] {
+/// Rows and width of each buffer of a [`Workspace`], in the order of its fields, without the angles and what experts take; the last is
+/// that of the logits.
+pub(crate) fn workspace_shapes(spec: &DecoderSpec, step_tokens: usize, logit_rows: usize) -> [(usize, usize); 11] {
     let hidden = spec.hidden_size;
     let rows = |is_needed: bool| if is_needed { step_tokens } else { 0 };
     let none = (0, hidden);
@@ -70,8 +70,6 @@ pub(crate) fn workspace_shapes(spec: &DecoderSpec, step_tokens: usize, logit_row
     };
     let [q, kv, values] = latent;
     let has_mlps = spec.layers.iter().any(|layer| !layer.has_experts);
-    let expert_rows = |slots: usize| step_tokens.saturating_mul(slots);
-    let beside = spec.experts.and_then(|experts| experts.beside);
     [
         (step_tokens, hidden),
         (rows(spec.norms.outputs.is_some()), hidden),
@@ -81,8 +79,7 @@ pub(crate) fn workspace_shapes(spec: &DecoderSpec, step_tokens: usize, logit_row
         kv,
         values,
         (rows(has_mlps), spec.mlp.intermediate_size),
-        spec.experts.map_or(none, |experts| (expert_rows(experts.routing.slots()), experts.width)),
-        beside.map_or(none, |mlp| (step_tokens, mlp.intermediate_size)),
+        spec.shared_mlp().map_or(none, |mlp| (step_tokens, mlp.intermediate_size)),
         (logit_rows, hidden),
         (logit_rows, spec.vocab_size),
     ]
@@ -93,9 +90,28 @@ pub(crate) fn angle_shapes(spec: &DecoderSpec, step_tokens: usize) -> impl Itera
     spec.ropes.iter().map(move |rope| (step_tokens, 2 * rope.inv_freq.len()))
 }
 
-/// The widest rows that experts read or write.
-pub(crate) fn expert_row_width(hidden: usize, width: usize) -> usize {
-    hidden.max(width)
+/// The bytes of an [`ExpertWork`].
+pub(crate) fn expert_work_bytes(device: &dyn MemoryUse, hidden: usize, experts: &ExpertsSpec, tokens: usize) -> u64 {
+    let (rows, width) = gated_shape(experts, tokens);
+    let gated = rows.saturating_mul(width).saturating_mul(size_of::<f32>());
+    let routes = device.routes_bytes(&experts.routing, tokens, hidden.max(experts.width));
+    routes.saturating_add(gated) as u64
+}
+
+/// Rows and width of what experts make between their linears.
+fn gated_shape(experts: &ExpertsSpec, tokens: usize) -> (usize, usize) {
+    (tokens.saturating_mul(experts.routing.slots()), experts.width)
+}
+
+impl<B: Backend> ExpertWork<B> {
+    /// For experts of rows `hidden` wide.
+    pub(super) fn new(backend: &B, hidden: usize, experts: &ExpertsSpec, tokens: usize) -> Result<Self, ModelError> {
+        let (rows, width) = gated_shape(experts, tokens);
+        Ok(Self {
+            routes: backend.routes(&experts.routing, tokens, hidden.max(experts.width))?,
+            gated: backend.buffer(rows, width)?,
+        })
+    }
 }
 
 impl<B: Backend> Workspace<B> {
@@ -106,16 +122,10 @@ impl<B: Backend> Workspace<B> {
         logit_rows: usize,
     ) -> Result<Self, ModelError> {
         let shapes = workspace_shapes(spec, step_tokens, logit_rows);
-        let [hidden, block_output, queries, attention, q, kv, values, gated, of_experts, beside, last_hidden, logits] =
+        let [hidden, block_output, queries, attention, q, kv, values, gated, shared, last_hidden, logits] =
             shapes.map(|(rows, width)| backend.buffer(rows, width));
-        let experts = match &spec.experts {
-            None => None,
-            Some(experts) => {
-                let width = expert_row_width(spec.hidden_size, experts.width);
-                let routes = backend.routes(&experts.routing, step_tokens, width)?;
-                Some(ExpertWork { routes, gated: of_experts?, beside: beside? })
-            }
-        };
+        let experts = spec.device_experts();
+        let experts = experts.map(|experts| ExpertWork::new(backend, spec.hidden_size, &experts, step_tokens));
         Ok(Self {
             hidden: hidden?,
             block_output: block_output?,
@@ -126,7 +136,8 @@ impl<B: Backend> Workspace<B> {
             attention: attention?,
             latent: LatentWork { q: q?, kv: kv?, values: values? },
             gated: gated?,
-            experts,
+            shared: shared?,
+            experts: experts.transpose()?,
             last_hidden: last_hidden?,
             logits: logits?,
         })

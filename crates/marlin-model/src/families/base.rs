@@ -1,5 +1,7 @@
 //! What config.json says in the same words in every family.
 
+use std::collections::BTreeSet;
+
 use marlin_kernels::Activation;
 use serde::Deserialize;
 use serde_json::Value;
@@ -114,6 +116,7 @@ impl BaseConfig {
             experts: None,
             layers,
             prediction_layers: 0,
+            host_layers: BTreeSet::new(),
         }
     }
 

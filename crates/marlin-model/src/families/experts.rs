@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::base::BaseConfig;
 use crate::ConfigError;
 use crate::config::{self, Count, Positive, Size};
-use crate::spec::{ExpertStorage, ExpertsSpec, LayerSpec, MlpSpec};
+use crate::spec::{ExpertStorage, ExpertsSpec, LayerSpec};
 
 /// Refuses what no token could be routed by. `names` are those of the fields of `experts` and `top_k`.
 pub(super) fn check(routing: &Routing, names: [&str; 2]) -> Result<(), ConfigError> {
@@ -110,7 +110,7 @@ impl SigmoidConfig {
         let routing = Routing {
             experts: self.n_routed_experts.get(),
             top_k: self.num_experts_per_tok.get(),
-            shared: if shared == 1 { 1 } else { 0 },
+            shared,
             score: RouterScore::Sigmoid,
             groups: self.n_group.map_or(defaults.groups, Size::get),
             top_groups: self.topk_group.map_or(defaults.top_groups, Size::get),
@@ -118,16 +118,16 @@ impl SigmoidConfig {
             scale: self.routed_scaling_factor.map_or(defaults.scale, Positive::get) as f32,
         };
         check(&routing, ["n_routed_experts", "num_experts_per_tok"])?;
-        let (width, activation) = (self.moe_intermediate_size.get(), base.activation());
-        let beside = MlpSpec { intermediate_size: shared * width, activation, is_fused: false, bias: false };
-        Ok(ExpertsSpec {
+        let experts = ExpertsSpec {
             routing,
-            width,
-            activation,
-            beside: (shared > 1).then_some(beside),
+            width: self.moe_intermediate_size.get(),
+            activation: base.activation(),
+            beside: None,
             correction: true,
             storage: ExpertStorage::Usual,
-        })
+        };
+        // Several are stored as one that is wider than the routed ones.
+        Ok(if shared > 1 { experts.with_shared_beside() } else { experts })
     }
 
     /// The layers, of which the first ones have no experts unless `mlp_layer_types` names others.

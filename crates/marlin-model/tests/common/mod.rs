@@ -12,7 +12,10 @@ use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
 use marlin_kernels::gpu::{GpuBackend, GpuOptions};
 use marlin_kernels::reference::ReferenceBackend;
 use marlin_kernels::{KvType, SampleRow};
-use marlin_model::{KvSequence, LanguageModel, LoadOptions, LogitRows, ModelError, StepBatch, load_model};
+use marlin_model::{
+    ExpertLayers, ExpertOffload, KvSequence, LanguageModel, LoadOptions, LogitRows, ModelError, StepBatch,
+    load_model_offloaded,
+};
 use safetensors::SafeTensors;
 use tempfile::TempDir;
 
@@ -154,14 +157,47 @@ impl Device {
     }
 
     pub(crate) fn load(self, folder: &Path, options: &LoadOptions) -> Result<Model, ModelError> {
+        self.load_with(folder, options, None)
+    }
+
+    /// The model with the experts of these layers left to the host.
+    pub(crate) fn load_offloaded(
+        self,
+        folder: &Path,
+        options: &LoadOptions,
+        host: &CpuBackend,
+        layers: &ExpertLayers,
+    ) -> Result<Model, ModelError> {
+        let offload = ExpertOffload { host: host.clone(), layers: layers.clone() };
+        self.load_with(folder, options, Some(&offload))
+    }
+
+    fn load_with(
+        self,
+        folder: &Path,
+        options: &LoadOptions,
+        offload: Option<&ExpertOffload>,
+    ) -> Result<Model, ModelError> {
         let checkpoint = Checkpoint::open(folder).expect("a checkpoint");
         let model = match self {
-            Self::Reference => load_model(&ReferenceBackend, &checkpoint, options)?,
-            Self::Cpu(cpu) => load_model(&CpuBackend::new(cpu).expect("a CPU"), &checkpoint, options)?,
-            Self::Gpu(gpu) => load_model(gpu, &checkpoint, options)?,
+            Self::Reference => load_model_offloaded(&ReferenceBackend, offload, &checkpoint, options)?,
+            Self::Cpu(cpu) => {
+                load_model_offloaded(&CpuBackend::new(cpu).expect("a CPU"), offload, &checkpoint, options)?
+            }
+            Self::Gpu(gpu) => load_model_offloaded(gpu, offload, &checkpoint, options)?,
         };
         Ok(Model::of(model))
     }
+}
+
+/// A processor that experts are left to.
+pub(crate) fn host(arithmetic: Arithmetic) -> CpuBackend {
+    CpuBackend::new(CpuOptions { threads: Some(2), arithmetic, simd: None }).expect("a CPU")
+}
+
+/// Whether the model in a folder is a mixture of experts.
+pub(crate) fn has_experts(folder: &Path) -> bool {
+    Checkpoint::open(folder).unwrap().tensor_names().any(|name| name.contains(".experts."))
 }
 
 /// Options with room for every test's sequences.

@@ -2,9 +2,10 @@
 
 use marlin_checkpoint::CheckpointError;
 use marlin_format::FormatError;
-use marlin_model::{MemoryPlan, ModelError, format_size};
+use marlin_model::{MemoryPlan, ModelError};
 
 use crate::LoadError;
+use crate::memory::{FittingOffload, MemoryBudget, or_else};
 
 /// Why nothing could be measured.
 #[derive(Debug, thiserror::Error)]
@@ -33,9 +34,10 @@ pub enum BenchError {
     },
     /// There is no memory for a test.
     #[error(
-        "{model} needs {plan} for {test}; {} are available (--memory says otherwise); choose fewer --streams, shorter \
+        "{model} needs {plan} for {test}; {} (--memory says otherwise); {}choose fewer --streams, shorter \
          --prefill, --decode or --depths, or a smaller model or format",
-        format_size(*memory)
+        budget.in_words(plan),
+        or_else(offload)
     )]
     Memory {
         /// The model.
@@ -44,8 +46,10 @@ pub enum BenchError {
         test: String,
         /// What it takes.
         plan: Box<MemoryPlan>,
-        /// Memory there is, in bytes.
-        memory: u64,
+        /// Memory there is.
+        budget: MemoryBudget,
+        /// Experts to leave to the processor, if that helps.
+        offload: Option<Box<FittingOffload>>,
     },
     /// There is nothing to measure.
     #[error("nothing to measure: --prefill and --decode are 0")]

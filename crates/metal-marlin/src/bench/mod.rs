@@ -22,7 +22,6 @@ use std::time::Instant;
 use marlin_checkpoint::Checkpoint;
 use marlin_kernels::cpu::{Arithmetic, SimdLevel, default_threads};
 use marlin_kernels::gpu::GpuBackend;
-use marlin_model::Planner;
 use marlin_quantize::Footprint;
 
 use self::weights::{StepWeights, formats};
@@ -75,7 +74,7 @@ pub fn run(
 
     let (model, footprint, formats) = (checkpoint.name().to_owned(), Footprint::of(&checkpoint), formats(&checkpoint));
     let weights = StepWeights::of(&checkpoint);
-    let shape = Planner::new(opened.memory_use(), &checkpoint).map_err(LoadError::Model)?.shape();
+    let shape = opened.planner(&checkpoint).map_err(LoadError::Model)?.shape();
     let started = Instant::now();
     let (options, memory_plan) =
         requirements::load_options(&checkpoint, &tests, context, plan.kv_type, &opened, memory)?;
@@ -102,11 +101,13 @@ pub fn run(
         footprint,
         info,
         kv_cache: memory_plan.kv_cache,
+        host_bytes: memory_plan.host.map(|host| host.total()),
         threads,
         simd: SimdLevel::detect(),
         load,
         peak_memory,
-        chip: opened.gpu().and_then(|gpu| AppleChip::of_gpu(&gpu.caps().name)),
+        // Experts on the processor are not what its GPU reads.
+        chip: opened.gpu().filter(|_| opened.offload().is_none()).and_then(|gpu| AppleChip::of_gpu(&gpu.caps().name)),
         shares_memory: opened.shares_memory(),
         read_bandwidth: probe.rate().ok_or(BenchError::Nothing)?,
         read_buffer: probe.bytes(),

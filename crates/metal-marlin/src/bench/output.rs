@@ -1,5 +1,6 @@
 //! Reports as text, Markdown, CSV and JSON.
 
+use marlin_model::HostExpertsInfo;
 use serde_json::{Value, json};
 
 use super::{Measurement, Profile, Report, Test};
@@ -141,12 +142,23 @@ impl Report {
             (format!("{median:.digits$}"), format!("({min:.digits$} to {max:.digits$}) by {threads}, before and after"))
         };
         let (gigabytes, details) = rate(self.read_bandwidth, 2);
-        let mut facts = vec![device, format!("memory read at {gigabytes} GB/s {details}")];
+        let mut facts = vec![device];
+        facts.extend(self.host_experts().map(|host| {
+            let megabytes = self.host_bytes.unwrap_or_default() as f64 / 1e6;
+            format!("experts of layers {host}, in {megabytes:.1} MB of the host's memory")
+        }));
+        facts.push(format!("memory read at {gigabytes} GB/s {details}"));
         if let Some(peak) = self.peak {
             let (billions, details) = rate(peak.rate, 0);
             facts.push(format!("{billions} G multiply-adds/s of {} at most {details}", peak.numbers));
         }
         facts
+    }
+
+    /// Layers whose experts are left to the host, and what computes them.
+    fn host_experts(&self) -> Option<String> {
+        let HostExpertsInfo { layers, device } = self.info.host_experts.as_ref()?;
+        Some(format!("{layers} on {}: {}", device.name, device.detail))
     }
 
     fn kv_type(&self) -> &'static str {
@@ -189,7 +201,7 @@ impl Report {
         ]
     }
 
-    fn csv(&self, measurement: &Measurement) -> [(&'static str, Value); 34] {
+    fn csv(&self, measurement: &Measurement) -> [(&'static str, Value); 36] {
         let [linears, embedding] = &self.formats;
         let prediction = self.prediction(measurement);
         [
@@ -202,6 +214,8 @@ impl Report {
             ("weights", json!(self.footprint.weights)),
             ("weight_bytes", json!(self.footprint.bytes)),
             ("device", json!(format!("{}: {}", self.info.device.name, self.info.device.detail))),
+            ("host_experts", json!(self.host_experts())),
+            ("host_bytes", json!(self.host_bytes)),
             ("simd", json!(self.simd.to_string())),
             ("threads", json!(self.threads)),
             ("kv_type", json!(self.kv_type())),
@@ -272,6 +286,10 @@ impl Report {
             "weight_bytes": self.footprint.bytes,
             "bits_per_weight": self.footprint.bits_per_weight(),
             "device": { "name": self.info.device.name, "detail": self.info.device.detail },
+            "host_experts": self.info.host_experts.as_ref().map(|HostExpertsInfo { layers, device }| {
+                json!({ "layers": layers.to_string(), "name": device.name, "detail": device.detail })
+            }),
+            "host_bytes": self.host_bytes,
             "simd": self.simd.to_string(),
             "threads": self.threads,
             "kv_type": self.kv_type(),

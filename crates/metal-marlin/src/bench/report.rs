@@ -40,6 +40,8 @@ pub struct Report {
     pub info: ModelInfo,
     /// Bytes of its KV cache, which has room for the largest test.
     pub kv_cache: u64,
+    /// Bytes of the host's memory for experts that are left to it.
+    pub host_bytes: Option<u64>,
     /// Threads it ran on.
     pub threads: usize,
     /// Instructions it ran with.

@@ -2,11 +2,11 @@
 
 use marlin_checkpoint::Checkpoint;
 use marlin_kernels::KvType;
-use marlin_model::{LoadOptions, MemoryPlan, Planner};
+use marlin_model::{LoadOptions, MemoryPlan};
 
 use super::{BenchError, Test};
 use crate::device::Device;
-use crate::memory::MemoryOptions;
+use crate::memory::{MemoryOptions, fitting_offload};
 use crate::{LoadError, load};
 
 /// The context that the tests need, which the model must have.
@@ -33,7 +33,7 @@ pub(super) fn load_options(
     device: &Device,
     memory: &MemoryOptions,
 ) -> Result<(LoadOptions, MemoryPlan), BenchError> {
-    let planner = Planner::new(device.memory_use(), checkpoint).map_err(LoadError::Model)?;
+    let planner = device.planner(checkpoint).map_err(LoadError::Model)?;
     let kv_blocks = |test: &&Test| planner.kv_blocks(test.context(), test.streams());
     let largest = tests.iter().max_by_key(kv_blocks).ok_or(BenchError::Nothing)?;
     let streams = tests.iter().map(|test| test.streams()).max().unwrap_or(1);
@@ -48,12 +48,16 @@ pub(super) fn load_options(
     };
     let plan = planner.plan(&options).map_err(LoadError::Model)?;
     match memory.budget(device) {
-        Some(memory) if plan.total() > memory => Err(BenchError::Memory {
-            model: checkpoint.name().to_owned(),
-            test: largest.to_string(),
-            plan: Box::new(plan),
-            memory,
-        }),
+        Some(budget) if !budget.fits(&plan) => {
+            let offload = fitting_offload(device, &planner, &budget, |planner| planner.plan(&options))?;
+            Err(BenchError::Memory {
+                model: checkpoint.name().to_owned(),
+                test: largest.to_string(),
+                plan: Box::new(plan),
+                budget,
+                offload: offload.map(Box::new),
+            })
+        }
         _ => Ok((options, plan)),
     }
 }

@@ -118,6 +118,7 @@ mod tests {
             kv_type: KvType::F16,
             weight_bytes: 0,
             device: DeviceInfo { name: String::new(), detail: String::new() },
+            host_experts: None,
             overlaps: false,
         }
     }

@@ -33,7 +33,7 @@ group in which it moved should be measured again.";
 
 /// Measure how fast kernels run, beside how fast the device reads memory
 #[derive(Debug, clap::Args)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, mut_arg("expert_device", |experts| experts.hide(true)))]
 pub(crate) struct Args {
     #[command(flatten)]
     device: DeviceOptions,
@@ -57,6 +57,9 @@ pub(crate) struct Args {
 
 /// Runs the command.
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+    if args.device.expert_device.is_some() {
+        anyhow::bail!("--expert-device places experts of a model, and bench-kernels loads none; choose a --device");
+    }
     let device = args.device.open()?;
     let plan = Plan { filters: args.filters, repetitions: args.repetitions.get(), quick: args.quick };
     let report = {

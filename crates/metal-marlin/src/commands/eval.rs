@@ -106,13 +106,13 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         let kv_type = usual_kv(true);
         Subject { checkpoint, device, kv_type, context, load }
     });
-    if let Some(memory) = args.memory.budget(&device) {
+    if let Some(budget) = args.memory.budget(&device) {
         // The baseline is there at the same time.
-        let taken = match baseline {
-            Some(baseline) => baseline.require_fit(memory)?,
-            None => 0,
+        let left = match baseline {
+            Some(baseline) => budget.without(&baseline.require_fit(&budget)?),
+            None => budget,
         };
-        model.require_fit(memory - taken)?;
+        model.require_fit(&left)?;
     }
     let mut model = model.load()?;
     let mut baseline = baseline.map(|baseline| baseline.load()).transpose()?;

@@ -7,10 +7,11 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use marlin_checkpoint::Checkpoint;
 use marlin_kernels::KvType;
-use marlin_model::{LanguageModel, LoadOptions, Planner};
+use marlin_model::{LanguageModel, LoadOptions, MemoryPlan};
 use marlin_quantize::Windows;
 use metal_marlin::device::Device;
-use metal_marlin::{LoadError, load, memory};
+use metal_marlin::memory::{self, MemoryBudget};
+use metal_marlin::{LoadError, load};
 
 use super::model::Load;
 use crate::progress;
@@ -71,10 +72,9 @@ pub(super) struct Subject<'a> {
 }
 
 impl Subject<'_> {
-    /// The bytes that [`Subject::load`] will take, if there are so many.
-    pub(super) fn require_fit(&self, memory: u64) -> Result<u64, LoadError> {
-        let planner = Planner::new(self.device.memory_use(), self.checkpoint).map_err(LoadError::Model)?;
-        Ok(memory::require_fit(&planner, &self.options(), memory)?.total())
+    /// What [`Subject::load`] will take, if there is as much.
+    pub(super) fn require_fit(&self, budget: &MemoryBudget) -> Result<MemoryPlan, LoadError> {
+        memory::require_fit(self.device, self.checkpoint, &self.options(), budget)
     }
 
     /// Loads the model, whose steps bring all their logits.

@@ -6,9 +6,10 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use marlin_format::Format;
-use marlin_model::{LoadOptions, Planner, format_size};
+use marlin_kernels::{Backend, DeviceInfo};
+use marlin_model::{ExpertLayers, LoadOptions, MemoryPlan, Planner, format_size};
 use metal_marlin::device::KvFormat;
-use metal_marlin::memory::{Account, MemoryOptions, plan_in, usual_context};
+use metal_marlin::memory::{Account, FittingOffload, MemoryOptions, fitting_offload, plan_in, usual_context};
 use metal_marlin::{DeviceOptions, LoadError};
 use serde_json::{Value, json};
 
@@ -21,10 +22,14 @@ Examples:
   metal-marlin plan path/to/model --memory 16GiB --context 32768 --concurrency 4 --kv f32
   metal-marlin plan path/to/model --memory 8GiB --format int4
   metal-marlin plan Qwen/Qwen3-4B --memory 8GiB
+  metal-marlin plan zai-org/GLM-4.7-Flash --format fp4 --memory 8GiB --expert-device cpu
   metal-marlin plan bundled --json
 
 Only headers are read, and of a model on the Hub no more is fetched unless it is packed. Weights are
-counted as the device holds them, formats it has no kernel for as converted. The checkpoint itself is mapped: its pages are file cache and are not counted.";
+counted as the device holds them, formats it has no kernel for as converted. The checkpoint itself is mapped: its pages are file cache and are not counted.
+
+Experts that --expert-device leaves to the CPU take the host's memory, which is told beside the GPU's. Where a
+mixture of experts fits with the experts of some layers there, the plan says which.";
 
 /// Tell what a model takes of memory, and what fits
 #[derive(Debug, clap::Args)]
@@ -67,25 +72,30 @@ pub(crate) struct Args {
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let (checkpoint, _temporary) = model::open_headers(Some(&args.model), &args.hub)?;
     let device = args.device.open().map_err(LoadError::Device)?;
-    let planner = Planner::new(device.memory_use(), &checkpoint)?;
-    let memory = args.memory.budget(&device);
-    let memory = memory.context("the system does not tell how much memory is available; say --memory")?;
+    let planner = device.planner(&checkpoint)?;
+    let budget = args.memory.budget(&device);
+    let budget = budget.context("the system does not tell how much memory is available; say --memory")?;
     let context = args.context.map_or_else(|| usual_context(&planner), NonZeroUsize::get);
     let options = LoadOptions { kv_type: args.kv.into(), ..planner.load_options(context, args.concurrency.get()) };
     planner.check_kv_cache(&options)?;
-    let plan = match args.format {
-        Some(format) => plan_in(&planner, &options, format)?,
-        None => planner.plan(&options)?,
+    let plan_of = |planner: &Planner<'_>| match args.format {
+        Some(format) => plan_in(planner, &options, format),
+        None => planner.plan(&options),
     };
+    let plan = plan_of(&planner)?;
+    let offload = if budget.fits(&plan) { None } else { fitting_offload(&device, &planner, &budget, plan_of)? };
     // A quantised model is not quantised again.
     let formats = Format::ALL.into_iter().filter(|format| !format.is_dense() && checkpoint.layout().is_none());
-    let formats = formats.map(|format| Ok((format, plan_in(&planner, &options, format)?.total())));
+    let formats = formats.map(|format| Ok((format, plan_in(&planner, &options, format)?)));
     let report = Report {
         model: checkpoint.name(),
         stored_as: args.format.map_or("as stored".to_owned(), |format| format.to_string()),
+        device: device.info(),
+        host: planner.host_layers().zip(device.offload().map(|offload| offload.host.info())),
+        offload,
         account: Account {
             plan,
-            memory,
+            budget,
             sequences: args.concurrency.get(),
             kv_bytes_per_token: planner.kv_bytes_per_token(args.kv.into()),
         },
@@ -99,40 +109,58 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 struct Report<'a> {
     model: &'a str,
     stored_as: String,
+    device: DeviceInfo,
+    /// Layers whose experts are left to the host, and what computes them.
+    host: Option<(ExpertLayers, DeviceInfo)>,
+    /// What to leave to the host for the model to fit, if it does not.
+    offload: Option<FittingOffload>,
     account: Account,
-    /// Totals in other formats.
-    formats: Vec<(Format, u64)>,
+    /// Plans in other formats.
+    formats: Vec<(Format, MemoryPlan)>,
 }
 
 impl Report<'_> {
     fn to_json(&self) -> Value {
-        let Account { plan, memory, sequences, .. } = self.account;
-        let format = |(format, total): &(Format, u64)| json!({"format": format.name(), "total_bytes": total, "fits": *total <= memory});
+        let Account { plan, budget, sequences, .. } = self.account;
+        let device = |info: &DeviceInfo| json!({"name": info.name, "detail": info.detail});
+        let format = |(format, plan): &(Format, MemoryPlan)| json!({"format": format.name(), "total_bytes": plan.total(), "fits": budget.fits(plan)});
         let mut json = self.account.to_json();
         json["model"] = self.model.into();
         json["format"] = self.stored_as.as_str().into();
-        json["longest_context"] = plan.longest_context(memory, sequences).into();
-        json["most_sequences"] = plan.most_sequences(memory).into();
+        json["device"] = device(&self.device);
+        json["host_device"] = self.host.as_ref().map(|(_, info)| device(info)).into();
+        json["host_layers"] = self.host.as_ref().map(|(layers, _)| layers.to_string()).into();
+        json["fitting_expert_device"] = self.offload.as_ref().map(|offload| offload.experts.to_string()).into();
+        json["longest_context"] = plan.longest_context(budget.device, sequences).into();
+        json["most_sequences"] = plan.most_sequences(budget.device).into();
         json["formats"] = self.formats.iter().map(format).collect();
         json
     }
 
     fn to_text(&self) -> String {
-        let Account { plan, memory, sequences, .. } = self.account;
-        let mut text = format!("{}\n\n{}\n", self.model, self.account.to_text(&self.stored_as));
-        text += &match plan.longest_context(memory, sequences) {
+        let Account { plan, budget, sequences, .. } = self.account;
+        let mut text = format!("{}\n", self.model);
+        if let Some((layers, host)) = &self.host {
+            let DeviceInfo { name, detail } = &self.device;
+            text += &format!("on {name}: {detail}\nexperts of layers {layers} on {}: {}\n", host.name, host.detail);
+        }
+        text += &format!("\n{}\n", self.account.to_text(&self.stored_as));
+        if let Some(offload) = &self.offload {
+            text += &format!("{offload}\n");
+        }
+        text += &match plan.longest_context(budget.device, sequences) {
             Some(context) => format!("longest context that fits          {context} of {} tokens\n", plan.model_context),
             None => "no context fits\n".to_owned(),
         };
-        if let Some(sequences) = plan.most_sequences(memory) {
+        if let Some(sequences) = plan.most_sequences(budget.device) {
             text += &format!("most sequences of {:>6} tokens      {sequences}\n", plan.context);
         }
         if !self.formats.is_empty() {
             text += "\nformat        total\n";
         }
-        for (format, total) in &self.formats {
-            let fits = if *total <= memory { "fits" } else { "too large" };
-            text += &format!("{format:<9} {:>12}  {fits}\n", format_size(*total));
+        for (format, plan) in &self.formats {
+            let fits = if budget.fits(plan) { "fits" } else { "too large" };
+            text += &format!("{format:<9} {:>12}  {fits}\n", format_size(plan.total()));
         }
         text
     }

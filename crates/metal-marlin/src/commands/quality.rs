@@ -8,13 +8,13 @@ use anyhow::Context;
 use marlin_checkpoint::Checkpoint;
 use marlin_format::{Format, FormatError, Grouping, ScaleSearch, Scheme};
 use marlin_kernels::KvType;
-use marlin_model::{LanguageModel, Planner};
+use marlin_model::LanguageModel;
 use marlin_quantize::{
     Divergence, Footprint, LogitSource, ModelLogits, Quality, QuantizeOptions, Recipe, RecordedLogits, Windows,
     embedding_scheme, evaluate, quantize,
 };
 use metal_marlin::device::Device;
-use metal_marlin::memory::{DoesNotFit, MemoryOptions};
+use metal_marlin::memory::{DoesNotFit, MemoryBudget, MemoryOptions};
 use metal_marlin::{DeviceOptions, LoadError};
 
 use super::in_pool;
@@ -148,7 +148,7 @@ struct Measure<'a> {
     /// The same device as it computes by default, for the last column.
     rounding: Option<Device>,
     /// What a model may take of the device's memory, as of before the first was loaded.
-    memory: Option<u64>,
+    memory: Option<MemoryBudget>,
 }
 
 impl Measure<'_> {
@@ -191,7 +191,7 @@ impl Measure<'_> {
                 bar.set(rows.len() as u64, variants as u64);
             }
         }
-        let head_dim = Planner::new(self.exact.memory_use(), self.source)?.shape().head_dim;
+        let head_dim = self.exact.planner(self.source)?.shape().head_dim;
         let mut kv = Vec::new();
         for kv_type in kv_types {
             let (perplexity, divergence) = self.compare(self.source, &self.exact, kv_type, &mut recorded)?;
@@ -222,6 +222,7 @@ impl Measure<'_> {
         let device = if self.exact.gpu().is_some() { "gpu" } else { "cpu" };
         [
             format!(" --device {device}"),
+            args.device.expert_device.as_ref().map_or(String::new(), |experts| format!(" --expert-device {experts}")),
             if args.device.exact { " --exact".into() } else { String::new() },
             if args.device.batch_invariant { " --batch-invariant".into() } else { String::new() },
             args.context.map_or(String::new(), |context| format!(" --context {context}")),
@@ -240,7 +241,7 @@ impl Measure<'_> {
         // Each of its models is measured once.
         let load = metal_marlin::load::load_model;
         let subject = Subject { checkpoint, device, kv_type, context: self.context, load };
-        if let Some(memory) = self.memory {
+        if let Some(memory) = &self.memory {
             subject.require_fit(memory).map_err(advise_what_helps)?;
         }
         subject.load()
@@ -268,7 +269,7 @@ fn rounding(device: &Device) -> [&'static str; 2] {
             "the CPU's default arithmetic: activations rounded to int8 in groups\n  \
              of 32 (for weights that are no floats of 8 or more bits), KV cache in f16",
         ],
-        Device::Gpu(_) => [
+        Device::Gpu { .. } => [
             "f16",
             "the GPU's default arithmetic: activations and weights rounded to\n  \
              f16, KV cache in f16",

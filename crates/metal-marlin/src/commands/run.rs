@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use clap::ArgGroup;
 use marlin_checkpoint::{Checkpoint, GenerationConfig, Tokenizer};
 use marlin_engine::{Engine, Finish, FinishReason, Message, Request, StopConditions};
-use marlin_model::{LoadOptions, ModelInfo, Planner};
+use marlin_model::{HostExpertsInfo, LoadOptions, ModelInfo};
 use metal_marlin::device::{Device, KvFormat};
 use metal_marlin::memory::{self, MemoryOptions};
 use metal_marlin::{DeviceOptions, LoadError, load};
@@ -221,7 +221,7 @@ impl Args {
     /// How to load the model, if there is memory for it: with the context asked for, or with no more than this one request can use
     /// and than fits; the prompt must.
     fn load_options(&self, request: &Request, checkpoint: &Checkpoint, device: &Device) -> anyhow::Result<LoadOptions> {
-        let planner = Planner::new(device.memory_use(), checkpoint).map_err(LoadError::Model)?;
+        let planner = device.planner(checkpoint).map_err(LoadError::Model)?;
         let shape = planner.shape();
         request.check(shape.vocabulary, self.context.map_or(shape.context, NonZeroUsize::get))?;
         let needed = request.prompt.len().saturating_add(request.stop.max_tokens);
@@ -229,14 +229,14 @@ impl Args {
         let context = self.context.map_or(usable, NonZeroUsize::get);
         let options =
             LoadOptions { context: Some(context), kv_type: self.kv.into(), logit_rows: 1, ..LoadOptions::default() };
-        let Some(memory) = self.memory.budget(device) else { return Ok(options) };
+        let Some(budget) = self.memory.budget(device) else { return Ok(options) };
         let plan = planner.plan(&options).map_err(LoadError::Model)?;
-        let context = match plan.longest_context(memory, 1) {
+        let context = match plan.longest_context(budget.device, 1) {
             Some(fits) if self.context.is_none() && fits > request.prompt.len() => fits.min(context),
             _ => context,
         };
         let options = LoadOptions { context: Some(context), ..options };
-        memory::require_fit(&planner, &options, memory)?;
+        memory::require_fit(device, checkpoint, &options, &budget)?;
         Ok(options)
     }
 }
@@ -344,15 +344,18 @@ fn report(name: &str, model: &ModelInfo, finish: &Finish, timings: &Timings, ver
     let mut lines = String::from("\n");
     if verbose {
         lines += &format!(
-            "model    {name}: {}, {} layers, {:.1} MB\ncontext  {} tokens\ndevice   {} ({})\nload     {:.2} s\n",
+            "model    {name}: {}, {} layers, {:.1} MB\ncontext  {} tokens\ndevice   {} ({})\n",
             model.architecture,
             model.layers,
             model.weight_bytes as f64 / 1e6,
             model.context,
             model.device.name,
             model.device.detail,
-            timings.load.as_secs_f64(),
         );
+        if let Some(HostExpertsInfo { layers, device }) = &model.host_experts {
+            lines += &format!("experts  of layers {layers}: {} ({})\n", device.name, device.detail);
+        }
+        lines += &format!("load     {:.2} s\n", timings.load.as_secs_f64());
     }
     lines += &format!(
         "prompt   {} tokens in {:.2} s ({:.1} tokens/s)\n",

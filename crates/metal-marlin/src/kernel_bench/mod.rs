@@ -130,7 +130,7 @@ impl<B: Backend> Bench<'_, B> {
 pub fn run(device: &Device, plan: &Plan, progress: &mut dyn FnMut(usize, usize)) -> Result<Report, KernelBenchError> {
     match device {
         Device::Cpu(backend) => run_on(backend, plan, progress),
-        Device::Gpu(backend) => run_on(backend, plan, progress),
+        Device::Gpu { backend, .. } => run_on(backend, plan, progress),
     }
 }
 

@@ -37,6 +37,13 @@ pub struct TileFileOptions {
     pub report: fn(&KernelError),
 }
 
+impl TileFileOptions {
+    /// What a file must have been made for.
+    fn key(&self, backend: &CpuBackend) -> Result<String, KernelError> {
+        Ok(format!("{}, tiles {}", self.fingerprint, backend.tile_layout()?))
+    }
+}
+
 /// The linears of one model in tile order, in a file ([`CpuBackend::with_tiles`]).
 ///
 /// If the file is there, linears are mapped from it: they are not put into order again, the weights they come from are not read, and
@@ -93,16 +100,25 @@ pub(super) struct Kept {
 }
 
 impl TileFile {
+    /// Opens the file; `None` if it is not there, or was made for something else.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn open_stored(backend: &CpuBackend, options: &TileFileOptions) -> Result<Option<Self>, KernelError> {
+        let role = stored(&options.path, &options.key(backend)?)?;
+        Ok(role.map(|role| Self { role, report: options.report }))
+    }
+
     /// Opens the file, or begins to make it for what `backend` will load; `None` if another process makes it at this moment.
     ///
     /// # Errors
     /// The file cannot be read, or its folder or lock cannot be written.
     pub fn open(backend: &CpuBackend, options: TileFileOptions) -> Result<Option<Self>, KernelError> {
-        let TileFileOptions { path, lock, fingerprint, model, report } = options;
-        let key = format!("{fingerprint}, tiles {}", backend.tile_layout()?);
-        if let Some(role) = stored(&path, &key)? {
-            return Ok(Some(Self { role, report }));
+        if let Some(file) = Self::open_stored(backend, &options)? {
+            return Ok(Some(file));
         }
+        let key = options.key(backend)?;
+        let TileFileOptions { path, lock, model, report, .. } = options;
         for folder in [&path, &lock].into_iter().filter_map(|path| path.parent()) {
             fs::create_dir_all(folder).map_err(error("create", folder))?;
         }

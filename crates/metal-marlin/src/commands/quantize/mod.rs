@@ -17,7 +17,7 @@ use marlin_kernels::cpu::CpuBackend;
 use marlin_model::Planner;
 use marlin_quantize::{Budget, Fit, QuantizeOptions, fit, quantize};
 use metal_marlin::device::parse_threads;
-use metal_marlin::memory::{Account, parse_size, usual_context};
+use metal_marlin::memory::{Account, MemoryBudget, parse_size, usual_context};
 use metal_marlin::{DeviceOptions, LoadError};
 
 use self::cold::{Cold, ColdOptions};
@@ -185,7 +185,8 @@ fn best_mix(args: &Args, checkpoint: &Checkpoint, memory: u64) -> anyhow::Result
     let budget = Budget { memory, context, sequences };
     let fit = fit(&planner, &budget, args.recipe.embedding(args.layout)?, args.recipe.search())?;
     let kv_bytes_per_token = planner.kv_bytes_per_token(KvType::default());
-    let account = Account { plan: fit.plan, memory, sequences, kv_bytes_per_token };
+    let account =
+        Account { plan: fit.plan, budget: MemoryBudget { device: memory, host: None }, sequences, kv_bytes_per_token };
     Ok((fit, account))
 }
 
