@@ -73,6 +73,11 @@ impl Routing {
         }
         Ok(())
     }
+
+    /// Whether logits choose experts, and not scores: those of a softmax come in the same order, but that some round to the same number.
+    pub(crate) fn chooses_by_logits(&self, is_corrected: bool) -> bool {
+        self.score == RouterScore::Softmax && !is_corrected && self.top_groups == self.groups
+    }
 }
 
 /// The routes of a step, read back: what statistics of load are made of.
@@ -154,7 +159,7 @@ pub(crate) fn choose(
             scores.iter_mut().for_each(|score| *score /= sum);
         }
     }
-    choice.copy_from_slice(scores);
+    choice.copy_from_slice(if routing.chooses_by_logits(correction.is_some()) { logits } else { scores });
     if let Some(correction) = correction {
         choice.iter_mut().zip(correction).for_each(|(choice, correction)| *choice += correction);
     }

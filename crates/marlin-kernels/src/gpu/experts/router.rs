@@ -25,8 +25,15 @@ pub struct GpuRouter {
     /// Added to logits, and to scores where experts are chosen, `[E]`.
     bias: Storage,
     /// Shared with the routes that are chosen by it.
-    correction: Arc<Storage>,
+    correction: Arc<Correction>,
     kernels: RouterKernels,
+}
+
+/// What is added to scores where experts are chosen; zeros if there is nothing.
+#[derive(Debug)]
+pub(in crate::gpu) struct Correction {
+    pub(in crate::gpu) values: Storage,
+    is_some: bool,
 }
 
 #[derive(Debug)]
@@ -48,7 +55,7 @@ struct LogitsTile {
 }
 
 /// One token's logits are divided among many workgroups.
-const FEW_TOKENS: LogitsTile = LogitsTile { lanes: 64, tokens: 1, experts: 1, steps: 4 };
+const FEW_TOKENS: LogitsTile = LogitsTile { lanes: 64, tokens: 1, experts: 1, steps: 8 };
 /// Many tokens share weights, and experts tokens.
 const MANY_TOKENS: LogitsTile = LogitsTile { lanes: 32, tokens: 8, experts: 2, steps: 1 };
 /// So many tokens are few.
@@ -157,7 +164,10 @@ impl GpuRouter {
             hidden,
             weights: Upload::all(gpu, "a router", router.weight)?,
             bias: of_experts("a router's biases", router.bias)?,
-            correction: Arc::new(of_experts("a router's corrections", router.correction)?),
+            correction: Arc::new(Correction {
+                values: of_experts("a router's corrections", router.correction)?,
+                is_some: router.correction.is_some(),
+            }),
             kernels: RouterKernels::new(gpu, hidden.is_multiple_of(VECTOR))?,
         })
     }
@@ -196,8 +206,9 @@ impl GpuRouter {
             return;
         }
         routes.is_chosen = true;
-        let chosen = [&routes.logits, &self.correction, &routes.experts, &routes.weights];
-        recorder.dispatch(&self.kernels.select, chosen, &select_parameters(routing), [tokens, 1, 1]);
+        let chosen = [&routes.logits, &self.correction.values, &routes.experts, &routes.weights];
+        let parameters = select_parameters(routing, &self.correction);
+        recorder.dispatch(&self.kernels.select, chosen, &parameters, [tokens, 1, 1]);
         let (experts, tiles) = (routing.all_experts(), routes.tile_count());
         let parameters = [routes.pairs(), experts, routes.height, tiles].map(|count| count as u32);
         let buffers = [&routes.experts, &routes.sorted, &routes.places, &routes.tiles];
@@ -206,7 +217,7 @@ impl GpuRouter {
 }
 
 /// In the order of `routing.wgsl`.
-pub(in crate::gpu) fn select_parameters(routing: &Routing) -> [u32; 8] {
+pub(in crate::gpu) fn select_parameters(routing: &Routing, correction: &Correction) -> [u32; 9] {
     let &Routing { experts, top_k, shared, score, groups, top_groups, normalize, scale } = routing;
     [
         experts as u32,
@@ -217,6 +228,7 @@ pub(in crate::gpu) fn select_parameters(routing: &Routing) -> [u32; 8] {
         top_groups as u32,
         u32::from(normalize),
         scale.to_bits(),
+        u32::from(routing.chooses_by_logits(correction.is_some)),
     ]
 }
 

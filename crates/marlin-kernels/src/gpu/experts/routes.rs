@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::router::{select_kernel, select_parameters};
+use super::router::{Correction, select_kernel, select_parameters};
 use crate::gpu::GpuArithmetic;
 use crate::gpu::device::{Gpu, Storage};
 use crate::gpu::linear::Packed;
@@ -36,7 +36,7 @@ pub struct GpuRoutes {
     /// Chooses the experts of one token.
     select: Arc<Pipeline>,
     /// Of the router that routed last.
-    pub(in crate::gpu) correction: Option<Arc<Storage>>,
+    pub(in crate::gpu) correction: Option<Arc<Correction>>,
     /// Experts are chosen, and not only their logits known.
     pub(in crate::gpu) is_chosen: bool,
     /// Of the last step that was routed.
@@ -110,9 +110,9 @@ impl GpuRoutes {
     /// Chooses the experts of one token, unless they are chosen.
     pub(in crate::gpu) fn choose(&mut self, recorder: &mut Recorder) {
         let Some(correction) = self.correction.as_ref().filter(|_| !self.is_chosen) else { return };
-        let chosen = [&self.logits, correction, &self.experts, &self.weights];
+        let chosen = [&self.logits, &correction.values, &self.experts, &self.weights];
         let buffers = chosen.into_iter().chain([&self.sorted, &self.places, &self.tiles]);
-        recorder.dispatch(&self.select, buffers, &select_parameters(&self.routing), [1, 1, 1]);
+        recorder.dispatch(&self.select, buffers, &select_parameters(&self.routing, correction), [1, 1, 1]);
         self.is_chosen = true;
     }
 

@@ -9,7 +9,7 @@ use crate::gpu::device::{Gpu, Storage};
 use crate::gpu::experts::{GpuRoutes, select_parameters};
 use crate::gpu::recorder::Recorder;
 use crate::gpu::{GpuBackend, GpuBuffer};
-use crate::{Activation, Input, KernelError, Routing};
+use crate::{Activation, Input, KernelError};
 
 /// Which rows a group's linears multiply, and where their products go.
 struct Run<'a> {
@@ -30,7 +30,7 @@ struct Run<'a> {
     packs_output: bool,
     rows: RowsOf<'a>,
     /// Where experts are chosen.
-    routing: Option<&'a Routing>,
+    routing: Option<[u32; 9]>,
 }
 
 /// What says which rows a matrix has.
@@ -46,7 +46,7 @@ impl<'a> RowsOf<'a> {
     fn of_routes(routes: &'a GpuRoutes, prepared: Prepared) -> Self {
         match &routes.correction {
             Some(correction) if prepared == Prepared::Unpacked => {
-                Self::Logits([&routes.logits, correction, &routes.experts, &routes.weights])
+                Self::Logits([&routes.logits, &correction.values, &routes.experts, &routes.weights])
             }
             _ => Self::Tiles([&routes.tiles, &routes.sorted]),
         }
@@ -62,15 +62,15 @@ impl<'a> RowsOf<'a> {
 }
 
 impl Run<'_> {
-    fn parameters(&self, part: &GroupPart, epilogue: Epilogue, first: usize) -> [u32; 22] {
+    fn parameters(&self, part: &GroupPart, epilogue: Epilogue, first: usize) -> [u32; 23] {
         let &Self { m, eps, slots, heads, input_stride, head_width, width, packs_output, .. } = self;
         let of_linear = [m as u32, first as u32, width as u32, epilogue as u32, eps.to_bits()];
         let of_heads = [heads as u32, input_stride as u32, head_width as u32, u32::from(packs_output)];
-        let mut rest = [0; 19];
+        let mut rest = [0; 20];
         rest[..5].copy_from_slice(&of_linear);
         rest[5..7].copy_from_slice(&[u32::from(part.is_whole), slots as u32]);
         rest[7..11].copy_from_slice(&of_heads);
-        rest[11..].copy_from_slice(&self.routing.map_or([0; 8], select_parameters));
+        rest[11..].copy_from_slice(&self.routing.unwrap_or_default());
         with_shape(&part.shape, &rest)
     }
 
@@ -127,7 +127,7 @@ impl LinearEncoder {
             width: half,
             packs_output: false,
             rows: RowsOf::of_routes(routes, prepared),
-            routing: Some(&routes.routing),
+            routing: routes.correction.as_ref().map(|correction| select_parameters(&routes.routing, correction)),
         };
         let packs = |part: &GroupPart| part.kernels.linear.few_rows.packs_output(routes.height);
         for part in &gate_up.parts {

@@ -7,8 +7,9 @@
 // cached beside keys, or the first dimensions of keys: those are loaded once, and dimensions beyond them are summed with the rest of a unit's lanes
 // and left out of the result.
 //
-// If ROTATIONS is 1, and not 0, each sequence brings one token, whose row is as it was projected: queries are normalised and rotated here, and so are its
-// key and value before they go into the cache. Workgroups of the last split write them; where several share a KV head, all write the same.
+// If ROTATIONS is 1, and not 0, each sequence brings one token, whose row is as it was projected: queries are normalised and rotated here, and so is its
+// key before it goes into the cache with its value. Workgroups of the last split write them, and begin with them; where several share a KV head, all
+// write the same.
 //
 // Scores are to base 2. Positions that are not seen read one that is, with weight 0. If there is one split, it gives the result;
 // otherwise `attention_combine` does.
@@ -107,6 +108,17 @@ fn of_all_heads(own: f32) -> vec4<f32> {
     return all;
 }
 
+// Looks up the places of the keys of a span, before the end of the split's; beyond it, that of one that is there.
+fn look_up(span: u32, keys_end: u32, table: u32, head_units: u32) {
+    let span_keys = min(SPAN, keys_end - min(span, keys_end));
+    for (var i = lane; i < min(SPAN, (max(span_keys, 1u) + TILE - 1u) / TILE * TILE); i += SIZE) {
+        let position = min(span + i, max(keys_end, 1u) - 1u);
+        let block = block_tables[table + position / params.block_tokens];
+        places[i] = head_units + (block * params.block_tokens + position % params.block_tokens) * CHUNKS;
+    }
+    workgroupBarrier();
+}
+
 @compute @workgroup_size(SIZE)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -155,14 +167,43 @@ fn main(
     );
     @end
     @end
+    @for c < VALUE_UNITS
+    @for h < HEADS
+    var low@c_@h = vec4<f32>();
+    var high@c_@h = vec4<f32>();
+    @end
+    @end
+    var largest = LOWEST;
+    var total = 0.0;
+
+    // The split's keys in the cache: that of this step is not there, if it is not even rotated.
+    let has_own = ROTATIONS == 1u && split_end == end;
+    let keys_end = split_end - u32(has_own);
+    look_up(split_begin, keys_end, token.table, head_units);
+    @for b < BATCH
+    let place@b = places[@bu * GROUPS + group];
+    @for c < UNITS
+    var key@b_@c = load_key(place@b + unit@c);
+    @end
+    @end
+    @for b < BATCH
+    @for c < CACHED_UNITS
+    var value@b_@c = load_value(place@b + unit@c);
+    @end
+    @for c < UNITS_OF_KEYS
+    var value@b_@c: Raw;
+    @end
+    @end
+
+    // Meanwhile …
     @for r < ROTATIONS
     var squares = vec4<f32>();
     @for c < UNITS
     let partner@c = partner_of(unit@c);
     @for h < HEADS
     let other@c_@h = Unit(
-        query_vector(query + @hu * VECTORS + 2u * partner@c, @hu < count),
-        query_vector(query + @hu * VECTORS + 2u * partner@c + 1u, @hu < count),
+        query_vector(query + @hu * VECTORS + 2u * partner@c, exists@c && @hu < count),
+        query_vector(query + @hu * VECTORS + 2u * partner@c + 1u, exists@c && @hu < count),
     );
     squares[@h] += squares_of(q@c_@h);
     @end
@@ -173,62 +214,67 @@ fn main(
     q@c_@h = rotated(normed_query(q@c_@h, unit@c, factors[@h]), normed_query(other@c_@h, partner@c, factors[@h]), unit@c, token.row);
     @end
     @end
-    if (split_end == end) {
-        let key = (token.row * (params.heads + 2u * params.kv_heads) + params.heads + kv_head) * VECTORS;
-        let value = key + params.kv_heads * VECTORS;
-        let block = block_tables[token.table + token.position / params.block_tokens];
-        let place = head_units + (block * params.block_tokens + token.position % params.block_tokens) * CHUNKS;
+    if (has_own) {
+        let own_key = (token.row * (params.heads + 2u * params.kv_heads) + params.heads + kv_head) * VECTORS;
+        let own_value = own_key + params.kv_heads * VECTORS;
         var key_squares = vec4<f32>();
         @for c < UNITS
-        let k@c = Unit(query_vector(key + 2u * unit@c, exists@c), query_vector(key + 2u * unit@c + 1u, exists@c));
-        let other_k@c = Unit(qkv[key + 2u * partner@c], qkv[key + 2u * partner@c + 1u]);
+        let k@c = Unit(query_vector(own_key + 2u * unit@c, exists@c), query_vector(own_key + 2u * unit@c + 1u, exists@c));
+        let other_k@c =
+            Unit(query_vector(own_key + 2u * partner@c, exists@c), query_vector(own_key + 2u * partner@c + 1u, exists@c));
+        let v@c = encode(Unit(qkv[own_value + 2u * unit@c], qkv[own_value + 2u * unit@c + 1u]));
         key_squares.x += squares_of(k@c);
         @end
         let factor = of_all_heads(factor_of_head(sum_of_group(key_squares))).x;
+        let block = block_tables[token.table + token.position / params.block_tokens];
+        let own_place = head_units + (block * params.block_tokens + token.position % params.block_tokens) * CHUNKS;
+        var dots = vec4<f32>();
         @for c < UNITS
+        let own@c = encode(rotated(normed_key(k@c, unit@c, factor), normed_key(other_k@c, partner@c, factor), unit@c, token.row));
         if (group == 0u && exists@c) {
-            let own = normed_key(k@c, unit@c, factor);
-            keys[place + unit@c] = encode(rotated(own, normed_key(other_k@c, partner@c, factor), unit@c, token.row));
-            values[place + unit@c] = encode(Unit(qkv[value + 2u * unit@c], qkv[value + 2u * unit@c + 1u]));
+            keys[own_place + unit@c] = own@c;
+            values[own_place + unit@c] = v@c;
+        }
+        {
+            let k = decode(own@c);
+            @for h < HEADS
+            dots[@h] += product(q@c_@h, k);
+            @end
         }
         @end
-        storageBarrier();
+        // The first group's first key.
+        let score = sum_of_group(dots) * params.scale * LOG2_E;
+        largest = select(LOWEST, score, group == 0u);
+        total = select(0.0, 1.0, group == 0u);
+        let weights = of_all_heads(total);
+        @for c < VALUE_UNITS
+        {
+            let v = decode(v@c);
+            @for h < HEADS
+            low@c_@h = weights[@h] * v.low;
+            high@c_@h = weights[@h] * v.high;
+            @end
+        }
+        @end
     }
     @end
-    @for c < VALUE_UNITS
-    @for h < HEADS
-    var low@c_@h = vec4<f32>();
-    var high@c_@h = vec4<f32>();
-    @end
-    @end
-    var largest = LOWEST;
-    var total = 0.0;
 
-    for (var span = split_begin; span < split_end; span += SPAN) {
-        let span_keys = min(SPAN, split_end - span);
-        // The places of the span before have been read.
-        workgroupBarrier();
-        for (var i = lane; i < min(SPAN, (span_keys + TILE - 1u) / TILE * TILE); i += SIZE) {
-            let position = min(span + i, end - 1u);
-            let block = block_tables[token.table + position / params.block_tokens];
-            places[i] = head_units + (block * params.block_tokens + position % params.block_tokens) * CHUNKS;
+    for (var span = split_begin; span < keys_end; span += SPAN) {
+        let span_keys = min(SPAN, keys_end - span);
+        if (span > split_begin) {
+            // The places of the span before have been read.
+            workgroupBarrier();
+            look_up(span, keys_end, token.table, head_units);
+            @for b < BATCH
+            let of_span@b = places[@bu * GROUPS + group];
+            @for c < UNITS
+            key@b_@c = load_key(of_span@b + unit@c);
+            @end
+            @for c < CACHED_UNITS
+            value@b_@c = load_value(of_span@b + unit@c);
+            @end
+            @end
         }
-        workgroupBarrier();
-
-        @for b < BATCH
-        let place@b = places[@bu * GROUPS + group];
-        @for c < UNITS
-        var key@b_@c = load_key(place@b + unit@c);
-        @end
-        @end
-        @for b < BATCH
-        @for c < CACHED_UNITS
-        var value@b_@c = load_value(place@b + unit@c);
-        @end
-        @for c < UNITS_OF_KEYS
-        var value@b_@c: Raw;
-        @end
-        @end
         for (var tile = 0u; tile < span_keys; tile += TILE) {
             let next = tile + TILE;
             let has_next = next < span_keys;

@@ -6,8 +6,8 @@ const LOWEST = -3.4028234e38;
 const DROPPED = 0x007fffffu;
 
 var<workgroup> scores: array<f32, MOST_EXPERTS>;
-// What experts are chosen by, in the order of numbers; what is not a number comes last.
-var<workgroup> keys: array<u32, MOST_EXPERTS>;
+// What experts are chosen by, in the order of numbers, four at a time; what is not a number comes last, as do experts that there are none of.
+var<workgroup> keys: array<vec4<u32>, MOST_EXPERTS / 4u>;
 var<workgroup> group_keys: array<u32, MOST_GROUPS>;
 var<workgroup> chosen: array<u32, MOST_EXPERTS>;
 
@@ -21,6 +21,10 @@ fn key_of(value: f32) -> u32 {
         return 0x80000000u;
     }
     return select(bits | 0x80000000u, ~bits, bits != magnitude);
+}
+
+fn key_at(e: u32) -> u32 {
+    return keys[e / 4u][e % 4u];
 }
 
 fn corrected(e: u32) -> f32 {
@@ -50,15 +54,36 @@ fn score_logits(first: u32, lane: u32) {
     }
 }
 
+// What an expert is chosen by.
+fn choice_key(first: u32, e: u32) -> u32 {
+    if (e >= params.routing.experts) {
+        return 0u;
+    }
+    if (params.routing.by_logits == 1u) {
+        return key_of(logits[first + e]);
+    }
+    return key_of(corrected(e));
+}
+
 // The first expert of the largest key from `first` on, of so many, but for one of them.
 fn first_largest(first: u32, count: u32, taken: u32) -> u32 {
     var best = select(first, first + 1u, first == taken);
     for (var e = best + 1u; e < first + count; e++) {
-        if (e != taken && keys[e] > keys[best]) {
+        if (e != taken && key_at(e) > key_at(best)) {
             best = e;
         }
     }
     return best;
+}
+
+// Whether a group is among the best ones.
+fn is_kept(group: u32) -> bool {
+    var rank = 0u;
+    for (var other = 0u; other < params.routing.groups; other++) {
+        let comes_first = group_keys[other] == group_keys[group] && other < group;
+        rank += u32(group_keys[other] > group_keys[group] || comes_first);
+    }
+    return rank < params.routing.top_groups;
 }
 
 // Drops the experts of other groups than the best ones.
@@ -73,45 +98,41 @@ fn drop_other_groups(lane: u32) {
         group_keys[lane] = key_of(score);
     }
     workgroupBarrier();
-    for (var e = lane; e < params.routing.experts; e += SIZE) {
-        let group = e / size;
-        var rank = 0u;
-        for (var other = 0u; other < params.routing.groups; other++) {
-            let comes_first = group_keys[other] == group_keys[group] && other < group;
-            rank += u32(group_keys[other] > group_keys[group] || comes_first);
+    for (var q = lane; 4u * q < params.routing.experts; q += SIZE) {
+        var four = keys[q];
+        @for i < 4
+        if (4u * q + @iu < params.routing.experts && !is_kept((4u * q + @iu) / size)) {
+            four[@i] = DROPPED;
         }
-        if (rank >= params.routing.top_groups) {
-            keys[e] = DROPPED;
-        }
+        @end
+        keys[q] = four;
     }
     workgroupBarrier();
 }
 
-// Chooses by the logits from `first` on. All invocations find them after it.
+// Chooses by the logits from `first` on. All invocations find the chosen after it.
 fn choose_experts(first: u32, lane: u32) {
-    score_logits(first, lane);
-    for (var e = lane; e < MOST_EXPERTS; e += SIZE) {
-        // Beyond the last one there is none that comes before another.
-        var key = 0u;
-        if (e < params.routing.experts) {
-            key = key_of(corrected(e));
-        }
-        keys[e] = key;
+    if (params.routing.by_logits == 0u) {
+        score_logits(first, lane);
+        workgroupBarrier();
+    }
+    for (var q = lane; 4u * q < params.routing.experts; q += SIZE) {
+        let e = 4u * q;
+        keys[q] = vec4<u32>(choice_key(first, e), choice_key(first, e + 1u), choice_key(first, e + 2u), choice_key(first, e + 3u));
     }
     workgroupBarrier();
     if (params.routing.top_groups < params.routing.groups) {
         drop_other_groups(lane);
     }
     for (var e = lane; e < params.routing.experts; e += SIZE) {
-        let key = keys[e];
-        var rank = 0u;
-        // Eight loads at once.
-        for (var first = 0u; first < params.routing.experts; first += 8u) {
-@for i < 8
-            let other_@i = keys[first + @iu];
-            rank += u32(other_@i > key || (other_@i == key && first + @iu < e));
-@end
+        let key = vec4<u32>(key_at(e));
+        var ranks = vec4<u32>();
+        for (var q = 0u; 4u * q < params.routing.experts; q++) {
+            let others = keys[q];
+            let come_first = vec4<u32>(4u * q) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(e);
+            ranks += select(vec4<u32>(), vec4<u32>(1u), (others > key) | ((others == key) & come_first));
         }
+        let rank = ranks.x + ranks.y + ranks.z + ranks.w;
         if (rank < params.routing.top_k) {
             chosen[rank] = e;
         }
@@ -131,8 +152,12 @@ fn place_of(slot: u32) -> u32 {
     return place;
 }
 
-// Writes the chosen experts of a token, and their weights.
-fn put_chosen(token: u32, lane: u32) {
+// Writes the chosen experts of a token, whose logits begin at `first`, and their weights.
+fn put_chosen(token: u32, first: u32, lane: u32) {
+    if (params.routing.by_logits == 1u) {
+        score_logits(first, lane);
+        workgroupBarrier();
+    }
     var sum = 0.0;
     for (var slot = 0u; slot < params.routing.top_k; slot++) {
         sum += scores[chosen[slot]];

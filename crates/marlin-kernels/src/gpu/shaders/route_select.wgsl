@@ -9,8 +9,9 @@ const SIZE = 256u;
 
 @compute @workgroup_size(SIZE)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    choose_experts(workgroup.x * params.routing.experts, lane);
-    put_chosen(workgroup.x, lane);
+    let first = workgroup.x * params.routing.experts;
+    choose_experts(first, lane);
+    put_chosen(workgroup.x, first, lane);
     if (TILES) {
         for (var slot = lane; slot < params.routing.top_k + params.routing.shared_experts; slot += SIZE) {
             put_tile(place_of(slot), slot, chosen[slot]);

@@ -12,4 +12,6 @@ struct Routing {
     normalizes: u32,
     // Of weights.
     scale: f32,
+    // Experts are chosen by their logits, which come in the order of scores.
+    by_logits: u32,
 }

@@ -4,7 +4,7 @@
 fn route(workgroup: vec3<u32>, index: u32) {
     choose_experts(0u, index);
     if (workgroup.x == 0u && workgroup.y == 0u) {
-        put_chosen(0u, index);
+        put_chosen(0u, 0u, index);
     }
 }
 
