@@ -62,7 +62,10 @@ impl FewRowsTile {
     fn of(cols: usize, outputs: usize, is_gated: bool, rows: usize, is_normed: bool) -> Self {
         match (cols.div_ceil(UNIT), is_gated) {
             (0..=16, _) => Self::new(8, 16, 1),
-            (65.., false) if rows == 1 && outputs <= FEW_OUTPUTS && is_normed => Self::new(16, 4, 2),
+            (64.., true) if is_normed && outputs <= FEW_OUTPUTS / 4 => Self::new(16, 8, 2),
+            (64, false) if rows == 1 && outputs <= FEW_OUTPUTS / 4 => Self::new(16, 2, 4),
+            (64.., false) if rows == 1 && outputs <= FEW_OUTPUTS && is_normed => Self::new(16, 4, 2),
+            (128.., false) if rows == 1 && outputs <= FEW_OUTPUTS / 2 => Self::new(16, 1, 8),
             (256.., false) if rows == 1 && outputs <= FEW_OUTPUTS => Self::new(16, 1, 8),
             (65.., false) if rows == 1 && outputs <= FEW_OUTPUTS => Self::new(16, 2, 4),
             (65.., false) if rows == 1 => Self::new(8, 4, 4),

@@ -6,6 +6,7 @@ use marlin_format::Scheme;
 
 use super::few_rows::{SUM_OF_NO_LANES, block_of, most_rows_at_once, sums_subgroups};
 use super::format::DeviceFormat;
+use super::layout::{QUAD, UNIT};
 use super::many_rows::heights;
 use super::pack::Packing;
 use super::{GpuLinear, LinearKernels, MATRIX_OF_GROUP, Part, Place, Shape, weights};
@@ -171,8 +172,9 @@ impl GroupKernels {
         let (cols, rows) = (shape.k as usize, shape.rows as usize);
         let outputs = if is_gated { rows / 2 } else { rows };
         let sum = || {
-            let kernel = sum_kernel(format, sums_subgroups(gpu, format, SUM_LANES));
-            Ok::<_, KernelError>((gpu.pipeline(&kernel)?, rows.div_ceil(4 * SUM_QUADS)))
+            let tile @ SumTile { lanes, quads } = SumTile::of(cols);
+            let kernel = sum_kernel(format, tile, sums_subgroups(gpu, format, lanes));
+            Ok::<_, KernelError>((gpu.pipeline(&kernel)?, rows.div_ceil(QUAD * quads)))
         };
         Ok(Self {
             linear: LinearKernels::new(gpu, format, Place::Group(count), cols, outputs, is_gated)?,
@@ -227,17 +229,33 @@ pub(in crate::gpu) fn compile(gpu: &Gpu, scheme: &Scheme, rows: usize, cols: usi
     Ok(())
 }
 
-/// Lanes that share a quad of each expert, quads of a workgroup, and slots that it sums up at once.
-const SUM_LANES: usize = 8;
-const SUM_QUADS: usize = 4;
-const SUM_SPLITS: usize = 8;
+/// A workgroup that sums over the experts of one token: lanes that share a quad of rows of each expert, and quads.
+#[derive(Debug, Clone, Copy)]
+struct SumTile {
+    lanes: usize,
+    quads: usize,
+}
+
+impl SumTile {
+    /// Slots that are summed up at once.
+    const SPLITS: usize = 8;
+
+    /// Short rows keep fewer lanes busy.
+    fn of(cols: usize) -> Self {
+        match cols.div_ceil(UNIT) {
+            0..=16 => Self { lanes: 8, quads: 4 },
+            _ => Self { lanes: 32, quads: 1 },
+        }
+    }
+}
 
 /// The kernel that sums over the experts of one token.
-fn sum_kernel(format: &DeviceFormat, sums_subgroups: bool) -> Kernel {
+fn sum_kernel(format: &DeviceFormat, SumTile { lanes, quads }: SumTile, sums_subgroups: bool) -> Kernel {
     let packing = Packing::of(format.arithmetic);
-    let parts = if sums_subgroups { SUM_SPLITS } else { SUM_SPLITS * SUM_LANES };
+    let splits = SumTile::SPLITS;
+    let parts = if sums_subgroups { splits } else { splits * lanes };
     let mut prelude = format!(
-        "{}const LANES = {SUM_LANES}u;\nconst QUADS = {SUM_QUADS}u;\nconst SPLITS = {SUM_SPLITS}u;\nconst PARTS = {parts}u;\n\
+        "{}const LANES = {lanes}u;\nconst QUADS = {quads}u;\nconst SPLITS = {splits}u;\nconst PARTS = {parts}u;\n\
          const ROWS_AT_ONCE = 1u;\nconst MATRICES = 1u;\n",
         format.module()
     );

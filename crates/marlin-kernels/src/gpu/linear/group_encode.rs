@@ -129,6 +129,8 @@ impl LinearEncoder {
             rows: RowsOf::of_routes(routes, prepared),
             routing: routes.correction.as_ref().map(|correction| select_parameters(&routes.routing, correction)),
         };
+        // Those that choose experts are one more, which writes them down.
+        let tiles = routes.tile_count() + usize::from(prepared == Prepared::Unpacked);
         let packs = |part: &GroupPart| part.kernels.linear.few_rows.packs_output(routes.height);
         for part in &gate_up.parts {
             let (epilogue, first) = match part.matrix {
@@ -140,12 +142,7 @@ impl LinearEncoder {
             let input = self.packer.input(prepared, &x);
             let packed = routes.packed.iter().flat_map(|packed| packed.buffers()).filter(|_| packs(part));
             let buffers = part.buffers.iter().chain(input).chain([&out.storage]).chain(run.buffers(part)).chain(packed);
-            recorder.dispatch(
-                kernel,
-                buffers,
-                &run.parameters(part, epilogue, first),
-                [workgroups, routes.tile_count(), 1],
-            );
+            recorder.dispatch(kernel, buffers, &run.parameters(part, epilogue, first), [workgroups, tiles, 1]);
         }
         // If not before, they are chosen now.
         routes.is_chosen = true;
