@@ -89,6 +89,17 @@ pub struct HostRoutes {
     pub experts: Vec<u32>,
     /// Their weights.
     pub weights: Vec<f32>,
+    /// Tiles that the rows of each expert, shared ones included, are cut into: its weights are read once for each.
+    pub tiles: Vec<u32>,
+}
+
+impl HostRoutes {
+    /// One tile for each of `experts` experts that has rows: its weights are read once.
+    pub(crate) fn one_tile_each(&mut self, experts: usize) {
+        self.tiles.clear();
+        self.tiles.resize(experts, 0);
+        self.experts.iter().for_each(|&expert| self.tiles[expert as usize] = 1);
+    }
 }
 
 /// How many tokens went to each expert, and how probable each was: what load balancing looks at.
@@ -364,8 +375,12 @@ mod tests {
         let routing = Routing { shared: 0, ..ROUTING };
         let mut load = RouterLoad::new(&routing);
         assert_eq!(load.balancing_loss(), 0.0);
-        let routes =
-            |experts: &[u32]| HostRoutes { logits: vec![0.0; 8], experts: experts.to_vec(), weights: vec![0.5; 4] };
+        let routes = |experts: &[u32]| HostRoutes {
+            logits: vec![0.0; 8],
+            experts: experts.to_vec(),
+            weights: vec![0.5; 4],
+            tiles: Vec::new(),
+        };
         load.add(&routes(&[0, 1, 2, 3]));
         assert_eq!((load.tokens, &load.counts[..]), (2, &[1, 1, 1, 1][..]));
         assert!((load.balancing_loss() - 1.0).abs() < 1e-12);

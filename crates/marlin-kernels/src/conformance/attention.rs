@@ -314,7 +314,7 @@ impl Case for Attention<'_> {
 struct Decode<'a>(Attention<'a>);
 
 /// Positions of those tokens.
-const DECODES: [&[Range<usize>]; 3] = [&[0..1], &[40..41], &[31..32, 32..33, 300..301, 64..65]];
+const DECODES: [&[Range<usize>]; 3] = [&[0..1, 0..0], &[40..41, 7..7], &[31..32, 32..33, 300..301, 64..65]];
 
 impl Case for Decode<'_> {
     fn run<B: Backend>(&self, backend: &B) -> Vec<f32> {

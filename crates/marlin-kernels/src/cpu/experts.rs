@@ -108,7 +108,7 @@ impl CpuRouter {
 
     fn choose(&self, m: usize, routes: &mut CpuRoutes, threads: &Threads) {
         let (experts, slots) = (self.routing.experts, self.routing.slots());
-        let HostRoutes { logits, experts: chosen, weights } = &mut routes.routes;
+        let HostRoutes { logits, experts: chosen, weights, .. } = &mut routes.routes;
         let (scratch, chosen, weights) =
             (Disjoint::new(&mut routes.scores), Disjoint::new(chosen), Disjoint::new(weights));
         let lanes = threads.count().min(m.div_ceil(CHOICES));
@@ -246,6 +246,7 @@ impl CpuRoutes {
                 logits: allocate(what, &[tokens, experts], NAME)?,
                 experts: allocate(what, &[pairs], NAME)?,
                 weights: allocate(what, &[pairs], NAME)?,
+                tiles: Vec::new(),
             },
             scores: allocate(what, &[threads.count(), 2, experts], NAME)?,
             sorted: Sorted {
@@ -274,6 +275,11 @@ impl CpuRoutes {
     /// The routes as they were chosen.
     pub(super) fn host(&self) -> &HostRoutes {
         &self.routes
+    }
+
+    /// All experts, shared ones included.
+    pub(super) fn experts(&self) -> usize {
+        self.routing.all_experts()
     }
 
     /// The pairs of token and expert, of so many experts.
@@ -379,7 +385,7 @@ mod tests {
         let threads = Threads::new(1).unwrap();
         let mut routes = CpuRoutes::new(&ROUTING, experts.len() / 3, 40, &threads).unwrap();
         let weights = (0..experts.len()).map(|pair| pair as f32).collect();
-        routes.sorted.sort(&HostRoutes { logits: Vec::new(), experts: experts.to_vec(), weights });
+        routes.sorted.sort(&HostRoutes { experts: experts.to_vec(), weights, ..HostRoutes::default() });
         routes.sorted
     }
 
@@ -419,7 +425,7 @@ mod tests {
         let threads = Threads::new(3).unwrap();
         for (tokens, width) in [(1, 1), (5, 40), (64, 96)] {
             let routes = CpuRoutes::new(&ROUTING, tokens, width, &threads).unwrap();
-            let HostRoutes { logits, experts, weights } = &routes.routes;
+            let HostRoutes { logits, experts, weights, .. } = &routes.routes;
             let Sorted { dispatch, tokens: of_pairs, weights: sorted, busy, .. } = &routes.sorted;
             let floats = [logits, weights, &routes.scores, sorted].map(Vec::capacity);
             let indices = [experts, &dispatch.offsets, &dispatch.pairs, &dispatch.places, of_pairs].map(Vec::capacity);

@@ -408,6 +408,7 @@ impl Encoder<CpuBackend> for CpuEncoder {
 
     fn read_routes(&mut self, routes: &mut CpuRoutes, out: &mut HostRoutes) -> Result<(), KernelError> {
         out.clone_from(routes.host());
+        out.one_tile_each(routes.experts());
         Ok(())
     }
 

@@ -269,7 +269,16 @@ impl Encoder<GpuBackend> for GpuEncoder {
         out.weights.resize(routes.pairs(), 0.0);
         self.read_storage(&routes.logits, bytemuck::cast_slice_mut(&mut out.logits))?;
         self.read_storage(&routes.experts, bytemuck::cast_slice_mut(&mut out.experts))?;
-        self.read_storage(&routes.weights, bytemuck::cast_slice_mut(&mut out.weights))
+        self.read_storage(&routes.weights, bytemuck::cast_slice_mut(&mut out.weights))?;
+        out.one_tile_each(routes.routing.all_experts());
+        if routes.tokens > 1 {
+            // Expert, first row and end of each.
+            let mut tiles = vec![[0u32; 4]; routes.tile_count()];
+            self.read_storage(&routes.tiles, bytemuck::cast_slice_mut(&mut tiles))?;
+            out.tiles.fill(0);
+            tiles.iter().filter(|[_, first, end, _]| first < end).for_each(|[e, ..]| out.tiles[*e as usize] += 1);
+        }
+        Ok(())
     }
 
     fn rope_store_kv(

@@ -132,6 +132,7 @@ impl Backend for ReferenceBackend {
             logits: allocate(what, &[tokens, routing.experts], NAME)?,
             experts: allocate(what, &[tokens, slots], NAME)?,
             weights: allocate(what, &[tokens, slots], NAME)?,
+            tiles: Vec::new(),
         };
         Ok(ReferenceRoutes { slots, routes, dispatch })
     }
@@ -295,7 +296,7 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
 
     fn route(&mut self, x: Input<'_, ReferenceBackend>, router: &ReferenceRouter, routes: &mut ReferenceRoutes) {
         let (x, routing) = (rows(x), &router.routing);
-        let HostRoutes { logits, experts, weights } = &mut routes.routes;
+        let HostRoutes { logits, experts, weights, .. } = &mut routes.routes;
         logits.resize(x.rows() * routing.experts, 0.0);
         experts.resize(x.rows() * routing.slots(), 0);
         weights.resize(x.rows() * routing.slots(), 0.0);
@@ -494,6 +495,7 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
 
     fn read_routes(&mut self, routes: &mut ReferenceRoutes, out: &mut HostRoutes) -> Result<(), KernelError> {
         out.clone_from(&routes.routes);
+        out.one_tile_each(routes.dispatch.offsets.len() - 1);
         Ok(())
     }
 

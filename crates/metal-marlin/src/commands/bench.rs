@@ -75,8 +75,8 @@ pub(crate) struct Args {
     #[arg(required_unless_present = "shape", conflicts_with = "shape")]
     model: Option<PathBuf>,
 
-    /// Measure random weights in the shape of a known model: tiny, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b,
-    /// qwen3-14b, qwen3-32b, llama-3.2-1b, llama-3.2-3b or llama-3.1-8b
+    /// Measure random weights in the shape of a known model: tiny, tiny-moe, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b,
+    /// qwen3-14b, qwen3-32b, llama-3.2-1b, llama-3.2-3b, llama-3.1-8b, qwen3-moe-8l, qwen3-30b-a3b or glm-4.7-flash
     #[arg(long, value_name = "NAME")]
     shape: Option<String>,
 

@@ -132,6 +132,6 @@ impl AttentionGroup {
         });
         let seconds = bench
             .seconds(&mut encoder, |encoder, i| encoder.attention(&qkv, &SHAPE, None, &kv, i % layers, &mut out))?;
-        Ok(Measurement { name, seconds, work: Some(case.work(bytes_per_token)) })
+        Ok(Measurement { name, seconds, work: Some(case.work(bytes_per_token)), reads: None })
     }
 }

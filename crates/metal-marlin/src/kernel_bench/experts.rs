@@ -219,18 +219,17 @@ impl<B: Backend> Layers<B> {
         }
     }
 
-    /// Experts that each input's tokens choose, on average.
-    fn chosen(&self, encoder: &mut B::Encoder, buffers: &mut Activations<B>) -> Result<f64, KernelBenchError> {
-        let (mut routes, mut chosen) = (HostRoutes::default(), 0);
+    /// Experts that each input's tokens choose, on average, and how many tiles of rows each of those has: its weights are read for each.
+    fn chosen(&self, encoder: &mut B::Encoder, buffers: &mut Activations<B>) -> Result<[f64; 2], KernelBenchError> {
+        let (mut routes, mut chosen, mut tiles) = (HostRoutes::default(), 0, 0);
         for i in 0..INPUTS {
             self.record(encoder, buffers, Part::Route, i);
             let of_input = i % buffers.routes.len();
             encoder.read_routes(&mut buffers.routes[of_input], &mut routes)?;
-            routes.experts.sort_unstable();
-            routes.experts.dedup();
-            chosen += routes.experts.len();
+            chosen += routes.tiles.iter().filter(|tiles| **tiles > 0).count();
+            tiles += routes.tiles.iter().sum::<u32>();
         }
-        Ok(chosen as f64 / INPUTS as f64)
+        Ok([chosen as f64 / INPUTS as f64, f64::from(tiles) / chosen as f64])
     }
 }
 
@@ -259,12 +258,13 @@ impl<B: Timed> Plans<B> for ExpertsGroup {
             let limits = StepLimits { tokens: rows, context: rows, width, vocabulary: 1, logit_rows: 0 };
             let mut encoder = bench.backend.encoder(&limits)?;
             let mut buffers = self.activations(bench, tokens)?;
-            let chosen = layers.chosen(&mut encoder, &mut buffers)?;
+            let [chosen, reads] = layers.chosen(&mut encoder, &mut buffers)?;
             for (part, name) in wanted {
                 let seconds =
                     bench.seconds(&mut encoder, |encoder, i| layers.record(encoder, &mut buffers, part, i))?;
                 let work = Some(self.work(bench, part, tokens, chosen)?);
-                measurements.push(Measurement { name, seconds, work });
+                let reads = (part != Part::Route).then_some(reads);
+                measurements.push(Measurement { name, seconds, work, reads });
                 done();
             }
         }

@@ -198,7 +198,7 @@ impl<B: Timed> Plans<B> for LayerGroup {
             layers.begin(bench.backend, self.shape, m)?;
             for (linears, name) in wanted {
                 let seconds = bench.seconds(&mut encoder, |encoder, i| layers.record(encoder, linears, i))?;
-                measurements.push(Measurement { name, seconds, work: Some(self.work(linears, m, bytes)) });
+                measurements.push(Measurement { name, seconds, work: Some(self.work(linears, m, bytes)), reads: None });
                 done();
             }
         }

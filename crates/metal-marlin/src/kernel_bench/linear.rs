@@ -126,7 +126,12 @@ impl<B: Timed> Plans<B> for LinearGroup {
                     encoder.linear(Input::Rows(&inputs[input]), &linears[i % copies], &mut outs[out]);
                 })?;
                 let operations = 2.0 * m as f64 * cols as f64 * outputs as f64;
-                measurements.push(Measurement { name, seconds, work: Some(Work { bytes: bytes as f64, operations }) });
+                measurements.push(Measurement {
+                    name,
+                    seconds,
+                    work: Some(Work { bytes: bytes as f64, operations }),
+                    reads: None,
+                });
                 done();
             }
         }

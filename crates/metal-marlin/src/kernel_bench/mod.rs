@@ -83,6 +83,8 @@ struct Measurement {
     seconds: Spread,
     /// Of kernels.
     work: Option<Work>,
+    /// Of experts, how often weights that must be read are read.
+    reads: Option<f64>,
 }
 
 /// What one run must do, at least.

@@ -9,7 +9,7 @@ use crate::table::text_table;
 /// A clock that moved by more than this makes figures doubtful.
 const STEADY: f64 = 0.03;
 
-const COLUMNS: [&str; 6] = ["kernel", "µs", "min to max", "GB/s", "of memory", "TFLOP/s"];
+const COLUMNS: [&str; 7] = ["kernel", "µs", "min to max", "GB/s", "of memory", "TFLOP/s", "reads"];
 
 impl Group {
     /// By how much the clock differs after the group, where it is known.
@@ -35,8 +35,8 @@ impl Group {
         facts
     }
 
-    fn cells(&self, measurement: &Measurement) -> [String; 6] {
-        let Measurement { name, seconds, work } = measurement;
+    fn cells(&self, measurement: &Measurement) -> [String; 7] {
+        let Measurement { name, seconds, work, reads } = measurement;
         let [rate, share, operations] = work.map_or(["-"; 3].map(str::to_owned), |work| {
             let per_second = work.bytes / seconds.median;
             [
@@ -46,7 +46,8 @@ impl Group {
             ]
         });
         let range = format!("{:.2} to {:.2}", seconds.min * 1e6, seconds.max * 1e6);
-        [name.clone(), format!("{:.2}", seconds.median * 1e6), range, rate, share, operations]
+        let reads = reads.map_or("-".to_owned(), |reads| format!("{reads:.2}"));
+        [name.clone(), format!("{:.2}", seconds.median * 1e6), range, rate, share, operations, reads]
     }
 }
 
@@ -58,8 +59,10 @@ impl Report {
     /// Tables for people, one for each group.
     pub fn to_text(&self) -> String {
         let mut text = format!("{}: {}\n", self.device.name, self.device.detail);
-        text +=
-            &format!("medians of {} samples; GB/s of packed weights or of cached keys and values\n", self.repetitions);
+        text += &format!(
+            "medians of {} samples; GB/s of packed weights or of cached keys and values; reads: how often experts' weights that must be read are\n",
+            self.repetitions
+        );
         for group in &self.groups {
             let mut rows = vec![COLUMNS.map(str::to_owned)];
             rows.extend(group.measurements.iter().map(|measurement| group.cells(measurement)));
@@ -79,7 +82,7 @@ impl Report {
         };
         let group = |group: &Group| {
             let result = |measurement: &Measurement| {
-                let Measurement { name, seconds, work } = measurement;
+                let Measurement { name, seconds, work, reads } = measurement;
                 let per_second = |amount: fn(Work) -> f64| work.map(|work| amount(work) / seconds.median);
                 let bytes_per_second = per_second(|work| work.bytes);
                 json!({
@@ -90,6 +93,7 @@ impl Report {
                     "bytes_per_second": bytes_per_second,
                     "share_of_read_bandwidth": bytes_per_second.map(|rate| rate / group.read_bandwidth()),
                     "operations_per_second": per_second(|work| work.operations),
+                    "weight_reads": reads,
                 })
             };
             json!({

@@ -114,7 +114,7 @@ impl<B: Timed> Plans<B> for ThreadsGroup {
             let samples: Vec<f64> = (0..bench.plan.repetitions.max(1)).map(|_| sample()).collect();
             // There is at least one.
             let seconds = Spread::of(&samples).unwrap_or(Spread { median: 0.0, min: 0.0, max: 0.0 });
-            measurements.push(Measurement { name, seconds, work: None });
+            measurements.push(Measurement { name, seconds, work: None, reads: None });
             done();
         }
         Ok(measurements)
