@@ -303,7 +303,7 @@ impl Encoder<GpuBackend> for GpuEncoder {
         out: &mut GpuBuffer,
     ) {
         let Self { gpu, recorder, step, linear, .. } = self;
-        self.attention.attention(gpu, recorder, step, qkv, shape, sinks, kv, layer, out, linear);
+        self.attention.attention(gpu, recorder, step, qkv, shape, sinks, kv, layer, out, linear, None);
     }
 
     fn rope_attention(

@@ -235,23 +235,6 @@ impl AttentionEncoder {
         recorder.dispatch(kernel, buffers, &parameters, workgroups);
     }
 
-    #[expect(clippy::too_many_arguments, reason = "those of the operation, and where it is recorded")]
-    pub(super) fn attention(
-        &mut self,
-        gpu: &Gpu,
-        recorder: &mut Recorder,
-        step: &StepBuffers,
-        qkv: &GpuBuffer,
-        shape: &AttentionShape,
-        sinks: Option<&GpuVector>,
-        kv: &GpuKvCache,
-        layer: usize,
-        out: &mut GpuBuffer,
-        linear: &mut LinearEncoder,
-    ) {
-        self.attend(gpu, recorder, step, qkv, shape, sinks, kv, layer, out, linear, None);
-    }
-
     /// [`Self::rope_store_kv`] and [`Self::attention`], in one kernel where that can be.
     #[expect(clippy::too_many_arguments, reason = "those of the operation, and where it is recorded")]
     pub(super) fn rope_attention(
@@ -272,15 +255,16 @@ impl AttentionEncoder {
         let rotation = Rotation { angles, norm };
         if rotation.fits(gpu, step, shape, kv.kv_type) {
             check_rotation(kv, layer, step, qkv, shape, &rotation);
-            self.attend(gpu, recorder, step, qkv, shape, sinks, kv, layer, out, linear, Some(&rotation));
+            self.attention(gpu, recorder, step, qkv, shape, sinks, kv, layer, out, linear, Some(&rotation));
         } else {
             self.rope_store_kv(gpu, recorder, step, qkv, shape, rotation.norm, angles, kv, layer);
-            self.attend(gpu, recorder, step, qkv, shape, sinks, kv, layer, out, linear, None);
+            self.attention(gpu, recorder, step, qkv, shape, sinks, kv, layer, out, linear, None);
         }
     }
 
+    /// Attention of rows that are prepared, or that `rotation` prepares on the way.
     #[expect(clippy::too_many_arguments, reason = "those of the operation, and where it is recorded")]
-    fn attend(
+    pub(super) fn attention(
         &mut self,
         gpu: &Gpu,
         recorder: &mut Recorder,

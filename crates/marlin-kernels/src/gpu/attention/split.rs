@@ -62,7 +62,7 @@ pub(super) struct RotateVariant {
 }
 
 /// What rows are rotated by on their way.
-pub(super) struct Rotation<'a> {
+pub(in crate::gpu) struct Rotation<'a> {
     pub(super) angles: &'a GpuBuffer,
     pub(super) norm: Option<QkNorm<'a, GpuBackend>>,
 }

@@ -2,16 +2,7 @@
 
 fn input_unit(shape: Shape, m: u32, unit: u32) -> array<pair, 16> {
     let start = (m * units_of(shape) + unit) * 4u;
-    let a = x[start];
-    let b = x[start + 1u];
-    let c = x[start + 2u];
-    let d = x[start + 3u];
-    return array<pair, 16>(
-        to_pair(a.x), to_pair(a.y), to_pair(a.z), to_pair(a.w),
-        to_pair(b.x), to_pair(b.y), to_pair(b.z), to_pair(b.w),
-        to_pair(c.x), to_pair(c.y), to_pair(c.z), to_pair(c.w),
-        to_pair(d.x), to_pair(d.y), to_pair(d.z), to_pair(d.w),
-    );
+    return unit_of(x[start], x[start + 1u], x[start + 2u], x[start + 3u]);
 }
 
 fn input_scale(shape: Shape, m: u32, unit: u32) -> f32 {

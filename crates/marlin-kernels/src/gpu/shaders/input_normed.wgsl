@@ -23,16 +23,7 @@ fn input_factor(shape: Shape) -> f32 {
 }
 
 fn input_unit(shape: Shape, m: u32, unit: u32) -> array<pair, 16> {
-    let a = staged[unit];
-    let b = staged[UNITS + unit];
-    let c = staged[2u * UNITS + unit];
-    let d = staged[3u * UNITS + unit];
-    return array<pair, 16>(
-        to_pair(a.x), to_pair(a.y), to_pair(a.z), to_pair(a.w),
-        to_pair(b.x), to_pair(b.y), to_pair(b.z), to_pair(b.w),
-        to_pair(c.x), to_pair(c.y), to_pair(c.z), to_pair(c.w),
-        to_pair(d.x), to_pair(d.y), to_pair(d.z), to_pair(d.w),
-    );
+    return unit_of(staged[unit], staged[UNITS + unit], staged[2u * UNITS + unit], staged[3u * UNITS + unit]);
 }
 
 fn input_scale(shape: Shape, m: u32, unit: u32) -> f32 {
