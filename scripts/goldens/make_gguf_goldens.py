@@ -3,7 +3,9 @@
     make_gguf_goldens.py FOLDER
 
 writes FOLDER/types.gguf, a file with a tensor of every type that is read and metadata of every type of value, and
-FOLDER/expected.safetensors, what `gguf.quants.dequantize` makes of the tensors.
+FOLDER/types.safetensors, what `gguf.quants.dequantize` makes of the tensors;
+FOLDER/llama.gguf and FOLDER/qwen3.gguf, small models as llama.cpp's converter writes them, and FOLDER/llama.safetensors and
+FOLDER/qwen3.safetensors, their values under the names of Hugging Face.
 
 Blocks are random bytes, so that every code and scale occurs, but for the floats in them, which are finite.
 """
@@ -14,8 +16,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType as Type, GGUFValueType as Value, GGUFWriter
-from gguf.quants import dequantize
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH, GGMLQuantizationType as Type, GGUFValueType as Value, GGUFWriter
+from gguf import get_tensor_name_map
+from gguf.quants import dequantize, quantize
 
 ROWS = 3
 FLOATS = {  # type: where f16 stand in a block
@@ -97,8 +100,14 @@ def save_floats(path, tensors):
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(v.tobytes() for v in tensors.values()))
 
 
-def main(folder):
-    folder.mkdir(parents=True, exist_ok=True)
+def write_and_close(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_types(folder):
     random = np.random.default_rng(1)
     writer = GGUFWriter(folder / "types.gguf", "test")
     writer.add_custom_alignment(64)
@@ -116,11 +125,93 @@ def main(folder):
     for name, values in [("vector", vector), ("stack", stack)]:
         writer.add_tensor(name, values)
         expected[name] = values
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    save_floats(folder / "expected.safetensors", expected)
+    write_and_close(writer)
+    save_floats(folder / "types.safetensors", expected)
+
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 32, 2, 1, 16, 24
+
+
+def model_tensors(random, architecture):
+    """Tensors of a model with one layer under the names of `transformers`."""
+    layer = "model.layers.0."
+    shapes = {
+        "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
+        layer + "input_layernorm.weight": (HIDDEN,),
+        layer + "self_attn.q_proj.weight": (HEADS * HEAD_DIM, HIDDEN),
+        layer + "self_attn.k_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+        layer + "self_attn.v_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+        layer + "self_attn.o_proj.weight": (HIDDEN, HEADS * HEAD_DIM),
+        layer + "post_attention_layernorm.weight": (HIDDEN,),
+        layer + "mlp.gate_proj.weight": (HIDDEN, HIDDEN),
+        layer + "mlp.up_proj.weight": (HIDDEN, HIDDEN),
+        layer + "mlp.down_proj.weight": (HIDDEN, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+    }
+    if architecture == MODEL_ARCH.LLAMA:
+        shapes["lm_head.weight"] = (VOCABULARY, HIDDEN)
+        for part, rows in [("q", HEADS * HEAD_DIM), ("k", KV_HEADS * HEAD_DIM), ("v", KV_HEADS * HEAD_DIM), ("o", HIDDEN)]:
+            shapes[f"{layer}self_attn.{part}_proj.bias"] = (rows,)
+    else:
+        shapes[layer + "self_attn.q_norm.weight"] = (HEAD_DIM,)
+        shapes[layer + "self_attn.k_norm.weight"] = (HEAD_DIM,)
+    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def paired(values, heads):
+    """Rows as llama.cpp's converter orders them for Llama: those that rotary embedding turns together are side by side."""
+    return values.reshape(heads, 2, HEAD_DIM // 2, -1).swapaxes(1, 2).reshape(values.shape)
+
+
+def llama3_factors(theta, factor, low, high, context):
+    """Factors on wavelengths (`transformers`, `_compute_llama3_parameters`)."""
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    smooth = (context / wavelengths - low) / (high - low)
+    blended = 1 / ((1 - smooth) / factor + smooth)
+    kept, stretched = wavelengths < context / high, wavelengths > context / low
+    return np.where(kept, 1, np.where(stretched, factor, blended)).astype(np.float32)
+
+
+def write_model(folder, architecture, name):
+    random = np.random.default_rng(2)
+    names = get_tensor_name_map(architecture, 1)
+    writer = GGUFWriter(folder / f"{name}.gguf", name)
+    writer.add_context_length(4096)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(HIDDEN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    if architecture == MODEL_ARCH.LLAMA:
+        writer.add_rope_freq_base(500_000.0)
+        writer.add_rope_dimension_count(HEAD_DIM)
+        writer.add_vocab_size(VOCABULARY)
+        writer.add_tensor("rope_freqs.weight", llama3_factors(500_000.0, 8.0, 1.0, 4.0, 8192))
+    else:
+        writer.add_key_length(HEAD_DIM)
+        writer.add_value_length(HEAD_DIM)
+        writer.add_rope_freq_base(1e6)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    expected = {}
+    for tensor, values in model_tensors(random, architecture).items():
+        kind = Type.Q8_0 if values.ndim == 2 else Type.F32
+        expected[tensor] = dequantize(quantize(values, kind), kind)
+        if architecture == MODEL_ARCH.LLAMA and ".q_proj" in tensor:
+            values = paired(values, HEADS)
+        elif architecture == MODEL_ARCH.LLAMA and ".k_proj" in tensor:
+            values = paired(values, KV_HEADS)
+        writer.add_tensor(names.get_name(tensor, (".weight", ".bias")), quantize(values, kind), raw_dtype=kind)
+    write_and_close(writer)
+    save_floats(folder / f"{name}.safetensors", expected)
+
+
+def main(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    write_types(folder)
+    write_model(folder, MODEL_ARCH.LLAMA, "llama")
+    write_model(folder, MODEL_ARCH.QWEN3, "qwen3")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use common::{assert_says, message};
-use marlin_checkpoint::{Gguf, GgufType, GgufValue, GgufValueType};
+use marlin_checkpoint::{Gguf, GgufModel, GgufType, GgufValue, GgufValueType};
 use marlin_format::Scheme;
+use serde_json::{Value, json};
 
 fn goldens() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/gguf")
@@ -19,36 +20,40 @@ fn golden() -> Gguf {
     Gguf::open(&goldens().join("types.gguf")).unwrap()
 }
 
-/// Shapes and values that the package decoded.
-fn expected() -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
-    let bytes = fs::read(goldens().join("expected.safetensors")).unwrap();
+/// Shapes and values that the package decoded of a file.
+fn expected(file: &str) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
+    let bytes = fs::read(goldens().join(file).with_extension("safetensors")).unwrap();
     let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let floats = |bytes: &[u8]| bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
     tensors.iter().map(|(name, view)| (name.to_owned(), (view.shape().to_vec(), floats(view.data())))).collect()
 }
 
-/// A changed copy of the golden file.
-fn changed(change: impl FnOnce(&mut [u8])) -> (tempfile::TempDir, PathBuf) {
+/// A changed copy of a golden file.
+fn changed(file: &str, change: impl FnOnce(&mut Vec<u8>)) -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("changed.gguf");
-    let mut bytes = fs::read(goldens().join("types.gguf")).unwrap();
+    let mut bytes = fs::read(goldens().join(file)).unwrap();
     change(&mut bytes);
     fs::write(&path, bytes).unwrap();
     (folder, path)
 }
 
+fn assert_same_bits(name: &str, found: &[f32], wanted: &[f32]) {
+    assert_eq!(found.len(), wanted.len(), "{name}");
+    for (index, (found, wanted)) in found.iter().zip(wanted).enumerate() {
+        assert_eq!(found.to_bits(), wanted.to_bits(), "{name}, value {index}: {found} is not {wanted}");
+    }
+}
+
 #[test]
 fn values_are_those_of_the_package_bit_for_bit() {
     let gguf = golden();
-    let expected = expected();
+    let expected = expected("types");
     assert_eq!(gguf.tensors().len(), expected.len());
     for (name, (shape, wanted)) in &expected {
         assert_eq!(&gguf.tensor(name).unwrap().shape, shape, "{name}");
         let found = gguf.values(name).unwrap();
-        assert_eq!(found.len(), wanted.len(), "{name}");
-        for (index, (found, wanted)) in found.iter().zip(wanted).enumerate() {
-            assert_eq!(found.to_bits(), wanted.to_bits(), "{name}, value {index}: {found} is not {wanted}");
-        }
+        assert_same_bits(name, &found, wanted);
     }
     for stored_as in GgufType::ALL {
         assert_eq!(gguf.tensor(&format!("{stored_as}.weight")).unwrap().tensor_type, stored_as);
@@ -138,7 +143,7 @@ fn metadata_of_every_type() {
 
 #[test]
 fn version_2_is_read_alike() {
-    let (_folder, path) = changed(|bytes| bytes[4] = 2);
+    let (_folder, path) = changed("types.gguf", |bytes| bytes[4] = 2);
     let gguf = Gguf::open(&path).unwrap();
     assert_eq!(gguf.version(), 2);
     assert_eq!(gguf.tensors(), golden().tensors());
@@ -155,7 +160,7 @@ fn files_that_are_not_read_say_why() {
     assert_says(&open_error(&path), &["model.gguf", "Git LFS pointer"]);
     fs::write(&path, "").unwrap();
     assert_says(&open_error(&path), &["model.gguf", "the magic number at byte 0 takes 4 bytes", "download"]);
-    let (_folder, path) = changed(|bytes| bytes[0] = b'g');
+    let (_folder, path) = changed("types.gguf", |bytes| bytes[0] = b'g');
     assert_says(&open_error(&path), &["changed.gguf", "\"gGUF\"", "wanted \"GGUF\""]);
 }
 
@@ -169,7 +174,7 @@ fn tensors_that_are_not_had_say_why() {
     assert_says(&message(gguf.matrix("stack").unwrap_err()), &["`stack`", "[2, 3, 4]", "[rows, cols]"]);
 
     // The first f16 of Q8_0 becomes infinite, the first exponent of MXFP4 what OCP calls not a number.
-    let (_folder, path) = changed(|bytes| {
+    let (_folder, path) = changed("types.gguf", |bytes| {
         bytes[3072..3074].copy_from_slice(&0x7c00u16.to_le_bytes());
         bytes[8064] = 255;
     });
@@ -177,4 +182,142 @@ fn tensors_that_are_not_had_say_why() {
     assert_says(&message(gguf.matrix("Q8_0.weight").unwrap_err()), &["`Q8_0.weight`", "scales value 0 is inf"]);
     assert_says(&message(gguf.matrix("MXFP4.weight").unwrap_err()), &["`MXFP4.weight`", "scales value 0 is NaN"]);
     assert!(gguf.values("MXFP4.weight").unwrap().iter().all(|value| !value.is_nan()));
+}
+
+/// What config.json says of both models.
+fn common_config(architecture: &str, class: &str) -> Value {
+    json!({
+        "architectures": [class],
+        "model_type": architecture,
+        "vocab_size": 24,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "mlp_bias": false,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    })
+}
+
+fn assert_model(architecture: &str, wanted: &Value) {
+    let model = GgufModel::open(&goldens().join(architecture).with_extension("gguf")).unwrap();
+    assert_eq!(model.config(), wanted);
+    let expected = expected(architecture);
+    let mut names: Vec<&str> = model.tensor_names().collect();
+    names.sort_unstable();
+    assert_eq!(names, expected.keys().map(String::as_str).collect::<Vec<_>>());
+    for (name, (shape, wanted)) in &expected {
+        assert_eq!(model.shape(name).unwrap(), shape, "{name}");
+        assert_same_bits(name, &model.values(name).unwrap(), wanted);
+        if shape.len() == 2 {
+            let matrix = model.matrix(name).unwrap();
+            assert_eq!((&matrix.decode(), matrix.scheme), (wanted, GgufType::Q8_0.scheme()), "{name}");
+        }
+    }
+    let error = message(model.matrix("model.layers.1.mlp.up_proj.weight").unwrap_err());
+    assert_says(&error, &[architecture, "`model.layers.1.mlp.up_proj.weight`"]);
+}
+
+#[test]
+fn llama_as_hugging_face_has_it() {
+    let mut config = common_config("llama", "LlamaForCausalLM");
+    config["rope_theta"] = json!(500_000.0);
+    config["attention_bias"] = true.into();
+    config["tie_word_embeddings"] = false.into();
+    config["rope_scaling"] = json!({
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    });
+    assert_model("llama", &config);
+}
+
+#[test]
+fn qwen3_as_hugging_face_has_it() {
+    let mut config = common_config("qwen3", "Qwen3ForCausalLM");
+    config["rope_theta"] = json!(1e6);
+    config["attention_bias"] = false.into();
+    config["tie_word_embeddings"] = true.into();
+    assert_model("qwen3", &config);
+}
+
+/// Where a text stands in a file.
+fn position(bytes: &[u8], text: &str) -> usize {
+    bytes.windows(text.len()).position(|window| window == text.as_bytes()).unwrap()
+}
+
+#[test]
+fn models_that_are_not_read_say_why() {
+    let error = |change: &dyn Fn(&mut Vec<u8>)| {
+        let (_folder, path) = changed("llama.gguf", change);
+        message(GgufModel::open(&path).unwrap_err())
+    };
+    // Replaces a text by one of the same length.
+    let text = |from: &str, to: &str| {
+        assert_eq!(from.len(), to.len());
+        error(&|bytes| {
+            let at = position(bytes, from);
+            bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+        })
+    };
+    // Replaces the value of a key, whose type stands between them.
+    let value = |key: &str, value: [u8; 4]| {
+        error(&|bytes| {
+            let at = position(bytes, key) + key.len() + 4;
+            bytes[at..at + 4].copy_from_slice(&value);
+        })
+    };
+    let integer = |key: &str, number: u32| value(key, number.to_le_bytes());
+
+    let architecture = message(GgufModel::open(&goldens().join("types.gguf")).unwrap_err());
+    assert_says(&architecture, &["types.gguf", "architecture `test`", "`llama` and `qwen3`"]);
+    assert_says(&text("general.architecture", "general.architecturE"), &["`general.architecture` is None"]);
+    assert_says(&text("llama.rope.freq_base", "llama.rope.FREQ_BASE"), &["`llama.rope.FREQ_BASE`", "not understood"]);
+    assert_says(&text("llama.block_count", "Llama.block_count"), &["`llama.block_count` is missing"]);
+    assert_says(&text("llama.vocab_size", "llama.expert_use"), &["`llama.expert_use`", "not understood"]);
+    assert_says(&text("blk.0.attn_norm", "blk.1.attn_norm"), &["tensor `blk.1.attn_norm.weight`", "no place", "llama"]);
+    assert_says(&text("blk.0.ffn_down.weight", "blk.0.ffn_down.scales"), &["`blk.0.ffn_down.scales`", "no place"]);
+    assert_says(&text("token_embd", "tokem_embd"), &["no tensor `token_embd.weight`"]);
+    assert_says(&integer("llama.attention.head_count", 4), &["`llama.rope.dimension_count` is 16, wanted 8"]);
+    assert_says(&integer("llama.attention.head_count", 5), &["5 heads", "32 columns"]);
+    assert_says(&integer("llama.attention.head_count_kv", 2), &["`blk.0.attn_k.weight`", "[16, 32]", "2 heads of 16"]);
+    assert_says(&value("llama.rope.freq_base", 1e4f32.to_le_bytes()), &["`rope_freqs.weight`", "not those of Llama 3"]);
+
+    let split = error(&|bytes| {
+        let string = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
+        let (u16_type, string_type) = (2u32.to_le_bytes(), 8u32.to_le_bytes());
+        let count = [&string("split.count")[..], &u16_type, &[3, 0]].concat();
+        // Fills up to two units of alignment, so that nothing behind moves within its own.
+        let filling = [&string("k")[..], &string_type, &string("eighteen letters..")].concat();
+        bytes[16] += 2;
+        bytes.splice(24..24, [count, filling].concat());
+    });
+    assert_says(&split, &["one part", "`split.count` is U16(3)", "--merge"]);
+}
+
+#[test]
+fn damaged_models_are_refused_or_read() {
+    let intact = fs::read(goldens().join("llama.gguf")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("damaged.gguf");
+    // The last tensor's description ends the header.
+    for at in 24..position(&intact, "blk.0.attn_output.bias") + 50 {
+        for other in [intact[at] ^ 1 << (at % 7), 0xff] {
+            let mut bytes = intact.clone();
+            bytes[at] = other;
+            fs::write(&path, bytes).unwrap();
+            match GgufModel::open(&path) {
+                Ok(model) => model.tensor_names().for_each(|name| assert!(model.values(name).is_ok())),
+                Err(error) => assert_says(&message(error), &["damaged.gguf"]),
+            }
+        }
+    }
 }

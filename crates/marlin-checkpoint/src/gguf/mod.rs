@@ -5,8 +5,10 @@
 //! its bytes. After it everything is aligned to `general.alignment` bytes, or 32 (docs/gguf.md of ggml).
 
 mod block;
+mod config;
 mod cursor;
 mod header;
+mod model;
 mod types;
 mod value;
 
@@ -19,6 +21,7 @@ use std::path::Path;
 
 use marlin_format::PackedMatrix;
 
+pub use model::GgufModel;
 pub use types::GgufType;
 pub use value::{GgufArray, GgufValue, GgufValueType};
 
@@ -100,18 +103,7 @@ impl Gguf {
     /// There is no such tensor, it has another number of dimensions, or a scale in it is no finite number.
     pub fn matrix(&self, name: &str) -> Result<PackedMatrix<'_>, CheckpointError> {
         let tensor = self.require(name)?;
-        let &[rows, cols] = tensor.shape.as_slice() else {
-            return Err(CheckpointError::Shape {
-                file: self.label.clone(),
-                tensor: name.to_owned(),
-                found: tensor.shape.clone(),
-                wanted: "a matrix [rows, cols]".to_owned(),
-            });
-        };
-        tensor
-            .tensor_type
-            .pack(&self.bytes[tensor.range.clone()], rows, cols)
-            .map_err(|source| CheckpointError::Format { file: self.label.clone(), tensor: name.to_owned(), source })
+        self.pack(tensor, self.stored(tensor))
     }
 
     /// All values of a tensor of any type and shape, row-major, as `gguf.quants.dequantize` of the Python package gives them, bit by bit.
@@ -120,9 +112,7 @@ impl Gguf {
     /// There is no such tensor.
     pub fn values(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
         let tensor = self.require(name)?;
-        let mut values = vec![0.0; tensor.shape.iter().product()];
-        tensor.tensor_type.dequantize(&self.bytes[tensor.range.clone()], &mut values);
-        Ok(values)
+        Ok(tensor.decode(self.stored(tensor)))
     }
 
     /// Gives back the memory of what was read of a tensor, for a loader that has a copy of its own; it can still be read.
@@ -132,16 +122,39 @@ impl Gguf {
         }
     }
 
+    fn stored(&self, tensor: &GgufTensor) -> &[u8] {
+        &self.bytes[tensor.range.clone()]
+    }
+
+    /// Packs the bytes of a tensor.
+    fn pack<'b>(&self, tensor: &GgufTensor, bytes: &'b [u8]) -> Result<PackedMatrix<'b>, CheckpointError> {
+        let (file, name) = (self.label.clone(), tensor.name.clone());
+        let &[rows, cols] = tensor.shape.as_slice() else {
+            let (found, wanted) = (tensor.shape.clone(), "a matrix [rows, cols]".to_owned());
+            return Err(CheckpointError::Shape { file, tensor: name, found, wanted });
+        };
+        let packed = tensor.tensor_type.pack(bytes, rows, cols);
+        packed.map_err(|source| CheckpointError::Format { file, tensor: name, source })
+    }
+
     fn require(&self, name: &str) -> Result<&GgufTensor, CheckpointError> {
-        self.tensor(name).ok_or_else(|| {
-            let count = self.header.tensors.len();
-            CheckpointError::malformed(
-                &self.label,
-                format!(
-                    "none of its {count} tensors is `{name}`; the file is of another model, or one part of several"
-                ),
-            )
-        })
+        self.tensor(name).ok_or_else(|| self.no_tensor(name))
+    }
+
+    fn no_tensor(&self, name: &str) -> CheckpointError {
+        let count = self.header.tensors.len();
+        let problem =
+            format!("none of its {count} tensors is `{name}`; the file is of another model, or one part of several");
+        CheckpointError::malformed(&self.label, problem)
+    }
+}
+
+impl GgufTensor {
+    /// The values that the bytes of this tensor, or others in their place, stand for.
+    fn decode(&self, bytes: &[u8]) -> Vec<f32> {
+        let mut values = vec![0.0; self.shape.iter().product()];
+        self.tensor_type.dequantize(bytes, &mut values);
+        values
     }
 }
 
