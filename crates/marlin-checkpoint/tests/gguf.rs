@@ -290,6 +290,18 @@ fn models_that_are_not_read_say_why() {
     assert_says(&integer("llama.attention.head_count", 5), &["5 heads", "32 columns"]);
     assert_says(&integer("llama.attention.head_count_kv", 2), &["`blk.0.attn_k.weight`", "[16, 32]", "2 heads of 16"]);
     assert_says(&value("llama.rope.freq_base", 1e4f32.to_le_bytes()), &["`rope_freqs.weight`", "not those of Llama 3"]);
+    assert_says(
+        &value("llama.rope.freq_base", f32::NAN.to_le_bytes()),
+        &["`llama.rope.freq_base` is F32(NaN)", "finite"],
+    );
+    let as_float = |key: &str| {
+        error(&|bytes| {
+            let at = position(bytes, key) + key.len();
+            bytes[at] = 6;
+        })
+    };
+    assert_says(&as_float("llama.context_length"), &["`llama.context_length` is F32", "wanted one integer"]);
+    assert_says(&as_float("tokenizer.ggml.eos_token_id"), &["`tokenizer.ggml.eos_token_id` is F32", "wanted a token"]);
 
     let split = error(&|bytes| {
         let string = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();

@@ -1,7 +1,7 @@
 //! Blocks of weights: taken apart, decoded, and packed.
 //!
-//! The layouts are those of `block_q4_0` and so on in ggml (ggml-common.h); values are what `gguf.quants.dequantize` of the Python
-//! package `gguf` gives. Numbers are little endian.
+//! The layouts are those of `block_q4_0` and so on in ggml (ggml-common.h); values are what `gguf.quants.dequantize` of
+//! the Python package `gguf` gives. Numbers are little endian.
 
 use half::f16;
 use marlin_format::{FormatError, PackedMatrix, ScaleKind, ZeroKind, bits};
@@ -29,8 +29,8 @@ struct Fields {
 
 /// A field of `width` bits of each code.
 ///
-/// Its bytes come in runs. The lowest bits of the bytes of a run belong to the first codes, the next bits to the codes that follow
-/// those, and so on: `run · 8 / width` codes.
+/// Its bytes come in runs. The lowest bits of the bytes of a run belong to the first codes, the next bits to the codes
+/// that follow those, and so on: `run · 8 / width` codes.
 #[derive(Clone, Copy)]
 struct Codes {
     at: usize,
@@ -46,7 +46,8 @@ enum Inner {
     Nibbles,
     /// 12 bytes: eight scales and eight minima of 6 bits ([`six_bit_pair`]).
     SixBitPairs,
-    /// 12 bytes: sixteen scales of 6 bits with 32 added. Eight bytes hold low halves, four bytes high quarters, in the order of [`Codes`].
+    /// 12 bytes: sixteen scales of 6 bits with 32 added. Eight bytes hold low halves, four bytes high quarters, in the
+    /// order of [`Codes`].
     SixBit,
     /// 16 bytes in two's complement.
     Bytes,
@@ -123,8 +124,8 @@ impl GgufType {
         })
     }
 
-    /// Decodes blocks that follow each other: as many weights as they hold, each operation rounded to f32 in the order in which
-    /// `gguf.quants.dequantize` does.
+    /// Decodes blocks that follow each other: as many weights as they hold, each operation rounded to f32 in the order
+    /// in which `gguf.quants.dequantize` does.
     ///
     /// # Panics
     /// `bytes` are no whole blocks, or `weights` has another length than they hold.
@@ -177,19 +178,20 @@ impl GgufType {
 
     /// Packs the blocks of a matrix in the scheme of this type, without loss; plain floats are borrowed.
     ///
-    /// What the scheme means differs from [`GgufType::dequantize`] in one thing: zeros that ggml computes as negative may be positive
-    /// and the other way round.
+    /// What the scheme means differs from [`GgufType::dequantize`] in one thing: zeros that ggml computes as negative
+    /// may be positive and the other way round.
     ///
     /// # Errors
-    /// A shape that holds no weights, or a scale that is no finite number (of MXFP4 the exponent 255, which OCP Microscaling reserves
-    /// for what is not a number and ggml reads as 2^128).
+    /// A shape that holds no weights, or a scale that is no finite number (of MXFP4 the exponent 255, which OCP
+    /// Microscaling reserves for what is not a number and ggml reads as 2^128).
     pub(super) fn pack(self, bytes: &[u8], rows: usize, cols: usize) -> Result<PackedMatrix<'_>, FormatError> {
         let scheme = self.scheme();
         let Some(fields) = self.fields() else { return PackedMatrix::from_dense_bytes(scheme, rows, cols, bytes) };
         let inner = self.block_weights() / scheme.group_cols(cols);
         let (mut codes, mut scales, mut zeros) = (Vec::new(), Vec::new(), Vec::new());
         let (mut super_scales, mut super_minima) = (Vec::new(), Vec::new());
-        // Rows are whole blocks, and a block's part of every buffer is whole bytes, so that it follows that of the block before.
+        // Rows are whole blocks, and a block's part of every buffer is whole bytes, so that it follows that of the
+        // block before.
         for block in bytes.chunks_exact(self.block_bytes()) {
             let block = self.take_apart(&fields, block);
             append(&block.codes[..self.block_weights()], scheme.element.bits(), &mut codes);
@@ -287,9 +289,9 @@ impl Inner {
     }
 }
 
-/// Scale and minimum number `index` of eight. Bytes 0 to 3 hold the first four scales and bytes 4 to 7 the first four minima in their
-/// low six bits; bytes 8 to 11 hold the low halves of the other scales and, in the high bits, minima, whose highest two bits are those
-/// left over in bytes 0 to 7.
+/// Scale and minimum number `index` of eight. Bytes 0 to 3 hold the first four scales and bytes 4 to 7 the first four
+/// minima in their low six bits; bytes 8 to 11 hold the low halves of the other scales and, in the high bits, minima,
+/// whose highest two bits are those left over in bytes 0 to 7.
 fn six_bit_pair(bytes: &[u8], index: usize) -> (u8, u8) {
     let low = index % 4;
     if index < 4 {

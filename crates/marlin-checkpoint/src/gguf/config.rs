@@ -5,7 +5,7 @@ use std::f64::consts::PI;
 use serde_json::{Map, Value, json};
 
 use super::model::{Architecture, EMBEDDING, HEAD};
-use super::{Gguf, GgufValue};
+use super::{DAMAGED, Gguf, GgufValue};
 
 /// Llama 3's factors on wavelengths of rotary embedding, one for each pair of dimensions of a head.
 pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -67,7 +67,7 @@ pub(super) fn config(gguf: &Gguf, architecture: Architecture) -> Result<Value, S
         "head_dim": head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": keys.required("context_length")?,
-        "rms_norm_eps": keys.float("attention.layer_norm_rms_epsilon")?.ok_or_else(|| keys.missing("attention.layer_norm_rms_epsilon"))?,
+        "rms_norm_eps": keys.required_float("attention.layer_norm_rms_epsilon")?,
         "rope_theta": theta,
         "attention_bias": has_bias("attn_q"),
         "mlp_bias": has_bias("ffn_gate"),
@@ -77,7 +77,10 @@ pub(super) fn config(gguf: &Gguf, architecture: Architecture) -> Result<Value, S
         config["rope_scaling"] = scaling;
     }
     for token in ["bos_token_id", "eos_token_id"] {
-        if let Some(id) = gguf.value(&format!("tokenizer.ggml.{token}")).and_then(|value| value.as_u64()) {
+        let key = format!("tokenizer.ggml.{token}");
+        if let Some(value) = gguf.value(&key) {
+            let id =
+                value.as_u64().ok_or_else(|| format!("metadata `{key}` is {value:?}, wanted a token; {DAMAGED}"))?;
             config[token] = id.into();
         }
     }
@@ -132,10 +135,17 @@ impl Keys<'_> {
 
     /// A float: of single precision the shortest decimal number, which is the one that config.json had.
     fn float(&self, name: &str) -> Result<Option<f64>, String> {
-        self.read(name, "a float", |value| match value {
-            GgufValue::F32(value) => value.to_string().parse().ok(),
-            other => other.as_f64(),
+        self.read(name, "a finite float", |value| {
+            let read = match value {
+                GgufValue::F32(value) => value.to_string().parse().ok(),
+                other => other.as_f64(),
+            };
+            read.filter(|read: &f64| read.is_finite())
         })
+    }
+
+    fn required_float(&self, name: &str) -> Result<f64, String> {
+        self.float(name)?.ok_or_else(|| self.missing(name))
     }
 
     /// The width of a head: of queries, keys and values alike, all of it rotated.
@@ -175,7 +185,7 @@ impl Keys<'_> {
             (Some(kind @ ("linear" | "yarn")), None) => {
                 let mut scaling = Map::new();
                 scaling.insert("rope_type".into(), kind.into());
-                let factor = self.float("rope.scaling.factor")?.ok_or_else(|| self.missing("rope.scaling.factor"))?;
+                let factor = self.required_float("rope.scaling.factor")?;
                 scaling.insert("factor".into(), factor.into());
                 if kind == "yarn" {
                     let context = self.required("rope.scaling.original_context_length")?;
@@ -191,8 +201,9 @@ impl Keys<'_> {
     }
 }
 
-/// Llama 3's scaling that gives these factors. Files hold what follows from its four numbers, not the numbers; three of them are the same
-/// in all models of Meta, and the fourth is the largest factor. Whether they give the factors is checked.
+/// Llama 3's scaling that gives these factors. Files hold what follows from its four numbers, not the numbers; three of
+/// them are the same in all models of Meta, and the fourth is the largest factor. Whether they give the factors is
+/// checked.
 fn llama3_scaling(factors: &[f32], theta: f64, head_dim: u64) -> Result<Value, String> {
     const LOW: f64 = 1.0;
     const HIGH: f64 = 4.0;

@@ -1,8 +1,9 @@
 //! GGUF files, the format of llama.cpp (versions 2 and 3, little endian).
 //!
-//! A file is a header and the bytes of its tensors. The header: the magic number `GGUF`, a version, the number of tensors and of entries
-//! of metadata; the metadata, a key, a type and a value each; of every tensor its name, its dimensions, its [`GgufType`] and the offset of
-//! its bytes. After it everything is aligned to `general.alignment` bytes, or 32 (docs/gguf.md of ggml).
+//! A file is a header and the bytes of its tensors. The header: the magic number `GGUF`, a version, the number of
+//! tensors and of entries of metadata; the metadata, a key, a type and a value each; of every tensor its name, its
+//! dimensions, its [`GgufType`] and the offset of its bytes. After it everything is aligned to `general.alignment`
+//! bytes, or 32 (docs/gguf.md of ggml).
 
 mod block;
 mod config;
@@ -54,11 +55,12 @@ pub struct GgufTensor {
 }
 
 impl Gguf {
-    /// Opens a file and checks all of its header: that every value of the metadata and every byte of the tensors is there. The file must
-    /// not be changed while it is open.
+    /// Opens a file and checks all of its header: that every value of the metadata and every byte of the tensors is
+    /// there. The file must not be changed while it is open.
     ///
     /// # Errors
-    /// The file cannot be mapped, is no GGUF file of version 2 or 3, contradicts itself, or holds a tensor of a type that is not read.
+    /// The file cannot be mapped, is no GGUF file of version 2 or 3, contradicts itself, or holds a tensor of a type
+    /// that is not read.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
         let label = path.display().to_string();
         let bytes = Bytes::map(path)?.ok_or_else(|| CheckpointError::MissingFile {
@@ -97,7 +99,8 @@ impl Gguf {
         self.header.index.get(name).map(|index| &self.header.tensors[*index])
     }
 
-    /// A matrix `[rows, cols]` packed in the scheme of its type ([`GgufType::scheme`]), without loss. Plain floats are borrowed from the map.
+    /// A matrix `[rows, cols]` packed in the scheme of its type ([`GgufType::scheme`]), without loss. Plain floats are
+    /// borrowed from the map.
     ///
     /// # Errors
     /// There is no such tensor, it has another number of dimensions, or a scale in it is no finite number.
@@ -106,7 +109,8 @@ impl Gguf {
         self.pack(tensor, self.stored(tensor))
     }
 
-    /// All values of a tensor of any type and shape, row-major, as `gguf.quants.dequantize` of the Python package gives them, bit by bit.
+    /// All values of a tensor of any type and shape, row-major, as `gguf.quants.dequantize` of the Python package gives
+    /// them, bit by bit.
     ///
     /// # Errors
     /// There is no such tensor.
@@ -115,7 +119,8 @@ impl Gguf {
         Ok(tensor.decode(self.stored(tensor)))
     }
 
-    /// Gives back the memory of what was read of a tensor, for a loader that has a copy of its own; it can still be read.
+    /// Gives back the memory of what was read of a tensor, for a loader that has a copy of its own; it can still be
+    /// read.
     pub fn release(&self, name: &str) {
         if let Some(tensor) = self.tensor(name) {
             self.bytes.release(&tensor.range);

@@ -49,7 +49,8 @@ pub(super) enum Architecture {
 
 /// A GGUF file whose tensors go by the names of Hugging Face, with the config.json they belong to.
 ///
-/// Read are the architectures `llama` (Llama 1 to 3 and what took over their architecture) and `qwen3`, without experts.
+/// Read are the architectures `llama` (Llama 1 to 3 and what took over their architecture) and `qwen3`, without
+/// experts.
 pub struct GgufModel {
     gguf: Gguf,
     config: Value,
@@ -71,7 +72,8 @@ impl GgufModel {
     /// Opens a file as [`Gguf::open`] does.
     ///
     /// # Errors
-    /// As there; or the model is of an architecture that is not read, lacks metadata, or has metadata or tensors without a place in it.
+    /// As there; or the model is of an architecture that is not read, lacks metadata, or has metadata or tensors
+    /// without a place in it.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
         let gguf = Gguf::open(path)?;
         let malformed = |problem| CheckpointError::malformed(&gguf.label, problem);
@@ -256,8 +258,9 @@ fn check_paired(tensor: &GgufTensor, heads: u64, head_dim: u64) -> Result<usize,
 
 /// Rows of queries or keys in the order of Hugging Face.
 ///
-/// Rotary embedding turns pairs of rows of a head. llama.cpp's kind for Llama has those of a pair side by side, `transformers` has all
-/// first ones in the first half of the head and all second ones in the other (`permute` of llama.cpp's converter, undone).
+/// Rotary embedding turns pairs of rows of a head. llama.cpp's kind for Llama has those of a pair side by side,
+/// `transformers` has all first ones in the first half of the head and all second ones in the other (`permute` of
+/// llama.cpp's converter, undone).
 fn in_halves(bytes: &[u8], rows: usize, heads: usize) -> Vec<u8> {
     let (row_bytes, head_dim) = (bytes.len() / rows, rows / heads);
     let pairs = head_dim / 2;

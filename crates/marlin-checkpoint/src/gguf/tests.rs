@@ -209,7 +209,8 @@ fn noise() -> impl Iterator<Item = u8> {
     })
 }
 
-/// Any bytes are blocks. What is packed decodes to the values of ggml but for signs of zeros; what is not has a scale that is not finite.
+/// Any bytes are blocks. What is packed decodes to the values of ggml but for signs of zeros; what is not has a scale
+/// that is not finite.
 #[test]
 fn blocks_of_any_bytes() {
     let mut noise = noise();

@@ -6,8 +6,8 @@ use marlin_format::{Element, Grouping, ScaleKind, Scheme, ZeroKind};
 
 /// How a tensor is stored: `ggml_type` of ggml, as far as it is read.
 ///
-/// Rows are cut into blocks of 1, 32 or 256 weights. Each type has a [`Scheme`] that means the same, so that a matrix of any of them is
-/// packed without loss:
+/// Rows are cut into blocks of 1, 32 or 256 weights. Each type has a [`Scheme`] that means the same, so that a matrix
+/// of any of them is packed without loss:
 ///
 /// | type | id | weights of a block | its bytes | scheme |
 /// | --- | ---: | ---: | ---: | --- |
