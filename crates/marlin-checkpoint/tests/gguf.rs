@@ -322,14 +322,12 @@ fn damaged_models_are_refused_or_read() {
     let path = folder.path().join("damaged.gguf");
     // The last tensor's description ends the header.
     for at in 24..position(&intact, "blk.0.attn_output.bias") + 50 {
-        for other in [intact[at] ^ 1 << (at % 7), 0xff] {
-            let mut bytes = intact.clone();
-            bytes[at] = other;
-            fs::write(&path, bytes).unwrap();
-            match GgufModel::open(&path) {
-                Ok(model) => model.tensor_names().for_each(|name| assert!(model.values(name).is_ok())),
-                Err(error) => assert_says(&message(error), &["damaged.gguf"]),
-            }
+        let mut bytes = intact.clone();
+        bytes[at] = if at % 2 == 0 { 0xff } else { intact[at] ^ 1 << (at / 2 % 8) };
+        fs::write(&path, bytes).unwrap();
+        match GgufModel::open(&path) {
+            Ok(model) => model.tensor_names().for_each(|name| assert!(model.values(name).is_ok())),
+            Err(error) => assert_says(&message(error), &["damaged.gguf"]),
         }
     }
 }
