@@ -3,13 +3,14 @@
 //! [`Checkpoint`] opens a Hugging Face folder (config.json, safetensors by mmap, tokenizer, chat template, generation
 //! settings), a folder quantised by this project or one in the layout of `compressed-tensors`, and hands out matrices
 //! without copying them. [`CheckpointWriter`] writes quantised folders in either layout: crash-safe, resumable, one
-//! tensor in memory at a time. `docs/formats.md` describes the layouts to the bit.
+//! tensor in memory at a time. [`Gguf`] reads the files of llama.cpp. `docs/formats.md` describes the layouts to the bit.
 
 mod chat_template;
 mod checkpoint;
 mod error;
 mod fingerprint;
 mod generation_config;
+mod gguf;
 mod layouts;
 mod memory;
 mod quantization;
@@ -23,6 +24,7 @@ mod writer;
 pub use checkpoint::{CONFIG_FILE, Checkpoint, SIDE_FILES, Storage, Tensor, TensorInfo};
 pub use error::CheckpointError;
 pub use generation_config::GenerationConfig;
+pub use gguf::{Gguf, GgufArray, GgufModel, GgufTensor, GgufType, GgufValue, GgufValueType};
 pub use layouts::Layout;
 pub use memory::MemoryTensor;
 pub use quantization::{QuantizationConfig, QuantizedTensor};

@@ -41,12 +41,8 @@ impl Shard {
         bytes: Bytes,
         index: usize,
     ) -> Result<(Self, Vec<(String, Location)>), CheckpointError> {
+        bytes.refuse_lfs_pointer(&label)?;
         let malformed = |problem: String| CheckpointError::malformed(&label, problem);
-        if bytes.starts_with(b"version https://git-lfs") {
-            return Err(malformed(
-                "this is a Git LFS pointer, not the weights; run `git lfs pull` in the folder".into(),
-            ));
-        }
         let Some((length, rest)) = bytes.split_first_chunk::<8>() else {
             return Err(malformed(format!("{} bytes are too few for a safetensors file", bytes.len())));
         };

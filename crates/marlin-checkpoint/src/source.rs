@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::fs::{self, File};
 use std::io;
 use std::ops::{Deref, Range};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use memmap2::Mmap;
@@ -47,6 +47,35 @@ impl Deref for Bytes {
 }
 
 impl Bytes {
+    /// Maps a file; `None` if there is none.
+    pub(crate) fn map(path: &Path) -> Result<Option<Self>, CheckpointError> {
+        let opened = match File::open(path) {
+            Ok(opened) => opened,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(CheckpointError::io("open", path)(e)),
+        };
+        let metadata = opened.metadata().map_err(CheckpointError::io("look at", path))?;
+        if !metadata.is_file() {
+            let label = path.display().to_string();
+            return Err(CheckpointError::malformed(&label, "this is no file; put the weights in its place"));
+        }
+        // SAFETY: the map is read-only and only ever seen as bytes, for which every bit pattern is valid. What is left
+        // is that nobody changes or truncates the file while it is mapped. This project never does: the writer replaces
+        // whole folders by renaming, which leaves a mapped file intact. Of others it is asked in `Checkpoint::open` and
+        // `Gguf::open`.
+        let map = unsafe { Mmap::map(&opened) }.map_err(CheckpointError::io("map", path))?;
+        Ok(Some(Self::Mapped { map, changed: metadata.modified().ok() }))
+    }
+
+    /// Refuses what Git leaves in the place of a weight file that it has not fetched.
+    pub(crate) fn refuse_lfs_pointer(&self, label: &str) -> Result<(), CheckpointError> {
+        if self.starts_with(b"version https://git-lfs") {
+            let problem = "this is a Git LFS pointer, not the weights; run `git lfs pull` in the folder";
+            return Err(CheckpointError::malformed(label, problem));
+        }
+        Ok(())
+    }
+
     /// When the file was changed last, as far as that is known.
     pub(crate) fn changed(&self) -> Option<SystemTime> {
         match self {
@@ -112,22 +141,10 @@ impl Source {
 
     /// A weight file, mapped rather than read; `None` if there is none.
     pub(crate) fn map(&self, file: &str) -> Result<Option<Bytes>, CheckpointError> {
-        let Self::Folder(folder) = self else { return Ok(self.embedded(file).map(Bytes::Static)) };
-        let path = folder.join(file);
-        let opened = match File::open(&path) {
-            Ok(opened) => opened,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(CheckpointError::io("open", &path)(e)),
-        };
-        let metadata = opened.metadata().map_err(CheckpointError::io("look at", &path))?;
-        if !metadata.is_file() {
-            return Err(CheckpointError::malformed(&self.label(file), "this is no file; put the weights in its place"));
+        match self {
+            Self::Folder(folder) => Bytes::map(&folder.join(file)),
+            Self::Static { .. } | Self::Memory { .. } => Ok(self.embedded(file).map(Bytes::Static)),
         }
-        // SAFETY: the map is read-only and only ever seen as bytes, for which every bit pattern is valid. What is left
-        // is that nobody changes or truncates the file while it is mapped. This project never does: the writer replaces
-        // whole folders by renaming, which leaves a mapped file intact. Of others it is asked in `Checkpoint::open`.
-        let map = unsafe { Mmap::map(&opened) }.map_err(CheckpointError::io("map", &path))?;
-        Ok(Some(Bytes::Mapped { map, changed: metadata.modified().ok() }))
     }
 
     fn embedded(&self, file: &str) -> Option<&'static [u8]> {

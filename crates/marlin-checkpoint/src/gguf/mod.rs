@@ -1,0 +1,171 @@
+//! GGUF files, the format of llama.cpp (versions 2 and 3, little endian).
+//!
+//! A file is a header and the bytes of its tensors. The header: the magic number `GGUF`, a version, the number of
+//! tensors and of entries of metadata; the metadata, a key, a type and a value each; of every tensor its name, its
+//! dimensions, its [`GgufType`] and the offset of its bytes. After it everything is aligned to `general.alignment`
+//! bytes, or 32 (docs/gguf.md of ggml).
+
+mod block;
+mod config;
+mod cursor;
+mod header;
+mod model;
+mod types;
+mod value;
+
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::ops::Range;
+use std::path::Path;
+
+use marlin_format::PackedMatrix;
+
+pub use model::GgufModel;
+pub use types::GgufType;
+pub use value::{GgufArray, GgufValue, GgufValueType};
+
+use self::cursor::Cursor;
+use self::header::Header;
+use crate::CheckpointError;
+use crate::source::Bytes;
+
+/// What to do about a file that contradicts itself.
+const DAMAGED: &str = "the file is damaged, download or copy it again";
+
+/// An opened GGUF file. Tensors are mapped, not read.
+pub struct Gguf {
+    label: String,
+    bytes: Bytes,
+    header: Header,
+}
+
+/// What is known of a tensor without reading it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GgufTensor {
+    /// Its name in llama.cpp.
+    pub name: String,
+    /// Dimensions, outermost first: `[rows, cols]` of a matrix, of which files give the columns first.
+    pub shape: Vec<usize>,
+    /// How it is stored.
+    pub tensor_type: GgufType,
+    /// In the file.
+    range: Range<usize>,
+}
+
+impl Gguf {
+    /// Opens a file and checks all of its header: that every value of the metadata and every byte of the tensors is
+    /// there. The file must not be changed while it is open.
+    ///
+    /// # Errors
+    /// The file cannot be mapped, is no GGUF file of version 2 or 3, contradicts itself, or holds a tensor of a type
+    /// that is not read.
+    pub fn open(path: &Path) -> Result<Self, CheckpointError> {
+        let label = path.display().to_string();
+        let bytes = Bytes::map(path)?.ok_or_else(|| CheckpointError::MissingFile {
+            file: label.clone(),
+            hint: "give the path of a *.gguf file".to_owned(),
+        })?;
+        bytes.refuse_lfs_pointer(&label)?;
+        let header = Header::parse(&bytes).map_err(|problem| CheckpointError::malformed(&label, problem))?;
+        Ok(Self { label, bytes, header })
+    }
+
+    /// The version of the format, 2 or 3, which differ in nothing that is read.
+    pub fn version(&self) -> u32 {
+        self.header.version
+    }
+
+    /// Keys of the metadata in alphabetical order.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.header.metadata.keys().map(String::as_str)
+    }
+
+    /// A value of the metadata; `None` if there is no such key.
+    pub fn value(&self, key: &str) -> Option<GgufValue<'_>> {
+        let (value_type, at) = *self.header.metadata.get(key)?;
+        // It was read when the file was opened.
+        Cursor::new(&self.bytes, at).value(value_type).ok()
+    }
+
+    /// All tensors in the order of the header.
+    pub fn tensors(&self) -> &[GgufTensor] {
+        &self.header.tensors
+    }
+
+    /// A tensor; `None` if there is none of this name.
+    pub fn tensor(&self, name: &str) -> Option<&GgufTensor> {
+        self.header.index.get(name).map(|index| &self.header.tensors[*index])
+    }
+
+    /// A matrix `[rows, cols]` packed in the scheme of its type ([`GgufType::scheme`]), without loss. Plain floats are
+    /// borrowed from the map.
+    ///
+    /// # Errors
+    /// There is no such tensor, it has another number of dimensions, or a scale in it is no finite number.
+    pub fn matrix(&self, name: &str) -> Result<PackedMatrix<'_>, CheckpointError> {
+        let tensor = self.require(name)?;
+        self.pack(tensor, self.stored(tensor))
+    }
+
+    /// All values of a tensor of any type and shape, row-major, as `gguf.quants.dequantize` of the Python package gives
+    /// them, bit by bit.
+    ///
+    /// # Errors
+    /// There is no such tensor.
+    pub fn values(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
+        let tensor = self.require(name)?;
+        Ok(tensor.decode(self.stored(tensor)))
+    }
+
+    /// Gives back the memory of what was read of a tensor, for a loader that has a copy of its own; it can still be
+    /// read.
+    pub fn release(&self, name: &str) {
+        if let Some(tensor) = self.tensor(name) {
+            self.bytes.release(&tensor.range);
+        }
+    }
+
+    fn stored(&self, tensor: &GgufTensor) -> &[u8] {
+        &self.bytes[tensor.range.clone()]
+    }
+
+    /// Packs the bytes of a tensor.
+    fn pack<'b>(&self, tensor: &GgufTensor, bytes: &'b [u8]) -> Result<PackedMatrix<'b>, CheckpointError> {
+        let (file, name) = (self.label.clone(), tensor.name.clone());
+        let &[rows, cols] = tensor.shape.as_slice() else {
+            let (found, wanted) = (tensor.shape.clone(), "a matrix [rows, cols]".to_owned());
+            return Err(CheckpointError::Shape { file, tensor: name, found, wanted });
+        };
+        let packed = tensor.tensor_type.pack(bytes, rows, cols);
+        packed.map_err(|source| CheckpointError::Format { file, tensor: name, source })
+    }
+
+    fn require(&self, name: &str) -> Result<&GgufTensor, CheckpointError> {
+        self.tensor(name).ok_or_else(|| self.no_tensor(name))
+    }
+
+    fn no_tensor(&self, name: &str) -> CheckpointError {
+        let count = self.header.tensors.len();
+        let problem =
+            format!("none of its {count} tensors is `{name}`; the file is of another model, or one part of several");
+        CheckpointError::malformed(&self.label, problem)
+    }
+}
+
+impl GgufTensor {
+    /// The values that the bytes of this tensor, or others in their place, stand for.
+    fn decode(&self, bytes: &[u8]) -> Vec<f32> {
+        let mut values = vec![0.0; self.shape.iter().product()];
+        self.tensor_type.dequantize(bytes, &mut values);
+        values
+    }
+}
+
+impl fmt::Debug for Gguf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { label, header, .. } = self;
+        f.debug_struct("Gguf").field("file", label).field("tensors", &header.tensors.len()).finish()
+    }
+}
