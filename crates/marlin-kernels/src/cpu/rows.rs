@@ -34,7 +34,7 @@ pub(super) fn rope_angles(positions: &[u32], inv_freq: &[f32], scaling: f32, out
     });
 }
 
-/// RMS norm of each row.
+/// RMS norm of the first values of each row of `x`, as many as weights; rows begin `stride` apart.
 pub(super) fn rms_norm(
     x: &[f32],
     stride: usize,

@@ -270,14 +270,18 @@ impl Encoder<GpuBackend> for GpuEncoder {
         self.read_storage(&routes.logits, bytemuck::cast_slice_mut(&mut out.logits))?;
         self.read_storage(&routes.experts, bytemuck::cast_slice_mut(&mut out.experts))?;
         self.read_storage(&routes.weights, bytemuck::cast_slice_mut(&mut out.weights))?;
-        out.one_tile_each(routes.routing.all_experts());
-        if routes.tokens > 1 {
-            // Expert, first row and end of each.
-            let mut tiles = vec![[0u32; 4]; routes.tile_count()];
-            self.read_storage(&routes.tiles, bytemuck::cast_slice_mut(&mut tiles))?;
-            out.tiles.fill(0);
-            tiles.iter().filter(|[_, first, end, _]| first < end).for_each(|[e, ..]| out.tiles[*e as usize] += 1);
+        let experts = routes.routing.all_experts();
+        if routes.tokens == 1 {
+            // What chose them need not have written tiles.
+            out.one_tile_each(experts);
+            return Ok(());
         }
+        // Expert, first row and end of each.
+        let mut tiles = vec![[0u32; 4]; routes.tile_count()];
+        self.read_storage(&routes.tiles, bytemuck::cast_slice_mut(&mut tiles))?;
+        out.tiles.clear();
+        out.tiles.resize(experts, 0);
+        tiles.iter().filter(|[_, first, end, _]| first < end).for_each(|[e, ..]| out.tiles[*e as usize] += 1);
         Ok(())
     }
 

@@ -145,3 +145,39 @@ fn what_makes_no_group_or_router_is_an_error() {
     let found = backend.routes(&ROUTING, 20_000, 64).unwrap_err().to_string();
     assert!(found.contains("20000 tokens of 4 experts each"), "{found}");
 }
+
+#[test]
+fn one_token_chooses_among_more_experts_than_invocations() {
+    const HIDDEN: usize = 2048;
+    const WIDTH: usize = 32;
+    fn gated<B: Backend>(backend: &B) -> Vec<f32> {
+        let routing = Routing { experts: 160, top_k: 16, shared: 0, ..ROUTING };
+        let mut rng = Rng(73);
+        let scheme = Format::Fp4.scheme(None).expect("its usual groups");
+        let mut of_shape = |parts, shape| {
+            let linears = (0..routing.experts).map(|_| linear(backend, parts, shape, scheme, &mut rng)).collect();
+            backend.group_linears(linears).expect("linears of one shape")
+        };
+        let (gate_up, down) = (of_shape(2, [WIDTH, HIDDEN]), of_shape(1, [HIDDEN, WIDTH]));
+        let weight: Vec<f32> = rng.normals(routing.experts * HIDDEN).iter().map(|x| 0.01 * x).collect();
+        let router = RouterWeights { routing, weight: &weight, bias: None, correction: None };
+        let router = backend.load_router(&router).expect("a router");
+        let norm = backend.load_vector(&[1.0; HIDDEN]).expect("a vector");
+        let mut routes = backend.routes(&routing, 1, HIDDEN).expect("routes");
+        let mut encoder = backend.encoder(&limits(1, HIDDEN)).expect("an encoder");
+        let mut out = upload(backend, HIDDEN, &rng.normals(HIDDEN));
+        let mut gated = poisoned(backend, routing.slots(), WIDTH);
+        let normed = || Input::Normed { x: &out, weight: &norm, eps: 1e-5 };
+        encoder.route(normed(), &router, &mut routes);
+        encoder.expert_gated(normed(), &mut routes, &gate_up, Activation::Silu, &mut gated);
+        encoder.expert_combine(&gated, &mut routes, &down, &mut out);
+        let mut found = HostRoutes::default();
+        encoder.read_routes(&mut routes, &mut found).expect("routes");
+        found.weights
+    }
+    let Some(backend) = open(GpuArithmetic::Half, |_| ()) else { return };
+    let (found, expected) = (gated(&backend), gated(&ReferenceBackend));
+    for (found, expected) in found.iter().zip(&expected) {
+        assert!((found - expected).abs() <= 1e-4 * expected, "{found}, expected {expected}");
+    }
+}

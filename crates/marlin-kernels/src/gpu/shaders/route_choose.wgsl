@@ -1,5 +1,5 @@
-// Chooses the experts of a token and their weights by its logits, exactly as `routing::choose` does, with a workgroup of SIZE invocations. An expert's
-// place among the chosen is how many others come before it.
+// Chooses the experts of a token and their weights by its logits, exactly as `routing::choose` does, with the first SIZE invocations of a workgroup, all of
+// which must call it. An expert's place among the chosen is how many others come before it.
 
 const LOWEST = -3.4028234e38;
 // The key of negative infinity.
@@ -10,6 +10,11 @@ var<workgroup> scores: array<f32, MOST_EXPERTS>;
 var<workgroup> keys: array<vec4<u32>, MOST_EXPERTS / 4u>;
 var<workgroup> group_keys: array<u32, MOST_GROUPS>;
 var<workgroup> chosen: array<u32, MOST_EXPERTS>;
+
+// The first expert, or slot, that an invocation takes; beyond SIZE, none.
+fn first_of(lane: u32) -> u32 {
+    return select(MOST_EXPERTS, lane, lane < SIZE);
+}
 
 fn key_of(value: f32) -> u32 {
     let bits = bitcast<u32>(value);
@@ -33,23 +38,23 @@ fn corrected(e: u32) -> f32 {
 
 fn score_logits(first: u32, lane: u32) {
     if (params.routing.is_softmax == 0u) {
-        for (var e = lane; e < params.routing.experts; e += SIZE) {
+        for (var e = first_of(lane); e < params.routing.experts; e += SIZE) {
             scores[e] = 1.0 / (1.0 + exp(-logits[first + e]));
         }
         return;
     }
     var largest = LOWEST;
-    for (var e = lane; e < params.routing.experts; e += SIZE) {
+    for (var e = first_of(lane); e < params.routing.experts; e += SIZE) {
         largest = max(largest, logits[first + e]);
     }
     largest = reduce_max(lane, largest);
     var sum = 0.0;
-    for (var e = lane; e < params.routing.experts; e += SIZE) {
+    for (var e = first_of(lane); e < params.routing.experts; e += SIZE) {
         scores[e] = exp(logits[first + e] - largest);
         sum += scores[e];
     }
     sum = reduce_sum(lane, sum);
-    for (var e = lane; e < params.routing.experts; e += SIZE) {
+    for (var e = first_of(lane); e < params.routing.experts; e += SIZE) {
         scores[e] /= sum;
     }
 }
@@ -98,7 +103,7 @@ fn drop_other_groups(lane: u32) {
         group_keys[lane] = key_of(score);
     }
     workgroupBarrier();
-    for (var q = lane; 4u * q < params.routing.experts; q += SIZE) {
+    for (var q = first_of(lane); 4u * q < params.routing.experts; q += SIZE) {
         var four = keys[q];
         @for i < 4
         if (4u * q + @iu < params.routing.experts && !is_kept((4u * q + @iu) / size)) {
@@ -116,7 +121,7 @@ fn choose_experts(first: u32, lane: u32) {
         score_logits(first, lane);
         workgroupBarrier();
     }
-    for (var q = lane; 4u * q < params.routing.experts; q += SIZE) {
+    for (var q = first_of(lane); 4u * q < params.routing.experts; q += SIZE) {
         let e = 4u * q;
         keys[q] = vec4<u32>(choice_key(first, e), choice_key(first, e + 1u), choice_key(first, e + 2u), choice_key(first, e + 3u));
     }
@@ -124,7 +129,7 @@ fn choose_experts(first: u32, lane: u32) {
     if (params.routing.top_groups < params.routing.groups) {
         drop_other_groups(lane);
     }
-    for (var e = lane; e < params.routing.experts; e += SIZE) {
+    for (var e = first_of(lane); e < params.routing.experts; e += SIZE) {
         let key = vec4<u32>(key_at(e));
         var ranks = vec4<u32>();
         for (var q = 0u; 4u * q < params.routing.experts; q++) {
@@ -137,7 +142,7 @@ fn choose_experts(first: u32, lane: u32) {
             chosen[rank] = e;
         }
     }
-    for (var s = lane; s < params.routing.shared_experts; s += SIZE) {
+    for (var s = first_of(lane); s < params.routing.shared_experts; s += SIZE) {
         chosen[params.routing.top_k + s] = params.routing.experts + s;
     }
     workgroupBarrier();
@@ -163,7 +168,7 @@ fn put_chosen(token: u32, first: u32, lane: u32) {
         sum += scores[chosen[slot]];
     }
     let slots = params.routing.top_k + params.routing.shared_experts;
-    for (var slot = lane; slot < slots; slot += SIZE) {
+    for (var slot = first_of(lane); slot < slots; slot += SIZE) {
         let expert = chosen[slot];
         var weight = 1.0;
         if (slot < params.routing.top_k) {
