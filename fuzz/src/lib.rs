@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::{fs, iter, str};
 
-use marlin_checkpoint::{Checkpoint, CheckpointWriter, Layout, MemoryTensor, PlannedTensor, WriterOptions};
+use marlin_checkpoint::{Checkpoint, CheckpointWriter, ExportLayout, MemoryTensor, PlannedTensor, WriterOptions};
 use marlin_engine::{ChatOptions, ChatTemplate, Message};
 use marlin_format::{PackedMatrix, ScaleKind, Scheme};
 use marlin_kernels::reference::ReferenceBackend;
@@ -50,7 +50,7 @@ pub fn packed(data: &[u8]) {
             Ok(checkpoint) => {
                 let matrix = checkpoint.matrix_any(WEIGHT).expect("it was checked");
                 decode(&matrix);
-                Layout::ALL.iter().for_each(|layout| write_and_read(&matrix, *layout));
+                ExportLayout::ALL.iter().for_each(|layout| write_and_read(&matrix, *layout));
             }
             Err(error) => check_message(&error),
         }
@@ -195,7 +195,7 @@ fn decode(matrix: &PackedMatrix<'_>) {
 }
 
 /// Writes a folder with one matrix, unless the layout has no place for it, and compares what is read.
-fn write_and_read(matrix: &PackedMatrix<'_>, layout: Layout) {
+fn write_and_read(matrix: &PackedMatrix<'_>, layout: ExportLayout) {
     if !layout.scheme(matrix.scheme).is_ok_and(|stored| stored == matrix.scheme) {
         return;
     }
@@ -212,10 +212,10 @@ fn write_and_read(matrix: &PackedMatrix<'_>, layout: Layout) {
     read_back(&out, matrix, layout);
 }
 
-fn read_back(out: &Path, matrix: &PackedMatrix<'_>, layout: Layout) {
+fn read_back(out: &Path, matrix: &PackedMatrix<'_>, layout: ExportLayout) {
     let checkpoint = Checkpoint::open(out).expect("a folder of ours");
     match checkpoint.matrix_any(WEIGHT) {
-        Ok(read) if layout == Layout::MetalMarlin => assert_eq!(&read, matrix),
+        Ok(read) if layout == ExportLayout::MetalMarlin => assert_eq!(&read, matrix),
         // An f32 that is stored as its inverse comes back rounded; bits that fill up bytes need not come back.
         Ok(read) if matrix.scheme.scale != ScaleKind::E4M3Global => {
             let bits = |matrix: &PackedMatrix<'_>| matrix.decode().into_iter().map(f32::to_bits).collect::<Vec<_>>();

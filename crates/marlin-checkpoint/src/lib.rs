@@ -25,7 +25,7 @@ pub use checkpoint::{CONFIG_FILE, Checkpoint, SIDE_FILES, Storage, Tensor, Tenso
 pub use error::CheckpointError;
 pub use generation_config::GenerationConfig;
 pub use gguf::{Gguf, GgufArray, GgufModel, GgufTensor, GgufType, GgufValue, GgufValueType};
-pub use layouts::Layout;
+pub use layouts::{ExportLayout, Layout};
 pub use memory::MemoryTensor;
 pub use quantization::{QuantizationConfig, QuantizedTensor};
 pub use safetensors::Dtype;

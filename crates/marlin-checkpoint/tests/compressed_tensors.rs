@@ -8,7 +8,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use common::{Raw, assert_says, folder, message};
-use marlin_checkpoint::{Checkpoint, CheckpointWriter, Dtype, Layout, PlannedTensor, Storage, WriterOptions};
+use marlin_checkpoint::{
+    Checkpoint, CheckpointWriter, Dtype, ExportLayout, Layout, PlannedTensor, Storage, WriterOptions,
+};
 use marlin_format::{EncodeOptions, Format, Grouping, PackedMatrix, Scheme};
 use serde_json::{Value, json};
 
@@ -75,7 +77,7 @@ fn write(out: &Path, matrix: &PackedMatrix<'_>) {
         PlannedTensor::raw("model.embed_tokens.weight", Dtype::F32, vec![1, 2]),
         PlannedTensor::matrix("l.q_proj.weight", matrix.rows, matrix.cols, matrix.scheme),
     ];
-    let options = WriterOptions { layout: Layout::CompressedTensors, ..WriterOptions::default() };
+    let options = WriterOptions { layout: ExportLayout::CompressedTensors, ..WriterOptions::default() };
     let mut writer = CheckpointWriter::create(out, planned, json!({}), Vec::new(), &options).unwrap();
     writer.write_raw("model.embed_tokens.weight", Dtype::F32, &[1, 2], &[0; 8]).unwrap();
     writer.write_matrix("l.q_proj.weight", matrix).unwrap();
@@ -98,7 +100,7 @@ fn what_is_written_comes_back_bit_for_bit() {
         (Format::Nvfp4, Grouping::Columns(16), "nvfp4-pack-quantized", "tensor_group"),
     ];
     for (index, (format, grouping, stored_as, strategy)) in cases.into_iter().enumerate() {
-        let scheme = Layout::CompressedTensors.scheme(format.scheme(Some(grouping)).unwrap()).unwrap();
+        let scheme = ExportLayout::CompressedTensors.scheme(format.scheme(Some(grouping)).unwrap()).unwrap();
         let (rows, cols) = (131, 160);
         let options = EncodeOptions { power_of_two_global: true, ..EncodeOptions::default() };
         let matrix = marlin_format::encode(&weights(rows, cols), rows, cols, &scheme, &options).unwrap();
@@ -120,7 +122,7 @@ fn what_is_written_comes_back_bit_for_bit() {
 
 #[test]
 fn what_the_layout_has_no_place_for_is_refused() {
-    let scheme = |format: Format, group| Layout::CompressedTensors.scheme(format.scheme(group).unwrap());
+    let scheme = |format: Format, group| ExportLayout::CompressedTensors.scheme(format.scheme(group).unwrap());
     for (format, group) in [
         (Format::Fp4, None),
         (Format::Int3, None),
@@ -135,7 +137,7 @@ fn what_the_layout_has_no_place_for_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let plan = |name: &str, cols| {
         let planned = vec![PlannedTensor::matrix(name, 4, cols, scheme(Format::Int4, None).unwrap())];
-        let options = WriterOptions { layout: Layout::CompressedTensors, ..WriterOptions::default() };
+        let options = WriterOptions { layout: ExportLayout::CompressedTensors, ..WriterOptions::default() };
         message(CheckpointWriter::create(&folder.path().join("o"), planned, json!({}), vec![], &options).unwrap_err())
     };
     assert_says(&plan("x.weight", 200), &["`x.weight`", "200 columns are no multiple of the group of 128"]);

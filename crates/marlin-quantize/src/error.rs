@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use marlin_checkpoint::{Checkpoint, CheckpointError, Layout};
+use marlin_checkpoint::{Checkpoint, CheckpointError, ExportLayout};
 use marlin_format::{FormatError, Scheme};
 use marlin_model::{MemoryPlan, ModelError, format_size};
 
@@ -42,7 +42,7 @@ pub enum QuantizeError {
     )]
     EmbeddingNotPacked {
         /// The layout.
-        layout: Layout,
+        layout: ExportLayout,
         /// What was asked for.
         scheme: String,
     },

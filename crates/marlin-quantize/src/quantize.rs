@@ -6,7 +6,7 @@ use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 
-use marlin_checkpoint::{Checkpoint, CheckpointWriter, Dtype, Layout, PlannedTensor, Storage, WriterOptions};
+use marlin_checkpoint::{Checkpoint, CheckpointWriter, Dtype, ExportLayout, PlannedTensor, Storage, WriterOptions};
 use marlin_format::{EncodeOptions, PackedMatrix, ScaleSearch, Scheme};
 
 use crate::encode_matrix::{encode_matrix, matrix_error};
@@ -20,7 +20,7 @@ pub struct QuantizeOptions<'a> {
     /// Bytes written between two syncs to disk: about what has to be done again after a kill.
     pub sync_bytes: u64,
     /// How the output lays packed matrices out.
-    pub layout: Layout,
+    pub layout: ExportLayout,
     /// Called before each tensor and once at the end.
     pub progress: Option<&'a mut dyn FnMut(Progress<'_>)>,
 }
@@ -201,7 +201,7 @@ fn run(
 }
 
 /// The recipe with schemes as the layout stores them.
-fn in_layout(recipe: &Recipe, layout: Layout) -> Result<Recipe, QuantizeError> {
+fn in_layout(recipe: &Recipe, layout: ExportLayout) -> Result<Recipe, QuantizeError> {
     let embedding = match recipe.embedding {
         Some(scheme) if !scheme.is_dense() && !layout.packs_embeddings() => {
             return Err(QuantizeError::EmbeddingNotPacked { layout, scheme: scheme.to_string() });

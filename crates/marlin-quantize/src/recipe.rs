@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use marlin_checkpoint::Layout;
+use marlin_checkpoint::ExportLayout;
 use marlin_format::{Format, FormatError, Grouping, ScaleSearch, Scheme};
 use marlin_model::{LoadOptions, MemoryPlan, ModelError, Planner};
 
@@ -54,7 +54,7 @@ impl Recipe {
 
     /// All that decides what becomes of a given model: this recipe, the layout it is written in, and the version of the
     /// quantisers.
-    pub fn fingerprint(&self, layout: Layout) -> String {
+    pub fn fingerprint(&self, layout: ExportLayout) -> String {
         format!("metal-marlin {}, {layout}, {self:?}", env!("CARGO_PKG_VERSION"))
     }
 

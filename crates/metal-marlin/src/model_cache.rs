@@ -14,7 +14,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use marlin_checkpoint::{Checkpoint, Layout};
+use marlin_checkpoint::{Checkpoint, ExportLayout};
 use marlin_kernels::KernelError;
 use marlin_kernels::gpu::PIPELINE_CACHE_EXTENSION;
 use marlin_model::format_size;
@@ -156,7 +156,7 @@ impl Entry {
     fn new(origin: &Origin, recipe: &Recipe) -> Self {
         let Origin { model, version, revision } = origin.clone();
         let format = recipe.linears.to_string();
-        Self { model, version, revision, format, recipe: recipe.fingerprint(Layout::MetalMarlin) }
+        Self { model, version, revision, format, recipe: recipe.fingerprint(ExportLayout::MetalMarlin) }
     }
 
     /// A name that tells people what it is, and programs everything.
@@ -236,7 +236,7 @@ impl ModelCache {
     /// The folder of a model of the Hub quantised by `recipe` when this revision was last looked up, which needs nothing of
     /// the original: it may have been removed since.
     pub fn find(&self, id: &HubId, revision: &str, recipe: &Recipe) -> Option<PathBuf> {
-        let recipe = recipe.fingerprint(Layout::MetalMarlin);
+        let recipe = recipe.fingerprint(ExportLayout::MetalMarlin);
         let folders = names(&self.quantized_folder()).ok()?.into_iter().map(|id| self.quantized_folder().join(id));
         let is_it = |folder: &PathBuf| {
             read_entry(folder).is_some_and(|entry| {

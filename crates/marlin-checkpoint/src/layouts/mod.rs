@@ -16,9 +16,34 @@ pub(crate) use self::form::Form;
 use crate::shard::{Location, Shard};
 use crate::{CheckpointError, QuantizationConfig};
 
+/// How the packed matrices of an opened checkpoint are laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Layout {
+    /// This project's own, which holds every scheme (`docs/formats.md`).
+    MetalMarlin,
+    /// That of the Python package `compressed-tensors`.
+    CompressedTensors,
+}
+
+impl Layout {
+    /// The name users know it by.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::MetalMarlin => "metal-marlin",
+            Self::CompressedTensors => "compressed-tensors",
+        }
+    }
+}
+
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
 /// How the packed matrices of a written folder are laid out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub enum Layout {
+pub enum ExportLayout {
     /// This project's own, which holds every scheme (`docs/formats.md`).
     #[default]
     MetalMarlin,
@@ -26,15 +51,20 @@ pub enum Layout {
     CompressedTensors,
 }
 
-impl Layout {
+impl ExportLayout {
     /// All layouts that are written.
-    pub const ALL: [Layout; 2] = [Self::MetalMarlin, Self::CompressedTensors];
+    pub const ALL: [ExportLayout; 2] = [Self::MetalMarlin, Self::CompressedTensors];
 
-    /// The name users give it.
+    /// The name users give it, which is that of the [`Layout`] it is read as.
     pub const fn name(self) -> &'static str {
+        self.layout().name()
+    }
+
+    /// What it is read as.
+    pub const fn layout(self) -> Layout {
         match self {
-            Self::MetalMarlin => "metal-marlin",
-            Self::CompressedTensors => "compressed-tensors",
+            Self::MetalMarlin => Layout::MetalMarlin,
+            Self::CompressedTensors => Layout::CompressedTensors,
         }
     }
 
@@ -80,7 +110,7 @@ impl Layout {
     }
 }
 
-impl fmt::Display for Layout {
+impl fmt::Display for ExportLayout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
     }

@@ -16,7 +16,7 @@ use self::journal::{Journal, Record};
 use self::plan::Plan;
 pub use self::plan::PlannedTensor;
 use self::workspace::Workspace;
-use crate::{CheckpointError, Layout, layouts, weights};
+use crate::{CheckpointError, ExportLayout, layouts, weights};
 
 const GIB: u64 = 1 << 30;
 const MIB: u64 = 1 << 20;
@@ -34,7 +34,7 @@ pub struct WriterOptions {
     /// Tensor bytes between two syncs to disk: what a kill can cost, about a second of quantising.
     pub sync_bytes: u64,
     /// How packed matrices are laid out.
-    pub layout: Layout,
+    pub layout: ExportLayout,
 }
 
 impl Default for WriterOptions {
@@ -44,7 +44,7 @@ impl Default for WriterOptions {
             force: false,
             max_shard_bytes: 4 * GIB,
             sync_bytes: 4 * MIB,
-            layout: Layout::default(),
+            layout: ExportLayout::default(),
         }
     }
 }

@@ -9,7 +9,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Value, json};
 
 use crate::layouts::{self, Buffer, Content as PartContent, Form, Part};
-use crate::{CheckpointError, Layout, weights};
+use crate::{CheckpointError, ExportLayout, weights};
 
 /// A tensor that will be written.
 #[derive(Debug, Clone, PartialEq)]
@@ -65,7 +65,7 @@ impl PlannedTensor {
     }
 
     /// The stored tensors it becomes; the error says what is impossible.
-    fn parts(&self, layout: Layout) -> Result<Vec<Slot>, String> {
+    fn parts(&self, layout: ExportLayout) -> Result<Vec<Slot>, String> {
         let parts = match &self.content {
             Content::Raw { dtype, shape } => {
                 let content = PartContent::Buffer(Buffer::Codes, Form::Same);
@@ -124,14 +124,14 @@ pub(super) struct Plan {
     /// The slots of each planned tensor.
     slots: Vec<Vec<Slot>>,
     tensors: Vec<PlannedTensor>,
-    layout: Layout,
+    layout: ExportLayout,
     index: HashMap<String, usize>,
 }
 
 impl Plan {
     /// Distributes tensors over shards, in their order, none split, no file above `max_shard_bytes` unless one tensor
     /// alone is.
-    pub(super) fn new(tensors: Vec<PlannedTensor>, layout: Layout, max_shard_bytes: u64) -> Result<Self, String> {
+    pub(super) fn new(tensors: Vec<PlannedTensor>, layout: ExportLayout, max_shard_bytes: u64) -> Result<Self, String> {
         let mut slots = tensors.iter().map(|tensor| tensor.parts(layout)).collect::<Result<Vec<_>, _>>()?;
         check_names(&slots)?;
 

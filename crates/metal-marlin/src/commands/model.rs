@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 
 use anyhow::Context;
-use marlin_checkpoint::{Checkpoint, Layout};
+use marlin_checkpoint::{Checkpoint, ExportLayout};
 use marlin_model::{LanguageModel, LoadOptions};
 use metal_marlin::LoadError;
 use metal_marlin::device::Device;
@@ -74,7 +74,7 @@ pub(super) fn open_quantized(
     QuantizeOptions { recipe, no_cache }: &QuantizeOptions,
     threads: Option<NonZeroUsize>,
 ) -> anyhow::Result<(Checkpoint, Option<TemporaryFolder>)> {
-    let recipe = recipe.recipe(Layout::MetalMarlin)?;
+    let recipe = recipe.recipe(ExportLayout::MetalMarlin)?;
     let temporary = if *no_cache && recipe.is_some() { Some(TemporaryFolder::new()?) } else { None };
     let out = temporary.as_ref().map(|folder| folder.0.path().join("model"));
     let options = OpenOptions { revision: hub.revision.as_deref(), recipe: recipe.as_ref(), out: out.as_deref() };

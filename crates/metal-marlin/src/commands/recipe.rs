@@ -1,7 +1,7 @@
 //! The options that say how a model is quantised.
 
 use clap::ArgGroup;
-use marlin_checkpoint::Layout;
+use marlin_checkpoint::ExportLayout;
 use marlin_format::{Format, Grouping, ScaleSearch, Scheme};
 use marlin_quantize::{Recipe, embedding_scheme};
 
@@ -66,7 +66,7 @@ impl From<Method> for ScaleSearch {
 
 impl RecipeOptions {
     /// The recipe; `None` if no format is named.
-    pub(super) fn recipe(&self, layout: Layout) -> anyhow::Result<Option<Recipe>> {
+    pub(super) fn recipe(&self, layout: ExportLayout) -> anyhow::Result<Option<Recipe>> {
         if self.format.is_none() && self.bits.is_none() {
             return Ok(None);
         }
@@ -82,7 +82,7 @@ impl RecipeOptions {
     }
 
     /// What `--embedding-format` asks for, or else what suits the layout; `None` keeps embedding and head.
-    pub(super) fn embedding(&self, layout: Layout) -> anyhow::Result<Option<Scheme>> {
+    pub(super) fn embedding(&self, layout: ExportLayout) -> anyhow::Result<Option<Scheme>> {
         let usual = layout.packs_embeddings().then_some(Format::Int8);
         match (self.embedding_format.or(usual), self.embedding_group_size) {
             (Some(format), grouping) => Ok(Some(embedding_scheme(format, grouping)?)),

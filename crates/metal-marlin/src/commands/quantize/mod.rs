@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
-use marlin_checkpoint::{Checkpoint, Layout};
+use marlin_checkpoint::{Checkpoint, ExportLayout};
 use marlin_kernels::KvType;
 use marlin_kernels::cpu::CpuBackend;
 use marlin_model::Planner;
@@ -108,8 +108,8 @@ pub(crate) struct Args {
     concurrency: Option<NonZeroUsize>,
 
     /// How packed matrices are laid out: metal-marlin, or compressed-tensors for other engines
-    #[arg(long, value_parser = layout, default_value_t = Layout::MetalMarlin)]
-    layout: Layout,
+    #[arg(long, value_parser = layout, default_value_t = ExportLayout::MetalMarlin)]
+    layout: ExportLayout,
 
     /// Replace OUT if it is a model folder
     #[arg(long)]
@@ -174,7 +174,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 
 /// The mix of `--fit`, and what it takes.
 fn best_mix(args: &Args, checkpoint: &Checkpoint, memory: u64) -> anyhow::Result<(Fit, Account)> {
-    if args.layout != Layout::MetalMarlin {
+    if args.layout != ExportLayout::MetalMarlin {
         bail!("--fit plans for this program; with the layout {} choose a --format", args.layout);
     }
     let device = DeviceOptions { threads: args.threads, ..DeviceOptions::default() };
@@ -190,9 +190,9 @@ fn best_mix(args: &Args, checkpoint: &Checkpoint, memory: u64) -> anyhow::Result
     Ok((fit, account))
 }
 
-fn layout(name: &str) -> Result<Layout, String> {
-    Layout::ALL.into_iter().find(|layout| layout.name() == name).ok_or_else(|| {
-        let names = Layout::ALL.map(Layout::name);
+fn layout(name: &str) -> Result<ExportLayout, String> {
+    ExportLayout::ALL.into_iter().find(|layout| layout.name() == name).ok_or_else(|| {
+        let names = ExportLayout::ALL.map(ExportLayout::name);
         format!("layouts are {}", names.join(", "))
     })
 }
