@@ -51,7 +51,10 @@ pub fn schemes() -> Vec<(String, Scheme)> {
         ("u5-zero", affine(Element::Uint(5), 32, ZeroKind::Integer)),
         ("s3", columns(Element::Int(3), 32)),
         ("iq4-nl", columns(Element::Iq4Nl, 32)),
+        ("q2-k", k_quant(Element::Uint(2), 16, 4, false, ZeroKind::TwoLevelMin { bits: 4 })),
+        ("q3-k", k_quant(Element::Int(3), 16, 6, true, ZeroKind::None)),
         ("q4-k", k_quant(Element::Uint(4), 32, 6, false, ZeroKind::TwoLevelMin { bits: 6 })),
+        ("q5-k", k_quant(Element::Uint(5), 32, 6, false, ZeroKind::TwoLevelMin { bits: 6 })),
         ("q6-k", k_quant(Element::Int(6), 16, 8, true, ZeroKind::None)),
         ("nvfp4-2of4", Scheme { sparsity: Sparsity::TwoOfFour, ..Scheme::NVFP4 }),
         ("int8-2of4", Scheme { sparsity: Sparsity::TwoOfFour, ..columns(Element::Int(8), 128) }),
@@ -74,7 +77,7 @@ pub(crate) fn random(scheme: Scheme, rows: usize, cols: usize, rng: &mut Rng) ->
         codes: Cow::Owned(codes(scheme.element, size(scheme.codes_bytes(rows, cols)), rng)),
         scales: Cow::Owned(scales(scheme.scale, size(scheme.scales_bytes(rows, cols)), rng)),
         zeros: Cow::Owned(zeros(scheme.zero, groups, size(scheme.zeros_bytes(rows, cols)), rng)),
-        globals: Cow::Owned(globals(scheme.scale, size(scheme.globals_bytes(rows, cols)), rng)),
+        globals: Cow::Owned(globals(&scheme, size(scheme.globals_bytes(rows, cols)), rng)),
         ..PackedMatrix::empty(scheme, rows, cols)
     };
     if scheme.order == ColumnOrder::GroupIndex {
@@ -132,11 +135,16 @@ fn zeros(kind: ZeroKind, groups: usize, bytes: usize, rng: &mut Rng) -> Vec<u8> 
     }
 }
 
-fn globals(kind: ScaleKind, bytes: usize, rng: &mut Rng) -> Vec<u8> {
-    match kind {
-        ScaleKind::E4M3Global => scale(rng).to_le_bytes().to_vec(),
-        _ => (0..bytes / 2).flat_map(|_| f16::from_f32(scale(rng)).to_le_bytes()).collect(),
+fn globals(scheme: &Scheme, bytes: usize, rng: &mut Rng) -> Vec<u8> {
+    if scheme.scale == ScaleKind::E4M3Global {
+        return scale(rng).to_le_bytes().to_vec();
     }
+    // Minima follow scales. As those of real weights, they leave about as many weights below zero as above.
+    let has_minima = matches!(scheme.zero, ZeroKind::TwoLevelMin { .. });
+    let scales = if has_minima { bytes / 4 } else { bytes / 2 };
+    let middle = ((1u32 << scheme.element.bits()) - 1) as f32 / 2.0;
+    let factor = |i: usize| if i < scales { 1.0 } else { middle };
+    (0..bytes / 2).flat_map(|i| f16::from_f32(factor(i) * scale(rng)).to_le_bytes()).collect()
 }
 
 /// A scale, of either sign, that differs from its neighbours by up to a factor of 8.

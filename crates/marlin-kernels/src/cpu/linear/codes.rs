@@ -185,26 +185,91 @@ impl Codes for Int3 {
 
     fn pack(quads: &[u8], quad: usize, tile: &mut [u8]) {
         pack_pairs(quads, quad, tile);
-        for (i, byte) in tile[quads.len() / 4..].iter_mut().enumerate() {
-            *byte = quads.chunks_exact(quad).rev().fold(0, |byte, quad| byte << 1 | (quad[i] >> 2 & 1));
-        }
+        pack_bits(quads, quad, 2, &mut tile[quads.len() / 4..]);
     }
 
     #[inline(always)]
     fn unpack<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS] {
         let mut quads = unpack_pairs(simd, tile);
-        let high = simd.bytes(&tile[S::LANES * QUADS..]);
+        add_bits(simd, &mut quads, 2, &tile[S::LANES * QUADS..]);
+        quads
+    }
+}
+
+/// One bit of each quad: bit `q` of a byte belongs to quad `q`.
+fn pack_bits(quads: &[u8], quad: usize, bit: u32, tile: &mut [u8]) {
+    for (i, byte) in tile.iter_mut().enumerate() {
+        *byte = quads.chunks_exact(quad).rev().fold(0, |byte, quad| byte << 1 | (quad[i] >> bit & 1));
+    }
+}
+
+/// Adds bits packed by [`pack_bits`] to quads.
+#[inline(always)]
+fn add_bits<S: Simd, const QUADS: usize>(simd: S, quads: &mut [S::Bytes; QUADS], bit: u32, tile: &[u8]) {
+    let bits = simd.bytes(tile);
+    let mut q = 0;
+    while q < QUADS {
+        quads[q] = simd.or(quads[q], simd.shift_left(simd.bits(bits, q as u32, 1), bit));
+        q += 1;
+    }
+}
+
+/// 5-bit integers: the low four bits as in [`Int4`], then one vector whose bit `q` belongs to quad `q`.
+pub(super) struct Int5;
+
+impl Codes for Int5 {
+    const ROW_BYTES: usize = 20;
+    /// The upper half of the last vector's bits stays unused.
+    const HALF_ROW_BYTES: usize = 12;
+    const SIGNED: bool = false;
+
+    fn pack(quads: &[u8], quad: usize, tile: &mut [u8]) {
+        let (low, high) = tile.split_at_mut(quads.len() / 2);
+        pack_nibbles(&low_nibbles(quads), quad, low);
+        pack_bits(quads, quad, 4, high);
+    }
+
+    #[inline(always)]
+    fn unpack<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS] {
+        let mut quads = unpack_nibbles(simd, tile);
+        add_bits(simd, &mut quads, 4, &tile[2 * S::LANES * QUADS..]);
+        quads
+    }
+}
+
+/// 6-bit integers: the low four bits as in [`Int4`], then the others as in [`Int2`].
+pub(super) struct Int6;
+
+impl Codes for Int6 {
+    const ROW_BYTES: usize = 24;
+    /// As bytes they are the same signed, and too large for unsigned ones.
+    const SIGNED: bool = true;
+
+    fn pack(quads: &[u8], quad: usize, tile: &mut [u8]) {
+        let (low, high) = tile.split_at_mut(quads.len() / 2);
+        pack_nibbles(&low_nibbles(quads), quad, low);
+        let high_pairs: Vec<u8> = quads.iter().map(|code| code >> 4).collect();
+        pack_pairs(&high_pairs, quad, high);
+    }
+
+    #[inline(always)]
+    fn unpack<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS] {
+        let mut quads = unpack_nibbles::<S, QUADS>(simd, tile);
+        let high = unpack_pairs::<S, QUADS>(simd, &tile[2 * S::LANES * QUADS..]);
         let mut q = 0;
         while q < QUADS {
-            let bit = simd.shift_left(simd.bits(high, q as u32, 1), 2);
-            quads[q] = simd.or(quads[q], bit);
+            quads[q] = simd.or(quads[q], simd.shift_left(high[q], 4));
             q += 1;
         }
         quads
     }
 }
 
-/// Integers of 5 to 8 bits: bytes are the code minus 128, signed.
+fn low_nibbles(codes: &[u8]) -> Vec<u8> {
+    codes.iter().map(|code| code & 0x0f).collect()
+}
+
+/// Integers of 7 or 8 bits: bytes are the code minus 128, signed.
 pub(super) struct Int8;
 
 impl Int8 {

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use marlin_format::{PackedMatrix, Scheme};
 
+#[cfg(test)]
+use super::SECTIONS;
 use super::{Arithmetic, ChooseKernel, Part, SimdLevel, Threads, TileBytes, TiledLinear, Tiles, tiles};
 use crate::conformance::matrices;
 use crate::conformance::support::Rng;
@@ -56,7 +58,7 @@ impl TiledLinear {
 
     /// The bytes of each part's tiles.
     #[cfg(test)]
-    pub(crate) fn sections(&self) -> Vec<[&[u8]; 3]> {
+    pub(crate) fn sections(&self) -> Vec<[&[u8]; SECTIONS]> {
         self.parts.iter().map(|part| part.tiles.sections().map(TileBytes::bytes)).collect()
     }
 }

@@ -7,11 +7,12 @@ use std::marker::PhantomData;
 
 use super::activations::{Block, Forms, Inputs};
 use super::codes::{CHUNK, Codes, Floats};
+use super::groups::GroupSpan;
 use super::pattern::{FIRST_HALF, Pattern, SECOND_HALF, WHOLE};
-use super::tiles::{GroupSpan, PanelCodes, Tiles};
+use super::tiles::{PanelCodes, Tiles};
 use crate::cpu::simd::{CACHE_LINE, MOST_LANES, Simd, WithSimd};
 
-/// Scale and offset of a group, one a lane.
+/// Scale, offset and bias of a group, one a lane.
 pub(super) struct Group<S: Simd> {
     pub(super) scale: S::F32,
     pub(super) offset: S::I32,
@@ -19,6 +20,8 @@ pub(super) struct Group<S: Simd> {
     pub(super) offset_pairs: S::I32,
     /// The same, as floats.
     pub(super) offset_f32: S::F32,
+    /// What is added to weights after scaling.
+    pub(super) bias: S::F32,
 }
 
 /// How a chunk of weights in some format meets a chunk of activations.
@@ -52,6 +55,8 @@ pub(super) trait Dot: Send + Sync + 'static {
         x: [&Self::Input; ROWS],
         sums: &mut [S::F32; ROWS],
     );
+    /// `Σ x` over a part of the chunk, for biases.
+    fn input_sum<const PART: usize>(x: &Self::Input) -> f32;
 }
 
 /// Where the codes of a chunk stand.
@@ -103,6 +108,17 @@ impl<C: Codes, P: Pattern> Dot for IntegerDot<C, P> {
             let dot = P::dot::<S, C, PART>(simd, *weights, index, group, x);
             *sum = simd.mul_add(simd.to_f32(dot), simd.splat(x.scale), *sum);
         }
+    }
+
+    #[inline(always)]
+    fn input_sum<const PART: usize>(x: &Block) -> f32 {
+        let [first, second] = x.minus_sums.map(i32::from);
+        let minus_sum = match PART {
+            FIRST_HALF => first,
+            SECOND_HALF => second,
+            _ => first + second,
+        };
+        x.scale * -minus_sum as f32
     }
 }
 
@@ -171,6 +187,11 @@ impl<C: Codes, P: Pattern> Dot for ExactDot<C, P> {
     ) {
         add_float_dots::<S, Self, PART, ROWS>(simd, weights, index, group, x, sums);
     }
+
+    #[inline(always)]
+    fn input_sum<const PART: usize>(x: &[f32; CHUNK]) -> f32 {
+        float_sum::<PART>(x)
+    }
 }
 
 impl<F: Floats, P: Pattern> Dot for FloatDot<F, P> {
@@ -213,6 +234,29 @@ impl<F: Floats, P: Pattern> Dot for FloatDot<F, P> {
     ) {
         add_float_dots::<S, Self, PART, ROWS>(simd, weights, index, group, x, sums);
     }
+
+    #[inline(always)]
+    fn input_sum<const PART: usize>(x: &[f32; CHUNK]) -> f32 {
+        float_sum::<PART>(x)
+    }
+}
+
+/// Sums every eighth input, eight times, and adds these sums in a fixed order.
+#[inline(always)]
+fn float_sum<const PART: usize>(x: &[f32; CHUNK]) -> f32 {
+    let part = match PART {
+        FIRST_HALF => &x[..CHUNK / 2],
+        SECOND_HALF => &x[CHUNK / 2..],
+        _ => &x[..],
+    };
+    let mut sums = [0.0; 8];
+    for eight in part.as_chunks::<8>().0 {
+        for i in 0..8 {
+            sums[i] += eight[i];
+        }
+    }
+    let [a, b, c, d, e, f, g, h] = sums;
+    ((a + b) + (c + d)) + ((e + f) + (g + h))
 }
 
 /// Sums every fourth code, four times: short chains of additions that need not wait for each other.
@@ -426,16 +470,21 @@ fn panel_sums<'o, S: Simd, D: Dot, const ROWS: usize>(
     let codes = tiles.panel(panel);
     let zero = simd.splat(0.0);
     let mut totals = [zero; ROWS];
-    match tiles.span {
+    let is_biased = tiles.format.zero.is_bias();
+    match tiles.format.span {
         GroupSpan::Chunks(span) => {
             for g in 0..tiles.groups {
                 let group = tiles.group(simd, panel, g);
                 let mut sums = [zero; ROWS];
-                for chunk in g * span..((g + 1) * span).min(chunks) {
+                let end = ((g + 1) * span).min(chunks);
+                for chunk in g * span..end {
                     let (weights, index) = decode_chunk::<S, D, ROWS>(simd, codes, chunk);
                     D::add_dots::<S, WHOLE, ROWS>(simd, &weights, index, &group, inputs(&rows, chunk), &mut sums);
                 }
                 add_scaled(simd, &mut totals, sums, group.scale);
+                if is_biased {
+                    add_biases::<S, D, WHOLE, ROWS>(simd, &mut totals, &rows, g * span, end, group.bias);
+                }
             }
         }
         GroupSpan::HalfChunk => {
@@ -446,10 +495,16 @@ fn panel_sums<'o, S: Simd, D: Dot, const ROWS: usize>(
                 let mut sums = [zero; ROWS];
                 D::add_dots::<S, FIRST_HALF, ROWS>(simd, &weights, index, &group, x, &mut sums);
                 add_scaled(simd, &mut totals, sums, group.scale);
+                if is_biased {
+                    add_biases::<S, D, FIRST_HALF, ROWS>(simd, &mut totals, &rows, chunk, chunk + 1, group.bias);
+                }
                 let group = tiles.group(simd, panel, 2 * chunk + 1);
                 let mut sums = [zero; ROWS];
                 D::add_dots::<S, SECOND_HALF, ROWS>(simd, &weights, index, &group, x, &mut sums);
                 add_scaled(simd, &mut totals, sums, group.scale);
+                if is_biased {
+                    add_biases::<S, D, SECOND_HALF, ROWS>(simd, &mut totals, &rows, chunk, chunk + 1, group.bias);
+                }
             }
         }
     }
@@ -478,6 +533,25 @@ fn add_scaled<S: Simd, const ROWS: usize>(simd: S, totals: &mut [S::F32; ROWS], 
     }
 }
 
+/// Adds `bias · Σ x` over a part of so many chunks.
+#[inline(always)]
+fn add_biases<S: Simd, D: Dot, const PART: usize, const ROWS: usize>(
+    simd: S,
+    totals: &mut [S::F32; ROWS],
+    rows: &[&[D::Input]; ROWS],
+    start: usize,
+    end: usize,
+    bias: S::F32,
+) {
+    for i in 0..ROWS {
+        let mut sum = 0.0;
+        for x in &rows[i][start..end] {
+            sum += D::input_sum::<PART>(x);
+        }
+        totals[i] = simd.mul_add(simd.splat(sum), bias, totals[i]);
+    }
+}
+
 struct DecodeRow<'a, D> {
     tiles: &'a Tiles,
     panel: usize,
@@ -494,7 +568,7 @@ impl<D: Dot> WithSimd for DecodeRow<'_, D> {
         let Self { tiles, panel, lane, weights: out, .. } = self;
         let (codes, factor) = (tiles.panel(panel), simd.splat(tiles.factor));
         for (half, out) in out.chunks_mut(CHUNK / 2).enumerate() {
-            let group = match tiles.span {
+            let group = match tiles.format.span {
                 GroupSpan::Chunks(span) => half / 2 / span,
                 GroupSpan::HalfChunk => half,
             };
@@ -508,7 +582,7 @@ impl<D: Dot> WithSimd for DecodeRow<'_, D> {
                 // Columns beyond K are padding.
                 if let Some(out) = out.get_mut(D::Pattern::column(index, lane, t) % (CHUNK / 2)) {
                     let column = D::column(simd, &weights, &group, t);
-                    *out = simd.lanes(simd.mul(column, scale))[lane];
+                    *out = simd.lanes(simd.add(simd.mul(column, scale), group.bias))[lane];
                 }
             }
         }

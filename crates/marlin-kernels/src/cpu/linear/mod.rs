@@ -9,6 +9,7 @@ mod apply;
 mod bytes;
 mod codes;
 mod group;
+mod groups;
 mod keep;
 mod kernel;
 mod pattern;
@@ -21,7 +22,7 @@ use std::sync::Arc;
 use marlin_format::{Element, FormatError, Scheme, Sparsity};
 
 use self::activations::{Forms, Inputs};
-use self::codes::{Bf16, Codes, E2M1, E4M3, F16, F32, Floats, Int2, Int3, Int4, Int8, Iq4Nl};
+use self::codes::{Bf16, Codes, E2M1, E4M3, F16, F32, Floats, Int2, Int3, Int4, Int5, Int6, Int8, Iq4Nl};
 use self::kernel::{ExactDot, FloatDot, IntegerDot, Kernel, PanelKernel};
 use self::pattern::{Dense, Pattern, TwoOfFour};
 use self::tiles::Tiles;
@@ -36,6 +37,7 @@ pub(crate) use self::apply::Epilogue;
 pub(crate) use self::bytes::TileBytes;
 pub(crate) use self::group::LinearGroup;
 pub(crate) use self::keep::layout;
+pub(crate) use self::tiles::SECTIONS;
 
 /// What activations are multiplied as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -204,6 +206,8 @@ impl ChooseKernel<'_> {
             Element::Uint(2) | Element::Int(2) => self.integer::<S, Int2, P>(simd),
             Element::Uint(3) | Element::Int(3) => self.integer::<S, Int3, P>(simd),
             Element::Uint(4) | Element::Int(4) => self.integer::<S, Int4, P>(simd),
+            Element::Uint(5) | Element::Int(5) => self.integer::<S, Int5, P>(simd),
+            Element::Uint(6) | Element::Int(6) => self.integer::<S, Int6, P>(simd),
             Element::Uint(_) | Element::Int(_) => self.integer::<S, Int8, P>(simd),
             Element::E4M3 => float::<S, E4M3, P>(simd),
             Element::F16 => float::<S, F16, P>(simd),

@@ -147,26 +147,51 @@ fn unusual_native_schemes() -> Vec<Scheme> {
     schemes
 }
 
+fn two_level(bits: u8, signed: bool, super_group: u32) -> ScaleKind {
+    ScaleKind::TwoLevel { bits, signed, super_group }
+}
+
+fn two_level_minima(bits: u8, scheme: Scheme) -> Scheme {
+    Scheme { zero: ZeroKind::TwoLevelMin { bits }, ..scheme }
+}
+
+/// Schemes with biases or two levels of scales, which only dense matrices have.
+fn affine_schemes() -> Vec<Scheme> {
+    let group = |element, columns, scale| Scheme::scaled(element, Grouping::Columns(columns), scale);
+    let mut schemes = vec![
+        Scheme { zero: ZeroKind::F16Bias, ..group(Element::Uint(4), 32, ScaleKind::F16) },
+        Scheme { zero: ZeroKind::Bf16Bias, ..group(Element::Uint(6), 64, ScaleKind::Bf16) },
+        Scheme { zero: ZeroKind::F32Bias, ..group(Element::Uint(8), 128, ScaleKind::F32) },
+        Scheme { zero: ZeroKind::F32Bias, ..group(Element::Int(3), 16, ScaleKind::E8M0) },
+        Scheme { zero: ZeroKind::F16Bias, grouping: Grouping::Row, ..group(Element::Iq4Nl, 1, ScaleKind::F16) },
+        // Super-groups of one group, of a group and a half of tiles, and wider than K.
+        group(Element::Int(6), 48, two_level(8, true, 48)),
+        group(Element::Int(3), 96, two_level(2, false, 192)),
+        two_level_minima(4, group(Element::Uint(4), 32, two_level(7, false, 512))),
+    ];
+    // The K-quants of GGUF.
+    schemes.extend([
+        two_level_minima(4, group(Element::Uint(2), 16, two_level(4, false, 256))),
+        group(Element::Int(3), 16, two_level(6, true, 256)),
+        two_level_minima(6, group(Element::Uint(4), 32, two_level(6, false, 256))),
+        two_level_minima(6, group(Element::Uint(5), 32, two_level(6, false, 256))),
+        group(Element::Int(6), 16, two_level(8, true, 256)),
+    ]);
+    schemes
+}
+
 /// Schemes that are converted at load.
 fn converted_schemes() -> Vec<Scheme> {
     let group = |element, columns| Scheme::scaled(element, Grouping::Columns(columns), ScaleKind::F16);
-    let two_level = ScaleKind::TwoLevel { bits: 6, signed: true, super_group: 64 };
     vec![
         group(Element::E2M1, 24),
         Scheme { zero: ZeroKind::Integer, ..group(Element::Uint(4), 8) },
-        Scheme { zero: ZeroKind::F16Bias, ..group(Element::Uint(4), 32) },
-        Scheme { zero: ZeroKind::F32Bias, ..group(Element::Uint(6), 64) },
+        Scheme { zero: ZeroKind::F16Bias, ..group(Element::E2M1, 32) },
+        Scheme { zero: ZeroKind::F32Bias, sparsity: Sparsity::TwoOfFour, ..group(Element::Uint(6), 64) },
         Scheme { order: ColumnOrder::GroupIndex, ..group(Element::Uint(4), 32) },
         Scheme { sparsity: Sparsity::TwoOfFour, ..group(Element::Int(4), 24) },
-        Scheme::scaled(Element::Uint(6), Grouping::Columns(16), two_level),
-        Scheme {
-            zero: ZeroKind::TwoLevelMin { bits: 6 },
-            ..Scheme::scaled(
-                Element::Uint(4),
-                Grouping::Columns(32),
-                ScaleKind::TwoLevel { bits: 6, signed: false, super_group: 128 },
-            )
-        },
+        Scheme::scaled(Element::Uint(6), Grouping::Columns(16), two_level(8, false, 64)),
+        two_level_minima(8, Scheme::scaled(Element::Uint(4), Grouping::Columns(32), two_level(6, false, 128))),
     ]
 }
 
@@ -188,6 +213,10 @@ fn check(weight: &PackedMatrix<'static>, random: &mut Random, threads: &Threads)
     let (n, k) = (weight.rows, weight.cols);
     let x = random.activations(M, k);
     let w = weight.decode();
+    // Weights and biases are summed apart, and round apart.
+    let bias = |i: usize| weight.bias_at(i / k, weight.group_of(i % k));
+    let sizes: Vec<f64> =
+        w.iter().enumerate().map(|(i, w)| f64::from((w - bias(i)).abs()) + f64::from(bias(i).abs())).collect();
     for simd in SimdLevel::available() {
         for arithmetic in [Arithmetic::Exact, Arithmetic::Int8] {
             let case = format!("{} [{n}, {k}] {simd} {arithmetic:?}", weight.scheme);
@@ -204,10 +233,9 @@ fn check(weight: &PackedMatrix<'static>, random: &mut Random, threads: &Threads)
             };
             let out = apply(&linear, &x, threads);
             for (i, &out) in out.iter().enumerate() {
-                let terms = used[i / n * k..][..k].iter().zip(&w[i % n * k..][..k]);
-                let (sum, magnitude) = terms.fold((0.0, 0.0), |(sum, magnitude), (x, &w)| {
-                    let term = x * f64::from(w);
-                    (sum + term, magnitude + term.abs())
+                let terms = used[i / n * k..][..k].iter().zip(w[i % n * k..][..k].iter().zip(&sizes[i % n * k..]));
+                let (sum, magnitude) = terms.fold((0.0, 0.0), |(sum, magnitude), (x, (&w, size))| {
+                    (sum + x * f64::from(w), magnitude + x.abs() * size)
                 });
                 let error = (f64::from(out) - sum).abs();
                 assert!(error <= 1e-6 * magnitude, "{case}: output {i} is {out}, wanted {sum} ± {}", 1e-6 * magnitude);
@@ -235,7 +263,7 @@ fn usual_schemes_of_every_shape() {
 #[test]
 fn unusual_schemes() {
     let (mut random, threads) = (Random(10), Threads::new(1).unwrap());
-    for scheme in unusual_native_schemes() {
+    for scheme in unusual_native_schemes().into_iter().chain(affine_schemes()) {
         for (n, k) in [(1, 100), (17, 33), (9, 31), (9, 300)] {
             let weight = random.matrix(scheme, n, k);
             assert!(tiles::is_native(&weight), "{scheme}");
@@ -445,7 +473,8 @@ fn packed_weights_stay_packed() {
 fn memory_is_told_before_loading() {
     let (mut random, threads) = (Random(10), Threads::new(1).unwrap());
     let usual = Format::ALL.map(|format| format.scheme(None).unwrap());
-    for scheme in usual.into_iter().chain(unusual_native_schemes()).chain(converted_schemes()) {
+    let all = usual.into_iter().chain(unusual_native_schemes()).chain(affine_schemes()).chain(converted_schemes());
+    for scheme in all {
         for (rows, cols) in [(8, 128), (13, 192), (1, 4), (9, 100)] {
             for arithmetic in [Arithmetic::Exact, Arithmetic::Int8] {
                 let (level, weight) = (SimdLevel::Portable, random.matrix(scheme, rows, cols));

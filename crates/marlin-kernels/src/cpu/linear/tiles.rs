@@ -1,9 +1,11 @@
 //! Weights in tile order: made once, at load, and streamed by the kernels.
 
-use marlin_format::{ColumnOrder, Element, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind, bits};
+use half::f16;
+use marlin_format::{Element, PackedMatrix, ScaleKind, Scheme, Sparsity, bits};
 
 use super::bytes::TileBytes;
-use super::codes::{CHUNK, E2M1, E4M3, Int8};
+use super::codes::{CHUNK, E2M1, E4M3};
+use super::groups::{GroupFormat, Groups, ScaleType, ZeroType, offset};
 use super::kernel::{Group, PanelKernel};
 use crate::KernelError;
 use crate::cpu::simd::Simd;
@@ -22,61 +24,24 @@ pub(super) struct Tiles {
     pub(super) chunks: usize,
     /// Groups of a panel.
     pub(super) groups: usize,
-    /// Columns of a group.
-    pub(super) span: GroupSpan,
+    /// How groups are stored.
+    pub(super) format: GroupFormat,
     /// What the kernel's sums are multiplied by in the end.
     pub(super) factor: f32,
     /// `[panels, chunks, bytes of a chunk]`.
     codes: TileBytes,
-    scale_type: ScaleType,
-    /// `[panels, groups, lanes]`, in the storage of the checkpoint.
+    /// `[panels, groups, lanes]`.
     scales: TileBytes,
-    /// What is subtracted from unpacked bytes, of a group without a zero point.
+    /// What is subtracted from unpacked bytes, of groups without a zero point.
     offset: i32,
-    /// The same for groups with one, `[panels, groups, lanes]`, i8; empty without.
-    offsets: TileBytes,
+    /// Zero points or biases, `[panels, groups, lanes]`; empty without.
+    zeros: TileBytes,
+    /// What super-groups share, f16 `[panels, super-groups, levels, lanes]`; empty without.
+    supers: TileBytes,
 }
 
-/// How groups of columns lie over chunks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum GroupSpan {
-    /// So many chunks a group; the last may have fewer.
-    Chunks(usize),
-    /// Two groups a chunk.
-    HalfChunk,
-}
-
-impl GroupSpan {
-    /// Groups of so many chunks.
-    fn groups(self, chunks: usize) -> usize {
-        match self {
-            Self::Chunks(span) => chunks.div_ceil(span),
-            Self::HalfChunk => 2 * chunks,
-        }
-    }
-}
-
-/// Storage of a scale.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum ScaleType {
-    One,
-    F32,
-    F16,
-    Bf16,
-    E8M0,
-    E4M3,
-}
-
-impl ScaleType {
-    fn bytes(self) -> usize {
-        match self {
-            Self::One => 0,
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-            Self::E8M0 | Self::E4M3 => 1,
-        }
-    }
-}
+/// Codes, scales, zero points or biases, and what super-groups share.
+pub(crate) const SECTIONS: usize = 4;
 
 /// Whether kernels read a matrix as it is. If not, [`to_dense`] gives one that they do.
 pub(super) fn is_native(matrix: &PackedMatrix<'_>) -> bool {
@@ -86,10 +51,7 @@ pub(super) fn is_native(matrix: &PackedMatrix<'_>) -> bool {
 
 /// [`is_native`], as far as it can be told without the codes.
 pub(super) fn is_native_scheme(scheme: &Scheme, cols: usize) -> bool {
-    scheme.order == ColumnOrder::Natural
-        && matches!(scheme.zero, ZeroKind::None | ZeroKind::Integer)
-        && scale_type(scheme.scale).is_some()
-        && group_span(scheme.group_cols(cols), cols).is_some()
+    GroupFormat::of(scheme, cols).is_some()
 }
 
 /// What [`Tiles::bytes`] will be for a native scheme; `None` if that cannot be addressed.
@@ -98,14 +60,16 @@ pub(super) fn tile_bytes(scheme: &Scheme, rows: usize, cols: usize, kernel: &dyn
     sections.into_iter().try_fold(0usize, usize::checked_add)
 }
 
-/// Bytes of codes, scales and offsets for a native scheme; `None` if they cannot be addressed.
-fn section_bytes(scheme: &Scheme, rows: usize, cols: usize, kernel: &dyn PanelKernel) -> Option<[usize; 3]> {
-    let span = group_span(scheme.group_cols(cols), cols)?;
+/// Bytes of each section for a native scheme; `None` if they cannot be addressed.
+fn section_bytes(scheme: &Scheme, rows: usize, cols: usize, kernel: &dyn PanelKernel) -> Option<[usize; SECTIONS]> {
     let (panels, chunks) = (rows.div_ceil(kernel.lanes()), cols.div_ceil(CHUNK));
-    let groups = span.groups(chunks).checked_mul(kernel.lanes())?.checked_mul(panels)?;
-    let codes = chunks.checked_mul(kernel.chunk_bytes())?.checked_mul(panels)?;
-    let offset_bytes = if scheme.zero == ZeroKind::Integer { size_of::<i8>() } else { 0 };
-    Some([codes, groups.checked_mul(scale_type(scheme.scale)?.bytes())?, groups.checked_mul(offset_bytes)?])
+    let codes = chunks.checked_mul(kernel.chunk_bytes())?;
+    let [scales, zeros, supers] = GroupFormat::of(scheme, cols)?.panel_bytes(chunks, kernel)?;
+    let mut sections = [codes, scales, zeros, supers];
+    for section in &mut sections {
+        *section = section.checked_mul(panels)?;
+    }
+    Some(sections)
 }
 
 /// The kernels know no NaN of E4M3.
@@ -128,41 +92,6 @@ pub(super) fn to_dense(matrix: &PackedMatrix<'_>, threads: &Threads) -> Result<P
     Ok(PackedMatrix::from_dense_bytes(Scheme::F32, matrix.rows, matrix.cols, codes)?)
 }
 
-fn scale_type(kind: ScaleKind) -> Option<ScaleType> {
-    match kind {
-        ScaleKind::None => Some(ScaleType::One),
-        ScaleKind::F32 => Some(ScaleType::F32),
-        ScaleKind::F16 => Some(ScaleType::F16),
-        ScaleKind::Bf16 => Some(ScaleType::Bf16),
-        ScaleKind::E8M0 => Some(ScaleType::E8M0),
-        ScaleKind::E4M3Global => Some(ScaleType::E4M3),
-        ScaleKind::TwoLevel { .. } => None,
-    }
-}
-
-fn group_span(group_cols: usize, cols: usize) -> Option<GroupSpan> {
-    if group_cols >= cols {
-        Some(GroupSpan::Chunks(cols.div_ceil(CHUNK)))
-    } else if group_cols.is_multiple_of(CHUNK) {
-        Some(GroupSpan::Chunks(group_cols / CHUNK))
-    } else if group_cols.is_multiple_of(CHUNK / 2) {
-        Some(GroupSpan::HalfChunk)
-    } else {
-        None
-    }
-}
-
-/// What is subtracted from unpacked bytes of a group with this zero point.
-fn offset(element: Element, zero: i32) -> i32 {
-    let stored = |bits| if bits > 4 { Int8::OFFSET } else { 0 };
-    match element {
-        Element::E2M1 => E2M1::OFFSET,
-        Element::Uint(bits) => stored(bits) + zero,
-        Element::Int(bits) => stored(bits) + (1 << (bits - 1)) + zero,
-        Element::Iq4Nl | Element::E4M3 | Element::F16 | Element::Bf16 | Element::F32 => 0,
-    }
-}
-
 impl Tiles {
     /// Repacks a matrix that [`is_native`] for `kernel`.
     pub(super) fn pack(
@@ -179,63 +108,56 @@ impl Tiles {
         });
 
         let not_native = || KernelError::Device(format!("the CPU has no kernel for {scheme}"));
-        let scale_bytes = scale_type(scheme.scale).ok_or_else(not_native)?.bytes();
-        let span = group_span(scheme.group_cols(matrix.cols), matrix.cols).ok_or_else(not_native)?;
-        let groups = Groups { matrix, span, lanes, count: span.groups(chunks) };
-        let panel_scales = groups.count * lanes * scale_bytes;
-        let mut scales = TileBytes::zeroed("scales", panels, panel_scales)?;
-        if panel_scales > 0 {
-            threads.for_each_chunk(scales.bytes_mut(), panel_scales, |panel, scales| {
-                groups.copy_scales(panel, scale_bytes, scales);
-            });
-        }
-        let panel_offsets = if scheme.zero == ZeroKind::Integer { groups.count * lanes } else { 0 };
-        let mut offsets = TileBytes::zeroed("zero points", panels, panel_offsets)?;
-        if panel_offsets > 0 {
-            threads.for_each_chunk(offsets.bytes_mut(), panel_offsets, |panel, offsets| {
-                groups.fill_offsets(panel, offsets);
-            });
-        }
+        let format = GroupFormat::of(scheme, matrix.cols).ok_or_else(not_native)?;
+        let bytes = format.panel_bytes(chunks, kernel).ok_or_else(not_native)?;
+        let groups = Groups::new(matrix, format, chunks, lanes);
+        let section = |name: &str, panel_bytes: usize, fill: &(dyn Fn(usize, &mut [u8]) + Sync)| {
+            let mut section = TileBytes::zeroed(name, panels, panel_bytes)?;
+            if panel_bytes > 0 {
+                threads.for_each_chunk(section.bytes_mut(), panel_bytes, fill);
+            }
+            Ok::<_, KernelError>(section)
+        };
+        let scales = section("scales", bytes[0], &|panel, scales| groups.fill_scales(panel, scales))?;
+        let zeros = section("zero points", bytes[1], &|panel, zeros| groups.fill_zeros(panel, zeros))?;
+        let supers = section("scales of scales", bytes[2], &|panel, supers| groups.fill_supers(panel, supers))?;
         let element_factor = match scheme.element {
             Element::E2M1 => E2M1::FACTOR,
             Element::E4M3 => E4M3::FACTOR,
             _ => 1.0,
         };
-        let scale_factor = if scale_type(scheme.scale) == Some(ScaleType::E4M3) { E4M3::FACTOR } else { 1.0 };
+        let scale_factor = if format.scale == ScaleType::E4M3 { E4M3::FACTOR } else { 1.0 };
         let global = match scheme.scale {
             ScaleKind::E4M3Global => f32::from_le_bytes(*matrix.globals.first_chunk().expect("a global scale")),
             _ => 1.0,
         };
-        let sections = [codes, scales, offsets];
+        let sections = [codes, scales, zeros, supers];
         Self::from_sections(scheme, matrix.rows, matrix.cols, kernel, element_factor * scale_factor * global, sections)
             .ok_or_else(not_native)
     }
 
-    /// Tiles whose bytes are there: codes, scales and offsets of a matrix in a native scheme. `None` if they are not as long as they must
-    /// be.
+    /// Tiles whose bytes are there: the sections of a matrix in a native scheme. `None` if they are not as long as they must be.
     pub(super) fn from_sections(
         scheme: &Scheme,
         rows: usize,
         cols: usize,
         kernel: &dyn PanelKernel,
         factor: f32,
-        sections: [TileBytes; 3],
+        sections: [TileBytes; SECTIONS],
     ) -> Option<Self> {
         if sections.each_ref().map(|section| section.bytes().len()) != section_bytes(scheme, rows, cols, kernel)? {
             return None;
         }
-        let [codes, scales, offsets] = sections;
-        let offset = offset(scheme.element, 0);
-        let (scale_type, span) = (scale_type(scheme.scale)?, group_span(scheme.group_cols(cols), cols)?);
+        let [codes, scales, zeros, supers] = sections;
+        let (offset, format) = (offset(scheme.element, 0), GroupFormat::of(scheme, cols)?);
         let chunks = cols.div_ceil(CHUNK);
-        let groups = span.groups(chunks);
-        let lanes = kernel.lanes();
-        Some(Self { rows, lanes, chunks, groups, span, factor, codes, scale_type, scales, offset, offsets })
+        let (groups, lanes) = (format.span.groups(chunks), kernel.lanes());
+        Some(Self { rows, lanes, chunks, groups, format, factor, codes, scales, offset, zeros, supers })
     }
 
-    /// The bytes of codes, scales and offsets.
-    pub(super) fn sections(&self) -> [&TileBytes; 3] {
-        [&self.codes, &self.scales, &self.offsets]
+    /// The bytes of each section.
+    pub(super) fn sections(&self) -> [&TileBytes; SECTIONS] {
+        [&self.codes, &self.scales, &self.zeros, &self.supers]
     }
 
     /// How many panels there are.
@@ -256,24 +178,40 @@ impl Tiles {
         &codes[panel * bytes..][..bytes]
     }
 
-    /// Scales and offsets of group `g` of a panel.
+    /// Scales and zero points of group `g` of a panel.
     #[inline(always)]
     pub(super) fn group<S: Simd>(&self, simd: S, panel: usize, g: usize) -> Group<S> {
         let index = (panel * self.groups + g) * S::LANES;
-        let scales = &self.scales.bytes()[self.scale_type.bytes() * index..];
-        let scale = match self.scale_type {
+        let scales = &self.scales.bytes()[self.format.scale.bytes() * index..];
+        let scale = match self.format.scale {
             ScaleType::One => simd.splat(1.0),
             ScaleType::F32 => simd.load_le_f32(scales),
             ScaleType::F16 => simd.load_le_f16(scales),
             ScaleType::Bf16 => simd.load_le_bf16(scales),
             ScaleType::E8M0 => simd.load_e8m0(scales),
             ScaleType::E4M3 => simd.load_e4m3_over_256(scales),
+            ScaleType::TwoLevel => self.two_level(simd, panel, g, 0, scales),
         };
-        let offset = match self.offsets.bytes() {
-            [] => simd.splat_i32(self.offset),
-            offsets => simd.widen_i8(bytemuck::cast_slice(&offsets[index..])),
-        };
-        Group { scale, offset, offset_pairs: simd.repeat_half(offset), offset_f32: simd.to_f32(offset) }
+        let zeros = &self.zeros.bytes()[self.format.zero.bytes() * index..];
+        let (mut offset, mut bias) = (simd.splat_i32(self.offset), simd.splat(0.0));
+        match self.format.zero {
+            ZeroType::None => {}
+            ZeroType::Offset => offset = simd.widen_i8(bytemuck::cast_slice(zeros)),
+            ZeroType::F32Bias => bias = simd.load_le_f32(zeros),
+            ZeroType::F16Bias => bias = simd.load_le_f16(zeros),
+            ZeroType::Bf16Bias => bias = simd.load_le_bf16(zeros),
+            ZeroType::Minimum => bias = simd.sub(bias, self.two_level(simd, panel, g, 1, zeros)),
+        }
+        Group { scale, offset, offset_pairs: simd.repeat_half(offset), offset_f32: simd.to_f32(offset), bias }
+    }
+
+    /// Inner scales or minima of group `g`, times what their super-group has on this level.
+    #[inline(always)]
+    fn two_level<S: Simd>(&self, simd: S, panel: usize, g: usize, level: usize, inner: &[u8]) -> S::F32 {
+        let format = &self.format;
+        let shared = panel * format.super_groups(self.groups) + g / format.super_group;
+        let supers = &self.supers.bytes()[size_of::<f16>() * (shared * format.levels() + level) * S::LANES..];
+        simd.mul(simd.load_le_f16(supers), simd.to_f32(simd.widen_i8(bytemuck::cast_slice(inner))))
     }
 }
 
@@ -306,47 +244,5 @@ impl PanelCodes {
             }
         }
         Self { codes, positions }
-    }
-}
-
-/// Maps groups of tiles to groups of the matrix.
-struct Groups<'a> {
-    matrix: &'a PackedMatrix<'a>,
-    span: GroupSpan,
-    lanes: usize,
-    count: usize,
-}
-
-impl Groups<'_> {
-    /// The row and the group of the matrix behind each group and lane of a panel; none for padding.
-    fn sources(&self, panel: usize) -> impl Iterator<Item = Option<(usize, usize)>> {
-        let tile_cols = match self.span {
-            GroupSpan::Chunks(span) => span * CHUNK,
-            GroupSpan::HalfChunk => CHUNK / 2,
-        };
-        (0..self.count * self.lanes).map(move |i| {
-            let (row, col) = (panel * self.lanes + i % self.lanes, i / self.lanes * tile_cols);
-            (row < self.matrix.rows && col < self.matrix.cols).then(|| (row, self.matrix.group_of(col)))
-        })
-    }
-
-    fn copy_scales(&self, panel: usize, bytes: usize, scales: &mut [u8]) {
-        let scheme = &self.matrix.scheme;
-        let (groups, group_rows) = (scheme.groups_per_row(self.matrix.cols), scheme.group_rows(self.matrix.rows));
-        for (scale, source) in scales.chunks_exact_mut(bytes).zip(self.sources(panel)) {
-            if let Some((row, group)) = source {
-                let index = row / group_rows * groups + group;
-                scale.copy_from_slice(&self.matrix.scales[index * bytes..][..bytes]);
-            }
-        }
-    }
-
-    fn fill_offsets(&self, panel: usize, offsets: &mut [u8]) {
-        for (to, source) in offsets.iter_mut().zip(self.sources(panel)) {
-            if let Some((row, group)) = source {
-                // Fits: an offset is a code, less 128 where codes have more than four bits.
-                *to = offset(self.matrix.scheme.element, self.matrix.zero_at(row, group)) as i8 as u8;
-            }
-        }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0            header, 64 bytes
-//! …            codes, scales and offsets of each matrix, each from a multiple of 64 bytes on
+//! …            the sections of each matrix (codes, scales and so on), each from a multiple of 64 bytes on
 //! table_start  the table: JSON, table_bytes long, to the end of the file
 //! ```
 //!
@@ -16,11 +16,11 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use bytemuck::{Pod, Zeroable};
 use serde::{Deserialize, Serialize};
 
-use crate::cpu::linear::TileBytes;
+use crate::cpu::linear::{SECTIONS, TileBytes};
 
 const MAGIC: [u8; 8] = *b"MARLTILE";
 /// Of the file. The order of tiles is told apart by what it makes of matrices ([`crate::cpu::CpuBackend::tile_layout`]).
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 /// Much more than the table of any model takes.
 const MOST_TABLE_BYTES: u64 = 64 << 20;
 pub(super) const HEADER_BYTES: u64 = size_of::<Header>() as u64;
@@ -68,8 +68,8 @@ pub(super) struct Matrix {
     pub(super) converted: bool,
     /// The bits of the factor on the kernel's sums.
     pub(super) factor: u32,
-    /// Codes, scales, offsets.
-    pub(super) sections: [Section; 3],
+    /// Codes, scales, zero points or biases, what super-groups share.
+    pub(super) sections: [Section; SECTIONS],
 }
 
 /// Which matrix of the model it is.

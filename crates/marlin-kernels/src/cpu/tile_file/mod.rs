@@ -16,7 +16,7 @@ use memmap2::Mmap;
 
 use self::format::{HEADER_BYTES, Matrix, MatrixName, Section, Table};
 use super::CpuBackend;
-use super::linear::TileBytes;
+use super::linear::{SECTIONS, TileBytes};
 use crate::KernelError;
 
 /// A file being made, beside its place.
@@ -95,8 +95,8 @@ pub(super) struct Kept {
     pub(super) converted: bool,
     /// What the kernel's sums are multiplied by in the end.
     pub(super) factor: f32,
-    /// Codes, scales, offsets.
-    pub(super) sections: [TileBytes; 3],
+    /// Codes, scales, zero points or biases, what super-groups share.
+    pub(super) sections: [TileBytes; SECTIONS],
 }
 
 impl TileFile {
