@@ -178,6 +178,81 @@ impl<'a> PackedMatrix<'a> {
         })
     }
 
+    /// Under a group index, the columns in the order of their groups, those of a group in their own order. Each group then has the place
+    /// that it would have in natural order, so that a matrix with columns in this order needs no index.
+    ///
+    /// `None` in natural order, and if a group has more or fewer columns than in natural order.
+    pub fn group_order(&self) -> Option<Vec<u32>> {
+        if self.scheme.order != ColumnOrder::GroupIndex {
+            return None;
+        }
+        let group_cols = self.scheme.group_cols(self.cols);
+        let mut order = vec![None; self.cols];
+        let mut found = vec![0; self.scheme.groups_per_row(self.cols)];
+        for (column, group) in (0..self.cols as u32).map(|column| (column, self.group_of(column as usize))) {
+            let place = *found.get(group)?;
+            found[group] += 1;
+            if place >= group_cols {
+                return None;
+            }
+            *order.get_mut(group * group_cols + place)? = Some(column);
+        }
+        // As many places as columns, and no two columns in one.
+        order.into_iter().collect()
+    }
+
+    /// The matrix with its columns in another order: that of [`PackedMatrix::group_order`], after which it needs no index, or any order of
+    /// columns of plain floats.
+    ///
+    /// # Errors
+    /// It is neither, or a buffer has the wrong length.
+    pub fn with_columns(&self, order: &[u32]) -> Result<PackedMatrix<'static>, FormatError> {
+        self.check_lengths(&self.scheme.sizes(self.rows, self.cols)?)?;
+        let scheme = Scheme { order: ColumnOrder::Natural, ..self.scheme };
+        let is_order_of_groups = || self.group_order().is_some_and(|own| own == order);
+        let is_of_columns = order.len() == self.cols && order.iter().all(|&column| (column as usize) < self.cols);
+        if !is_of_columns || scheme.sparsity != Sparsity::Dense || !(scheme.is_dense() || is_order_of_groups()) {
+            return Err(FormatError::InvalidScheme(format!(
+                "columns of {} cannot be put into this order",
+                self.scheme
+            )));
+        }
+        let mut codes = vec![0; self.codes.len()];
+        let row_bytes = codes.len() / self.rows;
+        if scheme.is_dense() {
+            let size = scheme.element.bits() as usize / 8;
+            for (row, codes) in codes.chunks_exact_mut(row_bytes).enumerate() {
+                for (code, &column) in codes.chunks_exact_mut(size).zip(order) {
+                    code.copy_from_slice(&self.code_row(row)[column as usize * size..][..size]);
+                }
+            }
+        } else {
+            let (mut own, mut ordered) = (vec![0; self.cols], vec![0; self.cols]);
+            for (row, codes) in codes.chunks_exact_mut(row_bytes).enumerate() {
+                self.unpack_codes_row(row, &mut own);
+                ordered.iter_mut().zip(order).for_each(|(code, &column)| *code = own[column as usize]);
+                bits::pack(&ordered, scheme.element.bits(), codes);
+            }
+        }
+        let matrix = PackedMatrix { scheme, codes: codes.into(), group_index: Cow::Borrowed(&[]), ..self.borrowed() };
+        Ok(matrix.into_owned())
+    }
+
+    /// The same weights in single precision.
+    ///
+    /// # Errors
+    /// A buffer has the wrong length.
+    pub fn to_f32(&self) -> Result<PackedMatrix<'static>, FormatError> {
+        self.check_lengths(&self.scheme.sizes(self.rows, self.cols)?)?;
+        let mut weights = vec![0.0; self.cols];
+        let mut codes = Vec::with_capacity(self.rows * self.cols * size_of::<f32>());
+        for row in 0..self.rows {
+            self.decode_row(row, &mut weights);
+            codes.extend(weights.iter().flat_map(|weight| weight.to_le_bytes()));
+        }
+        PackedMatrix::from_dense_bytes(Scheme::F32, self.rows, self.cols, codes)
+    }
+
     /// The transposed matrix of some columns of a matrix of plain floats: `first`, `first + step` and so on.
     ///
     /// # Errors

@@ -47,7 +47,8 @@ pub trait Backend: MemoryUse + Send + Sync + Sized + 'static {
         None
     }
 
-    /// Makes a group of linears, of which each has as many parts of the same sizes; schemes may differ.
+    /// Makes a group of linears, of which each has as many parts of the same sizes; schemes may differ, but none
+    /// has a group index: their input is prepared once for all.
     fn group_linears(&self, linears: Vec<Self::Linear>) -> Result<Self::LinearGroup, KernelError>;
 
     /// Uploads a router.
@@ -78,6 +79,11 @@ pub trait Backend: MemoryUse + Send + Sync + Sized + 'static {
 pub trait MemoryUse {
     /// Bytes that [`Backend::load_linear`] will keep of a matrix `[rows, cols]` without a bias. Fails if the scheme has no such shape.
     fn linear_bytes(&self, scheme: &Scheme, rows: usize, cols: usize) -> Result<usize, KernelError>;
+
+    /// What [`Backend::load_linear`] converts a packed matrix to, if no kernel reads its scheme.
+    fn conversion(&self, _scheme: &Scheme, _cols: usize) -> Option<Scheme> {
+        None
+    }
 
     /// Bytes of scratch memory that [`Backend::encoder`] makes for these limits. What a thread needs for one tile of attention, less than
     /// a megabyte, is not counted.

@@ -24,6 +24,11 @@ pub enum KernelError {
         /// Values found.
         found: usize,
     },
+    /// A linear of a group has columns in an order of its own.
+    #[error(
+        "a group prepares its input once for all of its linears: none can have columns with an index, decode such matrices"
+    )]
+    OrderedGroup,
     /// Values that do not fill a buffer's rows.
     #[error("{found} values for {rows} rows of {width} in a buffer of at most {capacity} rows")]
     BufferShape {

@@ -21,9 +21,9 @@ fn each_kernel_has_a_row_and_each_row_a_kernel() {
         GpuCaps { matrices: vec![MatrixSize::Sixteen], ..apple.clone() },
         apple,
     ];
-    // The names of kernels do not depend on the format: a packed one and a dense one.
+    // The names of kernels do not depend on the format: a packed one, a dense one, and one with columns in an order of their own.
     let mut schemes = schemes();
-    schemes.retain(|(name, _)| ["fp4", "bf16"].contains(&name.as_str()));
+    schemes.retain(|(name, _)| ["fp4", "bf16", "gptq-act-order"].contains(&name.as_str()));
     let mut found = BTreeSet::new();
     for caps in devices {
         for arithmetic in [GpuArithmetic::Exact, GpuArithmetic::Half] {

@@ -23,4 +23,4 @@ pub use expert_layers::{ExpertLayers, ExpertOffload, LayerRange};
 pub use families::supported_architectures;
 pub use kv::{KvPool, KvSequence};
 pub use language_model::{HostExpertsInfo, LanguageModel, LayerRouting, LoadOptions, ModelInfo};
-pub use plan::{ExpertShape, HostPlan, MemoryPlan, ModelShape, Planner, format_size};
+pub use plan::{Conversion, ExpertShape, HostPlan, MemoryPlan, ModelShape, Planner, format_size};

@@ -6,13 +6,13 @@
 
 use std::fmt;
 
-use marlin_checkpoint::{Checkpoint, TensorInfo};
+use marlin_checkpoint::{Checkpoint, Storage, TensorInfo};
 use marlin_format::Scheme;
 use marlin_kernels::{KernelError, KvLayout, KvType, MemoryUse};
 
 use crate::decoder::{
     Sizes, angle_shapes, expert_bytes, expert_work_bytes, host_work_bytes, is_routed, kv_b_bytes, kv_blocks,
-    workspace_shapes,
+    loaded_scheme, workspace_shapes,
 };
 use crate::spec::{AttentionSpec, DecoderSpec, layer_of};
 use crate::{ExpertLayers, LoadOptions, ModelError, families};
@@ -105,6 +105,26 @@ pub struct MemoryPlan {
     pub host: Option<HostPlan>,
     /// The device's memory is the host's.
     pub shares_memory: bool,
+}
+
+/// Packed matrices of a scheme that are loaded as another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Conversion {
+    /// How they are stored.
+    pub from: Scheme,
+    /// What they become.
+    pub to: Scheme,
+    /// How many they are.
+    pub matrices: usize,
+}
+
+/// `3 matrices of int4 g24 are converted to f32 …`.
+impl fmt::Display for Conversion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { from, to, matrices } = self;
+        let (plural, are) = if *matrices == 1 { ("x", "is") } else { ("ces", "are") };
+        write!(f, "{matrices} matri{plural} in {from} {are} converted to {to}: there is no kernel for them as they are")
+    }
 }
 
 /// Memory of the host, in bytes, for experts that are left to it.
@@ -345,6 +365,7 @@ impl<'a> Planner<'a> {
     /// The scheme has no such shape.
     pub fn matrix_bytes(&self, name: &str, rows: usize, cols: usize, scheme: &Scheme) -> Result<u64, ModelError> {
         let (device, _) = self.device_of(name);
+        let scheme = &loaded_scheme(&self.spec, name, scheme);
         let bytes = match &self.spec.attention {
             AttentionSpec::Latent(attention) if name.ends_with(".self_attn.kv_b_proj.weight") => {
                 kv_b_bytes(device, scheme, attention)
@@ -352,6 +373,26 @@ impl<'a> Planner<'a> {
             _ => device.linear_bytes(scheme, rows, cols),
         };
         bytes.map(|bytes| bytes as u64).map_err(|source| self.weight_error(name, source))
+    }
+
+    /// Packed matrices that are not loaded as they are stored, because the device has no kernel for them: how many become what.
+    pub fn conversions(&self) -> Vec<Conversion> {
+        let mut conversions: Vec<Conversion> = Vec::new();
+        for name in self.checkpoint.tensor_names().filter(|name| self.is_loaded(name)) {
+            let Some(TensorInfo { shape, storage: Storage::Packed(from), .. }) = self.checkpoint.info(name) else {
+                continue;
+            };
+            let &[_, cols] = shape.as_slice() else { continue };
+            let loaded = loaded_scheme(&self.spec, name, &from);
+            let (device, _) = self.device_of(name);
+            let converted = device.conversion(&loaded, cols).or((loaded != from).then_some(loaded));
+            let Some(to) = converted else { continue };
+            match conversions.iter_mut().find(|known| (known.from, known.to) == (from, to)) {
+                Some(known) => known.matrices += 1,
+                None => conversions.push(Conversion { from, to, matrices: 1 }),
+            }
+        }
+        conversions
     }
 
     fn weight_error(&self, name: &str, source: KernelError) -> ModelError {

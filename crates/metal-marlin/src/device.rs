@@ -176,7 +176,7 @@ impl Device {
         self.memory_use().shares_memory()
     }
 
-    /// Loads a checkpoint's model; linears of the processor come from `tiles` or are kept there.
+    /// Loads a checkpoint's model; linears of the processor come from `tiles` or are kept there. Says on standard error what is converted.
     ///
     /// # Errors
     /// What [`marlin_model::load_model_offloaded`] fails with.
@@ -186,6 +186,9 @@ impl Device {
         options: &LoadOptions,
         tiles: Option<&Arc<TileFile>>,
     ) -> Result<Box<dyn LanguageModel>, ModelError> {
+        for conversion in self.planner(checkpoint)?.conversions() {
+            eprintln!("warning: {}: {conversion}", checkpoint.name());
+        }
         let with_tiles = |cpu: &CpuBackend| tiles.map_or_else(|| cpu.clone(), |file| cpu.with_tiles(Arc::clone(file)));
         match self {
             Self::Cpu(backend) => marlin_model::load_model(&with_tiles(backend), checkpoint, options),

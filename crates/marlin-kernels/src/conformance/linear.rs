@@ -401,4 +401,14 @@ impl Case for Embed<'_> {
         encoder.embed(&table, self.scale, &mut out);
         read::<B>(&mut encoder, &out, self.tokens.len() * k)
     }
+
+    /// A weight may be small as the difference of a scaled code and a minimum, of which each is rounded.
+    fn energy(&self, expected: &[f32]) -> f64 {
+        let table = &self.table[0].weight;
+        let rows = self.tokens.iter().flat_map(|&token| (0..table.cols).map(move |col| (token as usize, col)));
+        mean_square(rows.zip(expected).map(|((row, col), &expected)| {
+            let bias = (table.bias_at(row, table.group_of(col)) * self.scale).abs();
+            f64::from(expected.abs() + bias)
+        }))
+    }
 }

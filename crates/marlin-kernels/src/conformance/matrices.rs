@@ -3,7 +3,9 @@
 use std::borrow::Cow;
 
 use half::{bf16, f16};
-use marlin_format::{ColumnOrder, Element, Format, Grouping, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind};
+use marlin_format::{
+    ColumnOrder, Element, Format, Grouping, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind, bits,
+};
 
 use super::support::Rng;
 
@@ -80,10 +82,15 @@ pub(crate) fn random(scheme: Scheme, rows: usize, cols: usize, rng: &mut Rng) ->
         globals: Cow::Owned(globals(&scheme, size(scheme.globals_bytes(rows, cols)), rng)),
         ..PackedMatrix::empty(scheme, rows, cols)
     };
+    if let ZeroKind::TwoLevelMin { bits } = scheme.zero {
+        matrix.zeros = Cow::Owned(minima_like_scales(&matrix, bits, rng));
+    }
     if scheme.order == ColumnOrder::GroupIndex {
-        let groups = scheme.groups_per_row(cols);
-        let index = (0..cols).flat_map(|_| (rng.below(groups) as u32).to_le_bytes());
-        matrix.group_index = Cow::Owned(index.collect());
+        // Groups of the usual size, whose columns are anywhere; matrices with a common input have a common order.
+        let mut rng = Rng(cols as u64);
+        let mut index: Vec<u32> = (0..cols).map(|column| (column / scheme.group_cols(cols)) as u32).collect();
+        (1..cols).for_each(|last| index.swap(last, rng.below(last + 1)));
+        matrix.group_index = Cow::Owned(index.into_iter().flat_map(u32::to_le_bytes).collect());
     }
     if scheme.sparsity == Sparsity::TwoOfFour {
         // Low index in bits 0–1, high index in bits 2–3.
@@ -128,7 +135,8 @@ fn scales(kind: ScaleKind, bytes: usize, rng: &mut Rng) -> Vec<u8> {
 fn zeros(kind: ZeroKind, groups: usize, bytes: usize, rng: &mut Rng) -> Vec<u8> {
     match kind {
         ZeroKind::None => Vec::new(),
-        ZeroKind::Integer | ZeroKind::TwoLevelMin { .. } => rng.bytes(bytes),
+        ZeroKind::TwoLevelMin { .. } => vec![0; bytes],
+        ZeroKind::Integer => rng.bytes(bytes),
         ZeroKind::F32Bias => (0..groups).flat_map(|_| rng.normal().to_le_bytes()).collect(),
         ZeroKind::F16Bias => (0..groups).flat_map(|_| f16::from_f32(rng.normal()).to_le_bytes()).collect(),
         ZeroKind::Bf16Bias => (0..groups).flat_map(|_| bf16::from_f32(rng.normal()).to_le_bytes()).collect(),
@@ -139,12 +147,25 @@ fn globals(scheme: &Scheme, bytes: usize, rng: &mut Rng) -> Vec<u8> {
     if scheme.scale == ScaleKind::E4M3Global {
         return scale(rng).to_le_bytes().to_vec();
     }
-    // Minima follow scales. As those of real weights, they leave about as many weights below zero as above.
     let has_minima = matches!(scheme.zero, ZeroKind::TwoLevelMin { .. });
-    let scales = if has_minima { bytes / 4 } else { bytes / 2 };
+    let scales: Vec<f32> = (0..if has_minima { bytes / 4 } else { bytes / 2 }).map(|_| scale(rng)).collect();
     let middle = ((1u32 << scheme.element.bits()) - 1) as f32 / 2.0;
-    let factor = |i: usize| if i < scales { 1.0 } else { middle };
-    (0..bytes / 2).flat_map(|i| f16::from_f32(factor(i) * scale(rng)).to_le_bytes()).collect()
+    let minima = scales.iter().filter(|_| has_minima).map(|scale| scale * middle);
+    scales.iter().copied().chain(minima).flat_map(|value| f16::from_f32(value).to_le_bytes()).collect()
+}
+
+/// Inner minima that differ from inner scales in their last two bits. With those of [`globals`] they leave about as many weights of a group
+/// below zero as above, as real ones do: all of one sign, weights would sum up the rounding of activations.
+fn minima_like_scales(matrix: &PackedMatrix<'_>, width: u8, rng: &mut Rng) -> Vec<u8> {
+    let groups = matrix.scheme.groups_per_row(matrix.cols);
+    let (mut codes, mut minima) = (vec![0; groups], vec![0; matrix.zeros.len()]);
+    let row_bytes = minima.len() / matrix.rows;
+    for (row, minima) in minima.chunks_exact_mut(row_bytes).enumerate() {
+        bits::unpack(&matrix.scales[row * row_bytes..], width.into(), &mut codes);
+        codes.iter_mut().for_each(|code| *code ^= rng.below(4) as u8);
+        bits::pack(&codes, width.into(), minima);
+    }
+    minima
 }
 
 /// A scale, of either sign, that differs from its neighbours by up to a factor of 8.

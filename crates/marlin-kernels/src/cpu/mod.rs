@@ -148,6 +148,10 @@ impl MemoryUse for CpuBackend {
         linear::bytes(scheme, rows, cols, self.arithmetic, self.simd)
     }
 
+    fn conversion(&self, scheme: &Scheme, cols: usize) -> Option<Scheme> {
+        linear::conversion(scheme, cols)
+    }
+
     fn routes_bytes(&self, routing: &Routing, tokens: usize, width: usize) -> usize {
         CpuRoutes::bytes(routing, tokens, width, &self.threads)
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::attention::AttentionEncoder;
 use super::device::{Gpu, Storage};
 use super::experts::{GpuRouter, GpuRoutes};
-use super::linear::{GpuLinear, GpuLinearGroup, LinearEncoder, embed};
+use super::linear::{GpuLinear, GpuLinearGroup, LinearEncoder};
 use super::pipeline::{Binding, Kernel, Pipeline};
 use super::recorder::Recorder;
 use super::sampling::Sampler;
@@ -133,7 +133,8 @@ impl Encoder<GpuBackend> for GpuEncoder {
     }
 
     fn embed(&mut self, table: &GpuLinear, scale: f32, out: &mut GpuBuffer) {
-        embed(&mut self.recorder, table, [&self.step.tokens, &self.sampler.sampled], self.step.rows, scale, out);
+        let tokens = [&self.step.tokens, &self.sampler.sampled];
+        self.linear.embed(&self.gpu, &mut self.recorder, table, tokens, self.step.rows, scale, out);
     }
 
     fn rope_angles(&mut self, inv_freq: &GpuVector, scaling: f32, out: &mut GpuBuffer) {
@@ -204,11 +205,11 @@ impl Encoder<GpuBackend> for GpuEncoder {
     }
 
     fn linear(&mut self, x: Input<'_, GpuBackend>, linear: &GpuLinear, out: &mut GpuBuffer) {
-        self.linear.store(&mut self.recorder, x, linear, out);
+        self.linear.store(&self.gpu, &mut self.recorder, x, linear, out);
     }
 
     fn linear_add(&mut self, x: &GpuBuffer, linear: &GpuLinear, out: &mut GpuBuffer) {
-        self.linear.add(&mut self.recorder, Input::Rows(x), linear, out);
+        self.linear.add(&self.gpu, &mut self.recorder, Input::Rows(x), linear, out);
     }
 
     fn linear_gated(
@@ -218,7 +219,7 @@ impl Encoder<GpuBackend> for GpuEncoder {
         activation: Activation,
         out: &mut GpuBuffer,
     ) {
-        self.linear.gated(&mut self.recorder, x, gate_up, activation, out);
+        self.linear.gated(&self.gpu, &mut self.recorder, x, gate_up, activation, out);
     }
 
     fn route(&mut self, x: Input<'_, GpuBackend>, router: &GpuRouter, routes: &mut GpuRoutes) {

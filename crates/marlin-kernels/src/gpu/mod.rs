@@ -126,6 +126,10 @@ impl MemoryUse for GpuBackend {
         GpuLinear::bytes(scheme, rows, cols, self.gpu.arithmetic)
     }
 
+    fn conversion(&self, scheme: &Scheme, _cols: usize) -> Option<Scheme> {
+        GpuLinear::conversion(scheme, self.gpu.arithmetic)
+    }
+
     fn shares_memory(&self) -> bool {
         self.gpu.caps.shares_memory
     }

@@ -1,7 +1,7 @@
 //! Mixtures of experts: from the router to the sum of what a token's experts make of it.
 
 use marlin_checkpoint::TensorInfo;
-use marlin_format::{PackedMatrix, Scheme};
+use marlin_format::{ColumnOrder, PackedMatrix, Scheme};
 use marlin_kernels::{
     Activation, Backend, Encoder, Input, KernelError, LinearPart, MemoryUse, PartHeader, RouterWeights,
 };
@@ -359,6 +359,15 @@ fn part(weight: PackedMatrix<'_>) -> LinearPart<'_> {
 pub(crate) fn is_routed(name: &str) -> bool {
     of_block(name)
         .is_some_and(|tensor| ["gate.", "router.", "experts."].iter().any(|module| tensor.starts_with(module)))
+}
+
+/// How a matrix is loaded: as it is stored, but for experts whose columns have an index, which become f32. Their input is prepared once for
+/// all of them, and each has an order of its own.
+pub(crate) fn loaded_scheme(decoder: &DecoderSpec, name: &str, stored: &Scheme) -> Scheme {
+    let has_shared = decoder.experts.as_ref().is_some_and(|experts| experts.routing.shared > 0);
+    let is_grouped = of_block(name)
+        .is_some_and(|tensor| tensor.starts_with("experts.") || has_shared && tensor.starts_with("shared_expert"));
+    if is_grouped && stored.order == ColumnOrder::GroupIndex { Scheme::F32 } else { *stored }
 }
 
 /// What a tensor of a layer's feed-forward block is called there.

@@ -4,7 +4,7 @@
 //! multiplied with its queries before attention instead, and its value rows with what attention gives (DeepSeek-V2, section 2.1.2).
 
 use half::f16;
-use marlin_format::{PackedMatrix, Scheme};
+use marlin_format::{ColumnOrder, PackedMatrix, Scheme};
 use marlin_kernels::{
     AttentionShape, Backend, Encoder, Input, KernelError, LatentShape, LinearPart, MemoryUse, PartHeader,
 };
@@ -166,10 +166,11 @@ fn key_scheme(stored: &Scheme) -> Scheme {
     if stored.is_dense() { *stored } else { Scheme::F16 }
 }
 
-/// How value rows are kept: as they are stored, unless heads begin within tiles of rows that share their scales.
+/// How value rows are kept: as they are stored, unless heads begin within tiles of rows that share their scales, or columns have an index.
 fn value_scheme(stored: &Scheme, spec: &LatentSpec) -> Scheme {
     let tile = stored.group_rows(1);
-    if spec.nope_dim.is_multiple_of(tile) && spec.value_dim.is_multiple_of(tile) { *stored } else { Scheme::F16 }
+    let has_whole_tiles = spec.nope_dim.is_multiple_of(tile) && spec.value_dim.is_multiple_of(tile);
+    if has_whole_tiles && stored.order == ColumnOrder::Natural { *stored } else { Scheme::F16 }
 }
 
 /// Bytes that a device keeps of `kv_b_proj` in this storage.

@@ -9,6 +9,7 @@ use marlin_format::PackedMatrix;
 use marlin_kernels::cpu::CpuBackend;
 use marlin_kernels::{Backend, HostRoutes, KernelError, KvLayout, LinearPart, PartHeader, RouterLoad, StepLimits};
 
+use super::experts::loaded_scheme;
 use super::{Attention, Decoder, FeedForward, HostWork, Layer, Rope, Workspace};
 use crate::families;
 use crate::spec::{AttentionSpec, DecoderSpec};
@@ -260,7 +261,14 @@ impl<B: Backend> Loader<'_, B> {
             modules.iter().for_each(|module| self.mark_read(&weight(&module.name)));
             return Ok(linear);
         }
-        let read = |module: &Module| self.matrix(&weight(&module.name), module.rows, cols);
+        let read = |module: &Module| {
+            let name = weight(&module.name);
+            let matrix = self.matrix(&name, module.rows, cols)?;
+            if loaded_scheme(self.spec, &name, &matrix.scheme) == matrix.scheme {
+                return Ok(matrix);
+            }
+            matrix.to_f32().map_err(|source| self.weight_error(&name, source.into()))
+        };
         let matrices = modules.iter().map(read).collect::<Result<Vec<_>, ModelError>>()?;
         let mut parts = Vec::with_capacity(cut * modules.len());
         for (module, matrix) in modules.iter().zip(&matrices) {
@@ -279,7 +287,7 @@ impl<B: Backend> Loader<'_, B> {
     /// A module's parts without its weights; `None` if the checkpoint has no such matrix, which reading it then says.
     fn headers(&self, module: &Module, cols: usize, cut: usize) -> Option<Vec<PartHeader>> {
         let info = self.checkpoint.info(&weight(&module.name)).filter(|info| info.shape == [module.rows, cols])?;
-        let scheme = info.scheme()?;
+        let scheme = loaded_scheme(self.spec, &weight(&module.name), &info.scheme()?);
         let header = |rows: Range<usize>| {
             let bias = module.bias.as_ref().map(|bias| bias[rows.clone()].to_vec());
             PartHeader { scheme, rows: rows.len(), cols, bias }

@@ -11,7 +11,7 @@ mod stacks;
 mod tests;
 mod workspace;
 
-pub(crate) use experts::{expert_bytes, is_routed};
+pub(crate) use experts::{expert_bytes, is_routed, loaded_scheme};
 pub(crate) use host_experts::host_work_bytes;
 pub(crate) use latent::kv_b_bytes;
 pub(crate) use load::{Sizes, kv_blocks};

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use marlin_checkpoint::{Checkpoint, MemoryTensor};
-use marlin_format::{ColumnOrder, Element, FormatError, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind};
+use marlin_format::{ColumnOrder, Element, FormatError, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind, bits};
 use marlin_quantize::TensorRole;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -23,7 +23,7 @@ const SEED: u64 = 0x6d61_726c_696e;
 /// of many gigabytes is made in the time and memory of one layer.
 ///
 /// # Errors
-/// The schemes have no matrices of these sizes, or cannot be filled with random codes.
+/// The schemes have no matrices of these sizes.
 pub fn random_model(shape: &Shape, linears: &Scheme, embedding: &Scheme) -> Result<Checkpoint, BenchError> {
     let mut rng = ChaCha8Rng::seed_from_u64(SEED);
     let mut made: HashMap<(Scheme, [usize; 2]), Arc<PackedMatrix<'static>>> = HashMap::new();
@@ -62,9 +62,6 @@ pub(crate) fn random_matrix(
     cols: usize,
     rng: &mut ChaCha8Rng,
 ) -> Result<PackedMatrix<'static>, FormatError> {
-    if scheme.order == ColumnOrder::GroupIndex {
-        return Err(no_random(scheme));
-    }
     let element = scheme.element;
     let root_mean_square = (1.0 / cols as f64).sqrt();
     let codes = scheme.codes_bytes(rows, cols)?;
@@ -80,14 +77,21 @@ pub(crate) fn random_matrix(
         }
         _ => random(codes, rng),
     };
-    let zero = match scheme.zero {
-        ZeroKind::None => 0,
-        ZeroKind::Integer => 1 << (element.bits() - 1),
-        _ => return Err(no_random(scheme)),
+    // What codes are taken to be around.
+    let middle = match scheme.zero {
+        ZeroKind::None => 0.0,
+        ZeroKind::Integer => f64::from(1u32 << (element.bits() - 1)),
+        _ => element.values().iter().map(|value| f64::from(*value)).sum::<f64>() / element.values().len() as f64,
     };
-    let (scales, globals) = scales(scheme, rows, cols, root_mean_square / code_root_mean_square(element, zero))?;
+    let scale = root_mean_square / code_root_mean_square(element, middle);
+    let (scales, mut globals) = scales(scheme, rows, cols, scale)?;
     let zero_bytes = scheme.zeros_bytes(rows, cols)?;
-    let zeros = if zero_bytes == 0 { Vec::new() } else { zeros(scheme, cols, zero_bytes) };
+    let zeros = zeros(scheme, cols, zero_bytes, -scale * middle);
+    if let ZeroKind::TwoLevelMin { bits } = scheme.zero {
+        let minimum = f16::from_f64(scale * middle / f64::from(inner(bits)));
+        let count = scheme.globals_bytes(rows, cols)? - globals.len();
+        globals.extend(minimum.to_le_bytes().repeat(count / 2));
+    }
     let sparse = scheme.sparse_index_bytes(rows, cols)?;
     let matrix = PackedMatrix {
         rows,
@@ -97,7 +101,7 @@ pub(crate) fn random_matrix(
         scales: Cow::Owned(scales),
         zeros: Cow::Owned(zeros),
         globals: Cow::Owned(globals),
-        group_index: Cow::Borrowed(&[]),
+        group_index: Cow::Owned(group_index(scheme, cols)),
         sparse_index: Cow::Owned(if scheme.sparsity == Sparsity::Dense { Vec::new() } else { pairs(sparse, rng) }),
     };
     Ok(matrix)
@@ -124,17 +128,29 @@ fn uniform<const N: usize>(
 }
 
 /// Over all codes that [`random_matrix`] makes, less the zero point.
-fn code_root_mean_square(element: Element, zero: u32) -> f64 {
+fn code_root_mean_square(element: Element, zero: f64) -> f64 {
     if element.is_dense() {
         return 1.0;
     }
     let usable = |code: &usize| element != Element::E4M3 || code & usize::from(E4M3_HIGH_EXPONENT) == 0;
     let values = element.values().iter().enumerate().filter(|(code, _)| usable(code)).map(|(_, value)| value);
-    let squares: Vec<f64> = values.map(|value| (f64::from(*value) - f64::from(zero)).powi(2)).collect();
+    let squares: Vec<f64> = values.map(|value| (f64::from(*value) - zero).powi(2)).collect();
     (squares.iter().sum::<f64>() / squares.len() as f64).sqrt()
 }
 
-/// The bytes of scales that are all `scale`, and of second-level values.
+/// The inner scale, or minimum, of two levels: the highest bit that a signed one has.
+fn inner(bits: u8) -> u8 {
+    1 << (bits - 2)
+}
+
+/// Rows of so many codes that are all the same, each row in whole bytes.
+fn repeated(code: u8, bits: u8, row_codes: usize, bytes: usize) -> Vec<u8> {
+    let mut row = vec![0; (row_codes * usize::from(bits)).div_ceil(8)];
+    bits::pack(&vec![code; row_codes], bits.into(), &mut row);
+    row.repeat(bytes / row.len())
+}
+
+/// The bytes of scales that are all `scale`, and of what multiplies them.
 fn scales(scheme: &Scheme, rows: usize, cols: usize, scale: f64) -> Result<(Vec<u8>, Vec<u8>), FormatError> {
     const E4M3_ONE: u8 = 0x38;
     let value = scale as f32;
@@ -146,17 +162,40 @@ fn scales(scheme: &Scheme, rows: usize, cols: usize, scale: f64) -> Result<(Vec<
         ScaleKind::Bf16 => (bf16::from_f32(value).to_le_bytes().repeat(bytes / 2), Vec::new()),
         ScaleKind::E8M0 => (vec![(127.0 + scale.log2().round()).clamp(0.0, 254.0) as u8; bytes], Vec::new()),
         ScaleKind::E4M3Global => (vec![E4M3_ONE; bytes], value.to_le_bytes().to_vec()),
-        ScaleKind::TwoLevel { .. } => return Err(no_random(scheme)),
+        ScaleKind::TwoLevel { bits, super_group, .. } => {
+            let global = f16::from_f64(scale / f64::from(inner(bits)));
+            let count = rows * cols.div_ceil(super_group as usize);
+            let scales = repeated(inner(bits), bits, scheme.groups_per_row(cols), bytes);
+            (scales, global.to_le_bytes().repeat(count))
+        }
     })
 }
 
-/// Integer zero points in the middle of the codes, whose only bit is the highest.
-fn zeros(scheme: &Scheme, cols: usize, bytes: usize) -> Vec<u8> {
-    let bits = scheme.element.bits() as usize;
-    let row_bytes = (scheme.groups_per_row(cols) * bits).div_ceil(8);
-    let bit = |position: usize| u8::from(position % bits == bits - 1);
-    let row: Vec<u8> = (0..row_bytes).map(|byte| (0..8).map(|i| bit(byte * 8 + i) << i).sum()).collect();
-    row.repeat(bytes / row_bytes)
+/// Zero points in the middle of the codes, or biases.
+fn zeros(scheme: &Scheme, cols: usize, bytes: usize, bias: f64) -> Vec<u8> {
+    let groups = scheme.groups_per_row(cols);
+    match scheme.zero {
+        ZeroKind::None => Vec::new(),
+        ZeroKind::Integer => {
+            let bits = scheme.element.bits() as u8;
+            repeated(1 << (bits - 1), bits, groups, bytes)
+        }
+        ZeroKind::F32Bias => (bias as f32).to_le_bytes().repeat(bytes / 4),
+        ZeroKind::F16Bias => f16::from_f64(bias).to_le_bytes().repeat(bytes / 2),
+        ZeroKind::Bf16Bias => bf16::from_f64(bias).to_le_bytes().repeat(bytes / 2),
+        ZeroKind::TwoLevelMin { bits } => repeated(inner(bits), bits, groups, bytes),
+    }
+}
+
+/// Columns in a random order, which all matrices of so many have, as those that share their input do.
+fn group_index(scheme: &Scheme, cols: usize) -> Vec<u8> {
+    if scheme.order == ColumnOrder::Natural {
+        return Vec::new();
+    }
+    let mut rng = ChaCha8Rng::seed_from_u64(cols as u64);
+    let mut groups: Vec<u32> = (0..cols).map(|column| (column / scheme.group_cols(cols)) as u32).collect();
+    (1..cols).for_each(|last| groups.swap(last, rng.next_u32() as usize % (last + 1)));
+    groups.into_iter().flat_map(u32::to_le_bytes).collect()
 }
 
 /// 2:4 metadata: each half byte names two columns of four, the lower one first.
@@ -164,10 +203,6 @@ fn pairs(bytes: usize, rng: &mut ChaCha8Rng) -> Vec<u8> {
     const PAIRS: [u8; 6] = [0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110];
     let mut pair = || PAIRS[rng.next_u32() as usize % PAIRS.len()];
     (0..bytes).map(|_| pair() | pair() << 4).collect()
-}
-
-fn no_random(scheme: &Scheme) -> FormatError {
-    FormatError::InvalidScheme(format!("there are no random weights in {scheme}; choose another format"))
 }
 
 /// A model of this shape in FP4, its embedding in INT8.
@@ -184,7 +219,7 @@ pub(super) fn made(shape: &str) -> Checkpoint {
 
 #[cfg(test)]
 mod tests {
-    use marlin_format::{Format, Grouping};
+    use marlin_format::{FOREIGN, Format, Grouping};
     use marlin_model::LoadOptions;
 
     use super::*;
@@ -212,7 +247,7 @@ mod tests {
         let groupings = [None, Some(Grouping::Row), Some(Grouping::Columns(32)), Some(Grouping::Tensor)];
         let schemes = Format::ALL.into_iter().flat_map(|format| groupings.map(|g| format.scheme(g))).flatten();
         let sparse = Scheme { sparsity: Sparsity::TwoOfFour, ..Format::Fp4.scheme(None).unwrap() };
-        for scheme in schemes.chain([sparse]) {
+        for scheme in schemes.chain([sparse]).chain(FOREIGN.map(|(_, scheme)| scheme)) {
             let (rows, cols) = (24, 320);
             let matrix = random_matrix(&scheme, rows, cols, &mut ChaCha8Rng::seed_from_u64(1)).unwrap();
             matrix.validate().unwrap();
@@ -221,12 +256,5 @@ mod tests {
             let relative = squares / rows as f64;
             assert!((0.4..2.2).contains(&relative), "{scheme}: {relative}");
         }
-    }
-
-    #[test]
-    fn formats_without_random_codes_are_refused() {
-        let scheme = Scheme { zero: ZeroKind::F16Bias, ..Format::Int4.scheme(None).unwrap() };
-        let error = random_matrix(&scheme, 8, 128, &mut ChaCha8Rng::seed_from_u64(1)).unwrap_err();
-        assert!(error.to_string().contains("no random weights"), "{error}");
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::{Arg, ArgMatches, Command, FromArgMatches};
-use marlin_format::{Format, Grouping};
+use marlin_format::{FOREIGN, Format, Grouping, Scheme};
 use marlin_quantize::embedding_scheme;
 use metal_marlin::DeviceOptions;
 use metal_marlin::bench::{self, OutputFormat, Plan, Report, Shape};
@@ -87,6 +87,12 @@ pub(crate) struct Args {
     /// int4, int4-sym, int8, fp8, int3, int2, mxfp4, nvfp4, for shapes also bf16, f16 or f32 [default: fp4]
     #[arg(long, short, help_heading = HEADING)]
     format: Option<Format>,
+
+    /// Storage of another program that the shape's matrices have: gptq, gptq-act-order, awq, fp8-block, mlx-4bit, q4_0, q4_1, q5_0, q5_1,
+    /// q8_0, q2_k, q3_k, q4_k, q5_k, q6_k or iq4_nl
+    #[arg(long, value_name = "NAME", value_parser = foreign_scheme, requires = "shape",
+          conflicts_with_all = ["format", "group_size", "sparse_24"], help_heading = HEADING)]
+    scheme: Option<Scheme>,
 
     /// Weights that share a scale, as in `quantize`
     #[arg(long, short, value_name = "SIZE", help_heading = HEADING)]
@@ -217,14 +223,27 @@ fn check_folder_of(file: &Path) -> anyhow::Result<()> {
     anyhow::bail!("cannot write {}: there is no folder {}; make it first", file.display(), folder.display())
 }
 
+/// Parses the name of a storage that other programs write.
+fn foreign_scheme(name: &str) -> Result<Scheme, String> {
+    FOREIGN.into_iter().find(|(known, _)| *known == name).map(|(_, scheme)| scheme).ok_or_else(|| {
+        let names = FOREIGN.map(|(name, _)| name);
+        format!("must be one of {}", names.join(", "))
+    })
+}
+
 impl Args {
     /// Opens the model and runs the tests on a device.
     fn measure(&self, device: &DeviceOptions) -> anyhow::Result<Report> {
         let (checkpoint, _temporary) = match (&self.shape, &self.model) {
             (Some(name), _) => {
                 let shape: Shape = name.parse()?;
-                let format = self.format.unwrap_or(Format::Fp4);
-                let linears = recipe::linear_scheme(format, self.group_size, self.sparse_24)?;
+                let linears = match self.scheme {
+                    Some(scheme) => scheme,
+                    None => {
+                        let format = self.format.unwrap_or(Format::Fp4);
+                        recipe::linear_scheme(format, self.group_size, self.sparse_24)?
+                    }
+                };
                 let embedding_format = self.embedding_format.unwrap_or(Format::Int8);
                 let embedding = embedding_scheme(embedding_format, self.embedding_group_size)?;
                 let model = || bench::random_model(&shape, &linears, &embedding);

@@ -1,6 +1,6 @@
 //! Packed linears: format × matrix × rows of input.
 
-use marlin_format::{Format, Grouping, Scheme};
+use marlin_format::{FOREIGN, Format, Grouping, Scheme};
 use marlin_kernels::{Encoder, Input, LinearPart, StepLimits};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -80,6 +80,9 @@ fn formats() -> Vec<(String, Scheme)> {
     }
     for format in Format::SPARSE {
         add(format!("{format}-2of4"), format.sparse_24(None));
+    }
+    for (name, scheme) in FOREIGN {
+        add(name.into(), Ok(scheme));
     }
     formats
 }

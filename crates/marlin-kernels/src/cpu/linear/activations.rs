@@ -78,19 +78,21 @@ impl Activations {
         self.blocks.len() / width.div_ceil(CHUNK).max(1)
     }
 
-    /// Prepares `x`, `[rows, width]`, in the forms asked for.
+    /// Prepares `x`, `[rows, width]`, in the forms asked for, with columns in an order; in their own if there is none.
     pub(super) fn prepare<'a>(
         &'a mut self,
         x: &'a [f32],
         width: usize,
+        columns: &[u32],
         forms: Forms,
         simd: SimdLevel,
         threads: &Threads,
     ) -> Inputs<'a> {
         // Rows of whole chunks are read where they are.
-        let in_place = forms.floats && width.is_multiple_of(CHUNK);
+        let in_place = forms.floats && width.is_multiple_of(CHUNK) && columns.is_empty();
         let copied = Forms { floats: forms.floats && !in_place, ..forms };
-        let inputs = self.gather(x.len() / width, width, |row| &x[row * width..][..width], copied, simd, threads);
+        let row = |row| &x[row * width..][..width];
+        let inputs = self.gather(x.len() / width, width, row, columns, copied, simd, threads);
         if in_place { Inputs { floats: x.as_chunks().0, ..inputs } } else { inputs }
     }
 
@@ -100,6 +102,7 @@ impl Activations {
         rows: usize,
         width: usize,
         row: impl Fn(usize) -> &'x [f32] + Sync,
+        columns: &[u32],
         forms: Forms,
         simd: SimdLevel,
         threads: &Threads,
@@ -107,22 +110,37 @@ impl Activations {
         let chunks = width.div_ceil(CHUNK);
         let task_rows = (TASK_VALUES / width).max(1);
         let mut inputs = Inputs { blocks: &[], floats: &[], order: None };
-        if forms.floats {
-            let padded = &mut self.padded[..rows * chunks];
+        let Self { blocks, padded } = self;
+        let is_copied = forms.floats || !columns.is_empty();
+        let padded = &mut padded[..if is_copied { rows * chunks } else { 0 }];
+        if is_copied {
             threads.for_each_chunk(padded, task_rows * chunks, |task, padded| {
                 for (i, padded) in padded.chunks_exact_mut(chunks).enumerate() {
                     let (values, rest) = padded.as_flattened_mut().split_at_mut(width);
-                    values.copy_from_slice(row(task * task_rows + i));
+                    let from = row(task * task_rows + i);
+                    if columns.is_empty() {
+                        values.copy_from_slice(from);
+                    } else {
+                        values.iter_mut().zip(columns).for_each(|(value, &column)| *value = from[column as usize]);
+                    }
                     rest.fill(0.0);
                 }
             });
+        }
+        let padded = &*padded;
+        if forms.floats {
             inputs.floats = padded;
         }
         if forms.blocks {
-            let blocks = &mut self.blocks[..rows * chunks];
+            let blocks = &mut blocks[..rows * chunks];
             threads.for_each_chunk(blocks, task_rows * chunks, |task, blocks| {
                 for (i, blocks) in blocks.chunks_exact_mut(chunks).enumerate() {
-                    let quantise = Quantise { x: row(task * task_rows + i), blocks };
+                    let index = task * task_rows + i;
+                    let x = match padded.get(index * chunks..(index + 1) * chunks) {
+                        Some(padded) => &padded.as_flattened()[..width],
+                        None => row(index),
+                    };
+                    let quantise = Quantise { x, blocks };
                     simd.dispatch(quantise).expect("the level was checked when the linear was loaded");
                 }
             });

@@ -139,9 +139,11 @@ impl ZeroType {
 const SUPER_BYTES: usize = 2;
 
 impl GroupFormat {
-    /// That of matrices of so many columns; `None` if kernels do not read their groups.
+    /// That of matrices of so many columns, put into the order of their groups if they have an index; `None` if kernels do not read their
+    /// groups.
     pub(super) fn of(scheme: &Scheme, cols: usize) -> Option<Self> {
-        if scheme.order != ColumnOrder::Natural {
+        // Two columns of every four would no longer be neighbours.
+        if scheme.order == ColumnOrder::GroupIndex && scheme.sparsity == Sparsity::TwoOfFour {
             return None;
         }
         let span = GroupSpan::of(scheme.group_cols(cols), cols)?;
@@ -198,10 +200,12 @@ impl<'a> Groups<'a> {
 
     /// The row and the group of the matrix behind every `step`-th group and each lane of a panel; none for padding.
     fn sources(&self, panel: usize, step: usize) -> impl Iterator<Item = Option<(usize, usize)>> {
-        let rows = panel * self.lanes..(panel + 1) * self.lanes;
-        let cols = (0..self.count).step_by(step).map(|group| group * self.format.span.cols());
-        cols.flat_map(move |col| rows.clone().map(move |row| (row, col))).map(|(row, col)| {
-            (row < self.matrix.rows && col < self.matrix.cols).then(|| (row, self.matrix.group_of(col)))
+        let (rows, cols) = (self.matrix.rows, self.matrix.cols);
+        let (tile_cols, group_cols) = (self.format.span.cols(), self.matrix.scheme.group_cols(cols));
+        let lanes = panel * self.lanes..(panel + 1) * self.lanes;
+        (0..self.count).step_by(step).flat_map(move |group| {
+            let col = group * tile_cols;
+            lanes.clone().map(move |row| (row < rows && col < cols).then_some((row, col / group_cols)))
         })
     }
 

@@ -70,12 +70,13 @@ pub(crate) fn layout(arithmetic: Arithmetic, simd: SimdLevel) -> Result<String, 
     const COLS: usize = 300;
     let (mut hasher, mut rng, threads) = (DefaultHasher::new(), Rng(0), Threads::new(1)?);
     for (name, scheme) in matrices::schemes() {
-        if !tiles::is_native_scheme(&scheme, COLS) {
+        let matrix = matrices::random(scheme, ROWS, COLS, &mut rng);
+        let columns = matrix.group_order().unwrap_or_default();
+        if !tiles::is_native(&matrix, &columns) {
             continue;
         }
-        let matrix = matrices::random(scheme, ROWS, COLS, &mut rng);
         let kernel = simd.dispatch(ChooseKernel { scheme: &scheme, arithmetic })?;
-        let tiles = Tiles::pack(&matrix, kernel.as_ref(), &threads)?;
+        let tiles = Tiles::pack(&matrix, &columns, kernel.as_ref(), &threads)?;
         (name, tiles.factor.to_bits(), tiles.sections().map(TileBytes::bytes)).hash(&mut hasher);
     }
     Ok(format!("{:016x}", hasher.finish()))

@@ -19,7 +19,7 @@ mod tiles;
 
 use std::sync::Arc;
 
-use marlin_format::{Element, FormatError, Scheme, Sparsity};
+use marlin_format::{Element, FormatError, PackedMatrix, Scheme, Sparsity};
 
 use self::activations::{Forms, Inputs};
 use self::codes::{Bf16, Codes, E2M1, E4M3, F16, F32, Floats, Int2, Int3, Int4, Int5, Int6, Int8, Iq4Nl};
@@ -50,7 +50,7 @@ pub enum Arithmetic {
     Int8,
 }
 
-/// One or several matrices with a common input, in tile order.
+/// One or several matrices with a common input, in tile order. Columns of all of them are in one order, which need not be theirs.
 #[derive(Debug)]
 pub(crate) struct TiledLinear {
     parts: Vec<Part>,
@@ -83,9 +83,12 @@ impl TiledLinear {
         threads: &Threads,
     ) -> Result<Self, KernelError> {
         let cols = check_parts(parts)?;
+        let native =
+            parts.iter().map(|part| &part.weight).filter(|weight| tiles::is_native_scheme(&weight.scheme, cols));
+        let columns = native.filter_map(PackedMatrix::group_order).next().unwrap_or_default();
         let mut linear = Self::empty(cols, simd);
         for part in parts {
-            linear.push(Part::load(part, arithmetic, simd, threads)?);
+            linear.push(Part::load(part, &columns, arithmetic, simd, threads)?);
         }
         Ok(linear)
     }
@@ -117,6 +120,11 @@ impl TiledLinear {
         &self.part_rows
     }
 
+    /// The order in which inputs are multiplied; empty if it is their own.
+    fn columns(&self) -> &[u32] {
+        self.parts.first().map_or(&[], |part| part.tiles.columns())
+    }
+
     /// Memory held.
     pub(crate) fn bytes(&self) -> usize {
         self.parts.iter().map(|part| part.tiles.bytes() + size_of_val(part.bias.as_slice())).sum()
@@ -129,21 +137,28 @@ impl TiledLinear {
         let row = row - part.first;
         let lanes = part.kernel.lanes();
         part.kernel.decode_row(&part.tiles, row / lanes, row % lanes, out);
+        let columns = part.tiles.columns();
+        if !columns.is_empty() {
+            // No embedding is known to come in another order, so that this need not be fast.
+            let in_order = out.to_vec();
+            columns.iter().zip(in_order).for_each(|(&column, value)| out[column as usize] = value);
+        }
     }
 }
 
 impl Part {
     fn load(
         part: &LinearPart<'_>,
+        columns: &[u32],
         arithmetic: Arithmetic,
         simd: SimdLevel,
         threads: &Threads,
     ) -> Result<Self, KernelError> {
         let weight = &part.weight;
-        let dense = if tiles::is_native(weight) { None } else { Some(tiles::to_dense(weight, threads)?) };
+        let dense = if tiles::is_native(weight, columns) { None } else { Some(tiles::to_dense(weight, threads)?) };
         let (weight, converted) = (dense.as_ref().unwrap_or(weight), dense.is_some());
         let kernel = simd.dispatch(ChooseKernel { scheme: &weight.scheme, arithmetic })?;
-        let tiles = Tiles::pack(weight, kernel.as_ref(), threads)?;
+        let tiles = Tiles::pack(weight, columns, kernel.as_ref(), threads)?;
         Ok(Self::new(tiles, kernel, part.bias.as_deref(), converted))
     }
 
@@ -166,8 +181,8 @@ impl Part {
     }
 }
 
-/// What [`TiledLinear::bytes`] will be for a matrix without a bias. Presumes that FP8 codes are numbers: a matrix with a NaN would be
-/// converted to f32.
+/// What [`TiledLinear::bytes`] will be for a matrix without a bias. Presumes that FP8 codes are numbers and that groups of an
+/// index have their usual size: other matrices would be converted to f32.
 pub(crate) fn bytes(
     scheme: &Scheme,
     rows: usize,
@@ -179,6 +194,11 @@ pub(crate) fn bytes(
     let scheme = if tiles::is_native_scheme(scheme, cols) { scheme } else { &Scheme::F32 };
     let kernel = simd.dispatch(ChooseKernel { scheme, arithmetic })?;
     Ok(tiles::tile_bytes(scheme, rows, cols, kernel.as_ref()).ok_or(FormatError::TooLarge { rows, cols })?)
+}
+
+/// What a packed matrix becomes if no kernel reads its scheme.
+pub(crate) fn conversion(scheme: &Scheme, cols: usize) -> Option<Scheme> {
+    (!tiles::is_native_scheme(scheme, cols)).then_some(Scheme::F32)
 }
 
 /// Finds the kernel for a scheme.

@@ -70,10 +70,11 @@ impl Random {
             ScaleKind::E4M3Global => 0.0123f32.to_le_bytes().to_vec(),
             _ => self.floats(count, f16_bytes),
         };
-        let groups = scheme.groups_per_row(cols);
-        let group_index = (0..sizes(scheme.group_index_bytes(rows, cols)) / 4)
-            .flat_map(|_| (self.below(groups) as u32).to_le_bytes())
-            .collect::<Vec<_>>();
+        let count = sizes(scheme.group_index_bytes(rows, cols)) / 4;
+        let mut group_index: Vec<u32> =
+            (0..count as u32).map(|column| column / scheme.group_cols(cols) as u32).collect();
+        (1..count).for_each(|last| group_index.swap(last, self.below(last + 1)));
+        let group_index: Vec<u8> = group_index.into_iter().flat_map(u32::to_le_bytes).collect();
         let pairs = [0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110];
         let sparse_index = (0..sizes(scheme.sparse_index_bytes(rows, cols)))
             .map(|_| pairs[self.below(6)] | pairs[self.below(6)] << 4)
@@ -118,6 +119,21 @@ fn quantised(x: &[f32], width: usize) -> Vec<f64> {
         .collect()
 }
 
+/// Rows of values, each in an order of columns; as they are if there is none.
+fn in_order<T: Copy>(rows: &[T], columns: &[u32]) -> Vec<T> {
+    if columns.is_empty() {
+        return rows.to_vec();
+    }
+    rows.chunks(columns.len()).flat_map(|row| columns.iter().map(|&column| row[column as usize])).collect()
+}
+
+/// The order that undoes another.
+fn inverse(columns: &[u32]) -> Vec<u32> {
+    let mut inverse = vec![0; columns.len()];
+    columns.iter().zip(0..).for_each(|(&column, place)| inverse[column as usize] = place);
+    inverse
+}
+
 /// Schemes that kernels read as they are, besides the usual ones of each format: every group size and every storage of scales
 /// and zero points that they treat differently.
 fn unusual_native_schemes() -> Vec<Scheme> {
@@ -155,7 +171,7 @@ fn two_level_minima(bits: u8, scheme: Scheme) -> Scheme {
     Scheme { zero: ZeroKind::TwoLevelMin { bits }, ..scheme }
 }
 
-/// Schemes with biases or two levels of scales, which only dense matrices have.
+/// Schemes with biases, two levels of scales or a group index, which only dense matrices have.
 fn affine_schemes() -> Vec<Scheme> {
     let group = |element, columns, scale| Scheme::scaled(element, Grouping::Columns(columns), scale);
     let mut schemes = vec![
@@ -169,6 +185,8 @@ fn affine_schemes() -> Vec<Scheme> {
         group(Element::Int(3), 96, two_level(2, false, 192)),
         two_level_minima(4, group(Element::Uint(4), 32, two_level(7, false, 512))),
     ];
+    let by_index = Scheme { order: ColumnOrder::GroupIndex, ..group(Element::Uint(4), 32, ScaleKind::F16) };
+    schemes.extend([by_index, Scheme { zero: ZeroKind::Integer, ..by_index }]);
     // The K-quants of GGUF.
     schemes.extend([
         two_level_minima(4, group(Element::Uint(2), 16, two_level(4, false, 256))),
@@ -188,7 +206,7 @@ fn converted_schemes() -> Vec<Scheme> {
         Scheme { zero: ZeroKind::Integer, ..group(Element::Uint(4), 8) },
         Scheme { zero: ZeroKind::F16Bias, ..group(Element::E2M1, 32) },
         Scheme { zero: ZeroKind::F32Bias, sparsity: Sparsity::TwoOfFour, ..group(Element::Uint(6), 64) },
-        Scheme { order: ColumnOrder::GroupIndex, ..group(Element::Uint(4), 32) },
+        Scheme { order: ColumnOrder::GroupIndex, sparsity: Sparsity::TwoOfFour, ..group(Element::Uint(4), 32) },
         Scheme { sparsity: Sparsity::TwoOfFour, ..group(Element::Int(4), 24) },
         Scheme::scaled(Element::Uint(6), Grouping::Columns(16), two_level(8, false, 64)),
         two_level_minima(8, Scheme::scaled(Element::Uint(4), Grouping::Columns(32), two_level(6, false, 128))),
@@ -228,7 +246,7 @@ fn check(weight: &PackedMatrix<'static>, random: &mut Random, threads: &Threads)
             }
 
             let used: Vec<f64> = match linear.forms.blocks {
-                true => quantised(&x, k),
+                true => in_order(&quantised(&in_order(&x, linear.columns()), k), &inverse(linear.columns())),
                 false => x.iter().map(|&x| f64::from(x)).collect(),
             };
             let out = apply(&linear, &x, threads);
@@ -266,7 +284,7 @@ fn unusual_schemes() {
     for scheme in unusual_native_schemes().into_iter().chain(affine_schemes()) {
         for (n, k) in [(1, 100), (17, 33), (9, 31), (9, 300)] {
             let weight = random.matrix(scheme, n, k);
-            assert!(tiles::is_native(&weight), "{scheme}");
+            assert!(tiles::is_native(&weight, &weight.group_order().unwrap_or_default()), "{scheme}");
             check(&weight, &mut random, &threads);
         }
     }
@@ -281,7 +299,7 @@ fn sparse_schemes() {
         let scheme = Scheme { sparsity: Sparsity::TwoOfFour, ..scheme };
         for (n, k) in [(1, 100), (17, 36), (9, 4), (9, 300)] {
             let weight = random.matrix(scheme, n, k);
-            assert!(tiles::is_native(&weight), "{scheme}");
+            assert!(tiles::is_native(&weight, &weight.group_order().unwrap_or_default()), "{scheme}");
             check(&weight, &mut random, &threads);
         }
     }
@@ -312,7 +330,7 @@ fn converted_schemes_are_exact() {
         for (n, k) in [(9, 4), (3, 100), (17, 256)] {
             let weight = random.matrix(scheme, n, k);
             // A group wider than K is the whole row.
-            assert!(!tiles::is_native(&weight) || k == 4, "{scheme}");
+            assert!(!tiles::is_native(&weight, &weight.group_order().unwrap_or_default()) || k == 4, "{scheme}");
             check(&weight, &mut random, &threads);
         }
     }
@@ -551,4 +569,38 @@ fn stretches_need_room_for_one_head() {
         group.stretches(&x, m, &mut out, &mut Activations::new(m, room).unwrap(), &threads);
         assert_eq!(out, wanted, "room for {room} values");
     }
+}
+
+/// A GPTQ matrix whose groups have other sizes than in natural order, and matrices of one linear in different orders: what has no common
+/// order is converted, and means the same.
+#[test]
+fn columns_in_any_order() {
+    let (mut random, threads) = (Random(15), Threads::new(2).unwrap());
+    let natural = Scheme::scaled(Element::Uint(4), Grouping::Columns(32), ScaleKind::F16);
+    let by_index = Scheme { order: ColumnOrder::GroupIndex, zero: ZeroKind::Integer, ..natural };
+    let (n, k, m) = (9, 100, 3);
+    let matrices = [by_index, by_index, natural].map(|scheme| random.matrix(scheme, n, k));
+    let mut irregular = matrices[0].clone();
+    irregular.group_index.to_mut()[..4].copy_from_slice(&[1, 0, 0, 0]);
+    irregular.group_index.to_mut()[4..8].copy_from_slice(&[1, 0, 0, 0]);
+    irregular.group_index.to_mut()[8..12].copy_from_slice(&[1, 0, 0, 0]);
+    assert!(irregular.group_order().is_none() && matrices[0].group_order().is_some());
+    check(&irregular, &mut random, &threads);
+
+    let x: Vec<f32> = (0..m * k).map(|_| random.value()).collect();
+    let simd = SimdLevel::detect();
+    let load = |parts: &[LinearPart<'_>]| TiledLinear::load(parts, Arithmetic::Exact, simd, &threads).unwrap();
+    let parts: Vec<_> = matrices.iter().chain([&irregular]).map(part).collect();
+    let out = apply(&load(&parts), &x, &threads);
+    for (index, matrix) in matrices.iter().chain([&irregular]).enumerate() {
+        let w = matrix.decode();
+        for (row, column) in (0..m).flat_map(|row| (0..n).map(move |column| (row, column))) {
+            let terms = x[row * k..][..k].iter().zip(&w[column * k..][..k]).map(|(&x, &w)| f64::from(x) * f64::from(w));
+            let (found, wanted) = (f64::from(out[(row * 4 + index) * n + column]), terms.sum::<f64>());
+            assert!((found - wanted).abs() < 1e-4 * wanted.abs().max(1.0), "matrix {index}: {found}, wanted {wanted}");
+        }
+    }
+
+    let error = LinearGroup::new(vec![load(&parts[2..3]), load(&parts[..1])]).unwrap_err();
+    assert!(matches!(error, KernelError::OrderedGroup), "{error}");
 }

@@ -1,7 +1,7 @@
 //! Weights in tile order: made once, at load, and streamed by the kernels.
 
 use half::f16;
-use marlin_format::{Element, PackedMatrix, ScaleKind, Scheme, Sparsity, bits};
+use marlin_format::{ColumnOrder, Element, PackedMatrix, ScaleKind, Scheme, Sparsity, bits};
 
 use super::bytes::TileBytes;
 use super::codes::{CHUNK, E2M1, E4M3};
@@ -38,18 +38,24 @@ pub(super) struct Tiles {
     zeros: TileBytes,
     /// What super-groups share, f16 `[panels, super-groups, levels, lanes]`; empty without.
     supers: TileBytes,
+    /// The columns of the matrix in the order that tiles have them in, u32 `[K]`; empty if it is their own.
+    columns: TileBytes,
 }
 
-/// Codes, scales, zero points or biases, and what super-groups share.
-pub(crate) const SECTIONS: usize = 4;
+/// Codes, scales, zero points or biases, what super-groups share, and the order of columns.
+pub(crate) const SECTIONS: usize = 5;
 
-/// Whether kernels read a matrix as it is. If not, [`to_dense`] gives one that they do.
-pub(super) fn is_native(matrix: &PackedMatrix<'_>) -> bool {
+/// Whether kernels read a matrix as it is, with columns in this order. If not, [`to_dense`] gives one that they do.
+pub(super) fn is_native(matrix: &PackedMatrix<'_>, columns: &[u32]) -> bool {
     is_native_scheme(&matrix.scheme, matrix.cols)
+        && match matrix.scheme.order {
+            ColumnOrder::Natural => columns.is_empty(),
+            ColumnOrder::GroupIndex => matrix.group_order().is_some_and(|order| order == columns),
+        }
         && !(matrix.scheme.element == Element::E4M3 && has_e4m3_nan(&matrix.codes))
 }
 
-/// [`is_native`], as far as it can be told without the codes.
+/// [`is_native`], as far as it can be told without the codes and the group index.
 pub(super) fn is_native_scheme(scheme: &Scheme, cols: usize) -> bool {
     GroupFormat::of(scheme, cols).is_some()
 }
@@ -65,11 +71,9 @@ fn section_bytes(scheme: &Scheme, rows: usize, cols: usize, kernel: &dyn PanelKe
     let (panels, chunks) = (rows.div_ceil(kernel.lanes()), cols.div_ceil(CHUNK));
     let codes = chunks.checked_mul(kernel.chunk_bytes())?;
     let [scales, zeros, supers] = GroupFormat::of(scheme, cols)?.panel_bytes(chunks, kernel)?;
-    let mut sections = [codes, scales, zeros, supers];
-    for section in &mut sections {
-        *section = section.checked_mul(panels)?;
-    }
-    Some(sections)
+    let columns = if scheme.order == ColumnOrder::GroupIndex { cols.checked_mul(size_of::<u32>())? } else { 0 };
+    let of_panels = |bytes: usize| bytes.checked_mul(panels);
+    Some([of_panels(codes)?, of_panels(scales)?, of_panels(zeros)?, of_panels(supers)?, columns])
 }
 
 /// The kernels know no NaN of E4M3.
@@ -93,9 +97,10 @@ pub(super) fn to_dense(matrix: &PackedMatrix<'_>, threads: &Threads) -> Result<P
 }
 
 impl Tiles {
-    /// Repacks a matrix that [`is_native`] for `kernel`.
+    /// Repacks a matrix that [`is_native`] for `kernel`, with columns in this order; in their own if there is none.
     pub(super) fn pack(
         matrix: &PackedMatrix<'_>,
+        columns: &[u32],
         kernel: &dyn PanelKernel,
         threads: &Threads,
     ) -> Result<Self, KernelError> {
@@ -104,7 +109,7 @@ impl Tiles {
         let panel_bytes = chunks * kernel.chunk_bytes();
         let mut codes = TileBytes::zeroed("weights", panels, panel_bytes)?;
         threads.for_each_chunk(codes.bytes_mut(), panel_bytes, |panel, tiles| {
-            kernel.pack(&PanelCodes::of(matrix, panel, lanes, chunks * CHUNK, kernel.code_bytes()), tiles);
+            kernel.pack(&PanelCodes::of(matrix, columns, panel, lanes, chunks * CHUNK, kernel.code_bytes()), tiles);
         });
 
         let not_native = || KernelError::Device(format!("the CPU has no kernel for {scheme}"));
@@ -121,6 +126,8 @@ impl Tiles {
         let scales = section("scales", bytes[0], &|panel, scales| groups.fill_scales(panel, scales))?;
         let zeros = section("zero points", bytes[1], &|panel, zeros| groups.fill_zeros(panel, zeros))?;
         let supers = section("scales of scales", bytes[2], &|panel, supers| groups.fill_supers(panel, supers))?;
+        let mut order = TileBytes::zeroed("the order of columns", 1, size_of_val(columns))?;
+        order.bytes_mut().copy_from_slice(bytemuck::cast_slice(columns));
         let element_factor = match scheme.element {
             Element::E2M1 => E2M1::FACTOR,
             Element::E4M3 => E4M3::FACTOR,
@@ -131,7 +138,7 @@ impl Tiles {
             ScaleKind::E4M3Global => f32::from_le_bytes(*matrix.globals.first_chunk().expect("a global scale")),
             _ => 1.0,
         };
-        let sections = [codes, scales, zeros, supers];
+        let sections = [codes, scales, zeros, supers, order];
         Self::from_sections(scheme, matrix.rows, matrix.cols, kernel, element_factor * scale_factor * global, sections)
             .ok_or_else(not_native)
     }
@@ -145,19 +152,32 @@ impl Tiles {
         factor: f32,
         sections: [TileBytes; SECTIONS],
     ) -> Option<Self> {
-        if sections.each_ref().map(|section| section.bytes().len()) != section_bytes(scheme, rows, cols, kernel)? {
+        let mut wanted = section_bytes(scheme, rows, cols, kernel)?;
+        let found = sections.each_ref().map(|section| section.bytes().len());
+        // What is converted may follow the order of another matrix of its linear.
+        if found[SECTIONS - 1] == cols.checked_mul(size_of::<u32>())? {
+            wanted[SECTIONS - 1] = found[SECTIONS - 1];
+        }
+        if found != wanted {
             return None;
         }
-        let [codes, scales, zeros, supers] = sections;
+        let [codes, scales, zeros, supers, columns] = sections;
         let (offset, format) = (offset(scheme.element, 0), GroupFormat::of(scheme, cols)?);
         let chunks = cols.div_ceil(CHUNK);
         let (groups, lanes) = (format.span.groups(chunks), kernel.lanes());
-        Some(Self { rows, lanes, chunks, groups, format, factor, codes, scales, offset, zeros, supers })
+        Some(Self { rows, lanes, chunks, groups, format, factor, codes, scales, offset, zeros, supers, columns })
     }
 
     /// The bytes of each section.
     pub(super) fn sections(&self) -> [&TileBytes; SECTIONS] {
-        [&self.codes, &self.scales, &self.zeros, &self.supers]
+        [&self.codes, &self.scales, &self.zeros, &self.supers, &self.columns]
+    }
+
+    /// The columns of the matrix in the order that inputs are to have; empty if it is their own.
+    #[inline(always)]
+    pub(super) fn columns(&self) -> &[u32] {
+        // They begin on a cache line, and are whole.
+        bytemuck::cast_slice(self.columns.bytes())
     }
 
     /// How many panels there are.
@@ -224,7 +244,14 @@ pub(super) struct PanelCodes {
 }
 
 impl PanelCodes {
-    fn of(matrix: &PackedMatrix<'_>, panel: usize, lanes: usize, padded_cols: usize, code_bytes: usize) -> Self {
+    fn of(
+        matrix: &PackedMatrix<'_>,
+        columns: &[u32],
+        panel: usize,
+        lanes: usize,
+        padded_cols: usize,
+        code_bytes: usize,
+    ) -> Self {
         let (stored, padded) = (matrix.scheme.stored_cols(matrix.cols), matrix.scheme.stored_cols(padded_cols));
         let is_sparse = matrix.scheme.sparsity == Sparsity::TwoOfFour;
         let mut codes = vec![0; lanes * padded * code_bytes];
@@ -236,6 +263,12 @@ impl PanelCodes {
                 codes.copy_from_slice(matrix.code_row(row));
             } else {
                 matrix.unpack_codes_row(row, codes);
+            }
+            if !columns.is_empty() {
+                let natural = codes.to_vec();
+                for (code, &column) in codes.chunks_exact_mut(code_bytes).zip(columns) {
+                    code.copy_from_slice(&natural[column as usize * code_bytes..][..code_bytes]);
+                }
             }
             if is_sparse {
                 // Two bits each, the lower column of four first: as the metadata is packed.

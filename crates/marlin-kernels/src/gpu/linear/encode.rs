@@ -31,6 +31,10 @@ impl Epilogue {
 /// Records linears.
 pub(in crate::gpu) struct LinearEncoder {
     pub(super) packer: Packer,
+    /// Rows in the order of a linear's columns; made for the first linear that has an order of its own.
+    ordered: Option<GpuBuffer>,
+    /// Values that the input of a linear has at most.
+    most_values: usize,
     /// The memory of routes in which rows of experts are packed, and what they were made of.
     pub(super) packed_experts: Option<(u64, Source)>,
 }
@@ -41,22 +45,25 @@ impl LinearEncoder {
     }
 
     pub(in crate::gpu) fn new(gpu: &Gpu, limits: &StepLimits) -> Result<Self, KernelError> {
-        Ok(Self { packer: Packer::new(gpu, limits)?, packed_experts: None })
+        let most_values = limits.tokens.saturating_mul(limits.width);
+        Ok(Self { packer: Packer::new(gpu, limits)?, ordered: None, most_values, packed_experts: None })
     }
 
     pub(in crate::gpu) fn store(
         &mut self,
+        gpu: &Gpu,
         recorder: &mut Recorder,
         x: Input<'_, GpuBackend>,
         linear: &GpuLinear,
         out: &mut GpuBuffer,
     ) {
         out.output(rows(&x).rows, linear.outputs());
-        self.run(recorder, &x, linear, out, |part| (&part.kernels.plain, Epilogue::Store, part.first));
+        self.run(gpu, recorder, &x, linear, out, |part| (&part.kernels.plain, Epilogue::Store, part.first));
     }
 
     pub(in crate::gpu) fn add(
         &mut self,
+        gpu: &Gpu,
         recorder: &mut Recorder,
         x: Input<'_, GpuBackend>,
         linear: &GpuLinear,
@@ -68,11 +75,12 @@ impl LinearEncoder {
             (rows(&x).rows, linear.outputs()),
             "the residual stream has a value for each output"
         );
-        self.run(recorder, &x, linear, out, |part| (&part.kernels.plain, Epilogue::Add, part.first));
+        self.run(gpu, recorder, &x, linear, out, |part| (&part.kernels.plain, Epilogue::Add, part.first));
     }
 
     pub(in crate::gpu) fn gated(
         &mut self,
+        gpu: &Gpu,
         recorder: &mut Recorder,
         x: Input<'_, GpuBackend>,
         gate_up: &GpuLinear,
@@ -83,11 +91,32 @@ impl LinearEncoder {
         let half = gate_up.outputs() / 2;
         out.output(rows(&x).rows, half);
         let gate = Epilogue::gate(activation);
-        self.run(recorder, &x, gate_up, out, |part| match (&part.kernels.gated, part.matrix) {
+        self.run(gpu, recorder, &x, gate_up, out, |part| match (&part.kernels.gated, part.matrix) {
             (Some(kernels), _) => (kernels, gate, part.first),
             (None, 0) => (&part.kernels.plain, Epilogue::Store, part.first),
             (None, _) => (&part.kernels.plain, gate, part.first - half),
         });
+    }
+
+    /// Looks up rows of a table for `rows` tokens, some of which may be rows of the last sampling.
+    pub(in crate::gpu) fn embed(
+        &mut self,
+        gpu: &Gpu,
+        recorder: &mut Recorder,
+        table: &GpuLinear,
+        tokens: [&Storage; 2],
+        rows: usize,
+        scale: f32,
+        out: &mut GpuBuffer,
+    ) {
+        let Some(columns) = &table.columns else {
+            return embed_parts(recorder, table, tokens, rows, scale, out);
+        };
+        if let Some(mut ordered) = self.take_ordered(gpu, table.cols) {
+            embed_parts(recorder, table, tokens, rows, scale, &mut ordered);
+            columns.put_back(recorder, &ordered, out);
+            self.ordered = Some(ordered);
+        }
     }
 
     /// Where an operation packs `out`, which it is about to write, for the linear that takes it: with `pack_output.wgsl`.
@@ -98,6 +127,7 @@ impl LinearEncoder {
     /// Runs the parts of a linear, each with the kernels, the epilogue and the first output that `of_part` gives.
     fn run<'a>(
         &mut self,
+        gpu: &Gpu,
         recorder: &mut Recorder,
         x: &Input<'_, GpuBackend>,
         linear: &'a GpuLinear,
@@ -105,10 +135,46 @@ impl LinearEncoder {
         of_part: impl Fn(&'a Part) -> (&'a LinearKernels, Epilogue, usize),
     ) {
         assert_eq!(columns(x), linear.cols, "an input of the linear's columns");
-        let m = out.rows;
-        if m == 0 {
+        if out.rows == 0 {
             return;
         }
+        let Some(columns) = &linear.columns else {
+            return self.run_parts(recorder, x, linear, out, of_part);
+        };
+        if let Some(mut ordered) = self.take_ordered(gpu, linear.cols) {
+            columns.put_in_order(recorder, x, &mut ordered);
+            self.run_parts(recorder, &Input::Rows(&ordered), linear, out, of_part);
+            self.ordered = Some(ordered);
+        }
+    }
+
+    /// Memory for rows of so many columns, until it is given back. Without any the step fails.
+    fn take_ordered(&mut self, gpu: &Gpu, cols: usize) -> Option<GpuBuffer> {
+        let what = "the input of linears in the order of their columns";
+        let made = match self.ordered.take() {
+            Some(ordered) => Ok(ordered),
+            None => gpu.storage(what, self.most_values.saturating_mul(size_of::<f32>())).map(|storage| GpuBuffer {
+                storage,
+                rows: 0,
+                width: 0,
+                capacity: 0,
+                version: 0,
+            }),
+        };
+        let ordered = made.map(|ordered| GpuBuffer { width: cols, capacity: self.most_values / cols, ..ordered });
+        ordered.inspect_err(|error| gpu.fail(error)).ok()
+    }
+
+    /// Runs the parts of a linear on an input in the order of its columns.
+    fn run_parts<'a>(
+        &mut self,
+        recorder: &mut Recorder,
+        x: &Input<'_, GpuBackend>,
+        linear: &'a GpuLinear,
+        out: &GpuBuffer,
+        of_part: impl Fn(&'a Part) -> (&'a LinearKernels, Epilogue, usize),
+    ) {
+        let m = out.rows;
         let eps = match x {
             Input::Rows(_) => 0.0,
             Input::Normed { eps, .. } => *eps,
@@ -136,8 +202,8 @@ impl LinearEncoder {
     }
 }
 
-/// Looks up rows of a table for `rows` tokens, some of which may be rows of the last sampling.
-pub(in crate::gpu) fn embed(
+/// Looks up rows of a table in the order of its columns.
+fn embed_parts(
     recorder: &mut Recorder,
     table: &GpuLinear,
     [tokens, sampled]: [&Storage; 2],

@@ -436,5 +436,7 @@ fn is_native(scheme: &Scheme, arithmetic: GpuArithmetic) -> bool {
         || matches!(scheme.zero, ZeroKind::None | ZeroKind::Integer) && scheme.element.bits().is_multiple_of(2);
     // Half precision has no room for the exponents of the others, which get a power of two for each row.
     let element = arithmetic == GpuArithmetic::Exact || !scheme.element.is_dense();
-    groups && sparsity && element && scheme.order == ColumnOrder::Natural
+    // Columns with an index are put into the order of their groups; under 2:4 they would leave their fours.
+    let order = scheme.order == ColumnOrder::Natural || !is_sparse;
+    groups && sparsity && element && order
 }

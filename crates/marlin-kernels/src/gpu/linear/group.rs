@@ -80,6 +80,9 @@ impl GpuLinearGroup {
         let Some(first) = linears.first() else {
             return Err(KernelError::Device("a group needs at least one linear, found none".into()));
         };
+        if linears.iter().any(|linear| linear.columns.is_some()) {
+            return Err(KernelError::OrderedGroup);
+        }
         for (number, linear) in linears.iter().enumerate() {
             if (linear.cols, &linear.rows) != (first.cols, &first.rows) {
                 return Err(KernelError::Device(format!(

@@ -7,20 +7,22 @@ mod group;
 mod group_encode;
 mod layout;
 mod many_rows;
+mod order;
 mod pack;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use marlin_format::{FormatError, Grouping, PackedMatrix, Scheme};
+use marlin_format::{ColumnOrder, Element, FormatError, Grouping, PackedMatrix, Scheme};
 
-pub(super) use self::encode::{LinearEncoder, embed};
+pub(super) use self::encode::LinearEncoder;
 use self::few_rows::FewRows;
 use self::format::DeviceFormat;
 pub use self::group::GpuLinearGroup;
 pub(super) use self::group::{compile as compile_groups, step_height};
 use self::layout::{QUAD, Rows, UNIT};
 use self::many_rows::ManyRows;
+use self::order::Columns;
 pub(super) use self::pack::{PACKED_OUTPUT, Packed, VECTOR, four_function, four_functions};
 use self::pack::{Packing, Prepared};
 use super::GpuArithmetic;
@@ -37,6 +39,8 @@ pub struct GpuLinear {
     pub(super) cols: usize,
     /// Rows of each matrix.
     pub(super) rows: Vec<usize>,
+    /// The order of its columns, if it is not that of its input.
+    columns: Option<Columns>,
 }
 
 /// Consecutive rows of one format, no more than the device can bind.
@@ -88,7 +92,9 @@ impl GpuLinear {
     pub(super) fn load(gpu: &Gpu, parts: &[LinearPart<'_>]) -> Result<Self, KernelError> {
         let cols = crate::backend::check_parts(parts)?;
         let rows: Vec<usize> = parts.iter().map(|part| part.weight.rows).collect();
-        let mut linear = Self { parts: Vec::new(), cols, rows };
+        let (columns, ordered) = Columns::of(gpu, parts)?.unzip();
+        let parts = ordered.as_deref().unwrap_or(parts);
+        let mut linear = Self { parts: Vec::new(), cols, rows, columns };
         let (mut first, mut matrix) = (0, 0);
         while let Some(part) = parts.get(matrix) {
             let format = DeviceFormat::of_matrix(&part.weight, gpu.arithmetic);
@@ -113,7 +119,15 @@ impl GpuLinear {
     /// The same in memory of its own.
     pub(super) fn duplicate(&self, gpu: &Gpu) -> Result<Self, KernelError> {
         let parts = self.parts.iter().map(|part| part.duplicate(gpu)).collect::<Result<_, _>>()?;
-        Ok(Self { parts, cols: self.cols, rows: self.rows.clone() })
+        let columns = self.columns.as_ref().map(|columns| columns.duplicate(gpu)).transpose()?;
+        Ok(Self { parts, cols: self.cols, rows: self.rows.clone(), columns })
+    }
+
+    /// What a packed matrix becomes if the device has no kernel for its scheme.
+    pub(super) fn conversion(scheme: &Scheme, arithmetic: GpuArithmetic) -> Option<Scheme> {
+        let format = DeviceFormat::of(scheme, arithmetic);
+        let dense = if format.element == Element::F32 { Scheme::F32 } else { Scheme::F16 };
+        (format.is_converted && !scheme.is_dense()).then_some(dense)
     }
 
     /// All rows.
@@ -134,7 +148,10 @@ impl GpuLinear {
             let codes = rows.checked_mul(cols.div_ceil(UNIT))?.checked_mul(format.unit_bytes())?;
             let quads = rows.div_ceil(QUAD).checked_mul(scheme.groups_per_row(cols))?;
             let groups = quads.checked_mul(format.scale_quad_bytes() + format.offset_quad_bytes())?;
-            codes.checked_add(groups)?.checked_add(rows.checked_mul(size_of::<[f32; 2]>())?)
+            codes
+                .checked_add(groups)?
+                .checked_add(Columns::bytes(scheme, cols))?
+                .checked_add(rows.checked_mul(size_of::<[f32; 2]>())?)
         };
         Ok(bytes().ok_or(FormatError::TooLarge { rows, cols })?)
     }
@@ -253,6 +270,9 @@ impl Part {
 /// Compiles the kernels of linears of `[rows, cols]` in a scheme: of one matrix, and of two that go together.
 pub(super) fn compile(gpu: &Gpu, scheme: &Scheme, rows: usize, cols: usize) -> Result<(), KernelError> {
     let groups = scheme.groups_per_row(cols) as u32;
+    if scheme.order == ColumnOrder::GroupIndex {
+        Columns::compile(gpu)?;
+    }
     for format in DeviceFormat::all_of(scheme, gpu.arithmetic) {
         for (rows, is_gated) in [(rows, false), (2 * rows, true)] {
             PartKernels::new(gpu, &format, &Shape { k: cols as u32, rows: rows as u32, groups }, is_gated)?;
