@@ -1,15 +1,11 @@
 //! The `quantization_config` of `compressed-tensors`.
 
-use fancy_regex::{Regex, RegexBuilder};
 use marlin_format::{Element, Grouping};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::CheckpointError;
-
-/// Memory and time that a pattern over names of modules may take; those in use take a hundredth.
-const PATTERN_BYTES: usize = 1 << 20;
-const PATTERN_STEPS: usize = 100_000;
+use crate::layouts::pattern::Pattern;
 
 /// How a folder says its linears are stored.
 pub(crate) struct Config {
@@ -33,7 +29,7 @@ enum Target {
     /// One, by its name.
     Name(String),
     /// Those whose name begins with a match.
-    Pattern(Regex),
+    Pattern(Pattern),
 }
 
 /// Where the codes are.
@@ -202,8 +198,7 @@ impl Config {
         }
         let named = |target: &Target| match target {
             Target::Name(name) => name == module,
-            // A pattern that backtracks without end counts as one that does not match.
-            Target::Pattern(pattern) => pattern.is_match(module).unwrap_or(false),
+            Target::Pattern(pattern) => pattern.matches(module),
             Target::Class => false,
         };
         let by_name = self.groups.iter().find(|group| group.targets.iter().any(named));
@@ -223,13 +218,7 @@ fn is_set(value: &Value) -> bool {
 impl Target {
     fn read(text: &str) -> Result<Self, String> {
         match text.strip_prefix("re:") {
-            // Python's `re.match` looks at the beginning only.
-            Some(pattern) => RegexBuilder::new(&format!("^(?:{pattern})"))
-                .delegate_size_limit(PATTERN_BYTES)
-                .backtrack_limit(PATTERN_STEPS)
-                .build()
-                .map(Self::Pattern)
-                .map_err(|e| format!("target `{text}` is no regular expression: {e}")),
+            Some(pattern) => Pattern::new(pattern).map(Self::Pattern).map_err(|problem| format!("target {problem}")),
             // Names of modules have dots, or are `lm_head`; names of classes are in camel case.
             None if text.starts_with(char::is_uppercase) => Ok(Self::Class),
             None => Ok(Self::Name(text.to_owned())),

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 pub(crate) use self::config::Config;
 use self::config::{Format, Weights};
-use super::{Buffer, Content, Entry, Form, Gathered, Part, Stored};
+use super::{Buffer, Content, Form, Gathered, Part, Stored};
 use crate::CheckpointError;
 use crate::shard::{Location, Shard};
 
@@ -109,13 +109,7 @@ fn parts(module: &str, format: Format, scheme: &Scheme, rows: usize, cols: usize
             vec![rows.div_ceil(scheme.group_rows(rows)), groups]
         }
     };
-    let scale_type = match scheme.scale {
-        ScaleKind::F32 => Dtype::F32,
-        ScaleKind::F16 => Dtype::F16,
-        ScaleKind::Bf16 => Dtype::BF16,
-        ScaleKind::E4M3Global => Dtype::F8_E4M3,
-        _ => Dtype::U8,
-    };
+    let (scale_type, _) = super::scale_type(scheme.scale);
     part("weight_scale", scale_type, per_group, Content::Buffer(Buffer::Scales, Form::Same));
     if scheme.scale == ScaleKind::E4M3Global {
         part("weight_global_scale", Dtype::F32, vec![1], Content::Buffer(Buffer::Globals, Form::Inverse));
@@ -217,24 +211,8 @@ pub(crate) fn gather(
     shards: &[Shard],
     file: &str,
 ) -> Result<Gathered, CheckpointError> {
-    let order: Vec<String> = tensors.iter().map(|(name, _)| name.clone()).collect();
-    let mut stored = Stored { tensors: tensors.into_iter().collect(), shards, file };
-    let mut entries = Vec::with_capacity(order.len());
-    for name in order {
-        let module = name.rsplit_once('.').and_then(|(module, part)| part.starts_with("weight").then_some(module));
-        let quantised = |module: &&str| {
-            ["weight_packed", "weight_scale"]
-                .iter()
-                .any(|part| stored.tensors.contains_key(&format!("{module}.{part}")))
-        };
-        match module.filter(quantised) {
-            Some(module) => {
-                entries.push((format!("{module}.weight"), Entry::Packed(linear(config, module, &mut stored)?)))
-            }
-            // What is no longer there belongs to a linear that is already gathered.
-            None => entries.extend(stored.tensors.remove(&name).map(|location| (name, Entry::Plain(location)))),
-        }
-    }
+    let marks = ["weight_packed", "weight_scale"];
+    let mut entries = Stored::gather(tensors, shards, file, &marks, |module, stored| linear(config, module, stored))?;
     // What config.notes says is not followed need not be loaded either.
     entries.retain(|(name, _)| !config.ignores(name));
     Ok(Gathered { tensors: entries, notes: config.notes() })
@@ -290,8 +268,7 @@ fn shape(module: &str, format: Format, stored: &Stored<'_>) -> Result<[usize; 2]
             Format::Packed => "I64 [2] with two sizes",
             _ => "a matrix",
         };
-        let problem = format!("tensor `{name}` is {} {:?}; wanted {wanted}", location.dtype, location.shape);
-        CheckpointError::malformed(&stored.shards[location.shard].label, problem)
+        stored.wrong_part(&name, location, wanted)
     })
 }
 
@@ -300,18 +277,7 @@ fn scheme(module: &str, format: Format, weights: &Weights, stored: &Stored<'_>) 
     let scale = match format {
         Format::Nvfp4 => ScaleKind::E4M3Global,
         Format::Mxfp4 | Format::Mxfp8 => ScaleKind::E8M0,
-        Format::Packed | Format::Bytes => {
-            let (name, location) = stored.require(module, "weight_scale")?;
-            match location.dtype {
-                Dtype::F32 => ScaleKind::F32,
-                Dtype::F16 => ScaleKind::F16,
-                Dtype::BF16 => ScaleKind::Bf16,
-                found => {
-                    let problem = format!("tensor `{name}` is {found}; wanted F32, F16 or BF16");
-                    return Err(CheckpointError::malformed(&stored.shards[location.shard].label, problem));
-                }
-            }
-        }
+        Format::Packed | Format::Bytes => stored.float_scale(module, "weight_scale")?,
     };
     let zero = if weights.asymmetric { ZeroKind::Integer } else { ZeroKind::None };
     Ok(Scheme { zero, ..Scheme::scaled(weights.element, weights.grouping, scale) })
