@@ -1,5 +1,5 @@
-"""Makes FP8 folders that `transformers` (requirements.txt beside this file) decodes, for the tests of marlin-
-checkpoint and marlin-model.
+"""Makes FP8 folders that `transformers` (requirements.txt beside this file) decodes, for the tests of
+marlin-checkpoint and marlin-model.
 
     make_fp8_goldens.py FOLDER
 

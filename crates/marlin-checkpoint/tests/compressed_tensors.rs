@@ -5,7 +5,7 @@ mod common;
 use std::borrow::Cow;
 use std::path::Path;
 
-use common::{Raw, assert_says, assert_scheme, expected, folder, golden, message};
+use common::{Raw, assert_says, assert_scheme, expected, folder, golden, message, open_golden};
 use marlin_checkpoint::{Checkpoint, CheckpointWriter, Dtype, ExportLayout, Layout, PlannedTensor, WriterOptions};
 use marlin_format::{EncodeOptions, Format, Grouping, PackedMatrix, Scheme};
 use serde_json::{Value, json};
@@ -48,6 +48,29 @@ fn a_folder_of_the_package_decodes_as_there() {
     let codes = |name| checkpoint.matrix_any(name).unwrap().codes;
     assert!(matches!(codes("a.int4_sym_group.weight"), Cow::Borrowed(_)));
     assert!(matches!(codes("a.int4_sym_row_odd.weight"), Cow::Owned(_)));
+}
+
+#[test]
+fn a_folder_of_an_old_release_decodes_as_there() {
+    let checkpoint = open_golden("compressed-tensors-0.10");
+    for (name, scheme) in [
+        ("a.int3_group.weight", "int3-sym g16"),
+        ("a.int5_asym_group.weight", "int5 g16"),
+        ("a.int6_asym_row.weight", "int6 row"),
+        ("a.int7_row.weight", "int7-sym row"),
+        ("a.int4_order.weight", "int4 g16, group index"),
+        ("a.int4_unset_order.weight", "int4-sym g16"),
+        ("b.f16.weight", "f16, 2:4"),
+        ("b.bf16_odd.weight", "bf16, 2:4"),
+        ("b.f32.weight", "f32, 2:4"),
+        ("b.fp8_row.weight", "fp8 row f16 scales, 2:4"),
+        ("b.int8_row.weight", "int8 row, 2:4"),
+        ("c.int4_groups.weight", "int4-sym g128, 2:4"),
+        ("c.int4_wide_groups.weight", "int4-sym g128, 2:4"),
+        ("c.int8_row.weight", "int8 row, 2:4"),
+    ] {
+        assert_scheme(&checkpoint, name, scheme);
+    }
 }
 
 fn weights(rows: usize, cols: usize) -> Vec<f32> {
@@ -175,18 +198,16 @@ fn activations_and_the_kv_cache_are_noted() {
 
 #[test]
 fn layouts_within_the_layout_that_are_not_read() {
-    for format in ["marlin-24", "sparse-24-bitmask", "sparse-bitmask", "mxfp6-pack-quantized", "made-up"] {
+    for format in ["sparse-24-bitmask", "sparse-bitmask", "mxfp6-pack-quantized", "made-up"] {
         let error = open_error(&config(format, json!({"num_bits": 4})), &[CODES, SCALE, SHAPE]);
         assert_says(&error, &["config.json", format, "not read yet"]);
     }
     let mut sparse = int4();
-    sparse["quantization_config"]["sparsity_config"] = json!({"format": "sparse-24-bitmask"});
-    assert_says(&open_error(&sparse, &[CODES, SCALE, SHAPE]), &["sparse-24-bitmask", "not read yet"]);
+    sparse["quantization_config"]["sparsity_config"] = json!({"format": "sparse-bitmask"});
+    assert_says(&open_error(&sparse, &[CODES, SCALE, SHAPE]), &["sparse-bitmask", "not read yet"]);
     let mut rotated = int4();
     rotated["quantization_config"]["transform_config"] = json!({"config_groups": {"R1": {}}});
     assert_says(&open_error(&rotated, &[CODES, SCALE, SHAPE]), &["transform_config", "not read yet"]);
-    let order: Raw = ("x.weight_g_idx", Dtype::I32, &[8], &[0; 32]);
-    assert_says(&open_error(&int4(), &[CODES, SCALE, SHAPE, order]), &["`x.weight_g_idx`", "not read yet"]);
 }
 
 #[test]
@@ -242,6 +263,65 @@ fn broken_folders_say_what_is_wrong() {
     let folder = folder(&config("nvfp4-pack-quantized", fp4).to_string(), &nvfp4);
     let error = message(Checkpoint::open(folder.path()).unwrap().matrix_any("x.weight").unwrap_err());
     assert_says(&error, &["`x.weight`", "globals", "inf"]);
+}
+
+#[test]
+fn broken_folders_of_old_releases_say_what_is_wrong() {
+    // Eleven 3-bit codes take two words either way; they are read as they are written today.
+    let three = config("pack-quantized", json!({"num_bits": 3, "type": "int", "strategy": "channel"}));
+    let shape = |cols: u8| [[1, 0, 0, 0, 0, 0, 0, 0], [cols, 0, 0, 0, 0, 0, 0, 0]].concat();
+    let (eleven, many) = (shape(11), shape(64));
+    let codes: Raw = ("x.weight_packed", Dtype::I32, &[1, 2], &[0, 0, 0, 0xc0, 1, 0, 0, 0]);
+    let tensors = [codes, SCALE, ("x.weight_shape", Dtype::I64, &[2], &eleven)];
+    let opened = folder(&three.to_string(), &tensors);
+    let found = Checkpoint::open(opened.path()).unwrap().matrix_any("x.weight").unwrap().decode();
+    assert_eq!((found[9], found[10]), (-2.0, 1.5));
+    let error = open_error(&three, &[codes, SCALE, ("x.weight_shape", Dtype::I64, &[2], &many)]);
+    assert_says(&error, &["`x.weight_packed` is I32 [1, 2]", "wanted I32 [1, 6]"]);
+
+    let order = |dtype, groups: &[u8]| {
+        open_error(&int4(), &[CODES, SCALE, SHAPE, ("x.weight_g_idx", dtype, &[groups.len() / 4], groups)])
+    };
+    assert_says(&order(Dtype::I32, &[1, 0, 0, 0].repeat(8)), &["`x.weight_g_idx`", "column 0 into group 1 of 1"]);
+    assert_says(&order(Dtype::I32, &[0; 28]), &["`x.weight_g_idx` is I32 [7]; wanted I32 [8]"]);
+    assert_says(&order(Dtype::F32, &[0; 32]), &["`x.weight_g_idx` is F32 [8]; wanted I32 [8]"]);
+
+    let sparse = json!({"quantization_config": {
+        "quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"},
+    }});
+    let kept: Raw = ("x.compressed", Dtype::BF16, &[1, 2], &[0x80, 0x3f, 0x00, 0x40]);
+    let mask: Raw = ("x.bitmask", Dtype::U8, &[1, 1], &[0b1010]);
+    let four = shape(4);
+    let sizes: Raw = ("x.shape", Dtype::I64, &[2, 1], &four);
+    let opened = folder(&sparse.to_string(), &[kept, mask, sizes]);
+    let checkpoint = Checkpoint::open(opened.path()).unwrap();
+    assert_eq!(checkpoint.matrix("x.weight", 1, 4).unwrap().decode(), [0.0, 1.0, 0.0, 2.0]);
+    let error = |tensors: &[Raw], words: &[&str]| assert_says(&open_error(&sparse, tensors), words);
+    error(&[kept, sizes], &["`x.weight`", "lack `x.bitmask`"]);
+    error(&[kept, mask], &["lack `x.shape`"]);
+    error(&[kept, mask, ("x.shape", Dtype::I64, &[2, 1], &eleven)], &["`x.weight`", "11"]);
+    error(&[("x.compressed", Dtype::U8, &[1, 2], &[0; 2]), mask, sizes], &["`x.compressed` is U8", "BF16, F16 or F32"]);
+    error(&[kept, mask, ("x.shape", Dtype::I64, &[2, 1], &many)], &["`x.compressed` is BF16 [1, 2]"]);
+    let three_kept: Raw = ("x.bitmask", Dtype::U8, &[1, 1], &[0b1110]);
+    let opened = folder(&sparse.to_string(), &[kept, three_kept, sizes]);
+    let refused = Checkpoint::open(opened.path()).unwrap().matrix_any("x.weight").map(|_| ()).unwrap_err();
+    assert_says(&message(refused), &["`x.weight` is malformed"]);
+
+    let int4 = config("pack-quantized", json!({"num_bits": 4, "strategy": "channel"}));
+    let error = open_error(&int4, &[kept, mask, sizes, SCALE]);
+    assert_says(&error, &["sparse-24-bitmask of other weights", "`x`", "not read yet"]);
+
+    let marlin = |weights| config("marlin-24", weights);
+    let rows = marlin(json!({"num_bits": 4, "strategy": "channel"}));
+    let tile: Raw = ("x.weight_packed", Dtype::I32, &[1, 8], &[0; 32]);
+    assert_says(&open_error(&rows, &[tile]), &["`x.weight_packed` is I32 [1, 8]", "N a multiple of 64"]);
+    let tiles: Raw = ("x.weight_packed", Dtype::I32, &[1, 128], &[0; 512]);
+    assert_says(&open_error(&rows, &[tiles]), &["`x.weight`", "lack `x.scale_packed`"]);
+    let wide: Raw = ("x.weight_packed", Dtype::I32, &[usize::MAX, 0], &[]);
+    assert_says(&open_error(&rows, &[wide]), &["`x.weight_packed` is I32", "N a multiple of 64"]);
+    let groups = marlin(json!({"num_bits": 4, "strategy": "group", "group_size": 64}));
+    assert_says(&open_error(&groups, &[tiles]), &["rows or 128 columns, not 64"]);
+    assert_says(&open_error(&marlin(json!({"num_bits": 3})), &[tiles]), &["3 bits"]);
 }
 
 #[test]

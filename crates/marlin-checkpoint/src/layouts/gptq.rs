@@ -162,7 +162,7 @@ fn linear(config: &Config, module: &str, stored: &mut Stored<'_>) -> Result<Pack
         Scheme { zero: ZeroKind::Integer, ..Scheme::scaled(Element::Uint(arguments.bits), grouping, scale) };
     // Proves the shape valid and every size below addressable.
     scheme.packed_bytes(rows, cols).map_err(|source| stored.format_error(&name, source))?;
-    scheme.order = column_order(module, cols, &scheme, stored)?;
+    scheme.order = stored.column_order(&format!("{module}.g_idx"), cols, &scheme)?;
     let zeros = ZeroPoints { rows, groups: scheme.groups_per_row(cols), bits: bits as u32, kind: config.zeros };
     let mut entry = stored.take(&name, scheme, [rows, cols], parts(module, &scheme, [rows, cols], zeros))?;
     simplify_zeros(&mut entry, zeros, stored);
@@ -201,34 +201,6 @@ pub(super) fn parts(module: &str, scheme: &Scheme, [rows, cols]: [usize; 2], zer
         parts.push(part("g_idx", Dtype::I32, vec![cols], Buffer::GroupIndex, Form::Same));
     }
     parts
-}
-
-/// Takes an index out that says what is so without one: that columns are in groups in order.
-fn column_order(
-    module: &str,
-    cols: usize,
-    scheme: &Scheme,
-    stored: &mut Stored<'_>,
-) -> Result<ColumnOrder, CheckpointError> {
-    let name = format!("{module}.g_idx");
-    let Some(location) = stored.tensors.get(&name) else { return Ok(ColumnOrder::Natural) };
-    if location.dtype != Dtype::I32 {
-        return Err(stored.wrong_part(&name, location, "I32 [K]"));
-    }
-    let (groups, group) = (scheme.groups_per_row(cols), scheme.group_cols(cols));
-    let mut natural = true;
-    for (col, bytes) in stored.bytes(location).as_chunks().0.iter().enumerate() {
-        let found = i32::from_le_bytes(*bytes);
-        if !usize::try_from(found).is_ok_and(|found| found < groups) {
-            let problem = format!("tensor `{name}` puts column {col} into group {found} of {groups}");
-            return Err(CheckpointError::malformed(&stored.shards[location.shard].label, problem));
-        }
-        natural &= found as usize == col / group;
-    }
-    if natural {
-        stored.tensors.remove(&name);
-    }
-    Ok(if natural { ColumnOrder::Natural } else { ColumnOrder::GroupIndex })
 }
 
 /// Leaves zero points out that are all those of signed codes, which kernels have less work with.

@@ -10,12 +10,13 @@ pub(crate) mod metal_marlin;
 pub(crate) mod modelopt;
 mod pattern;
 mod reorder;
+mod sparse;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 
-use marlin_format::{FormatError, PackedMatrix, ScaleKind, Scheme};
+use marlin_format::{ColumnOrder, FormatError, PackedMatrix, ScaleKind, Scheme};
 use safetensors::Dtype;
 use serde_json::Value;
 
@@ -292,6 +293,29 @@ impl<'s> Stored<'s> {
             Dtype::BF16 => Ok(ScaleKind::Bf16),
             _ => Err(self.wrong_part(&name, location, "F32, F16 or BF16")),
         }
+    }
+
+    /// The order of columns that the index `name` gives, which need not be there. One is taken out that says what is so
+    /// without it: that columns are in groups in order.
+    fn column_order(&mut self, name: &str, cols: usize, scheme: &Scheme) -> Result<ColumnOrder, CheckpointError> {
+        let Some(location) = self.tensors.get(name) else { return Ok(ColumnOrder::Natural) };
+        if location.dtype != Dtype::I32 || location.shape != [cols] {
+            return Err(self.wrong_part(name, location, &format!("I32 [{cols}]")));
+        }
+        let (groups, group) = (scheme.groups_per_row(cols), scheme.group_cols(cols));
+        let mut natural = true;
+        for (col, bytes) in self.bytes(location).as_chunks().0.iter().enumerate() {
+            let found = i32::from_le_bytes(*bytes);
+            if !usize::try_from(found).is_ok_and(|found| found < groups) {
+                let problem = format!("tensor `{name}` puts column {col} into group {found} of {groups}");
+                return Err(CheckpointError::malformed(&self.shards[location.shard].label, problem));
+            }
+            natural &= found as usize == col / group;
+        }
+        if natural {
+            self.tensors.remove(name);
+        }
+        Ok(if natural { ColumnOrder::Natural } else { ColumnOrder::GroupIndex })
     }
 
     fn format_error(&self, tensor: &str, source: FormatError) -> CheckpointError {

@@ -2,6 +2,8 @@
 
 use marlin_format::bits;
 
+use super::sparse::{self, Marlin24};
+
 /// How stored bytes become those of the canonical order. Expects buffers of the right length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Reorder {
@@ -24,6 +26,38 @@ pub(crate) enum Reorder {
     },
     /// Zero points of a group in 32-bit words, `[groups, ceil(rows · bits / 32)]`.
     Zeros(ZeroPoints),
+    /// Rows of codes, each as many whole codes to a 32-bit word as it has room for: `[_, ceil(cols / (32 / bits))]`.
+    PaddedWords {
+        /// Codes of a row.
+        cols: usize,
+        /// Bits of a code.
+        bits: u32,
+    },
+    /// Zero points down the rows, likewise: `[ceil(rows / (32 / bits)), groups]`.
+    PaddedDownRows {
+        /// Rows of the matrix.
+        rows: usize,
+        /// Groups of a row.
+        groups: usize,
+        /// Bits of a zero point.
+        bits: u32,
+    },
+    /// 2:4 metadata as a bit mask, `[_, ceil(cols / 8)]` bytes.
+    Bitmask {
+        /// Columns of the matrix.
+        cols: usize,
+    },
+    /// Codes of the kernel `marlin-24`.
+    Marlin24Codes(Marlin24),
+    /// Its 2:4 metadata.
+    Marlin24Index(Marlin24),
+    /// Its scales of columns, 2 bytes each: transposed, and permuted.
+    Marlin24Scales {
+        /// Columns of what is stored.
+        columns: usize,
+        /// Bytes of a row of the canonical order.
+        row_bytes: usize,
+    },
 }
 
 /// How the zero points of a matrix are packed along its rows.
@@ -65,6 +99,25 @@ impl Reorder {
             Self::Transposed { columns, row_bytes, .. } => transposed::<4>(stored, columns, row_bytes),
             Self::AwqCodes { rows, cols } => awq_codes(stored, rows, cols),
             Self::Zeros(zeros) => zeros.decode(stored),
+            Self::PaddedWords { cols, bits } => padded_words(stored, cols, bits),
+            Self::PaddedDownRows { rows, groups, bits } => {
+                // Rows of what is stored become rows of words.
+                let words = rows.div_ceil(32 / bits as usize);
+                let columns = padded_words(&transposed::<WORD>(stored, groups, words * WORD), rows, bits);
+                let mut of_group = vec![0; rows];
+                let mut codes = vec![0; rows * groups];
+                for (group, column) in columns.chunks_exact((rows * bits as usize).div_ceil(8)).enumerate() {
+                    bits::unpack(column, bits, &mut of_group);
+                    codes.iter_mut().skip(group).step_by(groups).zip(&of_group).for_each(|(to, code)| *to = *code);
+                }
+                packed_rows(&codes, groups, bits)
+            }
+            Self::Bitmask { cols } => sparse::index_of_mask(stored, cols),
+            Self::Marlin24Codes(layout) => layout.codes(stored),
+            Self::Marlin24Index(layout) => layout.index(stored),
+            Self::Marlin24Scales { columns, row_bytes } => {
+                transposed::<2>(&sparse::scales_in_order(stored, 2), columns, row_bytes)
+            }
         }
     }
 }
@@ -150,6 +203,27 @@ fn transpose_nibbles(words: &mut [[u32; LANES]; 8]) {
     }
 }
 
+/// Rows of codes in words that leave bits over, packed without.
+fn padded_words(stored: &[u8], cols: usize, bits: u32) -> Vec<u8> {
+    let in_word = 32 / bits as usize;
+    let mut codes = Vec::with_capacity(stored.len() / WORD * in_word);
+    for row in stored.chunks_exact(cols.div_ceil(in_word) * WORD) {
+        let of_word = |word| (0..in_word).map(move |index| bits::get(word, index, bits));
+        codes.extend(row.chunks_exact(WORD).flat_map(of_word).take(cols));
+    }
+    packed_rows(&codes, cols, bits)
+}
+
+/// Packs rows of so many codes.
+pub(super) fn packed_rows(codes: &[u8], count: usize, bits: u32) -> Vec<u8> {
+    let row_bytes = (count * bits as usize).div_ceil(8);
+    let mut packed = vec![0; codes.len() / count * row_bytes];
+    for (codes, packed) in codes.chunks_exact(count).zip(packed.chunks_exact_mut(row_bytes)) {
+        bits::pack(codes, bits, packed);
+    }
+    packed
+}
+
 impl ZeroPoints {
     /// Zero points packed along the groups of a row.
     fn decode(&self, stored: &[u8]) -> Vec<u8> {
@@ -160,12 +234,7 @@ impl ZeroPoints {
             self.unpack(stored, group, &mut of_group);
             codes.iter_mut().skip(group).step_by(groups).zip(&of_group).for_each(|(to, code)| *to = *code);
         }
-        let row_bytes = (groups * bits as usize).div_ceil(8);
-        let mut packed = vec![0; rows * row_bytes];
-        for (codes, packed) in codes.chunks_exact(groups).zip(packed.chunks_exact_mut(row_bytes)) {
-            bits::pack(codes, bits, packed);
-        }
-        packed
+        packed_rows(&codes, groups, bits)
     }
 
     /// Whether every zero point is `value`.

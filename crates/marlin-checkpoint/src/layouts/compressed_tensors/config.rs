@@ -50,6 +50,9 @@ pub(super) enum Format {
     /// `weight`, E4M3; scales are powers of two.
     #[serde(rename = "mxfp8-quantized")]
     Mxfp8,
+    /// `weight_packed`, `scale_packed` and `meta`, 2:4 in the order of a kernel.
+    #[serde(rename = "marlin-24")]
+    Marlin24,
 }
 
 /// Codes and groups of a weight.
@@ -66,6 +69,7 @@ pub(super) struct Weights {
 struct RawConfig {
     #[serde(default)]
     format: Option<String>,
+    #[serde(default)]
     config_groups: Map<String, Value>,
     #[serde(default)]
     kv_cache_scheme: Value,
@@ -143,7 +147,7 @@ impl Config {
             return Err(foreign("transform_config (rotated weights)"));
         }
         match raw.sparsity_config.get("format").and_then(Value::as_str) {
-            None | Some("dense") => {}
+            None | Some("dense" | "sparse-24-bitmask") => {}
             Some(sparse) => return Err(foreign(sparse)),
         }
 
@@ -234,6 +238,7 @@ impl RawWeights {
             // Whatever the range of the codes, they are stored as bytes.
             (Format::Bytes, RawKind::Int, 1..=8) if self.symmetric => Element::Int(8),
             (Format::Bytes, RawKind::Int, 1..=8) => Element::Uint(8),
+            (Format::Marlin24, RawKind::Int, bits @ (4 | 8)) if self.symmetric => Element::Int(bits as u8),
             (Format::Bytes | Format::Mxfp8, RawKind::Float, 8) if self.symmetric => Element::E4M3,
             (Format::Nvfp4 | Format::Mxfp4, RawKind::Float, 4) if self.symmetric => Element::E2M1,
             (_, kind, bits) => {
@@ -243,6 +248,9 @@ impl RawWeights {
             }
         };
         let grouping = self.grouping()?;
+        if format == Format::Marlin24 && !matches!(grouping, Grouping::Row | Grouping::Columns(128)) {
+            return Err(format!("groups of marlin-24 are rows or 128 columns, not {grouping}"));
+        }
         if !self.symmetric && grouping == Grouping::Tensor {
             return Err("asymmetric weights with one scale for the tensor are not read".to_owned());
         }
