@@ -164,10 +164,9 @@ fn awq_codes(stored: &[u8], rows: usize, cols: usize) -> Vec<u8> {
         let lanes = (words - first).min(LANES);
         for left in (0..cols).step_by(SQUARES * 8) {
             let width = (cols - left).min(SQUARES * 8);
-            for square in 0..width.div_ceil(8) {
+            for (square, top) in (left..left + width).step_by(8).enumerate() {
                 let mut lines = [[0; LANES]; 8];
-                let columns = left + square * 8..cols.min(left + square * 8 + 8);
-                for (line, col) in lines.iter_mut().zip(columns) {
+                for (line, col) in lines.iter_mut().zip(top..cols) {
                     let from = &source[col * words + first..][..lanes];
                     line.iter_mut().zip(from).for_each(|(to, word)| *to = u32::from_le_bytes(*word));
                 }
@@ -193,11 +192,11 @@ fn transpose_nibbles(words: &mut [[u32; LANES]; 8]) {
     for (distance, mask) in [(4, 0x0000_ffff), (2, 0x00ff_00ff), (1, 0x0f0f_0f0f)] {
         let shift = distance as u32 * 4;
         for first in (0..8).filter(|i| i & distance == 0) {
-            for lane in 0..LANES {
-                let (low, high) = (words[first][lane], words[first + distance][lane]);
-                let swapped = (low >> shift ^ high) & mask;
-                words[first][lane] = low ^ swapped << shift;
-                words[first + distance][lane] = high ^ swapped;
+            let [low, high] = words.get_disjoint_mut([first, first + distance]).expect("two of eight words");
+            for (low, high) in low.iter_mut().zip(high) {
+                let swapped = (*low >> shift ^ *high) & mask;
+                *low ^= swapped << shift;
+                *high ^= swapped;
             }
         }
     }
@@ -332,7 +331,7 @@ mod tests {
         // A zero point of 0 took 1 from its neighbour when it was stored.
         assert_eq!(zeros(4, 4, ZeroCodes::MinusOne, &[0x7f, 0x76, 0, 0]), [0, 9, 7, 8]);
         assert_eq!(zeros(4, 4, ZeroCodes::Plain, &[0x7f, 0x76, 0, 0]), [15, 7, 6, 7]);
-        assert_eq!(zeros(4, 3, ZeroCodes::MinusOne, &[0b10_111_000, 0b010_0, 0, 0]), [1, 0, 3, 3]);
+        assert_eq!(zeros(4, 3, ZeroCodes::MinusOne, &[0b10_111_000, 0b0100, 0, 0]), [1, 0, 3, 3]);
         assert_eq!(zeros(8, 4, ZeroCodes::Awq, &[0x10, 0x32, 0x54, 0x76]), [0, 4, 1, 5, 2, 6, 3, 7]);
     }
 }

@@ -9,7 +9,7 @@ use super::reorder::packed_rows;
 pub(super) fn index_of_mask(mask: &[u8], cols: usize) -> Vec<u8> {
     let of_byte = |byte: u8| quad(byte & 15) | quad(byte >> 4) << 4;
     let mut index: Vec<u8> = mask.iter().map(|byte| of_byte(*byte)).collect();
-    if cols % 8 != 0 {
+    if !cols.is_multiple_of(8) {
         // The last byte of a row is half full, and so is the last byte of its metadata.
         index.iter_mut().skip(cols / 8).step_by(cols.div_ceil(8)).for_each(|byte| *byte &= 15);
     }
