@@ -95,6 +95,9 @@ def goldens(folder):
         "c.nvfp4": ("nvfp4-pack-quantized", args(4, "float", strategy="tensor_group", group_size=16), (8, 64), torch.float32),
         "c.mxfp4": ("mxfp4-pack-quantized", args(4, "float", strategy="group", group_size=32), (8, 64), torch.float32),
         "c.mxfp8": ("mxfp8-quantized", args(8, "float", strategy="group", group_size=32), (5, 64), torch.float32),
+        "a.int5_asym_group": ("pack-quantized", args(5, "int", strategy="group", group_size=16, symmetric=False), (9, 48), torch.float32),
+        "a.int6_row": ("pack-quantized", args(6, "int", strategy="channel"), (4, 37), torch.float16),
+        "a.int7_asym_row": ("pack-quantized", args(7, "int", strategy="channel", symmetric=False), (7, 41), torch.float32),
     }
     tensors, expected, groups = {}, {}, {}
     for index, (module, (storage, weights, (rows, cols), scale_type)) in enumerate(cases.items()):
@@ -135,7 +138,7 @@ def scales(weight, args, storage, scale_type):
     else:
         runs = weight.reshape(rows, -1, args.group_size or cols)
     low, high = runs.amin(-1).clamp(max=0), runs.amax(-1).clamp(min=0)
-    largest = {("int", 8): 127, ("int", 4): 7, ("float", 8): 448, ("float", 4): 6}.get((args.type, args.num_bits))
+    largest = {("int", 8): 127, ("int", 6): 31, ("int", 4): 7, ("float", 8): 448, ("float", 4): 6}.get((args.type, args.num_bits))
     if not args.symmetric:
         scale = ((high - low) / (2**args.num_bits - 1)).to(scale_type)
         zero = torch.round(-low / scale.float()) - 2 ** (args.num_bits - 1)

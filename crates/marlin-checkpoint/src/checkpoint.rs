@@ -11,7 +11,7 @@ use marlin_format::{PackedMatrix, Scheme};
 use safetensors::Dtype;
 use serde_json::Value;
 
-use crate::layouts::{self, Entry, Gathered, Layout, compressed_tensors, metal_marlin};
+use crate::layouts::{self, Entry, Gathered, Layout, awq, compressed_tensors, fp8, gptq, metal_marlin, modelopt};
 use crate::memory::MemoryTensor;
 use crate::quantization::Quantization;
 use crate::shard::{Location, Shard};
@@ -36,7 +36,7 @@ pub const SIDE_FILES: [&str; 9] = [
     "generation_config.json",
 ];
 
-/// An opened model: a Hugging Face folder, a folder quantised by this project or in the layout of `compressed-tensors`, files
+/// An opened model: a Hugging Face folder, a folder quantised by this project or in the layout of another package, files
 /// embedded in the program, or tensors made in memory.
 ///
 /// Weights of files are mapped, not read; matrices borrow from the map wherever their bytes are in canonical order there.
@@ -165,21 +165,29 @@ impl Checkpoint {
         if !config.is_object() {
             return Err(CheckpointError::malformed(&config_label, "it holds no JSON object"));
         }
-        let quantization = Quantization::read(&config, &config_label)?;
+        let quantization = Quantization::read(&config, &source)?;
         let Weights { shards, tensors: stored } = weights::load(&source)?;
         let Gathered { tensors, notes } = match &quantization {
-            Some(Quantization::Ours(config)) => metal_marlin::gather(config, stored, &shards, &config_label)?,
-            Some(Quantization::CompressedTensors(config)) => {
-                compressed_tensors::gather(config, stored, &shards, &config_label)?
+            Some((Quantization::Ours(config), file)) => metal_marlin::gather(config, stored, &shards, file)?,
+            Some((Quantization::CompressedTensors(config), file)) => {
+                compressed_tensors::gather(config, stored, &shards, file)?
             }
+            Some((Quantization::Gptq(config), file)) => gptq::gather(config, stored, &shards, file)?,
+            Some((Quantization::Awq(config), file)) => awq::gather(config, stored, &shards, file)?,
+            Some((Quantization::Fp8(config), file)) => fp8::gather(config, stored, &shards, file)?,
+            Some((Quantization::ModelOpt(config), file)) => modelopt::gather(config, stored, &shards, file)?,
             None => {
                 let plain = |(name, location)| (name, Entry::Plain(location));
                 Gathered { tensors: stored.into_iter().map(plain).collect(), notes: Vec::new() }
             }
         };
-        let (layout, quantization) = match quantization {
+        let (layout, quantization) = match quantization.map(|(quantization, _)| quantization) {
             Some(Quantization::Ours(config)) => (Some(Layout::MetalMarlin), Some(config)),
             Some(Quantization::CompressedTensors(_)) => (Some(Layout::CompressedTensors), None),
+            Some(Quantization::Gptq(_)) => (Some(Layout::Gptq), None),
+            Some(Quantization::Awq(_)) => (Some(Layout::Awq), None),
+            Some(Quantization::Fp8(_)) => (Some(Layout::Fp8), None),
+            Some(Quantization::ModelOpt(_)) => (Some(Layout::ModelOpt), None),
             None => (None, None),
         };
         let index = tensors.iter().enumerate().map(|(i, (name, _))| (name.clone(), i)).collect();

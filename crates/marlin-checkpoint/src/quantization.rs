@@ -6,14 +6,21 @@ use marlin_format::Scheme;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::CheckpointError;
-use crate::layouts::compressed_tensors;
+use crate::layouts::{awq, compressed_tensors, fp8, gptq, modelopt};
+use crate::source::Source;
+use crate::{CONFIG_FILE, CheckpointError};
 
 /// The `quant_method` of folders that this project writes.
 pub(crate) const METHOD: &str = "metal-marlin";
 const VERSION: u32 = 1;
 /// The `quant_method` of gpt-oss as published: its experts are ordinary tensors of bytes, which the family knows.
 const GPT_OSS_METHOD: &str = "mxfp4";
+/// What `auto-gptq` wrote before config.json had a `quantization_config`.
+const GPTQ_CONFIG_FILE: &str = "quantize_config.json";
+/// What `autoawq` wrote before.
+const AWQ_CONFIG_FILE: &str = "quant_config.json";
+/// What `nvidia-modelopt` wrote before.
+const MODELOPT_CONFIG_FILE: &str = "hf_quant_config.json";
 
 /// What a quantised folder of this project says about its packed matrices.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -94,22 +101,50 @@ impl QuantizationConfig {
 pub(crate) enum Quantization {
     Ours(QuantizationConfig),
     CompressedTensors(compressed_tensors::Config),
+    Gptq(gptq::Config),
+    Awq(awq::Config),
+    Fp8(fp8::Config),
+    ModelOpt(modelopt::Config),
 }
 
 impl Quantization {
-    /// Reads it from config.json; `None` for an unquantised model. `file` names config.json in messages.
-    pub(crate) fn read(config: &Value, file: &str) -> Result<Option<Self>, CheckpointError> {
+    /// Reads it from config.json, or from the file beside it that older folders have; `None` for an unquantised model.
+    /// Given back with the name of the file, in messages.
+    pub(crate) fn read(config: &Value, source: &Source) -> Result<Option<(Self, String)>, CheckpointError> {
         // Folders of 2024 have `compression_config`.
         let fields = ["quantization_config", "compression_config", "quantization"];
-        let Some(found) = fields.iter().find_map(|field| config.get(field)).filter(|found| !found.is_null()) else {
-            return Ok(None);
-        };
+        if let Some(found) = fields.iter().find_map(|field| config.get(field)).filter(|found| !found.is_null()) {
+            let file = source.label(CONFIG_FILE);
+            return Ok(Self::of(found, &file)?.map(|read| (read, file)));
+        }
+        let beside =
+            |name| Ok::<_, CheckpointError>(source.json::<Value>(name)?.map(|read| (read, source.label(name))));
+        if let Some((found, file)) = beside(GPTQ_CONFIG_FILE)? {
+            return Ok(Some((Self::Gptq(gptq::Config::read(&found, &file)?), file)));
+        }
+        if let Some((found, file)) = beside(AWQ_CONFIG_FILE)? {
+            return Ok(Some((Self::Awq(awq::Config::read(&found, &file)?), file)));
+        }
+        if let Some((found, file)) = beside(MODELOPT_CONFIG_FILE)? {
+            let found = found.get("quantization").unwrap_or(&Value::Null);
+            return Ok(Some((Self::ModelOpt(modelopt::Config::read(found, &file)?), file)));
+        }
+        Ok(None)
+    }
+
+    fn of(found: &Value, file: &str) -> Result<Option<Self>, CheckpointError> {
         let foreign =
             |layout: &str| CheckpointError::ForeignLayout { file: file.to_owned(), layout: layout.to_owned() };
         match found.get("quant_method").and_then(Value::as_str) {
             Some(METHOD) => QuantizationConfig::read(found, file).map(Self::Ours).map(Some),
             Some(compressed_tensors::METHOD) => {
                 compressed_tensors::Config::read(found, file).map(Self::CompressedTensors).map(Some)
+            }
+            Some(gptq::METHOD) => gptq::Config::read(found, file).map(Self::Gptq).map(Some),
+            Some(awq::METHOD) => awq::Config::read(found, file).map(Self::Awq).map(Some),
+            Some(fp8::METHOD | fp8::FBGEMM_METHOD) => fp8::Config::read(found, file).map(Self::Fp8).map(Some),
+            Some(method) if method.starts_with(modelopt::METHOD) => {
+                modelopt::Config::read(found, file).map(Self::ModelOpt).map(Some)
             }
             Some(GPT_OSS_METHOD) => Ok(None),
             Some(layout) => Err(foreign(layout)),

@@ -228,8 +228,8 @@ const CONFIG: &[Row] = &[
     ("a layer less", |m| m.config("layer_types", json!(["full_attention"])), &["layer_types", "found 1"]),
     (
         "quantised by others",
-        |m| m.config("quantization_config", json!({"quant_method": "gptq"})),
-        &["`gptq`", "not read yet", "unquantised"],
+        |m| m.config("quantization_config", json!({"quant_method": "bitsandbytes"})),
+        &["`bitsandbytes`", "not read yet", "unquantised"],
     ),
     (
         "quantised by nobody",

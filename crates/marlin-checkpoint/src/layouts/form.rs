@@ -4,6 +4,8 @@ use std::borrow::Cow;
 
 use marlin_format::bits;
 
+use super::reorder::Reorder;
+
 /// How stored bytes relate to those of the canonical order. Both directions expect buffers of the right length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Form {
@@ -28,6 +30,8 @@ pub(crate) enum Form {
     },
     /// The inverse of an f32.
     Inverse,
+    /// In the order of another package, which is only read.
+    Reordered(Reorder),
 }
 
 const WORD: usize = 4;
@@ -60,6 +64,7 @@ impl Form {
                 Cow::Owned(packed)
             }
             Self::Inverse => inverse(stored),
+            Self::Reordered(order) => Cow::Owned(order.decode(stored)),
         }
     }
 
@@ -94,6 +99,7 @@ impl Form {
                 Cow::Owned(stored)
             }
             Self::Inverse => inverse(canonical),
+            Self::Reordered(order) => unreachable!("no layout that is written has {order:?}"),
         }
     }
 }

@@ -1,14 +1,22 @@
 //! How packed matrices are spread over the tensors of a folder: our own layout, and those of others, one module each.
 
+mod activations;
+pub(crate) mod awq;
 pub(crate) mod compressed_tensors;
 mod form;
+pub(crate) mod fp8;
+pub(crate) mod gptq;
 pub(crate) mod metal_marlin;
+pub(crate) mod modelopt;
+mod pattern;
+mod reorder;
+mod sparse;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 
-use marlin_format::{FormatError, PackedMatrix, Scheme};
+use marlin_format::{ColumnOrder, FormatError, PackedMatrix, ScaleKind, Scheme};
 use safetensors::Dtype;
 use serde_json::Value;
 
@@ -23,6 +31,14 @@ pub enum Layout {
     MetalMarlin,
     /// That of the Python package `compressed-tensors`.
     CompressedTensors,
+    /// That of the Python packages `auto-gptq` and `gptqmodel`.
+    Gptq,
+    /// That of the Python package `autoawq`.
+    Awq,
+    /// FP8 as `transformers` and vLLM have it.
+    Fp8,
+    /// That of the Python package `nvidia-modelopt`.
+    ModelOpt,
 }
 
 impl Layout {
@@ -31,6 +47,10 @@ impl Layout {
         match self {
             Self::MetalMarlin => "metal-marlin",
             Self::CompressedTensors => "compressed-tensors",
+            Self::Gptq => gptq::METHOD,
+            Self::Awq => awq::METHOD,
+            Self::Fp8 => fp8::METHOD,
+            Self::ModelOpt => modelopt::METHOD,
         }
     }
 }
@@ -211,7 +231,36 @@ struct Stored<'s> {
     file: &'s str,
 }
 
-impl Stored<'_> {
+impl<'s> Stored<'s> {
+    /// Gathers what `linear` makes of every module `X` that has one of the tensors `X.mark` into `X.weight`; the other
+    /// tensors stay as they are.
+    fn gather(
+        tensors: Vec<(String, Location)>,
+        shards: &'s [Shard],
+        file: &'s str,
+        marks: &[&str],
+        mut linear: impl FnMut(&str, &mut Self) -> Result<PackedEntry, CheckpointError>,
+    ) -> Result<Vec<(String, Entry)>, CheckpointError> {
+        let order: Vec<String> = tensors.iter().map(|(name, _)| name.clone()).collect();
+        let mut stored = Self { tensors: tensors.into_iter().collect(), shards, file };
+        let mut packed = HashMap::new();
+        for name in &order {
+            let module = name.rsplit_once('.').and_then(|(module, part)| marks.contains(&part).then_some(module));
+            // What is no longer there belongs to a linear that is already gathered.
+            let Some(module) = module.filter(|_| stored.tensors.contains_key(name)) else { continue };
+            let (weight, entry) = (format!("{module}.weight"), linear(module, &mut stored)?);
+            if stored.tensors.contains_key(&weight) {
+                return Err(stored.malformed(format!("`{module}` is stored both quantised and as `{weight}`")));
+            }
+            packed.insert(name.as_str(), (weight, entry));
+        }
+        let entry = |name: &String| match packed.remove(name.as_str()) {
+            Some((weight, entry)) => Some((weight, Entry::Packed(entry))),
+            None => stored.tensors.remove(name).map(|location| (name.clone(), Entry::Plain(location))),
+        };
+        Ok(order.iter().filter_map(entry).collect())
+    }
+
     fn malformed(&self, problem: String) -> CheckpointError {
         CheckpointError::malformed(self.file, problem)
     }
@@ -227,6 +276,46 @@ impl Stored<'_> {
             Some(location) => Ok((name, location)),
             None => Err(self.malformed(format!("`{module}` is stored quantised, but the weights lack `{name}`"))),
         }
+    }
+
+    /// A part `name` that is not what it should be.
+    fn wrong_part(&self, name: &str, found: &Location, wanted: &str) -> CheckpointError {
+        let problem = format!("tensor `{name}` is {} {:?}; wanted {wanted}", found.dtype, found.shape);
+        CheckpointError::malformed(&self.shards[found.shard].label, problem)
+    }
+
+    /// How the scales in the tensor `part` of a module are stored, which may be in any float type.
+    fn float_scale(&self, module: &str, part: &str) -> Result<ScaleKind, CheckpointError> {
+        let (name, location) = self.require(module, part)?;
+        match location.dtype {
+            Dtype::F32 => Ok(ScaleKind::F32),
+            Dtype::F16 => Ok(ScaleKind::F16),
+            Dtype::BF16 => Ok(ScaleKind::Bf16),
+            _ => Err(self.wrong_part(&name, location, "F32, F16 or BF16")),
+        }
+    }
+
+    /// The order of columns that the index `name` gives, which need not be there. One is taken out that says what is so
+    /// without it: that columns are in groups in order.
+    fn column_order(&mut self, name: &str, cols: usize, scheme: &Scheme) -> Result<ColumnOrder, CheckpointError> {
+        let Some(location) = self.tensors.get(name) else { return Ok(ColumnOrder::Natural) };
+        if location.dtype != Dtype::I32 || location.shape != [cols] {
+            return Err(self.wrong_part(name, location, &format!("I32 [{cols}]")));
+        }
+        let (groups, group) = (scheme.groups_per_row(cols), scheme.group_cols(cols));
+        let mut natural = true;
+        for (col, bytes) in self.bytes(location).as_chunks().0.iter().enumerate() {
+            let found = i32::from_le_bytes(*bytes);
+            if !usize::try_from(found).is_ok_and(|found| found < groups) {
+                let problem = format!("tensor `{name}` puts column {col} into group {found} of {groups}");
+                return Err(CheckpointError::malformed(&self.shards[location.shard].label, problem));
+            }
+            natural &= found as usize == col / group;
+        }
+        if natural {
+            self.tensors.remove(name);
+        }
+        Ok(if natural { ColumnOrder::Natural } else { ColumnOrder::GroupIndex })
     }
 
     fn format_error(&self, tensor: &str, source: FormatError) -> CheckpointError {
@@ -247,11 +336,9 @@ impl Stored<'_> {
                 self.malformed(format!("tensor `{name}` is packed as {scheme}, but the weights lack `{}`", part.name))
             })?;
             if location.dtype != part.dtype || !same_shape(&location.shape, &part.shape) {
-                let problem = format!(
-                    "tensor `{}` is {} {:?}; wanted {} {:?} for `{name}` [{rows}, {cols}] packed as {scheme}",
-                    part.name, location.dtype, location.shape, part.dtype, part.shape
-                );
-                return Err(CheckpointError::malformed(&self.shards[location.shard].label, problem));
+                let (dtype, shape) = (part.dtype, part.shape);
+                let wanted = format!("{dtype} {shape:?} for `{name}` [{rows}, {cols}] packed as {scheme}");
+                return Err(self.wrong_part(&part.name, &location, &wanted));
             }
             if let Content::Buffer(buffer, form) = part.content {
                 buffers.push((buffer, form, location));
@@ -265,6 +352,17 @@ impl Stored<'_> {
 fn same_shape(a: &[usize], b: &[usize]) -> bool {
     let long = |shape: &&usize| **shape != 1;
     a.iter().filter(long).eq(b.iter().filter(long))
+}
+
+/// The type of one-level scales, and the bytes of one.
+fn scale_type(kind: ScaleKind) -> (Dtype, usize) {
+    match kind {
+        ScaleKind::F32 => (Dtype::F32, 4),
+        ScaleKind::F16 => (Dtype::F16, 2),
+        ScaleKind::Bf16 => (Dtype::BF16, 2),
+        ScaleKind::E4M3Global => (Dtype::F8_E4M3, 1),
+        _ => (Dtype::U8, 1),
+    }
 }
 
 /// The scheme of an ordinary (not packed) matrix of this type.

@@ -1,10 +1,12 @@
 //! Folders made by hand.
 #![allow(dead_code, reason = "each test binary uses some of it")]
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use marlin_checkpoint::{Checkpoint, Storage};
 use safetensors::{Dtype, tensor::TensorView};
 
 /// A tensor to put into a file.
@@ -50,4 +52,41 @@ pub(crate) fn assert_says(text: &str, words: &[&str]) {
     for word in words {
         assert!(text.contains(word), "{text:?} does not say {word:?}");
     }
+}
+
+/// A folder of `tests/goldens`.
+pub(crate) fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
+}
+
+/// What the package that made a golden decodes it to in f32.
+pub(crate) fn expected(golden: &Path) -> BTreeMap<String, Vec<f32>> {
+    let bytes = fs::read(golden.join("expected.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let floats = |bytes: &[u8]| bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    tensors.iter().map(|(name, view)| (name.to_owned(), floats(view.data()))).collect()
+}
+
+/// Opens a golden, all of whose tensors must be what the package decodes them to. (Zeros may have either sign.)
+#[track_caller]
+pub(crate) fn open_golden(name: &str) -> Checkpoint {
+    let (checkpoint, expected) = (Checkpoint::open(&golden(name)).unwrap(), expected(&golden(name)));
+    let mut names: Vec<&str> = checkpoint.tensor_names().collect();
+    names.sort_unstable();
+    assert_eq!(names, expected.keys().map(String::as_str).collect::<Vec<_>>());
+    for (name, wanted) in &expected {
+        let found = match *checkpoint.shape(name).unwrap() {
+            [len] => checkpoint.vector(name, len).unwrap(),
+            _ => checkpoint.matrix_any(name).unwrap().decode(),
+        };
+        assert_eq!(&found, wanted, "{name}");
+    }
+    checkpoint
+}
+
+/// Asserts how a matrix is packed.
+#[track_caller]
+pub(crate) fn assert_scheme(checkpoint: &Checkpoint, name: &str, scheme: &str) {
+    let Storage::Packed(found) = checkpoint.info(name).unwrap().storage else { panic!("{name} is not packed") };
+    assert_eq!(found.to_string(), scheme, "{name}");
 }

@@ -1,15 +1,11 @@
 //! The `quantization_config` of `compressed-tensors`.
 
-use fancy_regex::{Regex, RegexBuilder};
 use marlin_format::{Element, Grouping};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::CheckpointError;
-
-/// Memory and time that a pattern over names of modules may take; those in use take a hundredth.
-const PATTERN_BYTES: usize = 1 << 20;
-const PATTERN_STEPS: usize = 100_000;
+use crate::layouts::pattern::Pattern;
 
 /// How a folder says its linears are stored.
 pub(crate) struct Config {
@@ -33,7 +29,7 @@ enum Target {
     /// One, by its name.
     Name(String),
     /// Those whose name begins with a match.
-    Pattern(Regex),
+    Pattern(Pattern),
 }
 
 /// Where the codes are.
@@ -54,6 +50,9 @@ pub(super) enum Format {
     /// `weight`, E4M3; scales are powers of two.
     #[serde(rename = "mxfp8-quantized")]
     Mxfp8,
+    /// `weight_packed`, `scale_packed` and `meta`, 2:4 in the order of a kernel.
+    #[serde(rename = "marlin-24")]
+    Marlin24,
 }
 
 /// Codes and groups of a weight.
@@ -70,6 +69,7 @@ pub(super) struct Weights {
 struct RawConfig {
     #[serde(default)]
     format: Option<String>,
+    #[serde(default)]
     config_groups: Map<String, Value>,
     #[serde(default)]
     kv_cache_scheme: Value,
@@ -147,7 +147,7 @@ impl Config {
             return Err(foreign("transform_config (rotated weights)"));
         }
         match raw.sparsity_config.get("format").and_then(Value::as_str) {
-            None | Some("dense") => {}
+            None | Some("dense" | "sparse-24-bitmask") => {}
             Some(sparse) => return Err(foreign(sparse)),
         }
 
@@ -202,8 +202,7 @@ impl Config {
         }
         let named = |target: &Target| match target {
             Target::Name(name) => name == module,
-            // A pattern that backtracks without end counts as one that does not match.
-            Target::Pattern(pattern) => pattern.is_match(module).unwrap_or(false),
+            Target::Pattern(pattern) => pattern.matches(module),
             Target::Class => false,
         };
         let by_name = self.groups.iter().find(|group| group.targets.iter().any(named));
@@ -223,13 +222,7 @@ fn is_set(value: &Value) -> bool {
 impl Target {
     fn read(text: &str) -> Result<Self, String> {
         match text.strip_prefix("re:") {
-            // Python's `re.match` looks at the beginning only.
-            Some(pattern) => RegexBuilder::new(&format!("^(?:{pattern})"))
-                .delegate_size_limit(PATTERN_BYTES)
-                .backtrack_limit(PATTERN_STEPS)
-                .build()
-                .map(Self::Pattern)
-                .map_err(|e| format!("target `{text}` is no regular expression: {e}")),
+            Some(pattern) => Pattern::new(pattern).map(Self::Pattern).map_err(|problem| format!("target {problem}")),
             // Names of modules have dots, or are `lm_head`; names of classes are in camel case.
             None if text.starts_with(char::is_uppercase) => Ok(Self::Class),
             None => Ok(Self::Name(text.to_owned())),
@@ -245,6 +238,7 @@ impl RawWeights {
             // Whatever the range of the codes, they are stored as bytes.
             (Format::Bytes, RawKind::Int, 1..=8) if self.symmetric => Element::Int(8),
             (Format::Bytes, RawKind::Int, 1..=8) => Element::Uint(8),
+            (Format::Marlin24, RawKind::Int, bits @ (4 | 8)) if self.symmetric => Element::Int(bits as u8),
             (Format::Bytes | Format::Mxfp8, RawKind::Float, 8) if self.symmetric => Element::E4M3,
             (Format::Nvfp4 | Format::Mxfp4, RawKind::Float, 4) if self.symmetric => Element::E2M1,
             (_, kind, bits) => {
@@ -254,6 +248,9 @@ impl RawWeights {
             }
         };
         let grouping = self.grouping()?;
+        if format == Format::Marlin24 && !matches!(grouping, Grouping::Row | Grouping::Columns(128)) {
+            return Err(format!("groups of marlin-24 are rows or 128 columns, not {grouping}"));
+        }
         if !self.symmetric && grouping == Grouping::Tensor {
             return Err("asymmetric weights with one scale for the tensor are not read".to_owned());
         }

@@ -8,6 +8,7 @@
 //! scales; a power of two has an exact one.
 
 mod config;
+mod old;
 
 use std::collections::BTreeSet;
 
@@ -17,7 +18,7 @@ use serde_json::{Value, json};
 
 pub(crate) use self::config::Config;
 use self::config::{Format, Weights};
-use super::{Buffer, Content, Entry, Form, Gathered, Part, Stored};
+use super::{Buffer, Content, Form, Gathered, Part, Stored};
 use crate::CheckpointError;
 use crate::shard::{Location, Shard};
 
@@ -97,6 +98,7 @@ fn parts(module: &str, format: Format, scheme: &Scheme, rows: usize, cols: usize
         Format::Bytes | Format::Mxfp8 if scheme.element == Element::E4M3 => {
             part("weight", Dtype::F8_E4M3, vec![rows, cols], codes(Form::Same));
         }
+        Format::Marlin24 => return Err("marlin-24 is read only".to_owned()),
         Format::Bytes | Format::Mxfp8 => {
             part("weight", Dtype::I8, vec![rows, cols], codes(Form::TwosComplement));
         }
@@ -109,13 +111,7 @@ fn parts(module: &str, format: Format, scheme: &Scheme, rows: usize, cols: usize
             vec![rows.div_ceil(scheme.group_rows(rows)), groups]
         }
     };
-    let scale_type = match scheme.scale {
-        ScaleKind::F32 => Dtype::F32,
-        ScaleKind::F16 => Dtype::F16,
-        ScaleKind::Bf16 => Dtype::BF16,
-        ScaleKind::E4M3Global => Dtype::F8_E4M3,
-        _ => Dtype::U8,
-    };
+    let (scale_type, _) = super::scale_type(scheme.scale);
     part("weight_scale", scale_type, per_group, Content::Buffer(Buffer::Scales, Form::Same));
     if scheme.scale == ScaleKind::E4M3Global {
         part("weight_global_scale", Dtype::F32, vec![1], Content::Buffer(Buffer::Globals, Form::Inverse));
@@ -217,24 +213,8 @@ pub(crate) fn gather(
     shards: &[Shard],
     file: &str,
 ) -> Result<Gathered, CheckpointError> {
-    let order: Vec<String> = tensors.iter().map(|(name, _)| name.clone()).collect();
-    let mut stored = Stored { tensors: tensors.into_iter().collect(), shards, file };
-    let mut entries = Vec::with_capacity(order.len());
-    for name in order {
-        let module = name.rsplit_once('.').and_then(|(module, part)| part.starts_with("weight").then_some(module));
-        let quantised = |module: &&str| {
-            ["weight_packed", "weight_scale"]
-                .iter()
-                .any(|part| stored.tensors.contains_key(&format!("{module}.{part}")))
-        };
-        match module.filter(quantised) {
-            Some(module) => {
-                entries.push((format!("{module}.weight"), Entry::Packed(linear(config, module, &mut stored)?)))
-            }
-            // What is no longer there belongs to a linear that is already gathered.
-            None => entries.extend(stored.tensors.remove(&name).map(|location| (name, Entry::Plain(location)))),
-        }
-    }
+    let marks = ["weight_packed", "weight_scale", "compressed", "scale_packed"];
+    let mut entries = Stored::gather(tensors, shards, file, &marks, |module, stored| linear(config, module, stored))?;
     // What config.notes says is not followed need not be loaded either.
     entries.retain(|(name, _)| !config.ignores(name));
     Ok(Gathered { tensors: entries, notes: config.notes() })
@@ -243,18 +223,22 @@ pub(crate) fn gather(
 /// One quantised linear.
 fn linear(config: &Config, module: &str, stored: &mut Stored<'_>) -> Result<super::PackedEntry, CheckpointError> {
     let name = format!("{module}.weight");
+    if stored.tensors.contains_key(&format!("{module}.compressed")) {
+        return old::bitmask(config, module, stored);
+    }
     let group = config.group(module).map_err(|problem| stored.malformed(problem))?;
     let (format, weights) = (group.format, group.weights);
-    if stored.tensors.contains_key(&format!("{module}.weight_g_idx")) {
-        return Err(CheckpointError::ForeignLayout {
-            file: stored.file.to_owned(),
-            layout: format!("{METHOD}, columns in another order (`{module}.weight_g_idx`)"),
-        });
+    if format == Format::Marlin24 {
+        return old::marlin24(&weights, module, stored);
     }
     let [rows, cols] = shape(module, format, stored)?;
-    let scheme = scheme(module, format, &weights, stored)?;
-    let parts = parts(module, format, &scheme, rows, cols)
-        .map_err(|problem| stored.malformed(format!("tensor `{name}`: {problem}")))?;
+    let mut scheme = scheme(module, format, &weights, stored)?;
+    let malformed = |stored: &Stored<'_>, problem| stored.malformed(format!("tensor `{name}`: {problem}"));
+    let mut parts = parts(module, format, &scheme, rows, cols).map_err(|problem| malformed(stored, problem))?;
+    if format == Format::Packed {
+        old::pad(&mut parts, &scheme, [rows, cols], stored);
+        parts.extend(old::group_index(module, &mut scheme, cols, stored)?);
+    }
     let entry = stored.take(&name, scheme, [rows, cols], parts)?;
     // Some writers leave the zero points of symmetric weights in.
     if let Some(zeros) = stored.tensors.remove(&format!("{module}.weight_zero_point"))
@@ -270,29 +254,31 @@ fn linear(config: &Config, module: &str, stored: &mut Stored<'_>) -> Result<supe
 /// The unpacked shape of a linear.
 fn shape(module: &str, format: Format, stored: &Stored<'_>) -> Result<[usize; 2], CheckpointError> {
     let part = match format {
-        Format::Packed => "weight_shape",
+        Format::Packed => return sizes(module, "weight_shape", stored),
         Format::Bytes | Format::Mxfp8 => "weight",
-        Format::Nvfp4 | Format::Mxfp4 => "weight_packed",
+        Format::Nvfp4 | Format::Mxfp4 | Format::Marlin24 => "weight_packed",
     };
     let (name, location) = stored.require(module, part)?;
     let found = match (format, location.shape.as_slice()) {
-        (Format::Packed, [2]) if location.dtype == Dtype::I64 => {
-            let sizes = stored.bytes(location).as_chunks::<8>().0.iter();
-            let sizes: Option<Vec<usize>> = sizes.map(|bytes| i64::from_le_bytes(*bytes).try_into().ok()).collect();
-            sizes.and_then(|sizes| <[usize; 2]>::try_from(sizes).ok())
-        }
         (Format::Bytes | Format::Mxfp8, &[rows, cols]) => Some([rows, cols]),
         (Format::Nvfp4 | Format::Mxfp4, &[rows, pairs]) => pairs.checked_mul(2).map(|cols| [rows, cols]),
         _ => None,
     };
-    found.ok_or_else(|| {
-        let wanted = match format {
-            Format::Packed => "I64 [2] with two sizes",
-            _ => "a matrix",
-        };
-        let problem = format!("tensor `{name}` is {} {:?}; wanted {wanted}", location.dtype, location.shape);
-        CheckpointError::malformed(&stored.shards[location.shard].label, problem)
-    })
+    found.ok_or_else(|| stored.wrong_part(&name, location, "a matrix"))
+}
+
+/// The unpacked shape of a linear as a tensor of two numbers gives it.
+fn sizes(module: &str, part: &str, stored: &Stored<'_>) -> Result<[usize; 2], CheckpointError> {
+    let (name, location) = stored.require(module, part)?;
+    let sizes = match (location.dtype, location.shape.as_slice()) {
+        (Dtype::I64, [2] | [2, 1]) => {
+            let sizes = stored.bytes(location).as_chunks::<8>().0.iter();
+            let sizes: Option<Vec<usize>> = sizes.map(|bytes| i64::from_le_bytes(*bytes).try_into().ok()).collect();
+            sizes.and_then(|sizes| <[usize; 2]>::try_from(sizes).ok())
+        }
+        _ => None,
+    };
+    sizes.ok_or_else(|| stored.wrong_part(&name, location, "I64 [2] with two sizes"))
 }
 
 /// The scheme of a linear; integers and FP8 may have scales of any float type.
@@ -300,18 +286,7 @@ fn scheme(module: &str, format: Format, weights: &Weights, stored: &Stored<'_>) 
     let scale = match format {
         Format::Nvfp4 => ScaleKind::E4M3Global,
         Format::Mxfp4 | Format::Mxfp8 => ScaleKind::E8M0,
-        Format::Packed | Format::Bytes => {
-            let (name, location) = stored.require(module, "weight_scale")?;
-            match location.dtype {
-                Dtype::F32 => ScaleKind::F32,
-                Dtype::F16 => ScaleKind::F16,
-                Dtype::BF16 => ScaleKind::Bf16,
-                found => {
-                    let problem = format!("tensor `{name}` is {found}; wanted F32, F16 or BF16");
-                    return Err(CheckpointError::malformed(&stored.shards[location.shard].label, problem));
-                }
-            }
-        }
+        Format::Packed | Format::Bytes | Format::Marlin24 => stored.float_scale(module, "weight_scale")?,
     };
     let zero = if weights.asymmetric { ZeroKind::Integer } else { ZeroKind::None };
     Ok(Scheme { zero, ..Scheme::scaled(weights.element, weights.grouping, scale) })

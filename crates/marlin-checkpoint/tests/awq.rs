@@ -1,0 +1,77 @@
+//! Folders in the layout of AWQ: those of the package `autoawq`, and broken ones.
+
+mod common;
+
+use std::fs;
+
+use common::{Raw, assert_says, assert_scheme, folder, message, open_golden};
+use marlin_checkpoint::{Checkpoint, Dtype, Layout};
+use serde_json::{Value, json};
+
+#[test]
+fn folders_of_the_package_decode_as_there() {
+    let checkpoint = open_golden("awq/qwen3");
+    assert_eq!(checkpoint.layout(), Some(Layout::Awq));
+    assert_scheme(&checkpoint, "model.layers.0.mlp.down_proj.weight", "int4 g16");
+    assert_scheme(&checkpoint, "model.layers.0.self_attn.o_proj.weight", "int4-sym g16");
+    assert_scheme(&open_golden("awq/qwen3moe"), "model.layers.0.mlp.experts.3.up_proj.weight", "int4 g16");
+}
+
+/// Two columns of eight rows, 0 to 7 and 8 to 15, as one group.
+const CODES: Raw = ("x.qweight", Dtype::I32, &[2, 1], &[0x20, 0x64, 0x31, 0x75, 0xa8, 0xec, 0xb9, 0xfd]);
+const SCALES: Raw = (
+    "x.scales",
+    Dtype::BF16,
+    &[1, 8],
+    &[0x80, 0x3f, 0x80, 0x3f, 0x80, 0x3f, 0x80, 0x3f, 0x80, 0x3f, 0x80, 0x3f, 0x80, 0x3f, 0x80, 0x3f],
+);
+/// 0 to 7.
+const ZEROS: Raw = ("x.qzeros", Dtype::I32, &[1, 1], &[0x20, 0x64, 0x31, 0x75]);
+
+fn awq(bits: i64, group_size: i64) -> Value {
+    json!({"quant_method": "awq", "bits": bits, "group_size": group_size, "zero_point": true, "version": "GEMM"})
+}
+
+fn with_config(quantization: &Value, tensors: &[Raw]) -> tempfile::TempDir {
+    folder(&json!({"quantization_config": quantization}).to_string(), tensors)
+}
+
+#[test]
+fn a_linear_made_by_hand() {
+    let old = folder("{}", &[CODES, SCALES, ZEROS]);
+    let said = r#"{"zero_point": true, "q_group_size": 2, "w_bit": 4, "version": "GEMM"}"#;
+    fs::write(old.path().join("quant_config.json"), said).unwrap();
+    for folder in
+        [old, with_config(&awq(4, 2), &[CODES, SCALES, ZEROS]), with_config(&awq(4, -1), &[CODES, SCALES, ZEROS])]
+    {
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        assert_eq!(checkpoint.tensor_names().collect::<Vec<_>>(), ["x.weight"]);
+        assert_eq!(checkpoint.matrix("x.weight", 8, 2).unwrap().decode(), [0.0, 8.0].repeat(8));
+    }
+}
+
+#[test]
+fn broken_folders_say_what_is_wrong() {
+    let error = |quantization: &Value, tensors: &[Raw], words: &[&str]| {
+        assert_says(&message(Checkpoint::open(with_config(quantization, tensors).path()).unwrap_err()), words);
+    };
+    let all = [CODES, SCALES, ZEROS];
+    error(&awq(3, 2), &all, &["config.json", "bits is 3; wanted 4"]);
+    error(&awq(4, 0), &all, &["group_size is 0"]);
+    error(&awq(4, 1), &all, &["`x.scales` is BF16 [1, 8]; wanted BF16 [2, 8]"]);
+    error(&json!({"quant_method": "awq"}), &all, &["config.json", "missing field `bits`"]);
+    for version in ["gemv", "gemv_fast", "marlin"] {
+        let mut quantization = awq(4, 2);
+        quantization["version"] = json!(version);
+        error(&quantization, &all, &["awq, version", version, "not read yet"]);
+    }
+    error(&awq(4, 2), &[SCALES, ZEROS], &["lack `x.qweight`"]);
+    error(&awq(4, 2), &[CODES, ZEROS], &["lack `x.scales`"]);
+    error(&awq(4, 2), &[CODES, SCALES], &["lack `x.qzeros`"]);
+    let huge: Raw = ("x.qweight", Dtype::I32, &[0, usize::MAX], &[]);
+    error(&awq(4, 2), &[huge, SCALES, ZEROS], &["`x.qweight` is I32", "wanted a matrix"]);
+    let floats: Raw = ("x.qweight", Dtype::F32, &[2, 1], &[0; 8]);
+    error(&awq(4, 2), &[floats, SCALES, ZEROS], &["`x.qweight` is F32"]);
+    let narrow: Raw = ("x.scales", Dtype::F16, &[1, 4], &[0; 8]);
+    error(&awq(4, 2), &[CODES, narrow, ZEROS], &["`x.scales` is F16 [1, 4]; wanted F16 [1, 8]"]);
+}
