@@ -1,7 +1,7 @@
 //! Checkpoint folders in and out.
 //!
 //! [`Checkpoint`] opens a Hugging Face folder (config.json, safetensors by mmap, tokenizer, chat template, generation
-//! settings), a folder quantised by this project or one in the layout of `compressed-tensors`, and hands out matrices
+//! settings), a folder quantised by this project or one in the layout of `compressed-tensors` or MLX, and hands out matrices
 //! without copying them. [`CheckpointWriter`] writes quantised folders in either layout: crash-safe, resumable, one
 //! tensor in memory at a time. [`Gguf`] reads the files of llama.cpp. `docs/formats.md` describes the layouts to the bit.
 

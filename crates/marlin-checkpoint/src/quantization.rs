@@ -7,13 +7,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::CheckpointError;
-use crate::layouts::compressed_tensors;
+use crate::layouts::{compressed_tensors, mlx};
 
 /// The `quant_method` of folders that this project writes.
 pub(crate) const METHOD: &str = "metal-marlin";
 const VERSION: u32 = 1;
 /// The `quant_method` of gpt-oss as published: its experts are ordinary tensors of bytes, which the family knows.
 const GPT_OSS_METHOD: &str = "mxfp4";
+
+/// Fields of config.json that say how matrices are packed: the usual one, that of `compressed-tensors` in 2024, MLX's.
+pub(crate) const QUANTIZATION_FIELDS: [&str; 3] = ["quantization_config", "compression_config", "quantization"];
 
 /// What a quantised folder of this project says about its packed matrices.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -94,14 +97,17 @@ impl QuantizationConfig {
 pub(crate) enum Quantization {
     Ours(QuantizationConfig),
     CompressedTensors(compressed_tensors::Config),
+    Mlx(mlx::Config),
 }
 
 impl Quantization {
     /// Reads it from config.json; `None` for an unquantised model. `file` names config.json in messages.
     pub(crate) fn read(config: &Value, file: &str) -> Result<Option<Self>, CheckpointError> {
-        // Folders of 2024 have `compression_config`.
-        let fields = ["quantization_config", "compression_config", "quantization"];
-        let Some(found) = fields.iter().find_map(|field| config.get(field)).filter(|found| !found.is_null()) else {
+        if let Some(found) = mlx::Config::find(config) {
+            return mlx::Config::read(found, file).map(Self::Mlx).map(Some);
+        }
+        let found = QUANTIZATION_FIELDS.iter().find_map(|field| config.get(field));
+        let Some(found) = found.filter(|found| !found.is_null()) else {
             return Ok(None);
         };
         let foreign =
@@ -113,8 +119,6 @@ impl Quantization {
             }
             Some(GPT_OSS_METHOD) => Ok(None),
             Some(layout) => Err(foreign(layout)),
-            // MLX writes group_size and bits without naming itself.
-            None if found.get("group_size").is_some() => Err(foreign("mlx")),
             None => Err(CheckpointError::malformed(file, "quantization_config lacks quant_method")),
         }
     }

@@ -187,7 +187,6 @@ fn layouts_of_others_are_named() {
     for (config, layout) in [
         (r#"{"quantization_config": {"quant_method": "gptq", "bits": 4}}"#, "`gptq`"),
         (r#"{"quantization_config": {"quant_method": "awq"}}"#, "`awq`"),
-        (r#"{"quantization": {"group_size": 64, "bits": 4}}"#, "`mlx`"),
     ] {
         assert_says(&open_error(folder(config, &[]).path()), &["config.json", layout, "not read yet"]);
     }

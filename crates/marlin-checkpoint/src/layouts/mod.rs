@@ -3,6 +3,7 @@
 pub(crate) mod compressed_tensors;
 mod form;
 pub(crate) mod metal_marlin;
+pub(crate) mod mlx;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -23,6 +24,8 @@ pub enum Layout {
     MetalMarlin,
     /// That of the Python package `compressed-tensors`.
     CompressedTensors,
+    /// That of Apple's MLX, which `mlx-lm` writes.
+    Mlx,
 }
 
 impl Layout {
@@ -31,6 +34,7 @@ impl Layout {
         match self {
             Self::MetalMarlin => "metal-marlin",
             Self::CompressedTensors => "compressed-tensors",
+            Self::Mlx => "mlx",
         }
     }
 }
@@ -193,6 +197,8 @@ pub(crate) struct PackedEntry {
     pub(crate) rows: usize,
     pub(crate) cols: usize,
     pub(crate) buffers: Vec<(Buffer, Form, Location)>,
+    /// Buffers that are the same in every matrix of the layout and are not stored.
+    pub(crate) constants: Vec<(Buffer, &'static [u8])>,
 }
 
 /// The tensors of a checkpoint, parts of packed matrices gathered.
@@ -257,7 +263,7 @@ impl Stored<'_> {
                 buffers.push((buffer, form, location));
             }
         }
-        Ok(PackedEntry { scheme, rows, cols, buffers })
+        Ok(PackedEntry { scheme, rows, cols, buffers, constants: Vec::new() })
     }
 }
 

@@ -9,6 +9,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Value, json};
 
 use crate::layouts::{self, Buffer, Content as PartContent, Form, Part};
+use crate::quantization::QUANTIZATION_FIELDS;
 use crate::{CheckpointError, ExportLayout, weights};
 
 /// A tensor that will be written.
@@ -201,7 +202,7 @@ impl Plan {
                 problem: "the given config.json is no JSON object".to_owned(),
             });
         };
-        object.shift_remove("quantization_config");
+        QUANTIZATION_FIELDS.iter().for_each(|field| drop(object.shift_remove(*field)));
         let packed = |t: &PlannedTensor| t.packed().is_some();
         if self.tensors.iter().any(packed) {
             let described =
