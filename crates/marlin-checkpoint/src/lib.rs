@@ -24,7 +24,7 @@ mod writer;
 pub use checkpoint::{CONFIG_FILE, Checkpoint, SIDE_FILES, Storage, Tensor, TensorInfo};
 pub use error::CheckpointError;
 pub use generation_config::GenerationConfig;
-pub use gguf::{Gguf, GgufArray, GgufModel, GgufTensor, GgufType, GgufValue, GgufValueType};
+pub use gguf::{Gguf, GgufArray, GgufModel, GgufTensor, GgufType, GgufValue, GgufValueType, GgufWriter};
 pub use layouts::{ExportLayout, Layout};
 pub use memory::MemoryTensor;
 pub use quantization::{QuantizationConfig, QuantizedTensor};

@@ -16,6 +16,7 @@ use self::journal::{Journal, Record};
 use self::plan::Plan;
 pub use self::plan::PlannedTensor;
 use self::workspace::Workspace;
+pub(crate) use self::workspace::lock;
 use crate::{CheckpointError, ExportLayout, layouts, weights};
 
 const GIB: u64 = 1 << 30;
