@@ -32,4 +32,4 @@ pub use safetensors::Dtype;
 pub use stack::MatrixStack;
 pub use tokenizer::{TOKENIZER_FILE, Tokenizer, is_panic_caught};
 pub use weights::{INDEX_FILE, WEIGHTS_FILE, shards_of_index};
-pub use writer::{CheckpointWriter, PlannedTensor, WriterOptions};
+pub use writer::{CheckpointWriter, CompleteFolder, PlannedTensor, WriterOptions};

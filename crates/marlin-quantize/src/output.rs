@@ -1,11 +1,15 @@
 //! What a quantised model is written to.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use marlin_checkpoint::{
-    Checkpoint, CheckpointError, CheckpointWriter, Dtype, ExportLayout, GgufWriter, PlannedTensor, WriterOptions,
+    Checkpoint, CheckpointError, CheckpointWriter, CompleteFolder, Dtype, ExportLayout, GgufWriter, PlannedTensor,
+    WriterOptions,
 };
 use marlin_format::PackedMatrix;
+
+/// What a folder says of itself on the Hub.
+const CARD_FILE: &str = "README.md";
 
 /// A folder, or a GGUF file.
 pub(crate) enum Output {
@@ -71,9 +75,37 @@ impl Output {
         }
     }
 
-    pub(crate) fn finish(self) -> Result<(), CheckpointError> {
+    /// Whole, but not under its name yet.
+    pub(crate) fn complete(self) -> Result<Complete, CheckpointError> {
         match self {
-            Self::Folder(writer) => writer.finish(),
+            Self::Folder(writer) => writer.complete().map(Complete::Folder),
+            Self::Gguf(writer) => Ok(Complete::Gguf(writer)),
+        }
+    }
+}
+
+/// An output with all of its tensors.
+pub(crate) enum Complete {
+    Folder(CompleteFolder),
+    Gguf(Box<GgufWriter>),
+}
+
+impl Complete {
+    /// The folder to read; `None` of what no earlier run can have begun.
+    pub(crate) fn folder(&self) -> Option<PathBuf> {
+        match self {
+            Self::Folder(folder) => Some(folder.path()),
+            Self::Gguf(_) => None,
+        }
+    }
+
+    /// Adds a model card, where there is a folder to hold it, and gives the output its name.
+    pub(crate) fn publish(self, card: Option<String>) -> Result<(), CheckpointError> {
+        match self {
+            Self::Folder(folder) => {
+                card.iter().try_for_each(|card| folder.add(CARD_FILE, card.as_bytes()))?;
+                folder.publish()
+            }
             Self::Gguf(writer) => writer.finish(),
         }
     }

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use marlin_checkpoint::{Checkpoint, Dtype, ExportLayout, PlannedTensor, Storage, WriterOptions};
 use marlin_format::{EncodeOptions, PackedMatrix, ScaleSearch, Scheme};
@@ -24,12 +24,14 @@ pub struct QuantizeOptions<'a> {
     pub layout: ExportLayout,
     /// Called before each tensor and once at the end.
     pub progress: Option<&'a mut dyn FnMut(Progress<'_>)>,
+    /// Makes the model card (README.md) that the output folder gets.
+    pub card: Option<&'a dyn Fn(&Report) -> String>,
 }
 
 impl Default for QuantizeOptions<'_> {
     fn default() -> Self {
         let WriterOptions { sync_bytes, layout, .. } = WriterOptions::default();
-        Self { force: false, sync_bytes, layout, progress: None }
+        Self { force: false, sync_bytes, layout, progress: None, card: None }
     }
 }
 
@@ -195,9 +197,11 @@ fn run(
         }
         done += task.bytes;
     }
-    writer.finish()?;
+    let complete = writer.complete()?;
+    let report = report(source, complete.folder(), &tasks, errors, resumed)?;
+    complete.publish(options.card.map(|card| card(&report)))?;
     progress("", done);
-    report(source, out, &tasks, errors, resumed)
+    Ok(report)
 }
 
 /// The recipe with schemes as the layout stores them.
@@ -363,13 +367,13 @@ impl Task<'_> {
 
 fn report(
     source: &Checkpoint,
-    out: &Path,
+    output: Option<PathBuf>,
     tasks: &[Task<'_>],
     errors: Vec<Option<ErrorStats>>,
     resumed: usize,
 ) -> Result<Report, QuantizeError> {
     // What an earlier run wrote is compared with the source as it is read.
-    let output = (resumed > 0).then(|| Checkpoint::open(out)).transpose()?;
+    let output = output.filter(|_| resumed > 0).map(|folder| Checkpoint::open(&folder)).transpose()?;
     let mut matrices = Vec::new();
     for (task, error) in tasks.iter().zip(errors) {
         let Some((shape, scheme)) = task.matrix else { continue };

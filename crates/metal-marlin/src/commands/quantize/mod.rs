@@ -1,5 +1,6 @@
 //! `metal-marlin quantize`: a checkpoint in fewer bits.
 
+mod card;
 mod cold;
 mod exception;
 mod report;
@@ -44,7 +45,7 @@ Examples:
 
 Group sizes, where they are not given: fp4, int4, int4-sym and int8 128, int3 64, int2 32, fp8 row;
 mxfp4 always has 32 and nvfp4 16. Norms and biases are kept as they are. An interrupted run leaves
-OUT.partial; the same command goes on from there. All of it is done on the CPU: the result is the same
+OUT.partial; the same command goes on from there. A finished folder has a model card, README.md. All of it is done on the CPU: the result is the same
 whatever device it will run on.
 
 --sparse-24 keeps two of every four weights, those of largest magnitude. That saves a quarter of fp4's and
@@ -151,13 +152,16 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         // clap has seen to it that there is one of them.
         (None, None) => bail!("name a --format, or what to --fit"),
     };
+    let licence = card::licence_of(&checkpoint)?;
     let report = in_pool(args.threads, || {
+        let card = |report: &marlin_quantize::Report| card::card(&args, &recipe, &licence, report);
         let mut bar = Bar::bytes("Quantising");
         let mut progress = |progress: marlin_quantize::Progress<'_>| bar.set(progress.done, progress.total);
         let options = QuantizeOptions {
             force: args.force,
             layout: args.layout,
             progress: Some(&mut progress),
+            card: Some(&card),
             ..Default::default()
         };
         quantize(&checkpoint, &args.out, &recipe, options)
