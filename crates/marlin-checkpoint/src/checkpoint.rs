@@ -11,7 +11,7 @@ use marlin_format::{PackedMatrix, Scheme};
 use safetensors::Dtype;
 use serde_json::Value;
 
-use crate::layouts::{self, Entry, Gathered, Layout, awq, compressed_tensors, fp8, gptq, metal_marlin, modelopt};
+use crate::layouts::{self, Entry, Gathered, Layout, awq, compressed_tensors, fp8, gptq, metal_marlin, mlx, modelopt};
 use crate::memory::MemoryTensor;
 use crate::quantization::Quantization;
 use crate::shard::{Location, Shard};
@@ -36,7 +36,7 @@ pub const SIDE_FILES: [&str; 9] = [
     "generation_config.json",
 ];
 
-/// An opened model: a Hugging Face folder, a folder quantised by this project or in the layout of another package, files
+/// An opened model: a Hugging Face folder, a folder quantised by this project or in a layout that [`Layout`] names, files
 /// embedded in the program, or tensors made in memory.
 ///
 /// Weights of files are mapped, not read; matrices borrow from the map wherever their bytes are in canonical order there.
@@ -176,10 +176,9 @@ impl Checkpoint {
             Some((Quantization::Awq(config), file)) => awq::gather(config, stored, &shards, file)?,
             Some((Quantization::Fp8(config), file)) => fp8::gather(config, stored, &shards, file)?,
             Some((Quantization::ModelOpt(config), file)) => modelopt::gather(config, stored, &shards, file)?,
-            None => {
-                let plain = |(name, location)| (name, Entry::Plain(location));
-                Gathered { tensors: stored.into_iter().map(plain).collect(), notes: Vec::new() }
-            }
+            Some((Quantization::Mlx(config), file)) => mlx::gather(Some(config), stored, &shards, file)?,
+            // MLX has stacks in unquantised folders too, under names that no one else uses.
+            None => mlx::gather(None, stored, &shards, &config_label)?,
         };
         let (layout, quantization) = match quantization.map(|(quantization, _)| quantization) {
             Some(Quantization::Ours(config)) => (Some(Layout::MetalMarlin), Some(config)),
@@ -188,6 +187,7 @@ impl Checkpoint {
             Some(Quantization::Awq(_)) => (Some(Layout::Awq), None),
             Some(Quantization::Fp8(_)) => (Some(Layout::Fp8), None),
             Some(Quantization::ModelOpt(_)) => (Some(Layout::ModelOpt), None),
+            Some(Quantization::Mlx(_)) => (Some(Layout::Mlx), None),
             None => (None, None),
         };
         let index = tensors.iter().enumerate().map(|(i, (name, _))| (name.clone(), i)).collect();
@@ -315,6 +315,9 @@ impl Checkpoint {
                 let mut matrix = PackedMatrix::empty(packed.scheme, packed.rows, packed.cols);
                 for (buffer, form, location) in &packed.buffers {
                     buffer.set(&mut matrix, form.decode(self.bytes(location)));
+                }
+                for (buffer, bytes) in &packed.constants {
+                    buffer.set(&mut matrix, Cow::Borrowed(*bytes));
                 }
                 matrix
             }

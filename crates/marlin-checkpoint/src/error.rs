@@ -99,12 +99,13 @@ pub enum CheckpointError {
     },
     /// A scheme that the layout asked for does not have.
     #[error(
-        "the layout {layout} has no place for {scheme}; it takes int4, int4-sym and int8 in groups of columns or rows, \
-         fp8 a tensor, a row or a tile, mxfp4 and nvfp4; choose one of them, or the layout metal-marlin"
+        "the layout {layout} has no place for {scheme}; it takes {known}; choose one of them, or the layout metal-marlin"
     )]
     NoPlace {
         /// The layout.
         layout: &'static str,
+        /// What it has a place for.
+        known: &'static str,
         /// The scheme.
         scheme: Box<Scheme>,
     },

@@ -6,7 +6,7 @@ use marlin_format::Scheme;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::layouts::{awq, compressed_tensors, fp8, gptq, modelopt};
+use crate::layouts::{awq, compressed_tensors, fp8, gptq, mlx, modelopt};
 use crate::source::Source;
 use crate::{CONFIG_FILE, CheckpointError};
 
@@ -21,6 +21,9 @@ const GPTQ_CONFIG_FILE: &str = "quantize_config.json";
 const AWQ_CONFIG_FILE: &str = "quant_config.json";
 /// What `nvidia-modelopt` wrote before.
 const MODELOPT_CONFIG_FILE: &str = "hf_quant_config.json";
+
+/// Fields of config.json that say how matrices are packed: the usual one, that of `compressed-tensors` in 2024, MLX's.
+pub(crate) const QUANTIZATION_FIELDS: [&str; 3] = ["quantization_config", "compression_config", "quantization"];
 
 /// What a quantised folder of this project says about its packed matrices.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -105,15 +108,19 @@ pub(crate) enum Quantization {
     Awq(awq::Config),
     Fp8(fp8::Config),
     ModelOpt(modelopt::Config),
+    Mlx(mlx::Config),
 }
 
 impl Quantization {
     /// Reads it from config.json, or from the file beside it that older folders have; `None` for an unquantised model.
     /// Given back with the name of the file, in messages.
     pub(crate) fn read(config: &Value, source: &Source) -> Result<Option<(Self, String)>, CheckpointError> {
-        // Folders of 2024 have `compression_config`.
-        let fields = ["quantization_config", "compression_config", "quantization"];
-        if let Some(found) = fields.iter().find_map(|field| config.get(field)).filter(|found| !found.is_null()) {
+        if let Some(found) = mlx::Config::find(config) {
+            let file = source.label(CONFIG_FILE);
+            return Ok(Some((Self::Mlx(mlx::Config::read(found, &file)?), file)));
+        }
+        let found = QUANTIZATION_FIELDS.iter().find_map(|field| config.get(field));
+        if let Some(found) = found.filter(|found| !found.is_null()) {
             let file = source.label(CONFIG_FILE);
             return Ok(Self::of(found, &file)?.map(|read| (read, file)));
         }
@@ -148,8 +155,6 @@ impl Quantization {
             }
             Some(GPT_OSS_METHOD) => Ok(None),
             Some(layout) => Err(foreign(layout)),
-            // MLX writes group_size and bits without naming itself.
-            None if found.get("group_size").is_some() => Err(foreign("mlx")),
             None => Err(CheckpointError::malformed(file, "quantization_config lacks quant_method")),
         }
     }

@@ -187,7 +187,6 @@ fn layouts_of_others_are_named() {
     for (config, layout) in [
         (r#"{"quantization_config": {"quant_method": "bitsandbytes"}}"#, "`bitsandbytes`"),
         (r#"{"quantization_config": {"quant_method": "hqq"}}"#, "`hqq`"),
-        (r#"{"quantization": {"group_size": 64, "bits": 4}}"#, "`mlx`"),
     ] {
         assert_says(&open_error(folder(config, &[]).path()), &["config.json", layout, "not read yet"]);
     }

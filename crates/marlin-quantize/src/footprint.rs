@@ -1,5 +1,7 @@
 //! What a checkpoint's weights take.
 
+use std::iter::Sum;
+
 use marlin_checkpoint::Checkpoint;
 
 use crate::TensorRole;
@@ -20,18 +22,20 @@ pub struct Footprint {
 impl Footprint {
     /// Sums up a checkpoint's tensors.
     pub fn of(checkpoint: &Checkpoint) -> Self {
-        let mut sum = Self::default();
-        for name in checkpoint.tensor_names() {
-            let Some(info) = checkpoint.info(name) else { continue };
-            let weights = info.shape.iter().map(|&n| n as u64).product::<u64>();
-            sum.weights += weights;
-            sum.bytes += info.bytes;
-            if TensorRole::of(name, info.shape.len()) == TensorRole::DecoderLinear {
-                sum.linear_weights += weights;
-                sum.linear_bytes += info.bytes;
-            }
+        let of_tensor = |name: &str| {
+            let info = checkpoint.info(name)?;
+            let weights = info.shape.iter().map(|&n| n as u64).product();
+            Some(Self::of_tensor(TensorRole::of(name, info.shape.len()), weights, info.bytes))
+        };
+        checkpoint.tensor_names().filter_map(of_tensor).sum()
+    }
+
+    /// That of one tensor.
+    pub(crate) fn of_tensor(role: TensorRole, weights: u64, bytes: u64) -> Self {
+        match role {
+            TensorRole::DecoderLinear => Self { weights, bytes, linear_weights: weights, linear_bytes: bytes },
+            _ => Self { weights, bytes, ..Self::default() },
         }
-        sum
     }
 
     /// Bits a weight of the whole checkpoint takes.
@@ -42,6 +46,17 @@ impl Footprint {
     /// Bits a weight of the decoder linears takes.
     pub fn linear_bits_per_weight(&self) -> f64 {
         bits_per_weight(self.linear_bytes, self.linear_weights)
+    }
+}
+
+impl Sum for Footprint {
+    fn sum<I: Iterator<Item = Self>>(footprints: I) -> Self {
+        footprints.fold(Self::default(), |sum, other| Self {
+            weights: sum.weights + other.weights,
+            bytes: sum.bytes + other.bytes,
+            linear_weights: sum.linear_weights + other.linear_weights,
+            linear_bytes: sum.linear_bytes + other.linear_bytes,
+        })
     }
 }
 

@@ -10,6 +10,7 @@ mod evaluate;
 mod fit;
 mod footprint;
 mod moe;
+mod output;
 mod quantize;
 mod recipe;
 mod role;

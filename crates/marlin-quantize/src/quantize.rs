@@ -4,13 +4,14 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use marlin_checkpoint::{Checkpoint, CheckpointWriter, Dtype, ExportLayout, PlannedTensor, Storage, WriterOptions};
+use marlin_checkpoint::{Checkpoint, Dtype, ExportLayout, PlannedTensor, Storage, WriterOptions};
 use marlin_format::{EncodeOptions, PackedMatrix, ScaleSearch, Scheme};
 
 use crate::encode_matrix::{encode_matrix, matrix_error};
 use crate::moe::{ExpertMatrix, ExpertTensors, MoeLayer, expert_matrix, find_moe_layers};
+use crate::output::Output;
 use crate::{ErrorStats, Footprint, QuantizeError, Recipe, TensorRole};
 
 /// What a run may do and how it reports.
@@ -23,12 +24,14 @@ pub struct QuantizeOptions<'a> {
     pub layout: ExportLayout,
     /// Called before each tensor and once at the end.
     pub progress: Option<&'a mut dyn FnMut(Progress<'_>)>,
+    /// Makes the model card (README.md) that the output folder gets.
+    pub card: Option<&'a dyn Fn(&Report) -> String>,
 }
 
 impl Default for QuantizeOptions<'_> {
     fn default() -> Self {
         let WriterOptions { sync_bytes, layout, .. } = WriterOptions::default();
-        Self { force: false, sync_bytes, layout, progress: None }
+        Self { force: false, sync_bytes, layout, progress: None, card: None }
     }
 }
 
@@ -78,6 +81,8 @@ struct Task<'a> {
     name: Cow<'a, str>,
     role: TensorRole,
     from: Origin<'a>,
+    weights: u64,
+    /// Of the source.
     bytes: u64,
     /// Shape and storage of a matrix that is encoded; `None` keeps the tensor.
     matrix: Option<([usize; 2], Scheme)>,
@@ -110,11 +115,11 @@ impl Assignment {
     }
 }
 
-/// Writes `source` to the folder `out` in the formats of `recipe`, and reports the error of every matrix.
+/// Writes `source` to the folder (or GGUF file) `out` in the formats of `recipe`, and reports the error of every matrix.
 ///
 /// Weights are decoded, encoded and compared in slices of rows on rayon's current thread pool; memory stays near one tensor.
 /// The output is the same to the byte whatever the number of threads, and whether or not a run was interrupted: the same call goes on where
-/// the earlier one stopped.
+/// the earlier one stopped. (A GGUF file is begun anew.)
 ///
 /// # Errors
 /// The source is quantised already, holds NaN or infinity, has no decoder linears known here; the output cannot be written (see
@@ -165,8 +170,7 @@ fn run(
         ..WriterOptions::default()
     };
     let planned = tasks.iter().map(|task| task.planned.clone()).collect();
-    let mut writer =
-        CheckpointWriter::create(out, planned, source.config().clone(), source.side_files()?, &writer_options)?;
+    let mut writer = Output::create(out, planned, source, &writer_options)?;
 
     let encode = EncodeOptions { search, power_of_two_global: layout.stores_inverse_globals() };
     let resumed = writer.resumed();
@@ -193,11 +197,11 @@ fn run(
         }
         done += task.bytes;
     }
-    writer.finish()?;
+    let complete = writer.complete()?;
+    let report = report(source, complete.folder(), &tasks, errors, resumed)?;
+    complete.publish(options.card.map(|card| card(&report)))?;
     progress("", done);
-
-    let output = Checkpoint::open(out)?;
-    report(source, &output, &tasks, errors, resumed)
+    Ok(report)
 }
 
 /// The recipe with schemes as the layout stores them.
@@ -206,6 +210,7 @@ fn in_layout(recipe: &Recipe, layout: ExportLayout) -> Result<Recipe, QuantizeEr
         Some(scheme) if !scheme.is_dense() && !layout.packs_embeddings() => {
             return Err(QuantizeError::EmbeddingNotPacked { layout, scheme: scheme.to_string() });
         }
+        Some(scheme) if !scheme.is_dense() => Some(layout.scheme(scheme)?),
         other => other,
     };
     let exceptions = recipe.exceptions.iter().map(|(name, scheme)| Ok((name.clone(), layout.scheme(*scheme)?)));
@@ -242,7 +247,8 @@ fn plan<'a>(
             }
             _ => (None, PlannedTensor::raw(name, dtype, info.shape.clone())),
         };
-        tasks.push(Task { name: name.into(), role, from: Origin::Same, bytes: info.bytes, matrix, planned });
+        let weights = info.shape.iter().map(|&n| n as u64).product();
+        tasks.push(Task { name: name.into(), role, from: Origin::Same, weights, bytes: info.bytes, matrix, planned });
     }
     if !tasks.iter().any(|task| task.role == TensorRole::DecoderLinear) {
         return Err(QuantizeError::nothing_to_quantize(source));
@@ -277,6 +283,7 @@ fn matrices_of_experts<'a>(
         Some(Task {
             role: TensorRole::of(&name, 2),
             from: Origin::Expert(layer, expert, matrix),
+            weights: (rows * cols) as u64,
             bytes: bytes / (experts * matrices.len()) as u64,
             matrix: Some(([rows, cols], scheme)),
             planned: PlannedTensor::matrix(&name, rows, cols, scheme),
@@ -318,7 +325,7 @@ fn write(
     source: &Checkpoint,
     task: &Task<'_>,
     encode: &EncodeOptions,
-    writer: &mut CheckpointWriter,
+    writer: &mut Output,
 ) -> Result<Option<ErrorStats>, QuantizeError> {
     let name = &task.name;
     let Some((_, scheme)) = task.matrix else {
@@ -343,6 +350,12 @@ pub(crate) fn encode_error(source: &Checkpoint, tensor: &str, error: marlin_form
 }
 
 impl Task<'_> {
+    /// What the tensor takes in the output.
+    fn footprint(&self) -> Footprint {
+        let packed = self.matrix.and_then(|([rows, cols], scheme)| scheme.packed_bytes(rows, cols).ok());
+        Footprint::of_tensor(self.role, self.weights, packed.map_or(self.bytes, |bytes| bytes as u64))
+    }
+
     /// The matrix before it is encoded.
     fn source<'a>(&self, source: &'a Checkpoint) -> Result<PackedMatrix<'a>, QuantizeError> {
         match self.from {
@@ -354,17 +367,20 @@ impl Task<'_> {
 
 fn report(
     source: &Checkpoint,
-    output: &Checkpoint,
+    output: Option<PathBuf>,
     tasks: &[Task<'_>],
     errors: Vec<Option<ErrorStats>>,
     resumed: usize,
 ) -> Result<Report, QuantizeError> {
+    // What an earlier run wrote is compared with the source as it is read.
+    let output = output.filter(|_| resumed > 0).map(|folder| Checkpoint::open(&folder)).transpose()?;
     let mut matrices = Vec::new();
     for (task, error) in tasks.iter().zip(errors) {
         let Some((shape, scheme)) = task.matrix else { continue };
-        let error = match error {
-            Some(error) => error,
-            None => matrix_error(&task.source(source)?, &output.matrix_any(&task.name)?),
+        let error = match (error, &output) {
+            (Some(error), _) => error,
+            (None, Some(output)) => matrix_error(&task.source(source)?, &output.matrix_any(&task.name)?),
+            (None, None) => unreachable!("a matrix that this run did not encode was encoded by an earlier one"),
         };
         matrices.push(MatrixReport { name: task.name.to_string(), role: task.role, shape, scheme, error });
     }
@@ -374,6 +390,6 @@ fn report(
         kept: unknown.map(|task| task.name.to_string()).collect(),
         resumed,
         before: Footprint::of(source),
-        after: Footprint::of(output),
+        after: tasks.iter().map(Task::footprint).sum(),
     })
 }

@@ -109,6 +109,40 @@ fn quantize_prunes_two_of_four() {
 }
 
 #[test]
+fn a_quantised_folder_has_a_model_card() {
+    let folder = Folder::new();
+    let out = folder.path("small");
+    let layout = ["--group-size", "row", "--layout", "compressed-tensors", "--json"];
+    json(&[&["quantize", &tiny(), &out, "--format", "int4"], &layout[..]].concat());
+    let card = fs::read_to_string(Path::new(&out).join("README.md")).unwrap();
+    for words in ["---\n", "library_name: transformers\n", " in int4 row", "| self_attn.q_proj |", "vllm serve"] {
+        assert!(card.contains(words), "{words}: {card}");
+    }
+    assert!(!card.contains("base_model") && !card.contains("license"), "{card}");
+
+    // The licence is that of the source's card.
+    let source = folder.path("source");
+    fs::create_dir(&source).unwrap();
+    for file in fs::read_dir(tiny()).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file()) {
+        fs::copy(&file, Path::new(&source).join(file.file_name().unwrap())).unwrap();
+    }
+    fs::write(Path::new(&source).join("README.md"), "---\nlicense: mit\n---\n# Source\n").unwrap();
+    let out = folder.path("ours");
+    json(&["quantize", &source, &out, "--format", "fp4", "--json"]);
+    let card = fs::read_to_string(Path::new(&out).join("README.md")).unwrap();
+    assert!(card.starts_with("---\nlicense: mit\nlibrary_name: metal-marlin\n"), "{card}");
+    assert!(card.contains("# source in fp4 g128\n"), "{card}");
+}
+
+#[test]
+fn quantize_writes_one_file_for_llama_cpp() {
+    let folder = Folder::new();
+    let out = folder.path("tiny.gguf");
+    let error = failure(&["quantize", &tiny(), &out, "--format", "int4", "--layout", "gguf"]);
+    assert!(error.contains("gguf has no place for int4 g32") && !Path::new(&out).exists(), "{error}");
+}
+
+#[test]
 fn quantize_writes_the_layout_of_other_engines() {
     let folder = Folder::new();
     let out = folder.path("out");
@@ -146,7 +180,7 @@ fn quantize_says_what_is_wrong() {
         &["quantize", "model", "out", "--format", "fp5"],
         &["quantize", "model", "out", "--format", "bf16"],
         &["quantize", "model", "out", "--bits", "9"],
-        &["quantize", "model", "out", "--bits", "4", "--layout", "gptq"],
+        &["quantize", "model", "out", "--bits", "4", "--layout", "awq"],
         &["quantize", "model", "out", "--format", "fp4", "--group-size", "0"],
         &["quantize", "model", "out", "--format", "fp4", "--threads", "1000000"],
     ] {

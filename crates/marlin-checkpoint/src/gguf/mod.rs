@@ -12,6 +12,7 @@ mod header;
 mod model;
 mod types;
 mod value;
+mod writer;
 
 #[cfg(test)]
 mod tests;
@@ -25,6 +26,8 @@ use marlin_format::PackedMatrix;
 pub use model::GgufModel;
 pub use types::GgufType;
 pub use value::{GgufArray, GgufValue, GgufValueType};
+pub use writer::GgufWriter;
+pub(crate) use writer::written_scheme;
 
 use self::cursor::Cursor;
 use self::header::Header;

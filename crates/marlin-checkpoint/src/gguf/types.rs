@@ -101,6 +101,11 @@ impl GgufType {
         }
     }
 
+    /// The number in files.
+    pub(super) const fn id(self) -> u32 {
+        self.row().0
+    }
+
     /// The type with this number.
     pub(super) fn from_id(id: u32) -> Result<Self, String> {
         if let Some(found) = Self::ALL.into_iter().find(|known| known.row().0 == id) {

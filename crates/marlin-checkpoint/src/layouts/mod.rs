@@ -6,7 +6,9 @@ pub(crate) mod compressed_tensors;
 mod form;
 pub(crate) mod fp8;
 pub(crate) mod gptq;
+mod gptq_export;
 pub(crate) mod metal_marlin;
+pub(crate) mod mlx;
 pub(crate) mod modelopt;
 mod pattern;
 mod reorder;
@@ -21,8 +23,9 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 pub(crate) use self::form::Form;
+use self::gptq_export::Transposed;
 use crate::shard::{Location, Shard};
-use crate::{CheckpointError, QuantizationConfig};
+use crate::{CheckpointError, QuantizationConfig, gguf};
 
 /// How the packed matrices of an opened checkpoint are laid out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -39,6 +42,8 @@ pub enum Layout {
     Fp8,
     /// That of the Python package `nvidia-modelopt`.
     ModelOpt,
+    /// That of Apple's MLX, which `mlx-lm` writes.
+    Mlx,
 }
 
 impl Layout {
@@ -51,6 +56,7 @@ impl Layout {
             Self::Awq => awq::METHOD,
             Self::Fp8 => fp8::METHOD,
             Self::ModelOpt => modelopt::METHOD,
+            Self::Mlx => "mlx",
         }
     }
 }
@@ -61,7 +67,10 @@ impl fmt::Display for Layout {
     }
 }
 
-/// How the packed matrices of a written folder are laid out.
+/// Why a folder has no matrices of GGUF.
+const NO_FOLDER: &str = "GGUF is one file, not a folder";
+
+/// How the packed matrices of a written model are laid out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum ExportLayout {
     /// This project's own, which holds every scheme (`docs/formats.md`).
@@ -69,22 +78,23 @@ pub enum ExportLayout {
     MetalMarlin,
     /// That of the Python package `compressed-tensors`, which vLLM and `transformers` read.
     CompressedTensors,
+    /// That of GPTQ, which `transformers`, GPTQModel and vLLM read.
+    Gptq,
+    /// One file for llama.cpp, which [`crate::GgufWriter`] writes instead of a folder.
+    Gguf,
 }
 
 impl ExportLayout {
     /// All layouts that are written.
-    pub const ALL: [ExportLayout; 2] = [Self::MetalMarlin, Self::CompressedTensors];
+    pub const ALL: [ExportLayout; 4] = [Self::MetalMarlin, Self::CompressedTensors, Self::Gptq, Self::Gguf];
 
-    /// The name users give it, which is that of the [`Layout`] it is read as.
+    /// The name users give it.
     pub const fn name(self) -> &'static str {
-        self.layout().name()
-    }
-
-    /// What it is read as.
-    pub const fn layout(self) -> Layout {
         match self {
-            Self::MetalMarlin => Layout::MetalMarlin,
-            Self::CompressedTensors => Layout::CompressedTensors,
+            Self::MetalMarlin => Layout::MetalMarlin.name(),
+            Self::CompressedTensors => Layout::CompressedTensors.name(),
+            Self::Gptq => gptq_export::METHOD,
+            Self::Gguf => "gguf",
         }
     }
 
@@ -97,12 +107,14 @@ impl ExportLayout {
         match self {
             Self::MetalMarlin => Ok(scheme),
             Self::CompressedTensors => compressed_tensors::written_scheme(scheme),
+            Self::Gptq => gptq_export::written_scheme(scheme),
+            Self::Gguf => gguf::written_scheme(scheme),
         }
     }
 
     /// Whether embedding and head may be packed as well.
     pub const fn packs_embeddings(self) -> bool {
-        matches!(self, Self::MetalMarlin)
+        matches!(self, Self::MetalMarlin | Self::Gguf)
     }
 
     /// Whether the f32 of NVFP4 matrices must be a power of two, because the layout stores its inverse.
@@ -117,15 +129,23 @@ impl ExportLayout {
                 metal_marlin::parts(name, scheme, rows, cols).map_err(|source| format!("tensor `{name}`: {source}"))
             }
             Self::CompressedTensors => compressed_tensors::written_parts(name, scheme, rows, cols),
+            Self::Gptq => gptq_export::written_parts(name, scheme, rows, cols),
+            Self::Gguf => Err(NO_FOLDER.to_owned()),
         }
     }
 
-    /// The `quantization_config` of a folder with these packed and these plain matrices.
-    pub(crate) fn quantization_config(self, packed: &[(&str, Scheme, [usize; 2])], plain: &[&str]) -> Value {
+    /// The `quantization_config` of a folder with these packed and these plain matrices; the error says why there is none.
+    pub(crate) fn quantization_config(
+        self,
+        packed: &[(&str, Scheme, [usize; 2])],
+        plain: &[&str],
+    ) -> Result<Value, String> {
         match self {
-            Self::MetalMarlin => serde_json::to_value(QuantizationConfig::describe(packed.iter().copied()))
-                .expect("plain data becomes JSON"),
-            Self::CompressedTensors => compressed_tensors::written_config(packed, plain),
+            Self::MetalMarlin => Ok(serde_json::to_value(QuantizationConfig::describe(packed.iter().copied()))
+                .expect("plain data becomes JSON")),
+            Self::CompressedTensors => Ok(compressed_tensors::written_config(packed, plain)),
+            Self::Gptq => gptq_export::written_config(packed, plain),
+            Self::Gguf => Err(NO_FOLDER.to_owned()),
         }
     }
 }
@@ -186,6 +206,8 @@ pub(crate) struct Part {
 pub(crate) enum Content {
     /// A buffer of the matrix, in some form.
     Buffer(Buffer, Form),
+    /// A buffer of the matrix as GPTQ has it.
+    Transposed(Transposed),
     /// These bytes, which follow from scheme and shape.
     Fixed(Vec<u8>),
 }
@@ -195,6 +217,7 @@ impl Content {
     pub(crate) fn bytes<'m>(&'m self, matrix: &'m PackedMatrix<'_>) -> Cow<'m, [u8]> {
         match self {
             Self::Buffer(buffer, form) => form.encode(buffer.of(matrix)),
+            Self::Transposed(transposed) => transposed.bytes(matrix),
             Self::Fixed(bytes) => Cow::Borrowed(bytes),
         }
     }
@@ -213,6 +236,8 @@ pub(crate) struct PackedEntry {
     pub(crate) rows: usize,
     pub(crate) cols: usize,
     pub(crate) buffers: Vec<(Buffer, Form, Location)>,
+    /// Buffers that are the same in every matrix of the layout and are not stored.
+    pub(crate) constants: Vec<(Buffer, &'static [u8])>,
 }
 
 /// The tensors of a checkpoint, parts of packed matrices gathered.
@@ -344,7 +369,7 @@ impl<'s> Stored<'s> {
                 buffers.push((buffer, form, location));
             }
         }
-        Ok(PackedEntry { scheme, rows, cols, buffers })
+        Ok(PackedEntry { scheme, rows, cols, buffers, constants: Vec::new() })
     }
 }
 

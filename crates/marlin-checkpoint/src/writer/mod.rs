@@ -6,7 +6,7 @@ mod workspace;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use marlin_format::PackedMatrix;
 use safetensors::Dtype;
@@ -16,6 +16,7 @@ use self::journal::{Journal, Record};
 use self::plan::Plan;
 pub use self::plan::PlannedTensor;
 use self::workspace::Workspace;
+pub(crate) use self::workspace::lock;
 use crate::{CheckpointError, ExportLayout, layouts, weights};
 
 const GIB: u64 = 1 << 30;
@@ -179,7 +180,15 @@ impl CheckpointWriter {
     /// # Errors
     /// A planned tensor is missing, or the output has come to exist meanwhile. Nothing is lost then: the unfinished
     /// folder stays.
-    pub fn finish(mut self) -> Result<(), CheckpointError> {
+    pub fn finish(self) -> Result<(), CheckpointError> {
+        self.complete()?.publish()
+    }
+
+    /// Completes the folder, which can then be read, and does not rename it yet.
+    ///
+    /// # Errors
+    /// A planned tensor is missing.
+    pub fn complete(mut self) -> Result<CompleteFolder, CheckpointError> {
         if let Some(missing) = self.done.iter().position(|done| !done) {
             let name = &self.plan.tensors()[missing].name;
             return Err(self.problem(format!("tensor `{name}` has not been written")));
@@ -190,14 +199,10 @@ impl CheckpointWriter {
             files.push((weights::INDEX_FILE.to_owned(), pretty(&index)));
         }
         files.push(("config.json".to_owned(), pretty(&self.config)));
-        for (name, bytes) in &files {
-            let path = self.workspace.model_file(name);
-            File::create(&path)
-                .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-                .map_err(|e| write_error(&path, bytes.len() as u64, e))?;
-        }
         drop(self.files);
-        self.workspace.publish()
+        let folder = CompleteFolder { workspace: self.workspace };
+        files.iter().try_for_each(|(name, bytes)| folder.add(name, bytes))?;
+        Ok(folder)
     }
 
     /// A planned tensor that is yet to be written.
@@ -254,6 +259,39 @@ impl CheckpointWriter {
 
     fn problem(&self, problem: String) -> CheckpointError {
         CheckpointError::Plan { path: self.workspace.out.clone(), problem }
+    }
+}
+
+/// A folder that lacks nothing but its name; see [`CheckpointWriter::complete`]. Dropped, it can be resumed like any
+/// other.
+#[derive(Debug)]
+pub struct CompleteFolder {
+    workspace: Workspace,
+}
+
+impl CompleteFolder {
+    /// Where it is.
+    pub fn path(&self) -> PathBuf {
+        self.workspace.model()
+    }
+
+    /// Adds a small file, or replaces it.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn add(&self, name: &str, bytes: &[u8]) -> Result<(), CheckpointError> {
+        let path = self.workspace.model_file(name);
+        File::create(&path)
+            .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
+            .map_err(|e| write_error(&path, bytes.len() as u64, e))
+    }
+
+    /// Renames it to the output.
+    ///
+    /// # Errors
+    /// The output has come to exist meanwhile.
+    pub fn publish(self) -> Result<(), CheckpointError> {
+        self.workspace.publish()
     }
 }
 

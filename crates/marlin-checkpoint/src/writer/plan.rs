@@ -9,6 +9,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Value, json};
 
 use crate::layouts::{self, Buffer, Content as PartContent, Form, Part};
+use crate::quantization::QUANTIZATION_FIELDS;
 use crate::{CheckpointError, ExportLayout, weights};
 
 /// A tensor that will be written.
@@ -41,7 +42,7 @@ impl PlannedTensor {
     }
 
     /// Scheme and shape, if it is packed.
-    pub(super) fn packed(&self) -> Option<(Scheme, [usize; 2])> {
+    pub(crate) fn packed(&self) -> Option<(Scheme, [usize; 2])> {
         match self.content {
             Content::Matrix { rows, cols, scheme } => Some((scheme, [rows, cols])),
             Content::Raw { .. } => None,
@@ -49,7 +50,7 @@ impl PlannedTensor {
     }
 
     /// Type and shape, if it is not packed.
-    pub(super) fn raw_content(&self) -> Option<(Dtype, &[usize])> {
+    pub(crate) fn raw_content(&self) -> Option<(Dtype, &[usize])> {
         match &self.content {
             Content::Matrix { .. } => None,
             Content::Raw { dtype, shape } => Some((*dtype, shape)),
@@ -201,7 +202,7 @@ impl Plan {
                 problem: "the given config.json is no JSON object".to_owned(),
             });
         };
-        object.shift_remove("quantization_config");
+        QUANTIZATION_FIELDS.iter().for_each(|field| drop(object.shift_remove(*field)));
         let packed = |t: &PlannedTensor| t.packed().is_some();
         if self.tensors.iter().any(packed) {
             let described =
@@ -210,6 +211,7 @@ impl Plan {
             let described: Vec<_> = described.collect();
             let plain: Vec<&str> = plain.map(|t| t.name.as_str()).collect();
             let described = self.layout.quantization_config(&described, &plain);
+            let described = described.map_err(|problem| CheckpointError::Plan { path: path.to_path_buf(), problem })?;
             object.insert("quantization_config".to_owned(), described);
         }
         Ok(config)

@@ -40,7 +40,7 @@ impl Workspace {
         partial.push(".partial");
         let folder = parent.join(partial);
         fs::create_dir_all(&folder).map_err(CheckpointError::io("create", &folder))?;
-        let lock = lock(&folder)?;
+        let lock = lock(&folder.join("lock"), &folder)?;
         let workspace = Self { out, folder, force, _lock: lock };
         workspace.refuse_foreign_entries()?;
         workspace.recover()?;
@@ -152,23 +152,23 @@ fn check_output(out: &Path, force: bool) -> Result<(), CheckpointError> {
     if found.is_dir() && (is_model() || is_empty()) { Ok(()) } else { Err(CheckpointError::NotAModel { path }) }
 }
 
-fn lock(folder: &Path) -> Result<File, CheckpointError> {
-    let path = folder.join("lock");
+/// Opens or makes the file `path` and locks it until it is dropped. `work` names what it stands for in messages.
+pub(crate) fn lock(path: &Path, work: &Path) -> Result<File, CheckpointError> {
     let file = OpenOptions::new()
         .create(true)
         .truncate(false)
         .write(true)
-        .open(&path)
-        .map_err(CheckpointError::io("create", &path))?;
-    let locked = || CheckpointError::Locked { path: folder.to_path_buf() };
+        .open(path)
+        .map_err(CheckpointError::io("create", path))?;
+    let locked = || CheckpointError::Locked { path: work.to_path_buf() };
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => return Err(locked()),
-        Err(TryLockError::Error(e)) => return Err(CheckpointError::io("lock", &path)(e)),
+        Err(TryLockError::Error(e)) => return Err(CheckpointError::io("lock", path)(e)),
     }
-    // A process that finished in this moment has removed the file that was locked here.
+    // A process that finished in this moment has removed or renamed the file that was locked here.
     let identity = |found: fs::Metadata| (found.dev(), found.ino());
-    match (file.metadata().map(identity), fs::metadata(&path).map(identity)) {
+    match (file.metadata().map(identity), fs::metadata(path).map(identity)) {
         (Ok(locked_file), Ok(current)) if locked_file == current => Ok(file),
         _ => Err(locked()),
     }

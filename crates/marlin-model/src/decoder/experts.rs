@@ -162,11 +162,14 @@ impl<B: Backend> Loader<'_, B> {
         })
     }
 
-    /// gpt-oss whose experts were quantised: each matrix by itself, biases of all experts in one tensor.
+    /// gpt-oss whose experts were quantised: each matrix by itself, biases of all experts in one tensor or in three.
     fn biased_experts(&self, names: &Names, spec: &ExpertsSpec) -> Result<[Vec<B::Linear>; 2], ModelError> {
         let (hidden, width, modules) = (self.spec.hidden_size, spec.width, names.modules);
         let [gate_up, down] = ["gate_up_proj", "down_proj"].map(|name| format!("{}.experts.{name}", names.block));
-        let biases = self.expert_biases(&gate_up, &down, spec)?;
+        let biases = match self.checkpoint.contains(&format!("{}.experts.{}.bias", names.block, modules[0])) {
+            true => self.separate_biases(names, spec)?,
+            false => self.expert_biases(&gate_up, &down, spec)?,
+        };
         self.each_expert(spec, |expert| {
             let [gate, up, down] = modules.map(|module| format!("{}.experts.{expert}.{module}", names.block));
             let ([of_gate, of_up], of_down) = biases.of(expert);
@@ -264,11 +267,30 @@ impl<B: Backend> Loader<'_, B> {
         Ok(Mxfp4Stack { blocks_name, rows, cols, blocks, scales })
     }
 
+    /// Biases of all experts, those of gate and up in turn in one tensor.
     fn expert_biases(&self, gate_up: &str, down: &str, spec: &ExpertsSpec) -> Result<ExpertBiases, ModelError> {
         let experts = spec.routing.experts;
+        let gate_up = self.vectors(&format!("{gate_up}_bias"), experts, 2 * spec.width)?;
+        let in_turn = |first: usize| {
+            gate_up.iter().map(|biases| biases.iter().skip(first).step_by(2).copied().collect()).collect()
+        };
         Ok(ExpertBiases {
-            gate_up: self.vectors(&format!("{gate_up}_bias"), experts, 2 * spec.width)?,
+            gate: in_turn(0),
+            up: in_turn(1),
             down: self.vectors(&format!("{down}_bias"), experts, self.spec.hidden_size)?,
+        })
+    }
+
+    /// The same as MLX has them, a tensor for each of the three matrices.
+    fn separate_biases(&self, names: &Names, spec: &ExpertsSpec) -> Result<ExpertBiases, ModelError> {
+        let of = |module: &str, rows: usize| {
+            self.vectors(&format!("{}.experts.{module}.bias", names.block), spec.routing.experts, rows)
+        };
+        let [gate, up, down] = names.modules;
+        Ok(ExpertBiases {
+            gate: of(gate, spec.width)?,
+            up: of(up, spec.width)?,
+            down: of(down, self.spec.hidden_size)?,
         })
     }
 
@@ -335,15 +357,16 @@ impl Mxfp4Stack<'_> {
 
 /// Biases of all experts.
 struct ExpertBiases {
-    gate_up: Vec<Vec<f32>>,
+    gate: Vec<Vec<f32>>,
+    up: Vec<Vec<f32>>,
     down: Vec<Vec<f32>>,
 }
 
 impl ExpertBiases {
-    /// Those of gate and up, which lie in turn, and that of down.
+    /// Those of gate and up, and that of down.
     fn of(&self, expert: usize) -> ([Option<Vec<f32>>; 2], Option<Vec<f32>>) {
-        let in_turn = |first: usize| Some(self.gate_up[expert].iter().skip(first).step_by(2).copied().collect());
-        ([in_turn(0), in_turn(1)], Some(self.down[expert].clone()))
+        let of = |biases: &[Vec<f32>]| Some(biases[expert].clone());
+        ([of(&self.gate), of(&self.up)], of(&self.down))
     }
 }
 
@@ -401,7 +424,11 @@ pub(crate) fn expert_bytes(
         "experts.down_proj_blocks" => of_all(Scheme::MXFP4, &down),
         "experts.gate_up_proj" => of_all(info.scheme()?, &gate_up),
         "experts.down_proj" => of_all(info.scheme()?, &down),
-        "experts.gate_up_proj_bias" | "experts.down_proj_bias" => {
+        "experts.gate_up_proj_bias"
+        | "experts.down_proj_bias"
+        | "experts.gate_proj.bias"
+        | "experts.up_proj.bias"
+        | "experts.down_proj.bias" => {
             Ok(info.shape.iter().fold(size_of::<f32>(), |bytes, &len| bytes.saturating_mul(len)))
         }
         _ => return None,

@@ -2,6 +2,7 @@
 //!
 //! `kv_b_proj` would make a key and a value of each latent vector for each head. Since products are associative, a head's key rows are
 //! multiplied with its queries before attention instead, and its value rows with what attention gives (DeepSeek-V2, section 2.1.2).
+//! Folders of MLX hold the two matrices of each head by themselves.
 
 use half::f16;
 use marlin_format::{ColumnOrder, PackedMatrix, Scheme};
@@ -110,7 +111,10 @@ impl<B: Backend> Loader<'_, B> {
                 q_b_proj: self.linear(block, &[("q_b_proj", spec.q_width())], rank, false)?,
             },
         };
-        let [keys, values] = self.kv_b(&format!("{block}.kv_b_proj"), spec)?;
+        let [keys, values] = match self.checkpoint.contains(&weight(&format!("{block}.embed_q.0"))) {
+            true => self.separate_heads(block, spec)?,
+            false => self.kv_b(&format!("{block}.kv_b_proj"), spec)?,
+        };
         Ok(LatentAttention {
             latent: shape,
             shape: spec.shape(layer.window),
@@ -143,6 +147,17 @@ impl<B: Backend> Loader<'_, B> {
         self.checkpoint.release(&tensor);
         let group = |linears| self.backend.group_linears(linears).map_err(|source| self.weight_error(&tensor, source));
         Ok([group(keys)?, group(values)?])
+    }
+
+    /// The matrices of each head as MLX has them: `embed_q` are the transposed key rows, `unembed_out` the value rows.
+    fn separate_heads(&self, block: &str, spec: &LatentSpec) -> Result<[B::LinearGroup; 2], ModelError> {
+        let group = |name: &str, rows: usize, cols: usize| {
+            let head = |head: usize| self.linear(block, &[(&format!("{name}.{head}"), rows)], cols, false);
+            let linears = (0..spec.heads).map(head).collect::<Result<_, _>>()?;
+            let of_stack = |source| self.weight_error(&format!("{block}.{name}"), source);
+            self.backend.group_linears(linears).map_err(of_stack)
+        };
+        Ok([group("embed_q", spec.rank, spec.nope_dim)?, group("unembed_out", spec.value_dim, spec.rank)?])
     }
 
     /// A linear of one part: the device's own, if it kept one, or else as it is read.

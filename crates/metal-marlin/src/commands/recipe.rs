@@ -72,7 +72,7 @@ impl RecipeOptions {
         }
         let format = format(self.format, self.bits)?;
         anyhow::ensure!(!format.is_dense(), "{format} quantises nothing; {}", quantized_formats());
-        let linears = linear_scheme(format, self.group_size, self.sparse_24)?;
+        let linears = linear_scheme(format, grouping(self.group_size, layout), self.sparse_24)?;
         Ok(Some(Recipe::uniform(linears, self.embedding(layout)?, self.search())))
     }
 
@@ -85,13 +85,19 @@ impl RecipeOptions {
     pub(super) fn embedding(&self, layout: ExportLayout) -> anyhow::Result<Option<Scheme>> {
         let usual = layout.packs_embeddings().then_some(Format::Int8);
         match (self.embedding_format.or(usual), self.embedding_group_size) {
-            (Some(format), grouping) => Ok(Some(embedding_scheme(format, grouping)?)),
+            (Some(format), None) if format.is_dense() => Ok(Some(embedding_scheme(format, None)?)),
+            (Some(format), given) => Ok(Some(embedding_scheme(format, grouping(given, layout))?)),
             (None, None) => Ok(None),
             (None, Some(_)) => anyhow::bail!(
                 "--embedding-group-size has nothing to group: the layout {layout} keeps embedding and head as they are"
             ),
         }
     }
+}
+
+/// Groups that are asked for, or else those of blocks of GGUF; `None` stands for what is usual for a format.
+fn grouping(given: Option<Grouping>, layout: ExportLayout) -> Option<Grouping> {
+    given.or((layout == ExportLayout::Gguf).then_some(Grouping::Columns(32)))
 }
 
 /// Storage of the decoder's matrices.

@@ -24,6 +24,9 @@ use crate::shard::{Location, Shard};
 
 /// The `quant_method`.
 pub(crate) const METHOD: &str = "compressed-tensors";
+/// What is written.
+const KNOWN: &str =
+    "int4, int4-sym and int8 in groups of columns or rows, fp8 a tensor, a row or a tile, mxfp4 and nvfp4";
 
 /// What is stored of a scheme, if the layout has a place for it.
 pub(super) fn written_scheme(scheme: Scheme) -> Result<Scheme, CheckpointError> {
@@ -33,7 +36,7 @@ pub(super) fn written_scheme(scheme: Scheme) -> Result<Scheme, CheckpointError> 
     };
     match format_of(&written) {
         Some(_) => Ok(written),
-        None => Err(CheckpointError::NoPlace { layout: METHOD, scheme: Box::new(scheme) }),
+        None => Err(CheckpointError::NoPlace { layout: METHOD, known: KNOWN, scheme: Box::new(scheme) }),
     }
 }
 

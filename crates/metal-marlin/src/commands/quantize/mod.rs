@@ -1,5 +1,6 @@
 //! `metal-marlin quantize`: a checkpoint in fewer bits.
 
+mod card;
 mod cold;
 mod exception;
 mod report;
@@ -36,6 +37,7 @@ Examples:
   metal-marlin quantize path/to/model out --format fp4 --sparse-24
   metal-marlin quantize path/to/model out --bits 3 --embedding-format bf16 --json
   metal-marlin quantize path/to/model out --format int4 --layout compressed-tensors
+  metal-marlin quantize path/to/model out.gguf --format int4-sym --layout gguf
   metal-marlin quantize Qwen/Qwen3-4B out --format fp4
   metal-marlin quantize path/to/model out --format int3 --matrix v_proj=int8 --matrix o_proj=int4:32
   metal-marlin quantize path/to/model out --fit 16GiB --context 32768
@@ -43,7 +45,7 @@ Examples:
 
 Group sizes, where they are not given: fp4, int4, int4-sym and int8 128, int3 64, int2 32, fp8 row;
 mxfp4 always has 32 and nvfp4 16. Norms and biases are kept as they are. An interrupted run leaves
-OUT.partial; the same command goes on from there. All of it is done on the CPU: the result is the same
+OUT.partial; the same command goes on from there. A finished folder has a model card, README.md. All of it is done on the CPU: the result is the same
 whatever device it will run on.
 
 --sparse-24 keeps two of every four weights, those of largest magnitude. That saves a quarter of fp4's and
@@ -51,6 +53,8 @@ int4's bytes and three eighths of fp8's, and costs much quality unless the model
 
 The layout compressed-tensors is for other engines (vLLM, transformers). It takes int4, int4-sym and int8 in
 groups of columns or rows, fp8 a row, a tensor or a tile, mxfp4 and nvfp4; embedding and head are kept.
+The layout gptq is for those that read GPTQ: one of int4, int4-sym and int8 for all matrices. The layout gguf
+writes one file OUT for llama.cpp, with int4-sym (as Q4_0) and int8 (as Q8_0) in groups of 32, or mxfp4.
 
 --fit mixes formats so that `run --device cpu --memory SIZE` has room for everything: weights, a KV cache in f16
 for --concurrency sequences of --context tokens, activations, the program. It takes the first of
@@ -72,7 +76,7 @@ pub(crate) struct Args {
     /// Model in bf16, f16 or f32: a folder with config.json, tokenizer.json and *.safetensors, or its id on the Hub
     model: PathBuf,
 
-    /// Folder to write
+    /// Folder to write, or the file of the layout gguf
     out: PathBuf,
 
     #[command(flatten)]
@@ -107,7 +111,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", conflicts_with_all = CHOSEN, help_heading = "Fit")]
     concurrency: Option<NonZeroUsize>,
 
-    /// How packed matrices are laid out: metal-marlin, or compressed-tensors for other engines
+    /// How packed matrices are laid out: metal-marlin, or compressed-tensors, gptq or gguf for other engines
     #[arg(long, value_parser = layout, default_value_t = ExportLayout::MetalMarlin)]
     layout: ExportLayout,
 
@@ -148,13 +152,16 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         // clap has seen to it that there is one of them.
         (None, None) => bail!("name a --format, or what to --fit"),
     };
+    let licence = card::licence_of(&checkpoint)?;
     let report = in_pool(args.threads, || {
+        let card = |report: &marlin_quantize::Report| card::card(&args, &recipe, &licence, report);
         let mut bar = Bar::bytes("Quantising");
         let mut progress = |progress: marlin_quantize::Progress<'_>| bar.set(progress.done, progress.total);
         let options = QuantizeOptions {
             force: args.force,
             layout: args.layout,
             progress: Some(&mut progress),
+            card: Some(&card),
             ..Default::default()
         };
         quantize(&checkpoint, &args.out, &recipe, options)

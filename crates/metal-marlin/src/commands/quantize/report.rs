@@ -102,12 +102,12 @@ impl Summary<'_> {
 }
 
 /// A line of the table.
-struct Line {
-    name: String,
-    count: usize,
-    scheme: Scheme,
-    bits: f64,
-    error: ErrorStats,
+pub(super) struct Line {
+    pub(super) name: String,
+    pub(super) count: usize,
+    pub(super) scheme: Scheme,
+    pub(super) bits: f64,
+    pub(super) error: ErrorStats,
     /// Relative error of the worst matrix and where it is, if there are several.
     worst: String,
     /// The layers, where those of a kind differ in their scheme.
@@ -159,7 +159,7 @@ fn every_matrix(report: &Report) -> Vec<Line> {
 type Kind<'a> = (Cow<'a, str>, Scheme);
 
 /// One line for the matrices that differ only in their layer or expert.
-fn by_kind(report: &Report) -> Vec<Line> {
+pub(super) fn by_kind(report: &Report) -> Vec<Line> {
     let mut kinds: Vec<(Kind<'_>, Vec<&MatrixReport>)> = Vec::new();
     for matrix in &report.matrices {
         let kind = (kind_of(&matrix.name), matrix.scheme);

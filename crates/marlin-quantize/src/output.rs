@@ -1,0 +1,112 @@
+//! What a quantised model is written to.
+
+use std::path::{Path, PathBuf};
+
+use marlin_checkpoint::{
+    Checkpoint, CheckpointError, CheckpointWriter, CompleteFolder, Dtype, ExportLayout, GgufWriter, PlannedTensor,
+    WriterOptions,
+};
+use marlin_format::PackedMatrix;
+
+/// What a folder says of itself on the Hub.
+const CARD_FILE: &str = "README.md";
+
+/// A folder, or a GGUF file.
+pub(crate) enum Output {
+    Folder(Box<CheckpointWriter>),
+    Gguf(Box<GgufWriter>),
+}
+
+impl Output {
+    pub(crate) fn create(
+        out: &Path,
+        planned: Vec<PlannedTensor>,
+        source: &Checkpoint,
+        options: &WriterOptions,
+    ) -> Result<Self, CheckpointError> {
+        if options.layout == ExportLayout::Gguf {
+            return Ok(Self::Gguf(Box::new(GgufWriter::create(out, &planned, source, options.force)?)));
+        }
+        let side_files = source.side_files()?;
+        let writer = CheckpointWriter::create(out, planned, source.config().clone(), side_files, options)?;
+        Ok(Self::Folder(Box::new(writer)))
+    }
+
+    /// Tensors that an earlier, interrupted run had finished.
+    pub(crate) fn resumed(&self) -> usize {
+        match self {
+            Self::Folder(writer) => writer.resumed(),
+            Self::Gguf(_) => 0,
+        }
+    }
+
+    /// Whether an earlier run wrote a tensor.
+    pub(crate) fn is_done(&self, name: &str) -> bool {
+        match self {
+            Self::Folder(writer) => writer.is_done(name),
+            Self::Gguf(_) => false,
+        }
+    }
+
+    pub(crate) fn write_matrix(&mut self, name: &str, matrix: &PackedMatrix<'_>) -> Result<(), CheckpointError> {
+        match self {
+            Self::Folder(writer) => writer.write_matrix(name, matrix),
+            Self::Gguf(writer) => writer.write_matrix(name, matrix),
+        }
+    }
+
+    pub(crate) fn write_raw(
+        &mut self,
+        name: &str,
+        dtype: Dtype,
+        shape: &[usize],
+        bytes: &[u8],
+    ) -> Result<(), CheckpointError> {
+        match self {
+            Self::Folder(writer) => writer.write_raw(name, dtype, shape, bytes),
+            Self::Gguf(writer) => writer.write_raw(name, dtype, shape, bytes),
+        }
+    }
+
+    pub(crate) fn discard(self) -> Result<(), CheckpointError> {
+        match self {
+            Self::Folder(writer) => writer.discard(),
+            Self::Gguf(writer) => writer.discard(),
+        }
+    }
+
+    /// Whole, but not under its name yet.
+    pub(crate) fn complete(self) -> Result<Complete, CheckpointError> {
+        match self {
+            Self::Folder(writer) => writer.complete().map(Complete::Folder),
+            Self::Gguf(writer) => Ok(Complete::Gguf(writer)),
+        }
+    }
+}
+
+/// An output with all of its tensors.
+pub(crate) enum Complete {
+    Folder(CompleteFolder),
+    Gguf(Box<GgufWriter>),
+}
+
+impl Complete {
+    /// The folder to read; `None` of what no earlier run can have begun.
+    pub(crate) fn folder(&self) -> Option<PathBuf> {
+        match self {
+            Self::Folder(folder) => Some(folder.path()),
+            Self::Gguf(_) => None,
+        }
+    }
+
+    /// Adds a model card, where there is a folder to hold it, and gives the output its name.
+    pub(crate) fn publish(self, card: Option<String>) -> Result<(), CheckpointError> {
+        match self {
+            Self::Folder(folder) => {
+                card.iter().try_for_each(|card| folder.add(CARD_FILE, card.as_bytes()))?;
+                folder.publish()
+            }
+            Self::Gguf(writer) => writer.finish(),
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! The model card of a quantised folder.
+
+use std::path::Path;
+
+use marlin_checkpoint::{Checkpoint, ExportLayout};
+use marlin_quantize::{Recipe, Report};
+use metal_marlin::hub::HubId;
+
+use super::Args;
+use super::report::by_kind;
+
+const CARD_FILE: &str = "README.md";
+/// Fields of the source's card that hold for a copy as well.
+const LICENCE: [&str; 3] = ["license", "license_name", "license_link"];
+
+/// The card of a folder: where it comes from, how its matrices are stored, how it is run.
+pub(super) fn card(args: &Args, recipe: &Recipe, licence: &str, report: &Report) -> String {
+    let layout = args.layout;
+    let base = (!args.model.is_dir()).then(|| HubId::parse(args.model.to_str()?)).flatten();
+    let library = if layout == ExportLayout::MetalMarlin { "metal-marlin" } else { "transformers" };
+
+    let mut text = "---\n".to_owned();
+    if let Some(base) = &base {
+        text += &format!("base_model: {base}\nbase_model_relation: quantized\n");
+    }
+    text += licence;
+    text += &format!("library_name: {library}\npipeline_tag: text-generation\ntags:\n- quantized\n- {layout}\n---\n\n");
+
+    let from = base.map_or_else(|| name_of(&args.model), |base| base.to_string());
+    text += &format!(
+        "# {from} in {}\n\nQuantised by metal-marlin {} in the layout {layout}. It takes {:.1} MB, \
+         {:.3} bits per weight ({:.3} in the decoder's linears); the source takes {:.1} MB.\n\n",
+        recipe.linears,
+        env!("CARGO_PKG_VERSION"),
+        report.after.bytes as f64 / 1e6,
+        report.after.bits_per_weight(),
+        report.after.linear_bits_per_weight(),
+        report.before.bytes as f64 / 1e6,
+    );
+    text += "| matrix | matrices | stored as | bits per weight | rms error | SQNR |\n";
+    text += "| --- | ---: | --- | ---: | ---: | ---: |\n";
+    for line in by_kind(report) {
+        text += &format!(
+            "| {} | {} | {} | {:.3} | {:.3} % | {:.1} dB |\n",
+            line.name,
+            line.count,
+            line.scheme,
+            line.bits,
+            line.error.relative_rms() * 100.0,
+            line.error.sqnr_db(),
+        );
+    }
+    text +=
+        "\nErrors are those of the weights, relative to the source's; all other tensors are the source's. What they\n";
+    text += "cost in quality is measured by `metal-marlin eval FOLDER --baseline SOURCE --text FILE`.\n\n";
+    text += "## Running it\n\n```sh\nmetal-marlin run FOLDER \"What is an apple?\"\n";
+    if layout != ExportLayout::MetalMarlin {
+        text += "vllm serve FOLDER\n";
+    }
+    text += "```\n";
+    text
+}
+
+/// What the card of a model says of its licence.
+pub(super) fn licence_of(source: &Checkpoint) -> anyhow::Result<String> {
+    Ok(licence(source.file(CARD_FILE)?.as_deref().unwrap_or_default()))
+}
+
+/// The last part of a path.
+fn name_of(path: &Path) -> String {
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+    absolute.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
+}
+
+/// The lines of a card's front matter that are about its licence.
+fn licence(card: &[u8]) -> String {
+    let card = String::from_utf8_lossy(card);
+    let mut lines = card.lines();
+    if lines.next().map(str::trim_end) != Some("---") {
+        return String::new();
+    }
+    let front = lines.take_while(|line| line.trim_end() != "---");
+    let is_licence = |line: &&str| {
+        line.split_once(':').is_some_and(|(key, value)| LICENCE.contains(&key) && !value.trim().is_empty())
+    };
+    front.filter(is_licence).map(|line| format!("{}\n", line.trim_end())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_licence_is_that_of_the_source() {
+        let card = "---\nlicense: other\nlanguage: en\nlicense_name: x\nlicense_link:\n---\nlicense: none\n";
+        assert_eq!(licence(card.as_bytes()), "license: other\nlicense_name: x\n");
+        assert_eq!(licence(b"# Title\nlicense: mit\n"), "");
+        assert_eq!(licence(b""), "");
+    }
+}
