@@ -43,7 +43,8 @@ struct Keys<'g> {
 }
 
 /// The config.json of `transformers` for this model. Errors are sentences about the file.
-pub(super) fn config(gguf: &Gguf, architecture: Architecture) -> Result<Value, String> {
+pub(super) fn config(gguf: &Gguf) -> Result<Value, String> {
+    let architecture = Architecture::of(gguf)?;
     let keys = Keys { gguf, architecture };
     keys.check_known()?;
     if keys.integer("expert_count")?.unwrap_or(0) != 0 {

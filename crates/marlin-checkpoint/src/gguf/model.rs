@@ -1,16 +1,13 @@
-//! A GGUF file as a model: under the names of Hugging Face, and as `transformers` has it.
+//! The tensors of a GGUF file under the names of Hugging Face.
 
-use std::borrow::Cow;
-use std::collections::HashMap;
 use std::fmt;
-use std::path::Path;
 
-use marlin_format::PackedMatrix;
 use serde_json::Value;
 
-use super::config::{self, ROPE_FACTORS};
+use super::config::ROPE_FACTORS;
+use super::entry::{self, Arrangement};
 use super::{Gguf, GgufTensor};
-use crate::CheckpointError;
+use crate::layouts::Entry;
 
 /// The embedding, whose rows are the vocabulary.
 pub(super) const EMBEDDING: &str = "token_embd.weight";
@@ -47,107 +44,10 @@ pub(super) enum Architecture {
     Qwen3,
 }
 
-/// A GGUF file whose tensors go by the names of Hugging Face, with the config.json they belong to.
-///
-/// Read are the architectures `llama` (Llama 1 to 3 and what took over their architecture) and `qwen3`, without
-/// experts.
-pub struct GgufModel {
-    gguf: Gguf,
-    config: Value,
-    /// In the order of the file.
-    tensors: Vec<(String, Origin)>,
-    index: HashMap<String, usize>,
-}
-
-/// Where a tensor comes from.
-#[derive(Debug)]
-struct Origin {
-    /// The name in the file.
-    name: String,
-    /// Heads whose rows are in the order of llama.cpp ([`in_halves`]).
-    paired_heads: Option<usize>,
-}
-
-impl GgufModel {
-    /// Opens a file as [`Gguf::open`] does.
-    ///
-    /// # Errors
-    /// As there; or the model is of an architecture that is not read, lacks metadata, or has metadata or tensors
-    /// without a place in it.
-    pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let gguf = Gguf::open(path)?;
-        let malformed = |problem| CheckpointError::malformed(&gguf.label, problem);
-        check_whole(&gguf).map_err(malformed)?;
-        let architecture = Architecture::of(&gguf).map_err(malformed)?;
-        let config = config::config(&gguf, architecture).map_err(malformed)?;
-        let tensors = tensors(&gguf, architecture, &config).map_err(malformed)?;
-        let index = tensors.iter().enumerate().map(|(index, (name, _))| (name.clone(), index)).collect();
-        Ok(Self { gguf, config, tensors, index })
-    }
-
-    /// The file.
-    pub fn gguf(&self) -> &Gguf {
-        &self.gguf
-    }
-
-    /// config.json as `transformers` would have it.
-    pub fn config(&self) -> &Value {
-        &self.config
-    }
-
-    /// Names of Hugging Face of all tensors, in the order of the file.
-    pub fn tensor_names(&self) -> impl Iterator<Item = &str> {
-        self.tensors.iter().map(|(name, _)| name.as_str())
-    }
-
-    /// The shape of a tensor, outermost dimension first; `None` if there is none of this name.
-    pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        let origin = &self.tensors[*self.index.get(name)?].1;
-        self.gguf.tensor(&origin.name).map(|tensor| tensor.shape.as_slice())
-    }
-
-    /// A matrix `[rows, cols]`, packed as by [`Gguf::matrix`], with rows in the order of Hugging Face.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn matrix(&self, name: &str) -> Result<PackedMatrix<'_>, CheckpointError> {
-        let (tensor, bytes) = self.stored(name)?;
-        match bytes {
-            Cow::Borrowed(bytes) => self.gguf.pack(tensor, bytes),
-            Cow::Owned(bytes) => self.gguf.pack(tensor, &bytes).map(PackedMatrix::into_owned),
-        }
-    }
-
-    /// All values of a tensor, as [`Gguf::values`] gives them, with rows in the order of Hugging Face.
-    ///
-    /// # Errors
-    /// There is no such tensor.
-    pub fn values(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
-        let (tensor, bytes) = self.stored(name)?;
-        Ok(tensor.decode(&bytes))
-    }
-
-    /// The blocks of a tensor, rows in the order of Hugging Face.
-    fn stored(&self, name: &str) -> Result<(&GgufTensor, Cow<'_, [u8]>), CheckpointError> {
-        let Some(index) = self.index.get(name) else { return Err(self.gguf.no_tensor(name)) };
-        let origin = &self.tensors[*index].1;
-        let tensor = self.gguf.require(&origin.name)?;
-        let bytes = self.gguf.stored(tensor);
-        Ok((
-            tensor,
-            origin.paired_heads.map_or(Cow::Borrowed(bytes), |heads| in_halves(bytes, tensor.shape[0], heads).into()),
-        ))
-    }
-}
-
-impl fmt::Debug for GgufModel {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("GgufModel").field("gguf", &self.gguf).field("config", &self.config).finish()
-    }
-}
-
 impl Architecture {
-    fn of(gguf: &Gguf) -> Result<Self, String> {
+    /// That of a whole model.
+    pub(super) fn of(gguf: &Gguf) -> Result<Self, String> {
+        check_whole(gguf)?;
         let found = gguf.value("general.architecture");
         match found.and_then(|value| value.as_str()) {
             Some("llama") => Ok(Self::Llama),
@@ -217,7 +117,8 @@ fn check_whole(gguf: &Gguf) -> Result<(), String> {
 }
 
 /// All tensors but those that config.json stands for.
-fn tensors(gguf: &Gguf, architecture: Architecture, config: &Value) -> Result<Vec<(String, Origin)>, String> {
+pub(super) fn tensors(gguf: &Gguf, config: &Value) -> Result<Vec<(String, Entry)>, String> {
+    let architecture = Architecture::of(gguf)?;
     let number = |key: &str| config[key].as_u64().unwrap_or(0);
     let mut tensors = Vec::new();
     for tensor in gguf.tensors().iter().filter(|tensor| tensor.name != ROPE_FACTORS) {
@@ -233,8 +134,11 @@ fn tensors(gguf: &Gguf, architecture: Architecture, config: &Value) -> Result<Ve
             (Architecture::Llama, Some(KEYS)) => Some(number("num_key_value_heads")),
             _ => None,
         };
-        let paired_heads = heads.map(|heads| check_paired(tensor, heads, number("head_dim"))).transpose()?;
-        tensors.push((name, Origin { name: tensor.name.clone(), paired_heads }));
+        let arrangement = match heads {
+            Some(heads) => Arrangement::InHalves { heads: check_paired(tensor, heads, number("head_dim"))? },
+            None => Arrangement::Same,
+        };
+        tensors.push((name, entry::entry(tensor, arrangement)));
     }
     Ok(tensors)
 }
@@ -254,21 +158,4 @@ fn check_paired(tensor: &GgufTensor, heads: u64, head_dim: u64) -> Result<usize,
         return Err(format!("tensor `{name}` is a bias stored as {tensor_type}, wanted F32, F16 or BF16"));
     }
     Ok(heads as usize)
-}
-
-/// Rows of queries or keys in the order of Hugging Face.
-///
-/// Rotary embedding turns pairs of rows of a head. llama.cpp's kind for Llama has those of a pair side by side,
-/// `transformers` has all first ones in the first half of the head and all second ones in the other (`permute` of
-/// llama.cpp's converter, undone).
-fn in_halves(bytes: &[u8], rows: usize, heads: usize) -> Vec<u8> {
-    let (row_bytes, head_dim) = (bytes.len() / rows, rows / heads);
-    let pairs = head_dim / 2;
-    let mut ordered = Vec::with_capacity(bytes.len());
-    for row in 0..rows {
-        let (head, within) = (row / head_dim, row % head_dim);
-        let from = head * head_dim + within % pairs * 2 + within / pairs;
-        ordered.extend_from_slice(&bytes[from * row_bytes..][..row_bytes]);
-    }
-    ordered
 }

@@ -23,6 +23,8 @@ pub enum Layout {
     MetalMarlin,
     /// That of the Python package `compressed-tensors`.
     CompressedTensors,
+    /// A file of llama.cpp.
+    Gguf,
 }
 
 impl Layout {
@@ -31,6 +33,7 @@ impl Layout {
         match self {
             Self::MetalMarlin => "metal-marlin",
             Self::CompressedTensors => "compressed-tensors",
+            Self::Gguf => "gguf",
         }
     }
 }
@@ -184,6 +187,7 @@ impl Content {
 pub(crate) enum Entry {
     Plain(Location),
     Packed(PackedEntry),
+    Gguf(crate::gguf::GgufEntry),
     Memory(crate::MemoryTensor),
 }
 
