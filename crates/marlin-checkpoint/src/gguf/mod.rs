@@ -11,8 +11,12 @@ mod cursor;
 mod entry;
 mod header;
 mod model;
+mod pre_tokenizer;
+mod small_files;
+mod tokenizer;
 mod types;
 mod value;
+mod vocabulary;
 
 #[cfg(test)]
 mod tests;
@@ -32,7 +36,7 @@ use self::header::Header;
 use crate::layouts::Entry;
 use crate::shard::Shard;
 use crate::source::Bytes;
-use crate::{CONFIG_FILE, CheckpointError};
+use crate::{CONFIG_FILE, CheckpointError, Tokenizer};
 
 /// What to do about a file that contradicts itself.
 const DAMAGED: &str = "the file is damaged, download or copy it again";
@@ -84,7 +88,7 @@ impl Gguf {
     pub(crate) fn small_file(&self, name: &str) -> Result<Option<Vec<u8>>, CheckpointError> {
         match name {
             CONFIG_FILE => Ok(Some(self.config()?.to_string().into_bytes())),
-            _ => Ok(None),
+            _ => small_files::read(self, name).map_err(|problem| self.malformed(problem)),
         }
     }
 
@@ -119,6 +123,14 @@ impl Gguf {
         let (value_type, at) = *self.header.metadata.get(key)?;
         // It was read when the file was opened.
         Cursor::new(&self.bytes, at).value(value_type).ok()
+    }
+
+    /// The tokenizer of the file.
+    ///
+    /// # Errors
+    /// There is none, it is of a kind that is not read, or it contradicts itself.
+    pub fn tokenizer(&self) -> Result<Tokenizer, CheckpointError> {
+        Tokenizer::of_gguf(self, None)
     }
 
     /// All tensors in the order of the header.
