@@ -452,7 +452,7 @@ impl Checkpoint {
         match self.entry(name) {
             Some(Entry::Plain(location)) => vec![location],
             Some(Entry::Packed(packed)) => packed.buffers.iter().map(|(_, _, location)| location).collect(),
-            Some(Entry::Gguf(gguf)) => vec![&gguf.location],
+            Some(Entry::Gguf(gguf)) => gguf.locations().collect(),
             Some(Entry::Memory(_)) | None => Vec::new(),
         }
     }
@@ -465,13 +465,12 @@ impl Checkpoint {
         self.shards[location.shard].tensor(&location.range)
     }
 
-    /// The shard of an existing tensor (of its codes, if packed); the model for one made in memory.
+    /// The shard of an existing tensor (of its codes, if packed); the model for one of a GGUF file or made in memory.
     fn file_of(&self, name: &str) -> String {
         let shard = match self.entry(name) {
             Some(Entry::Plain(location)) => location.shard,
             Some(Entry::Packed(packed)) => packed.buffers[0].2.shard,
-            Some(Entry::Gguf(gguf)) => gguf.location.shard,
-            Some(Entry::Memory(_)) | None => return self.name.clone(),
+            Some(Entry::Gguf(_) | Entry::Memory(_)) | None => return self.name.clone(),
         };
         self.shards[shard].label.clone()
     }

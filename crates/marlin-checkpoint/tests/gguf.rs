@@ -305,13 +305,14 @@ fn models_that_are_not_read_say_why() {
     let integer = |key: &str, number: u32| value(key, number.to_le_bytes());
 
     let architecture = message(Checkpoint::open(&goldens().join("types.gguf")).unwrap_err());
-    assert_says(&architecture, &["types.gguf", "architecture `test`", "`llama` and `qwen3`"]);
+    assert_says(&architecture, &["types.gguf", "architecture `test`", "llama, qwen2, qwen3"]);
     assert_says(&text("general.architecture", "general.architecturE"), &["`general.architecture` is None"]);
     assert_says(&text("llama.rope.freq_base", "llama.rope.FREQ_BASE"), &["`llama.rope.FREQ_BASE`", "not understood"]);
     assert_says(&text("llama.block_count", "Llama.block_count"), &["`llama.block_count` is missing"]);
     assert_says(&text("llama.vocab_size", "llama.expert_use"), &["`llama.expert_use`", "not understood"]);
     assert_says(&text("blk.0.attn_norm", "blk.1.attn_norm"), &["tensor `blk.1.attn_norm.weight`", "no place", "llama"]);
     assert_says(&text("blk.0.ffn_down.weight", "blk.0.ffn_down.scales"), &["`blk.0.ffn_down.scales`", "no place"]);
+    assert_says(&text("blk.0.ffn_down", "blk.0.ffn_gate"), &["twice"]);
     assert_says(&text("token_embd", "tokem_embd"), &["no tensor `token_embd.weight`"]);
     assert_says(&integer("llama.attention.head_count", 4), &["`llama.rope.dimension_count` is 16, wanted 8"]);
     assert_says(&integer("llama.attention.head_count", 5), &["5 heads", "32 columns"]);

@@ -15,7 +15,9 @@ pub(crate) struct GgufEntry {
     shape: Vec<usize>,
     stored_as: GgufType,
     /// Where its blocks lie.
-    pub(crate) location: Location,
+    location: Location,
+    /// Another stored tensor that is part of it, and how that is stored.
+    other: Option<(GgufType, Location)>,
     arrangement: Arrangement,
 }
 
@@ -26,6 +28,12 @@ pub(super) enum Arrangement {
     Same,
     /// The rows of so many heads are put into the order of Hugging Face ([`in_halves`]).
     InHalves { heads: usize },
+    /// One is subtracted.
+    LessOne,
+    /// Values take turns with those of the other tensor.
+    InTurn,
+    /// Of each head the rows, transposed, and then the rows of the other tensor, all of them `rank` wide.
+    KeysAndValues { heads: usize, rank: usize },
 }
 
 /// The entry of a tensor of this shape, whose bytes in the file are these. Plain floats that are stored as Hugging Face
@@ -40,34 +48,77 @@ pub(super) fn entry(tensor: &GgufTensor, arrangement: Arrangement) -> Entry {
     if plain {
         return Entry::Plain(location);
     }
-    Entry::Gguf(GgufEntry { shape: shape.clone(), stored_as: *stored_as, location, arrangement })
+    Entry::Gguf(GgufEntry { shape: shape.clone(), stored_as: *stored_as, location, other: None, arrangement })
+}
+
+/// The entry of a tensor of this shape that two stored ones make.
+pub(super) fn joined(shape: Vec<usize>, first: &GgufTensor, second: &GgufTensor, arrangement: Arrangement) -> Entry {
+    let location = |tensor: &GgufTensor| Location {
+        shard: 0,
+        dtype: Dtype::U8,
+        shape: tensor.shape.clone(),
+        range: tensor.range.clone(),
+    };
+    let other = Some((second.tensor_type, location(second)));
+    Entry::Gguf(GgufEntry { shape, stored_as: first.tensor_type, location: location(first), other, arrangement })
 }
 
 impl GgufEntry {
     pub(crate) fn info(&self) -> TensorInfo {
-        let scheme = self.stored_as.scheme();
+        let scheme = self.made_as().scheme();
+        let parts = self.locations().map(|location| location.range.len() as u64);
         TensorInfo {
             shape: self.shape.clone(),
             storage: layouts::dense_dtype(&scheme).map_or(Storage::Packed(scheme), Storage::Plain),
-            bytes: self.location.range.len() as u64,
+            bytes: parts.sum(),
         }
     }
 
     /// Whether it is a packed matrix.
     pub(crate) fn is_packed(&self) -> bool {
-        !self.stored_as.scheme().is_dense()
+        !self.made_as().scheme().is_dense()
     }
 
     pub(crate) fn shape(&self) -> &[usize] {
         &self.shape
     }
 
+    /// Where its parts lie.
+    pub(crate) fn locations(&self) -> impl Iterator<Item = &Location> {
+        [&self.location].into_iter().chain(self.other.iter().map(|(_, location)| location))
+    }
+
+    /// As what it is handed out: as it is stored, unless parts are stored in unlike ways or its values are not those
+    /// that are stored.
+    fn made_as(&self) -> GgufType {
+        match (self.arrangement, &self.other) {
+            (Arrangement::LessOne, _) => GgufType::F32,
+            (_, Some((other, _))) if *other != self.stored_as || self.stored_as.block_weights() != 1 => GgufType::F32,
+            _ => self.stored_as,
+        }
+    }
+
     /// Blocks, or plain floats as [`GgufEntry::info`] tells.
     pub(crate) fn bytes<'s>(&self, shards: &'s [Shard]) -> Cow<'s, [u8]> {
-        let stored = shards[self.location.shard].tensor(&self.location.range);
+        let made_as = self.made_as();
+        let stored = |stored_as: GgufType, location: &Location| {
+            let bytes = shards[location.shard].tensor(&location.range);
+            if stored_as == made_as { Cow::Borrowed(bytes) } else { floats(stored_as.values(bytes)) }
+        };
+        let first = stored(self.stored_as, &self.location);
+        let second = self.other.as_ref().map(|(stored_as, location)| stored(*stored_as, location)).unwrap_or_default();
         match self.arrangement {
-            Arrangement::Same => Cow::Borrowed(stored),
-            Arrangement::InHalves { heads } => Cow::Owned(in_halves(stored, self.shape[0], heads)),
+            Arrangement::Same => first,
+            Arrangement::InHalves { heads } => Cow::Owned(in_halves(&first, self.shape[0], heads)),
+            Arrangement::LessOne => floats(made_as.values(&first).into_iter().map(|value| value - 1.0)),
+            Arrangement::InTurn => {
+                let size = made_as.block_bytes();
+                let pairs = first.chunks_exact(size).zip(second.chunks_exact(size));
+                Cow::Owned(pairs.flat_map(|(first, second)| [first, second].concat()).collect())
+            }
+            Arrangement::KeysAndValues { heads, rank } => {
+                Cow::Owned(keys_and_values(&first, &second, heads, rank, made_as.block_bytes()))
+            }
         }
     }
 
@@ -75,10 +126,29 @@ impl GgufEntry {
     pub(crate) fn matrix<'s>(&self, shards: &'s [Shard]) -> Option<Result<PackedMatrix<'s>, FormatError>> {
         let &[rows, cols] = self.shape.as_slice() else { return None };
         Some(match self.bytes(shards) {
-            Cow::Borrowed(bytes) => self.stored_as.pack(bytes, rows, cols),
-            Cow::Owned(bytes) => self.stored_as.pack(&bytes, rows, cols).map(PackedMatrix::into_owned),
+            Cow::Borrowed(bytes) => self.made_as().pack(bytes, rows, cols),
+            Cow::Owned(bytes) => self.made_as().pack(&bytes, rows, cols).map(PackedMatrix::into_owned),
         })
     }
+}
+
+/// Little-endian f32.
+fn floats(values: impl IntoIterator<Item = f32>) -> Cow<'static, [u8]> {
+    Cow::Owned(values.into_iter().flat_map(f32::to_le_bytes).collect())
+}
+
+/// Of each head the key rows, which are stored as `[rank, width]`, and then the value rows, which are stored as
+/// `[width, rank]`. Elements have `size` bytes.
+fn keys_and_values(keys: &[u8], values: &[u8], heads: usize, rank: usize, size: usize) -> Vec<u8> {
+    let mut joined = Vec::with_capacity(keys.len() + values.len());
+    for (keys, values) in keys.chunks_exact(keys.len() / heads).zip(values.chunks_exact(values.len() / heads)) {
+        let width = keys.len() / rank;
+        for at in (0..width).step_by(size) {
+            keys.chunks_exact(width).for_each(|row| joined.extend_from_slice(&row[at..at + size]));
+        }
+        joined.extend_from_slice(values);
+    }
+    joined
 }
 
 /// Rows of queries or keys in the order of Hugging Face.
