@@ -46,7 +46,8 @@ const GREEDY: [&str; 4] = ["--temperature", "0", "--max-tokens", "8"];
 #[test]
 fn inspect_and_plan() {
     let model = model();
-    let inspected: Value = serde_json::from_str(&succeeds(&["inspect", model.to_str().unwrap(), "--json"], "")).unwrap();
+    let inspected: Value =
+        serde_json::from_str(&succeeds(&["inspect", model.to_str().unwrap(), "--json"], "")).unwrap();
     assert_eq!((&inspected["layout"], &inspected["architecture"]), (&"gguf".into(), &"Qwen3ForCausalLM".into()));
     let text = succeeds(&["plan", model.to_str().unwrap()], "");
     assert!(text.contains("as stored"), "{text}");
