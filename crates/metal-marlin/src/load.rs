@@ -25,7 +25,7 @@ pub enum LoadError {
     NoModel,
     /// There is no such folder or file, and it is no name on the Hub.
     #[error(
-        "there is no model folder (one with config.json, tokenizer.json and *.safetensors) and no GGUF file at {path}, and \
+        "there is no model folder or GGUF file at {path} (a folder has config.json, tokenizer.json and *.safetensors), and \
          that is no name on the Hugging Face Hub, such as Qwen/Qwen3-4B, either",
         path = path.display()
     )]

@@ -74,9 +74,9 @@ fn run_and_chat() {
 fn what_is_no_such_file_says_so() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("none.gguf");
-    fails(&["inspect", path.to_str().unwrap()], &["no GGUF file at", "none.gguf"]);
+    fails(&["inspect", path.to_str().unwrap()], &["GGUF file at", "none.gguf"]);
     // Not taken for the name of a model on the Hub.
-    fails(&["inspect", "models/none.gguf"], &["no GGUF file at models/none.gguf"]);
+    fails(&["inspect", "models/none.gguf"], &["GGUF file at models/none.gguf"]);
     fs::write(&path, "text").unwrap();
     fails(&["run", path.to_str().unwrap(), "Hello"], &["none.gguf", "begins with \"text\"", "wanted \"GGUF\""]);
     let (model, out) = (model(), folder.path().join("out"));
