@@ -36,6 +36,17 @@ pub fn checkpoint(data: &[u8]) {
     });
 }
 
+/// Opens a GGUF file, which the input is, and reads everything in it.
+pub fn gguf(data: &[u8]) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("model.gguf");
+    fs::write(&path, data).expect("a file");
+    within((4 << 20) + 1000 * data.len(), || match Checkpoint::open(&path) {
+        Ok(checkpoint) => read(&checkpoint),
+        Err(error) => check_message(&error),
+    });
+}
+
 /// Decodes a packed matrix, and writes it to a folder in every layout that takes it and reads it from there.
 ///
 /// The input is a line of JSON, a [`Case`], and bytes which are repeated to fill all buffers one after the other.

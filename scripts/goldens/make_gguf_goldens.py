@@ -132,11 +132,11 @@ def write_types(folder):
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 32, 2, 1, 16, 24
 
 
-def model_tensors(random, architecture):
+def model_tensors(random, architecture, vocabulary=VOCABULARY):
     """Tensors of a model with one layer under the names of `transformers`."""
     layer = "model.layers.0."
     shapes = {
-        "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
+        "model.embed_tokens.weight": (vocabulary, HIDDEN),
         layer + "input_layernorm.weight": (HIDDEN,),
         layer + "self_attn.q_proj.weight": (HEADS * HEAD_DIM, HIDDEN),
         layer + "self_attn.k_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
@@ -149,7 +149,7 @@ def model_tensors(random, architecture):
         "model.norm.weight": (HIDDEN,),
     }
     if architecture == MODEL_ARCH.LLAMA:
-        shapes["lm_head.weight"] = (VOCABULARY, HIDDEN)
+        shapes["lm_head.weight"] = (vocabulary, HIDDEN)
         for part, rows in [("q", HEADS * HEAD_DIM), ("k", KV_HEADS * HEAD_DIM), ("v", KV_HEADS * HEAD_DIM), ("o", HIDDEN)]:
             shapes[f"{layer}self_attn.{part}_proj.bias"] = (rows,)
     else:
@@ -173,8 +173,6 @@ def llama3_factors(theta, factor, low, high, context):
 
 
 def write_model(folder, architecture, name):
-    random = np.random.default_rng(2)
-    names = get_tensor_name_map(architecture, 1)
     writer = GGUFWriter(folder / f"{name}.gguf", name)
     writer.add_context_length(4096)
     writer.add_embedding_length(HIDDEN)
@@ -194,8 +192,16 @@ def write_model(folder, architecture, name):
         writer.add_rope_freq_base(1e6)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    expected = add_tensors(writer, np.random.default_rng(2), architecture)
+    write_and_close(writer)
+    save_floats(folder / f"{name}.safetensors", expected)
+
+
+def add_tensors(writer, random, architecture, vocabulary=VOCABULARY):
+    """Adds the tensors of a model as llama.cpp's converter does; returns their values under the names of `transformers`."""
+    names = get_tensor_name_map(architecture, 1)
     expected = {}
-    for tensor, values in model_tensors(random, architecture).items():
+    for tensor, values in model_tensors(random, architecture, vocabulary).items():
         kind = Type.Q8_0 if values.ndim == 2 else Type.F32
         expected[tensor] = dequantize(quantize(values, kind), kind)
         if architecture == MODEL_ARCH.LLAMA and ".q_proj" in tensor:
@@ -203,8 +209,7 @@ def write_model(folder, architecture, name):
         elif architecture == MODEL_ARCH.LLAMA and ".k_proj" in tensor:
             values = paired(values, KV_HEADS)
         writer.add_tensor(names.get_name(tensor, (".weight", ".bias")), quantize(values, kind), raw_dtype=kind)
-    write_and_close(writer)
-    save_floats(folder / f"{name}.safetensors", expected)
+    return expected
 
 
 def main(folder):

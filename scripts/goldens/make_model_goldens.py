@@ -496,6 +496,27 @@ GOLDENS_TO_MAKE = {
         dict(shard="24KB"),
     ),
     # Full precision, one KV head per head, biases, an epsilon large enough to be seen, the older spelling of scaling.
+    # Nothing that a GGUF file cannot tell: one layer in six without a window, the usual base in those with one.
+    "gemma3-mqa-usual": (
+        Gemma3ForCausalLM,
+        dict(
+            vocab_size=67,
+            hidden_size=32,
+            intermediate_size=24,
+            num_hidden_layers=7,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            sliding_window=8,
+            rope_parameters=dict(
+                full_attention=dict(rope_type="linear", factor=2.0, rope_theta=1000000.0),
+                sliding_attention=dict(rope_type="default", rope_theta=10000.0),
+            ),
+        ),
+        torch.bfloat16,
+        {},
+    ),
     "gemma3-mha-bias": (
         Gemma3ForCausalLM,
         dict(

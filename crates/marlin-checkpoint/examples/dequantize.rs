@@ -27,7 +27,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         CheckpointWriter::create(Path::new(out), planned.collect(), model.config().clone(), side_files, &options)?;
     for name in names.into_iter().filter(|name| !writer.is_done(name)).collect::<Vec<_>>() {
         if let Ok(tensor) = model.tensor(name) {
-            writer.write_raw(name, tensor.dtype, tensor.shape, tensor.bytes)?;
+            writer.write_raw(name, tensor.dtype, tensor.shape, &tensor.bytes)?;
             continue;
         }
         let matrix = model.matrix_any(name)?;

@@ -7,10 +7,9 @@ use serde_json::Value;
 
 use crate::CheckpointError;
 use crate::source::Source;
-use crate::tokenizer::SpecialToken;
+use crate::tokenizer::{SpecialToken, TOKENIZER_CONFIG};
 
-const TEMPLATE_FILE: &str = "chat_template.jinja";
-const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+pub(crate) const TEMPLATE_FILE: &str = "chat_template.jinja";
 
 #[derive(Deserialize)]
 struct TokenizerConfig {

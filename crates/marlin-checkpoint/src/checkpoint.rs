@@ -18,7 +18,7 @@ use crate::shard::{Location, Shard};
 use crate::source::Source;
 use crate::stack::MatrixStack;
 use crate::weights::{self, Weights};
-use crate::{CheckpointError, GenerationConfig, QuantizationConfig, Tokenizer, chat_template};
+use crate::{CheckpointError, GenerationConfig, Gguf, QuantizationConfig, Tokenizer, chat_template};
 
 /// What a model is.
 pub const CONFIG_FILE: &str = "config.json";
@@ -36,8 +36,8 @@ pub const SIDE_FILES: [&str; 9] = [
     "generation_config.json",
 ];
 
-/// An opened model: a Hugging Face folder, a folder quantised by this project or in a layout that [`Layout`] names, files
-/// embedded in the program, or tensors made in memory.
+/// An opened model: a Hugging Face folder, a folder quantised by this project or in a layout that [`Layout`] names, a GGUF
+/// file, files embedded in the program, or tensors made in memory.
 ///
 /// Weights of files are mapped, not read; matrices borrow from the map wherever their bytes are in canonical order there.
 pub struct Checkpoint {
@@ -84,24 +84,49 @@ impl TensorInfo {
 }
 
 /// An ordinary tensor, as stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tensor<'a> {
     /// Type of an element.
     pub dtype: Dtype,
     /// Dimensions, outermost first.
     pub shape: &'a [usize],
-    /// Elements, little endian, row-major.
-    pub bytes: &'a [u8],
+    /// Elements, little endian, row-major; borrowed from the map where they lie there in this order.
+    pub bytes: Cow<'a, [u8]>,
 }
 
 impl Checkpoint {
     /// Opens a folder and checks that its files agree: the index with the shards, every shard's header with its length,
-    /// and the packed matrices with config.json. Weight files must not be changed while the checkpoint is open.
-    pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
-        if !folder.is_dir() {
-            return Err(CheckpointError::NotAFolder { path: folder.to_path_buf() });
+    /// and the packed matrices with config.json. Or opens a GGUF file, by its own path or as the only one in a folder
+    /// without other weights. Weight files must not be changed while the checkpoint is open.
+    ///
+    /// # Errors
+    /// There is no such folder or file, a file is missing, or one contradicts itself or another.
+    pub fn open(path: &Path) -> Result<Self, CheckpointError> {
+        let gguf = if path.is_dir() { weights::only_gguf(path)? } else { path.is_file().then(|| path.to_path_buf()) };
+        match gguf {
+            Some(file) => Self::open_gguf(&file),
+            None if path.is_dir() => Self::load(Source::Folder(path.to_path_buf())),
+            None => Err(CheckpointError::NotFound { path: path.to_path_buf() }),
         }
-        Self::load(Source::Folder(folder.to_path_buf()))
+    }
+
+    fn open_gguf(path: &Path) -> Result<Self, CheckpointError> {
+        let gguf = Gguf::open(path)?;
+        let config = gguf.config()?;
+        let (shard, tensors) = gguf.model(&config)?;
+        let is_packed = tensors.iter().any(|(_, entry)| matches!(entry, Entry::Gguf(gguf) if gguf.is_packed()));
+        let index = index(&tensors);
+        Ok(Self {
+            name: gguf.label().to_owned(),
+            source: Source::Gguf { path: path.to_path_buf(), gguf: Box::new(gguf) },
+            config,
+            layout: is_packed.then_some(Layout::Gguf),
+            quantization: None,
+            notes: Vec::new(),
+            shards: vec![shard],
+            tensors,
+            index,
+        })
     }
 
     /// Opens a model whose files, as `(name, bytes)`, are embedded in the program. `name` stands for the folder in
@@ -190,7 +215,7 @@ impl Checkpoint {
             Some(Quantization::Mlx(_)) => (Some(Layout::Mlx), None),
             None => (None, None),
         };
-        let index = tensors.iter().enumerate().map(|(i, (name, _))| (name.clone(), i)).collect();
+        let index = index(&tensors);
         Ok(Self { name: source.name(), source, config, layout, quantization, notes, shards, tensors, index })
     }
 
@@ -205,10 +230,10 @@ impl Checkpoint {
         Self { name: name.into(), ..self }
     }
 
-    /// The folder it was opened from; `None` if its files are embedded or it was made in memory.
-    pub fn folder(&self) -> Option<&Path> {
+    /// The folder or file it was opened from; `None` if its files are embedded or it was made in memory.
+    pub fn path(&self) -> Option<&Path> {
         match &self.source {
-            Source::Folder(folder) => Some(folder),
+            Source::Folder(path) | Source::Gguf { path, .. } => Some(path),
             Source::Static { .. } | Source::Memory { .. } => None,
         }
     }
@@ -263,6 +288,7 @@ impl Checkpoint {
                 storage: Storage::Packed(packed.scheme),
                 bytes: packed.buffers.iter().map(|(_, _, location)| location.range.len() as u64).sum(),
             },
+            Entry::Gguf(gguf) => gguf.info(),
             Entry::Memory(made) => made.info(),
         })
     }
@@ -278,7 +304,7 @@ impl Checkpoint {
         &self.notes
     }
 
-    /// How the folder lays packed matrices out; `None` for an unquantised model.
+    /// How packed matrices are laid out; `None` for an unquantised model.
     pub fn layout(&self) -> Option<Layout> {
         self.layout
     }
@@ -300,11 +326,12 @@ impl Checkpoint {
 
     /// A matrix of whatever shape it has, borrowed likewise: packed, or BF16, F16 or F32.
     pub fn matrix_any(&self, name: &str) -> Result<PackedMatrix<'_>, CheckpointError> {
+        let not_a_matrix = |shape: &[usize]| self.wrong_shape(name, shape.to_vec(), "a matrix [rows, cols]".to_owned());
+        let format_error =
+            |source| CheckpointError::Format { file: self.file_of(name), tensor: name.to_owned(), source };
         let matrix = match self.require(name)? {
             Entry::Plain(location) => {
-                let &[rows, cols] = location.shape.as_slice() else {
-                    return Err(self.wrong_shape(name, location.shape.clone(), "a matrix [rows, cols]".to_owned()));
-                };
+                let &[rows, cols] = location.shape.as_slice() else { return Err(not_a_matrix(&location.shape)) };
                 let scheme =
                     layouts::dense_scheme(location.dtype).ok_or_else(|| self.wrong_type(name, "BF16, F16 or F32"))?;
                 let mut matrix = PackedMatrix::empty(scheme, rows, cols);
@@ -321,16 +348,14 @@ impl Checkpoint {
                 }
                 matrix
             }
-            Entry::Memory(made) if made.shape.len() == 2 => return Ok(made.values.borrowed()),
-            Entry::Memory(made) => {
-                return Err(self.wrong_shape(name, made.shape.clone(), "a matrix [rows, cols]".to_owned()));
+            Entry::Gguf(gguf) => {
+                let matrix = gguf.matrix(&self.shards).ok_or_else(|| not_a_matrix(gguf.shape()))?;
+                return matrix.map_err(format_error);
             }
+            Entry::Memory(made) if made.shape.len() == 2 => return Ok(made.values.borrowed()),
+            Entry::Memory(made) => return Err(not_a_matrix(&made.shape)),
         };
-        matrix.validate().map_err(|source| CheckpointError::Format {
-            file: self.file_of(name),
-            tensor: name.to_owned(),
-            source,
-        })?;
+        matrix.validate().map_err(format_error)?;
         Ok(matrix)
     }
 
@@ -363,11 +388,15 @@ impl Checkpoint {
     pub fn tensor(&self, name: &str) -> Result<Tensor<'_>, CheckpointError> {
         match self.require(name)? {
             Entry::Plain(location) => {
-                Ok(Tensor { dtype: location.dtype, shape: &location.shape, bytes: self.bytes(location) })
+                Ok(Tensor { dtype: location.dtype, shape: &location.shape, bytes: self.bytes(location).into() })
             }
             Entry::Packed(_) => Err(self.wrong_type(name, "an ordinary tensor")),
+            Entry::Gguf(gguf) => match gguf.info().storage {
+                Storage::Plain(dtype) => Ok(Tensor { dtype, shape: gguf.shape(), bytes: gguf.bytes(&self.shards) }),
+                Storage::Packed(_) => Err(self.wrong_type(name, "an ordinary tensor")),
+            },
             Entry::Memory(made) => match layouts::dense_dtype(&made.values.scheme) {
-                Some(dtype) => Ok(Tensor { dtype, shape: &made.shape, bytes: &made.values.codes }),
+                Some(dtype) => Ok(Tensor { dtype, shape: &made.shape, bytes: (&*made.values.codes).into() }),
                 None => Err(self.wrong_type(name, "an ordinary tensor")),
             },
         }
@@ -375,7 +404,9 @@ impl Checkpoint {
 
     /// A tensor `[count, rows, cols]` of plain floats: as many matrices, borrowed from the map.
     pub fn stack(&self, name: &str) -> Result<MatrixStack<'_>, CheckpointError> {
-        let Tensor { dtype, shape, bytes } = self.tensor(name)?;
+        let Tensor { dtype, shape, bytes: Cow::Borrowed(bytes) } = self.tensor(name)? else {
+            return Err(self.wrong_type(name, "one run of plain floats"));
+        };
         let &[count, rows, cols] = shape else {
             return Err(self.wrong_shape(name, shape.to_vec(), "matrices [count, rows, cols]".to_owned()));
         };
@@ -432,6 +463,7 @@ impl Checkpoint {
         match self.entry(name) {
             Some(Entry::Plain(location)) => vec![location],
             Some(Entry::Packed(packed)) => packed.buffers.iter().map(|(_, _, location)| location).collect(),
+            Some(Entry::Gguf(gguf)) => gguf.locations().collect(),
             Some(Entry::Memory(_)) | None => Vec::new(),
         }
     }
@@ -444,12 +476,12 @@ impl Checkpoint {
         self.shards[location.shard].tensor(&location.range)
     }
 
-    /// The shard of an existing tensor (of its codes, if packed); the model for one made in memory.
+    /// The shard of an existing tensor (of its codes, if packed); the model for one of a GGUF file or made in memory.
     fn file_of(&self, name: &str) -> String {
         let shard = match self.entry(name) {
             Some(Entry::Plain(location)) => location.shard,
             Some(Entry::Packed(packed)) => packed.buffers[0].2.shard,
-            Some(Entry::Memory(_)) | None => return self.name.clone(),
+            Some(Entry::Gguf(_) | Entry::Memory(_)) | None => return self.name.clone(),
         };
         self.shards[shard].label.clone()
     }
@@ -466,6 +498,11 @@ impl Checkpoint {
         };
         CheckpointError::Type { file: self.file_of(name), tensor: name.to_owned(), found, wanted }
     }
+}
+
+/// Where each tensor is found.
+fn index(tensors: &[(String, Entry)]) -> HashMap<String, usize> {
+    tensors.iter().enumerate().map(|(index, (name, _))| (name.clone(), index)).collect()
 }
 
 impl fmt::Debug for Checkpoint {

@@ -43,9 +43,12 @@ pub enum CheckpointError {
         /// The reason.
         source: io::Error,
     },
-    /// The path given is not a folder.
-    #[error("{path} is not a folder; a model is a folder that holds config.json and *.safetensors files")]
-    NotAFolder {
+    /// The path given leads nowhere.
+    #[error(
+        "{path} is neither a folder nor a file; a model is a folder that holds config.json and *.safetensors files, or a \
+         *.gguf file"
+    )]
+    NotFound {
         /// The path.
         path: PathBuf,
     },

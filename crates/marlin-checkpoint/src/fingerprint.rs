@@ -10,13 +10,13 @@ use crate::source::Source;
 const SAMPLE: usize = 256;
 
 impl Checkpoint {
-    /// Tells states of a model folder apart: by config.json, by header, size and time of change of each weight file, and by the first
-    /// bytes of each tensor. `None` for a model that is no folder.
+    /// Tells states of a model folder or GGUF file apart: by config.json, by header, size and time of change of each weight file, and by the first
+    /// bytes of each tensor. `None` for a model that is neither.
     ///
     /// A page or two are read of each tensor. A change that keeps size and time of a file and the beginnings of all its tensors, which
     /// takes intent, goes unnoticed.
     pub fn fingerprint(&self) -> Option<String> {
-        if !matches!(self.source, Source::Folder(_)) {
+        if !matches!(self.source, Source::Folder(_) | Source::Gguf { .. }) {
             return None;
         }
         let mut hasher = DefaultHasher::new();

@@ -6,6 +6,9 @@ use serde_json::Value;
 use crate::CheckpointError;
 use crate::source::Source;
 
+/// Where they are found.
+pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
+
 /// generation_config.json; what it leaves out is `None`, and token ids then come from config.json.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default)]
@@ -49,7 +52,7 @@ struct ModelTokens {
 
 impl GenerationConfig {
     pub(crate) fn read(source: &Source, config: &Value) -> Result<Self, CheckpointError> {
-        let mut read: Self = source.json("generation_config.json")?.unwrap_or_default();
+        let mut read: Self = source.json(GENERATION_CONFIG)?.unwrap_or_default();
         let model = ModelTokens::deserialize(config)
             .map_err(|e| CheckpointError::malformed(&source.label("config.json"), e.to_string()))?;
         read.bos_token_id = read.bos_token_id.or(model.bos_token_id);

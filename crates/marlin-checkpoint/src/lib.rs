@@ -1,10 +1,10 @@
 //! Checkpoint folders in and out.
 //!
 //! [`Checkpoint`] opens a Hugging Face folder (config.json, safetensors by mmap, tokenizer, chat template, generation
-//! settings), a folder quantised by this project or in the layout of another package ([`Layout`]), and hands out
-//! matrices, without copying those that lie in canonical order. [`CheckpointWriter`] writes quantised folders:
-//! crash-safe, resumable, one tensor in memory at a time. [`Gguf`] reads the files of llama.cpp. `docs/formats.md`
-//! describes the layouts to the bit.
+//! settings), a folder quantised by this project or in the layout of another package ([`Layout`]), or a GGUF file, and
+//! hands out matrices, without copying those that lie in canonical order. [`CheckpointWriter`] writes quantised folders:
+//! crash-safe, resumable, one tensor in memory at a time; [`GgufWriter`] writes a file for llama.cpp. [`Gguf`] reads such
+//! files as they are. `docs/formats.md` describes the layouts to the bit.
 
 mod chat_template;
 mod checkpoint;
@@ -25,7 +25,7 @@ mod writer;
 pub use checkpoint::{CONFIG_FILE, Checkpoint, SIDE_FILES, Storage, Tensor, TensorInfo};
 pub use error::CheckpointError;
 pub use generation_config::GenerationConfig;
-pub use gguf::{Gguf, GgufArray, GgufModel, GgufTensor, GgufType, GgufValue, GgufValueType, GgufWriter};
+pub use gguf::{Gguf, GgufArray, GgufTensor, GgufType, GgufValue, GgufValueType, GgufWriter};
 pub use layouts::{ExportLayout, Layout};
 pub use memory::MemoryTensor;
 pub use quantization::{QuantizationConfig, QuantizedTensor};

@@ -1,4 +1,4 @@
-//! One safetensors file.
+//! One weight file: safetensors, unless another reader has made it.
 
 use std::ops::Range;
 
@@ -11,7 +11,7 @@ use crate::source::Bytes;
 /// The limit the `safetensors` crate sets as well.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
-/// A safetensors file: an eight-byte length, a JSON header of that length, and the bytes of all tensors without holes.
+/// A weight file: a header, and the bytes of tensors.
 pub(crate) struct Shard {
     /// The file, in messages.
     pub(crate) label: String,
@@ -32,7 +32,13 @@ pub(crate) struct Location {
 }
 
 impl Shard {
-    /// Parses the header; returns the tensors in the order of their bytes, located in shard number `index`.
+    /// A file of another kind, whose header has been read.
+    pub(crate) fn of_header(label: String, bytes: Bytes, header_bytes: usize) -> Self {
+        Self { label, bytes, header_bytes }
+    }
+
+    /// Parses a safetensors file: an eight-byte length, a JSON header of that length, and the bytes of all tensors
+    /// without holes. Returns the tensors in the order of their bytes, located in shard number `index`.
     ///
     /// `Metadata` checks that offsets follow each other without gap or overlap and agree with type and shape; that the
     /// file is exactly as long as they say is checked here.

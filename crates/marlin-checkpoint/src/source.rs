@@ -5,19 +5,25 @@ use std::fs::{self, File};
 use std::io;
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use memmap2::Mmap;
 use serde::de::DeserializeOwned;
 
-use crate::CheckpointError;
+use crate::{CheckpointError, Gguf};
 
-/// A folder, files embedded in the program, or none at all.
+/// A folder, files embedded in the program, one file that holds everything, or none at all.
 pub(crate) enum Source {
     Folder(PathBuf),
     Static {
         name: String,
         files: &'static [(&'static str, &'static [u8])],
+    },
+    /// What other models have in small files is in the metadata of this one.
+    Gguf {
+        path: PathBuf,
+        gguf: Box<Gguf>,
     },
     /// A model made in memory has no files.
     Memory {
@@ -26,9 +32,10 @@ pub(crate) enum Source {
 }
 
 /// The bytes of a weight file.
+#[derive(Clone)]
 pub(crate) enum Bytes {
     Mapped {
-        map: Mmap,
+        map: Arc<Mmap>,
         /// When the file was changed last, as far as the system tells.
         changed: Option<SystemTime>,
     },
@@ -64,7 +71,7 @@ impl Bytes {
         // whole folders by renaming, which leaves a mapped file intact. Of others it is asked in `Checkpoint::open` and
         // `Gguf::open`.
         let map = unsafe { Mmap::map(&opened) }.map_err(CheckpointError::io("map", path))?;
-        Ok(Some(Self::Mapped { map, changed: metadata.modified().ok() }))
+        Ok(Some(Self::Mapped { map: Arc::new(map), changed: metadata.modified().ok() }))
     }
 
     /// Refuses what Git leaves in the place of a weight file that it has not fetched.
@@ -104,6 +111,7 @@ impl Source {
         match self {
             Self::Folder(folder) => folder.display().to_string(),
             Self::Static { name, .. } | Self::Memory { name } => name.clone(),
+            Self::Gguf { gguf, .. } => gguf.label().to_owned(),
         }
     }
 
@@ -112,6 +120,7 @@ impl Source {
         match self {
             Self::Folder(folder) => folder.join(file).display().to_string(),
             Self::Static { name, .. } | Self::Memory { name } => format!("{name}/{file}"),
+            Self::Gguf { gguf, .. } => format!("{} (as {file})", gguf.label()),
         }
     }
 
@@ -127,6 +136,7 @@ impl Source {
                 }
             }
             Self::Static { .. } | Self::Memory { .. } => Ok(self.embedded(file).map(Cow::Borrowed)),
+            Self::Gguf { gguf, .. } => Ok(gguf.small_file(file)?.map(Cow::Owned)),
         }
     }
 
@@ -143,7 +153,7 @@ impl Source {
     pub(crate) fn map(&self, file: &str) -> Result<Option<Bytes>, CheckpointError> {
         match self {
             Self::Folder(folder) => Bytes::map(&folder.join(file)),
-            Self::Static { .. } | Self::Memory { .. } => Ok(self.embedded(file).map(Bytes::Static)),
+            Self::Static { .. } | Self::Memory { .. } | Self::Gguf { .. } => Ok(self.embedded(file).map(Bytes::Static)),
         }
     }
 

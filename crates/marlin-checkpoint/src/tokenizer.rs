@@ -6,11 +6,13 @@ use std::panic::{self, AssertUnwindSafe};
 
 use serde::Deserialize;
 
-use crate::CheckpointError;
 use crate::source::Source;
+use crate::{CheckpointError, Gguf};
 
 /// The tokenizer of a model folder.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
+/// Settings that belong to it.
+pub(crate) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
 /// A Hugging Face tokenizer (tokenizer.json with the settings of tokenizer_config.json that change its output).
 #[derive(Debug, Clone)]
@@ -56,14 +58,28 @@ impl SpecialToken {
 impl Tokenizer {
     /// `vocab_size` is that of config.json, if it has one.
     pub(crate) fn read(source: &Source, vocab_size: Option<u64>) -> Result<Self, CheckpointError> {
+        if let Source::Gguf { gguf, .. } = source {
+            return Self::of_gguf(gguf, vocab_size);
+        }
         let bytes = source.read(TOKENIZER_FILE)?.ok_or_else(|| CheckpointError::MissingFile {
             file: source.label(TOKENIZER_FILE),
             hint: "download it with the model; older tokenizer files (tokenizer.model, vocab.json) are not read, but \
                    `AutoTokenizer.from_pretrained(…).save_pretrained(…)` of transformers makes one from them"
                 .to_owned(),
         })?;
-        let config: TokenizerConfig = source.json("tokenizer_config.json")?.unwrap_or_default();
+        let config: TokenizerConfig = source.json(TOKENIZER_CONFIG)?.unwrap_or_default();
         Self::new(&bytes, &config, source.label(TOKENIZER_FILE), vocab_size)
+    }
+
+    pub(crate) fn of_gguf(gguf: &Gguf, vocab_size: Option<u64>) -> Result<Self, CheckpointError> {
+        let label = gguf.label();
+        let bytes = gguf.small_file(TOKENIZER_FILE)?.ok_or_else(|| {
+            CheckpointError::malformed(label, "it holds no tokenizer; take a file that was converted with one")
+        })?;
+        let config = gguf.small_file(TOKENIZER_CONFIG)?.unwrap_or_default();
+        let config = serde_json::from_slice(&config)
+            .map_err(|source| CheckpointError::Json { file: label.to_owned(), source })?;
+        Self::new(&bytes, &config, label.to_owned(), vocab_size)
     }
 
     fn new(

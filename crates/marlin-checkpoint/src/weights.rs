@@ -1,6 +1,7 @@
 //! The weight files of a checkpoint.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
@@ -116,6 +117,29 @@ fn check_index(
     Ok(())
 }
 
+/// The GGUF file of a folder that has no other weights; `None` if it has none.
+///
+/// # Errors
+/// There are several, of which one must be chosen.
+pub(crate) fn only_gguf(folder: &Path) -> Result<Option<PathBuf>, CheckpointError> {
+    if [WEIGHTS_FILE, INDEX_FILE].iter().any(|name| folder.join(name).exists()) {
+        return Ok(None);
+    }
+    let entries = std::fs::read_dir(folder).map_err(CheckpointError::io("read", folder))?;
+    let is_gguf = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "gguf");
+    let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).filter(is_gguf).collect();
+    files.sort();
+    match files.as_slice() {
+        [] | [_] => Ok(files.pop()),
+        [first, second, ..] => {
+            let count = files.len();
+            let [first, second] = [first, second].map(|path| path.display());
+            let problem = format!("it holds {count} GGUF files; give the path of one of them: {first}, {second} …");
+            Err(CheckpointError::malformed(&folder.display().to_string(), problem))
+        }
+    }
+}
+
 fn no_weights(source: &Source) -> CheckpointError {
     let other = match source {
         Source::Folder(folder) => std::fs::read_dir(folder)
@@ -123,16 +147,16 @@ fn no_weights(source: &Source) -> CheckpointError {
             .and_then(|entries| {
                 entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).find(|name| {
                     let extension = name.rsplit_once('.').map_or("", |(_, e)| e);
-                    matches!(extension, "bin" | "gguf" | "pt" | "pth")
+                    matches!(extension, "bin" | "pt" | "pth")
                 })
             })
             .map(|name| format!(" (`{name}` is a format that is not read)")),
-        Source::Static { .. } | Source::Memory { .. } => None,
+        Source::Static { .. } | Source::Memory { .. } | Source::Gguf { .. } => None,
     };
     CheckpointError::MissingFile {
         file: source.label(WEIGHTS_FILE),
         hint: format!(
-            "neither it nor {INDEX_FILE} is there{}; the weights must be in safetensors format",
+            "neither it nor {INDEX_FILE} is there{}; the weights must be in safetensors format, or one GGUF file",
             other.unwrap_or_default()
         ),
     }

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use common::{assert_says, message};
-use marlin_checkpoint::{Gguf, GgufModel, GgufType, GgufValue, GgufValueType};
+use marlin_checkpoint::{Checkpoint, CheckpointError, Gguf, GgufType, GgufValue, GgufValueType, Layout, Storage};
 use marlin_format::Scheme;
 use serde_json::{Value, json};
 
@@ -206,22 +206,49 @@ fn common_config(architecture: &str, class: &str) -> Value {
 }
 
 fn assert_model(architecture: &str, wanted: &Value) {
-    let model = GgufModel::open(&goldens().join(architecture).with_extension("gguf")).unwrap();
+    let model = Checkpoint::open(&goldens().join(architecture).with_extension("gguf")).unwrap();
     assert_eq!(model.config(), wanted);
+    assert_eq!(model.layout(), Some(Layout::Gguf));
     let expected = expected(architecture);
     let mut names: Vec<&str> = model.tensor_names().collect();
     names.sort_unstable();
     assert_eq!(names, expected.keys().map(String::as_str).collect::<Vec<_>>());
     for (name, (shape, wanted)) in &expected {
-        assert_eq!(model.shape(name).unwrap(), shape, "{name}");
-        assert_same_bits(name, &model.values(name).unwrap(), wanted);
-        if shape.len() == 2 {
-            let matrix = model.matrix(name).unwrap();
-            assert_eq!((&matrix.decode(), matrix.scheme), (wanted, GgufType::Q8_0.scheme()), "{name}");
+        assert_eq!(&model.shape(name).unwrap(), shape, "{name}");
+        match *shape.as_slice() {
+            [rows, cols] => {
+                let matrix = model.matrix(name, rows, cols).unwrap();
+                assert_eq!((&matrix.decode(), matrix.scheme), (wanted, GgufType::Q8_0.scheme()), "{name}");
+                assert_eq!(model.info(name).unwrap().storage, Storage::Packed(matrix.scheme), "{name}");
+                assert_says(&message(model.tensor(name).unwrap_err()), &[name, "int8 g32", "ordinary"]);
+            }
+            _ => {
+                assert_same_bits(name, &model.vector(name, wanted.len()).unwrap(), wanted);
+                let bytes: Vec<u8> = wanted.iter().flat_map(|value| value.to_le_bytes()).collect();
+                assert_eq!(*model.tensor(name).unwrap().bytes, bytes, "{name}");
+            }
         }
+        model.release(name);
     }
-    let error = message(model.matrix("model.layers.1.mlp.up_proj.weight").unwrap_err());
+    let error = message(model.matrix_any("model.layers.1.mlp.up_proj.weight").unwrap_err());
     assert_says(&error, &[architecture, "`model.layers.1.mlp.up_proj.weight`"]);
+}
+
+#[test]
+fn a_folder_with_one_file_is_that_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let copy = |name: &str| fs::copy(goldens().join("qwen3.gguf"), folder.path().join(name)).unwrap();
+    copy("a.gguf");
+    let model = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!(model.path().unwrap(), folder.path().join("a.gguf"));
+    let fingerprint = model.fingerprint().unwrap();
+    assert_eq!(Checkpoint::open(model.path().unwrap()).unwrap().fingerprint().unwrap(), fingerprint);
+    copy("b.gguf");
+    assert_says(&message(Checkpoint::open(folder.path()).unwrap_err()), &["2 GGUF files", "a.gguf", "b.gguf"]);
+    let mut bytes = fs::read(folder.path().join("b.gguf")).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(folder.path().join("b.gguf"), bytes).unwrap();
+    assert_ne!(Checkpoint::open(&folder.path().join("b.gguf")).unwrap().fingerprint().unwrap(), fingerprint);
 }
 
 #[test]
@@ -258,7 +285,7 @@ fn position(bytes: &[u8], text: &str) -> usize {
 fn models_that_are_not_read_say_why() {
     let error = |change: &dyn Fn(&mut Vec<u8>)| {
         let (_folder, path) = changed("llama.gguf", change);
-        message(GgufModel::open(&path).unwrap_err())
+        message(Checkpoint::open(&path).unwrap_err())
     };
     // Replaces a text by one of the same length.
     let text = |from: &str, to: &str| {
@@ -277,14 +304,15 @@ fn models_that_are_not_read_say_why() {
     };
     let integer = |key: &str, number: u32| value(key, number.to_le_bytes());
 
-    let architecture = message(GgufModel::open(&goldens().join("types.gguf")).unwrap_err());
-    assert_says(&architecture, &["types.gguf", "architecture `test`", "`llama` and `qwen3`"]);
+    let architecture = message(Checkpoint::open(&goldens().join("types.gguf")).unwrap_err());
+    assert_says(&architecture, &["types.gguf", "architecture `test`", "llama, qwen2, qwen3"]);
     assert_says(&text("general.architecture", "general.architecturE"), &["`general.architecture` is None"]);
     assert_says(&text("llama.rope.freq_base", "llama.rope.FREQ_BASE"), &["`llama.rope.FREQ_BASE`", "not understood"]);
     assert_says(&text("llama.block_count", "Llama.block_count"), &["`llama.block_count` is missing"]);
     assert_says(&text("llama.vocab_size", "llama.expert_use"), &["`llama.expert_use`", "not understood"]);
     assert_says(&text("blk.0.attn_norm", "blk.1.attn_norm"), &["tensor `blk.1.attn_norm.weight`", "no place", "llama"]);
     assert_says(&text("blk.0.ffn_down.weight", "blk.0.ffn_down.scales"), &["`blk.0.ffn_down.scales`", "no place"]);
+    assert_says(&text("blk.0.ffn_down", "blk.0.ffn_gate"), &["twice"]);
     assert_says(&text("token_embd", "tokem_embd"), &["no tensor `token_embd.weight`"]);
     assert_says(&integer("llama.attention.head_count", 4), &["`llama.rope.dimension_count` is 16, wanted 8"]);
     assert_says(&integer("llama.attention.head_count", 5), &["5 heads", "32 columns"]);
@@ -315,6 +343,15 @@ fn models_that_are_not_read_say_why() {
     assert_says(&split, &["one part", "`split.count` is U16(3)", "--merge"]);
 }
 
+/// Whether a tensor is read, as what it is; a norm that is damaged may be infinite.
+fn is_read(model: &Checkpoint, name: &str) -> bool {
+    match *model.shape(name).unwrap() {
+        [rows, cols] => model.matrix(name, rows, cols).is_ok(),
+        [len] => !matches!(model.vector(name, len), Err(CheckpointError::Type { .. } | CheckpointError::Shape { .. })),
+        _ => model.tensor(name).is_ok(),
+    }
+}
+
 #[test]
 fn damaged_models_are_refused_or_read() {
     let intact = fs::read(goldens().join("llama.gguf")).unwrap();
@@ -325,8 +362,8 @@ fn damaged_models_are_refused_or_read() {
         let mut bytes = intact.clone();
         bytes[at] = if at % 2 == 0 { 0xff } else { intact[at] ^ 1 << (at / 2 % 8) };
         fs::write(&path, bytes).unwrap();
-        match GgufModel::open(&path) {
-            Ok(model) => model.tensor_names().for_each(|name| assert!(model.values(name).is_ok())),
+        match Checkpoint::open(&path) {
+            Ok(model) => model.tensor_names().for_each(|name| assert!(is_read(&model, name), "{name}")),
             Err(error) => assert_says(&message(error), &["damaged.gguf"]),
         }
     }

@@ -35,7 +35,7 @@ fn tensors_come_back_as_they_were_given() {
     let info = checkpoint.info("a.weight").unwrap();
     assert_eq!((info.shape.as_slice(), info.storage), ([2, 128].as_slice(), Storage::Packed(shared.scheme)));
     assert_eq!(checkpoint.info("norm.weight").unwrap().storage, Storage::Plain(Dtype::F32));
-    assert_eq!(checkpoint.tensor("c.weight").unwrap().bytes, [0, 0, 0x80, 0x3f]);
+    assert_eq!(*checkpoint.tensor("c.weight").unwrap().bytes, [0, 0, 0x80, 0x3f]);
     assert_eq!(checkpoint.weight_bytes(), 2 * shared.bytes() as u64 + 4 + 8);
     assert_eq!(checkpoint.quantization().unwrap().tensors.len(), 2);
     assert_eq!(checkpoint.layout(), Some(Layout::MetalMarlin));

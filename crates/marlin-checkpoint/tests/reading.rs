@@ -55,7 +55,7 @@ fn unquantised_tensors_are_borrowed_as_they_are() {
     assert_eq!(checkpoint.vector("norm.weight", 2).unwrap(), [1.5, -0.125]);
     assert_eq!(checkpoint.vector("b.bias", 2).unwrap(), [1.0, -2.0]);
     let raw = checkpoint.tensor("b.bias").unwrap();
-    assert_eq!((raw.dtype, raw.shape, raw.bytes), (Dtype::F16, &[2][..], &half[..]));
+    assert_eq!((raw.dtype, raw.shape, &*raw.bytes), (Dtype::F16, &[2][..], &half[..]));
 }
 
 #[test]
@@ -86,13 +86,15 @@ fn wrong_shapes_types_and_values_are_named() {
 #[test]
 fn paths_and_files_that_are_missing() {
     let empty = tempfile::tempdir().unwrap();
-    assert_says(&open_error(&empty.path().join("nowhere")), &["nowhere", "is not a folder"]);
+    assert_says(&open_error(&empty.path().join("nowhere")), &["nowhere", "neither a folder nor a file"]);
     assert_says(&open_error(empty.path()), &["config.json is missing"]);
 
     fs::write(empty.path().join("config.json"), "{}").unwrap();
     assert_says(&open_error(empty.path()), &["model.safetensors is missing", "index.json"]);
+    fs::write(empty.path().join("model.bin"), "").unwrap();
+    assert_says(&open_error(empty.path()), &["`model.bin` is a format that is not read", "one GGUF file"]);
     fs::write(empty.path().join("model.gguf"), "").unwrap();
-    assert_says(&open_error(empty.path()), &["`model.gguf` is a format that is not read"]);
+    assert_says(&open_error(empty.path()), &["model.gguf: the magic number"]);
 }
 
 #[test]

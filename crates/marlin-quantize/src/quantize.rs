@@ -296,7 +296,7 @@ fn matrices_of_experts<'a>(
 
 /// With `force`, the source would be replaced by its own rounding.
 fn refuse_source_as_output(source: &Checkpoint, out: &Path) -> Result<(), QuantizeError> {
-    match (source.folder().map(fs::canonicalize), fs::canonicalize(out)) {
+    match (source.path().map(fs::canonicalize), fs::canonicalize(out)) {
         (Some(Ok(source)), Ok(out)) if source == out => Err(QuantizeError::OutputIsSource { path: out }),
         _ => Ok(()),
     }
@@ -336,7 +336,7 @@ fn write(
             // Refuses what is not finite.
             source.vector(name, len)?;
         }
-        writer.write_raw(name, tensor.dtype, tensor.shape, tensor.bytes)?;
+        writer.write_raw(name, tensor.dtype, tensor.shape, &tensor.bytes)?;
         return Ok(None);
     };
     let matrix = task.source(source)?;

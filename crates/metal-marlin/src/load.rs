@@ -20,13 +20,13 @@ pub enum LoadError {
     /// No model was named and none is built in.
     #[error(
         "no MODEL given, and this program was built without a bundled model (feature `bundled-model`); \
-         name a model folder or a model of the Hugging Face Hub"
+         name a model folder, a GGUF file or a model of the Hugging Face Hub"
     )]
     NoModel,
-    /// There is no such folder, and it is no name on the Hub.
+    /// There is no such folder or file, and it is no name on the Hub.
     #[error(
-        "there is no model folder at {path} (one with config.json, tokenizer.json and *.safetensors), and that is no name \
-         on the Hugging Face Hub, such as Qwen/Qwen3-4B, either",
+        "there is no model folder or GGUF file at {path} (a folder has config.json, tokenizer.json and *.safetensors), and \
+         that is no name on the Hugging Face Hub, such as Qwen/Qwen3-4B, either",
         path = path.display()
     )]
     NotFound {
@@ -36,7 +36,7 @@ pub enum LoadError {
     /// A revision of something that has none.
     #[error("--revision {revision} chooses a version of a model on the Hub; {model} is on this machine")]
     NoRevisions {
-        /// The folder, or the bundled model.
+        /// The folder or file, or the bundled model.
         model: String,
         /// What was asked for.
         revision: String,
@@ -50,7 +50,7 @@ pub enum LoadError {
     /// The model cannot be quantised.
     #[error(transparent)]
     Quantize(Box<QuantizeError>),
-    /// The folder cannot be used.
+    /// The folder or file cannot be used.
     #[error("cannot open the model {name}")]
     Checkpoint {
         /// Its path, or the bundled model's name.
@@ -103,21 +103,22 @@ pub fn is_bundled(model: &Path) -> bool {
     model == Path::new("bundled")
 }
 
-/// Whether this would be fetched from the Hub: it has the form `owner/name` and is no folder.
+/// Whether this would be fetched from the Hub: it has the form `owner/name`, and is neither here nor meant to be a file.
 pub fn hub_id(model: &Path) -> Option<HubId> {
-    if model.exists() { None } else { HubId::parse(model.to_str()?) }
+    let is_file = model.extension().is_some_and(|extension| extension == "gguf");
+    if is_file || model.exists() { None } else { HubId::parse(model.to_str()?) }
 }
 
-/// Opens the checkpoint in the folder `model`, or the bundled one if there is no `model`.
+/// Opens the checkpoint in the folder or file `model`, or the bundled one if there is no `model`.
 pub fn open_checkpoint(model: Option<&Path>) -> Result<Checkpoint, LoadError> {
     let Some(path) = model else { return open_bundled() };
-    if !path.is_dir() {
+    if !path.exists() {
         return Err(LoadError::NotFound { path: path.to_owned() });
     }
     Checkpoint::open(path).map_err(|source| LoadError::checkpoint(&path.display().to_string(), source))
 }
 
-/// Opens what a person calls a model: the bundled one (`bundled`, or nothing), a folder, or a model on the Hub, which is fetched
+/// Opens what a person calls a model: the bundled one (`bundled`, or nothing), a folder, a GGUF file, or a model on the Hub, which is fetched
 /// unless the Hub's cache has it. With a recipe it is quantised, once: the result is kept in the [`ModelCache`].
 ///
 /// # Errors
@@ -137,8 +138,8 @@ pub fn open(
     }
     let Some(recipe) = options.recipe else { return Ok(checkpoint) };
     let name = checkpoint.name().to_owned();
-    // A folder has the same entry however it is named.
-    let path = checkpoint.folder().and_then(|folder| folder.canonicalize().ok());
+    // A folder or file has the same entry however it is named.
+    let path = checkpoint.path().and_then(|path| path.canonicalize().ok());
     let fingerprint = source_fingerprint(&checkpoint).map_err(|error| LoadError::Quantize(Box::new(error)))?;
     let origin = Origin {
         version: path
@@ -150,16 +151,18 @@ pub fn open(
     quantized(&name, &origin, recipe, options.out, || Ok(checkpoint), progress)
 }
 
-/// Tells states of a folder apart by its files' names, sizes and times of change: what was made from one state does not stand for
-/// another, be it that only the chat template was edited.
-fn state_of(folder: &Path) -> String {
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    let mut files: Vec<String> = entries
-        .filter_map(|entry| {
-            let metadata = std::fs::metadata(entry.path()).ok()?;
-            Some(format!("{:?} {} {:?}\n", entry.file_name(), metadata.len(), metadata.modified().ok()))
-        })
-        .collect();
+/// Tells states of a folder apart by its files' names, sizes and times of change, and those of a file alike: what was made from one
+/// state does not stand for another, be it that only the chat template was edited.
+fn state_of(path: &Path) -> String {
+    let paths = match std::fs::read_dir(path) {
+        Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
+        Err(_) => vec![path.to_owned()],
+    };
+    let state = |path: PathBuf| {
+        let metadata = std::fs::metadata(&path).ok()?;
+        Some(format!("{:?} {} {:?}\n", path.file_name()?, metadata.len(), metadata.modified().ok()))
+    };
+    let mut files: Vec<String> = paths.into_iter().filter_map(state).collect();
     files.sort();
     hub::hex(&Sha256::digest(files.concat())[..8])
 }

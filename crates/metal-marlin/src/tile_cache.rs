@@ -130,8 +130,8 @@ impl ModelCache {
         checkpoint: &Checkpoint,
         options: &LoadOptions,
     ) -> Result<Option<TileFile>, CacheError> {
-        let folder = checkpoint.folder().and_then(|folder| folder.canonicalize().ok());
-        let (Some(folder), Some(fingerprint)) = (folder, checkpoint.fingerprint()) else { return Ok(None) };
+        let path = checkpoint.path().and_then(|path| path.canonicalize().ok());
+        let (Some(source), Some(fingerprint)) = (path, checkpoint.fingerprint()) else { return Ok(None) };
         // What is wrong with the model is for loading it to say.
         let Ok((plan, layers)) =
             device.planner(checkpoint).and_then(|planner| Ok((planner.plan(options)?, planner.host_layers())))
@@ -144,9 +144,9 @@ impl ModelCache {
         }
         let layout = cpu.tile_layout()?;
         let file_of = |layers: Option<&ExpertLayers>| {
-            let id = id(checkpoint.name(), &folder, layers, &layout);
+            let id = id(checkpoint.name(), &source, layers, &layout);
             let (path, lock) = (self.tiles_folder().join(format!("{id}.{EXTENSION}")), self.lock_path(&id));
-            let (fingerprint, model) = (fingerprint.clone(), folder.display().to_string());
+            let (fingerprint, model) = (fingerprint.clone(), source.display().to_string());
             TileFileOptions { path, lock, fingerprint, model, report: |e| warn(e) }
         };
         if layers.is_some() {
@@ -179,9 +179,9 @@ impl ModelCache {
 
 /// A name that tells people what it is, and programs everything but the state of the weights: what was made of an older one is replaced.
 /// `layers` are those whose experts it holds, if it holds nothing else.
-fn id(name: &str, folder: &Path, layers: Option<&ExpertLayers>, layout: &str) -> String {
+fn id(name: &str, source: &Path, layers: Option<&ExpertLayers>, layout: &str) -> String {
     let experts = layers.map_or_else(String::new, |layers| format!("\nexperts of layers {layers}"));
-    let hash = hub::hex(&Sha256::digest(format!("{}\n{layout}{experts}", folder.display())));
+    let hash = hub::hex(&Sha256::digest(format!("{}\n{layout}{experts}", source.display())));
     let name = name.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
     let words = name.replace(|c: char| !c.is_ascii_alphanumeric() && c != '.', "-");
     let part = if layers.is_some() { "-experts" } else { "" };

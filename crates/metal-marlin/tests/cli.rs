@@ -78,7 +78,7 @@ fn wrong_usage_exits_with_2() {
 fn a_missing_model_is_named() {
     let run = metal_marlin(&["run", "no/such/model", "Hello"]);
     assert_eq!(run.code, Some(1));
-    assert!(run.stderr.starts_with("error: there is no model folder at no/such/model"), "{}", run.stderr);
+    assert!(run.stderr.starts_with("error: there is no model folder or GGUF file at no/such/model"), "{}", run.stderr);
     assert!(run.stderr.contains("config.json"), "{}", run.stderr);
 }
 

@@ -33,3 +33,8 @@ fn packed() {
 fn chat_template() {
     replay("chat_template", fuzz::chat_template);
 }
+
+#[test]
+fn gguf() {
+    replay("gguf", fuzz::gguf);
+}

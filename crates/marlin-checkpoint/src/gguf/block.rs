@@ -146,6 +146,13 @@ impl GgufType {
         }
     }
 
+    /// [`GgufType::dequantize`] into a vector of as many weights as the bytes hold.
+    pub(super) fn values(self, bytes: &[u8]) -> Vec<f32> {
+        let mut values = vec![0.0; bytes.len() / self.block_bytes() * self.block_weights()];
+        self.dequantize(bytes, &mut values);
+        values
+    }
+
     fn dequantize_block(self, fields: &Fields, block: &[u8], weights: &mut [f32]) {
         let scheme = self.scheme();
         let values = scheme.element.values();

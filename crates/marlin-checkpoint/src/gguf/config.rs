@@ -11,30 +11,59 @@ use super::{DAMAGED, Gguf, GgufValue};
 pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
 
 /// Keys behind the name of the architecture that are read. Others would change what the model computes.
-const KEYS: [&str; 18] = [
+const KEYS: [&str; 39] = [
     "vocab_size",
     "context_length",
     "embedding_length",
     "block_count",
     "feed_forward_length",
+    "leading_dense_block_count",
+    "nextn_predict_layers",
+    "final_logit_softcapping",
     "expert_count",
     "expert_used_count",
+    "expert_shared_count",
+    "expert_feed_forward_length",
+    "expert_group_count",
+    "expert_group_used_count",
+    "expert_gating_func",
+    "expert_weights_scale",
+    "expert_weights_norm",
     "attention.head_count",
     "attention.head_count_kv",
     "attention.key_length",
     "attention.value_length",
+    "attention.key_length_mla",
+    "attention.value_length_mla",
+    "attention.q_lora_rank",
+    "attention.kv_lora_rank",
+    "attention.sliding_window",
     "attention.layer_norm_rms_epsilon",
     "rope.dimension_count",
     "rope.freq_base",
+    "rope.freq_base_swa",
     "rope.scaling.type",
     "rope.scaling.factor",
+    "rope.scaling.attn_factor",
     "rope.scaling.original_context_length",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+    "rope.scaling.yarn_log_multiplier",
     // Whether the model was trained with the scaling: told, not computed with.
     "rope.scaling.finetuned",
 ];
 
 /// Base of rotary frequencies where a file names none, as in llama.cpp.
 const DEFAULT_THETA: f64 = 10_000.0;
+
+/// Settings of YaRN: keys, and names in config.json.
+const YARN: [(&str, &str); 4] = [
+    ("rope.scaling.attn_factor", "attention_factor"),
+    ("rope.scaling.yarn_attn_factor", "attention_factor"),
+    ("rope.scaling.yarn_beta_fast", "beta_fast"),
+    ("rope.scaling.yarn_beta_slow", "beta_slow"),
+];
 
 /// The metadata of an architecture.
 struct Keys<'g> {
@@ -43,51 +72,178 @@ struct Keys<'g> {
 }
 
 /// The config.json of `transformers` for this model. Errors are sentences about the file.
-pub(super) fn config(gguf: &Gguf, architecture: Architecture) -> Result<Value, String> {
+pub(super) fn config(gguf: &Gguf) -> Result<Value, String> {
+    let architecture = Architecture::of(gguf)?;
     let keys = Keys { gguf, architecture };
     keys.check_known()?;
-    if keys.integer("expert_count")?.unwrap_or(0) != 0 {
-        return Err(format!("it is a mixture of experts of the architecture {architecture}, which is not read yet"));
-    }
-    let vocabulary = gguf.tensor(EMBEDDING).and_then(|tensor| tensor.shape.first().copied());
-    let vocabulary = vocabulary.ok_or_else(|| format!("it has no tensor `{EMBEDDING}`; it is one part of several"))?;
-    let heads = keys.required("attention.head_count")?;
-    let head_dim = keys.head_dim(heads)?;
-    let theta = keys.float("rope.freq_base")?.unwrap_or(DEFAULT_THETA);
-    let has_bias = |module: &str| gguf.tensor(&format!("blk.0.{module}.bias")).is_some();
-    let mut config = json!({
-        "architectures": [architecture.class()],
-        "model_type": architecture.name(),
-        "vocab_size": vocabulary,
-        "hidden_size": keys.required("embedding_length")?,
-        "intermediate_size": keys.required("feed_forward_length")?,
-        "num_hidden_layers": keys.required("block_count")?,
-        "num_attention_heads": heads,
-        "num_key_value_heads": keys.integer("attention.head_count_kv")?.unwrap_or(heads),
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": keys.required("context_length")?,
-        "rms_norm_eps": keys.required_float("attention.layer_norm_rms_epsilon")?,
-        "rope_theta": theta,
-        "attention_bias": has_bias("attn_q"),
-        "mlp_bias": has_bias("ffn_gate"),
-        "tie_word_embeddings": gguf.tensor(HEAD).is_none(),
-    });
-    if let Some(scaling) = keys.rope_scaling(theta, head_dim)? {
-        config["rope_scaling"] = scaling;
-    }
-    for token in ["bos_token_id", "eos_token_id"] {
-        let key = format!("tokenizer.ggml.{token}");
-        if let Some(value) = gguf.value(&key) {
-            let id =
-                value.as_u64().ok_or_else(|| format!("metadata `{key}` is {value:?}, wanted a token; {DAMAGED}"))?;
-            config[token] = id.into();
+    let mut config = keys.common()?;
+    match architecture {
+        Architecture::Llama | Architecture::Qwen3 => {}
+        Architecture::Qwen2 => drop(config.as_object_mut().and_then(|config| config.remove("attention_bias"))),
+        Architecture::Mixtral => {
+            config["num_local_experts"] = keys.required("expert_count")?.into();
+            config["num_experts_per_tok"] = keys.required("expert_used_count")?.into();
+        }
+        Architecture::Qwen3Moe => {
+            config["num_experts"] = keys.required("expert_count")?.into();
+            config["num_experts_per_tok"] = keys.required("expert_used_count")?.into();
+            config["moe_intermediate_size"] = keys.required("expert_feed_forward_length")?.into();
+            config["norm_topk_prob"] = true.into();
+        }
+        Architecture::Gemma3 => keys.gemma3(&mut config)?,
+        Architecture::Phi3 => {
+            // 0 is none.
+            let window = keys.integer("attention.sliding_window")?.filter(|window| *window != 0);
+            config["sliding_window"] = window.into();
+        }
+        Architecture::Glm4 => {}
+        Architecture::Glm4Moe => {
+            config["use_qk_norm"] = gguf.tensor("blk.0.attn_q_norm.weight").is_some().into();
+            keys.sigmoid_experts(&mut config)?;
+        }
+        Architecture::Deepseek2 => {
+            keys.sigmoid_experts(&mut config)?;
+            keys.latent_attention(&mut config)?;
+        }
+        Architecture::GptOss => {
+            config["num_local_experts"] = keys.required("expert_count")?.into();
+            config["num_experts_per_tok"] = keys.required("expert_used_count")?.into();
+            config["intermediate_size"] = keys.required("expert_feed_forward_length")?.into();
+            config["sliding_window"] = keys.required("attention.sliding_window")?.into();
         }
     }
     Ok(config)
 }
 
 impl Keys<'_> {
+    /// What all families have.
+    fn common(&self) -> Result<Value, String> {
+        let (gguf, architecture) = (self.gguf, self.architecture);
+        let vocabulary = gguf.tensor(EMBEDDING).and_then(|tensor| tensor.shape.first().copied());
+        let vocabulary =
+            vocabulary.ok_or_else(|| format!("it has no tensor `{EMBEDDING}`; it is one part of several"))?;
+        let heads = self.required("attention.head_count")?;
+        let layers = self.required("block_count")?;
+        let ahead = self.integer("nextn_predict_layers")?.unwrap_or(0);
+        let layers = layers.checked_sub(ahead).ok_or_else(|| {
+            format!("metadata `{}` is {ahead}, more than {layers} layers; {DAMAGED}", self.key("nextn_predict_layers"))
+        })?;
+        let theta = self.float("rope.freq_base")?.unwrap_or(DEFAULT_THETA);
+        let has_bias = |module: &str| gguf.tensor(&format!("blk.0.{module}.bias")).is_some();
+        let mut config = json!({
+            "architectures": [architecture.class()],
+            "model_type": architecture.model_type(),
+            "vocab_size": vocabulary,
+            "hidden_size": self.required("embedding_length")?,
+            "intermediate_size": self.required("feed_forward_length")?,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": self.integer("attention.head_count_kv")?.unwrap_or(heads),
+            "hidden_act": "silu",
+            "max_position_embeddings": self.required("context_length")?,
+            "rms_norm_eps": self.required_float("attention.layer_norm_rms_epsilon")?,
+            "rope_theta": theta,
+            "attention_bias": has_bias("attn_q"),
+            "mlp_bias": has_bias("ffn_gate"),
+            "tie_word_embeddings": gguf.tensor(HEAD).is_none(),
+        });
+        // Latent attention has widths of its own.
+        if architecture != Architecture::Deepseek2 {
+            let head_dim = self.head_dim(heads)?;
+            config["head_dim"] = head_dim.into();
+            let rotated = self.integer("rope.dimension_count")?.unwrap_or(head_dim);
+            if rotated != head_dim {
+                config["partial_rotary_factor"] = (rotated as f64 / head_dim as f64).into();
+            }
+        }
+        let rotated = config["head_dim"].as_u64().unwrap_or(0);
+        if let Some(scaling) = self.rope_scaling(theta, rotated)? {
+            config["rope_scaling"] = scaling;
+        }
+        for token in ["bos_token_id", "eos_token_id"] {
+            let key = format!("tokenizer.ggml.{token}");
+            if let Some(value) = gguf.value(&key) {
+                let id = value
+                    .as_u64()
+                    .ok_or_else(|| format!("metadata `{key}` is {value:?}, wanted a token; {DAMAGED}"))?;
+                config[token] = id.into();
+            }
+        }
+        Ok(config)
+    }
+
+    /// What llama.cpp knows of Gemma 3 without being told.
+    fn gemma3(&self, config: &mut Value) -> Result<(), String> {
+        const LAYERS_OF_27B: u64 = 62;
+        let number = |key: &str| config[key].as_u64().unwrap_or(0);
+        // The largest model divides scores otherwise than by the root of a head's width.
+        let scalar = match number("num_hidden_layers") {
+            LAYERS_OF_27B => number("hidden_size") / number("num_attention_heads").max(1),
+            _ => number("head_dim"),
+        };
+        config["query_pre_attn_scalar"] = scalar.into();
+        config["hidden_activation"] = "gelu_pytorch_tanh".into();
+        // Embeddings are scaled in the precision that all of these models were trained in.
+        config["dtype"] = "bfloat16".into();
+        config["sliding_window"] = self.required("attention.sliding_window")?.into();
+        config["final_logit_softcapping"] = self.float("final_logit_softcapping")?.into();
+        if let Some(theta) = self.float("rope.freq_base_swa")? {
+            config["rope_local_base_freq"] = theta.into();
+        }
+        Ok(())
+    }
+
+    /// Experts chosen by sigmoid scores, shared ones beside them.
+    fn sigmoid_experts(&self, config: &mut Value) -> Result<(), String> {
+        const SIGMOID: u64 = 2;
+        // Where a file does not say, corrections of scores do: DeepSeek-V2 has none.
+        let gating = self.integer("expert_gating_func")?;
+        let has_corrections = || self.gguf.tensors().iter().any(|tensor| tensor.name.ends_with(".exp_probs_b.bias"));
+        if gating.map_or_else(|| !has_corrections(), |gating| gating != SIGMOID) {
+            return Err(format!(
+                "metadata `{}` is {gating:?}, wanted {SIGMOID}, the sigmoid; models with other routers of this \
+                 architecture (DeepSeek-V2) are not read",
+                self.key("expert_gating_func")
+            ));
+        }
+        config["n_routed_experts"] = self.required("expert_count")?.into();
+        config["num_experts_per_tok"] = self.required("expert_used_count")?.into();
+        config["moe_intermediate_size"] = self.required("expert_feed_forward_length")?.into();
+        config["n_shared_experts"] = self.integer("expert_shared_count")?.unwrap_or(0).into();
+        config["n_group"] = self.integer("expert_group_count")?.unwrap_or(1).into();
+        config["topk_group"] = self.integer("expert_group_used_count")?.unwrap_or(1).into();
+        let norm = self.read("expert_weights_norm", "a bool", |value| value.as_bool())?;
+        config["norm_topk_prob"] = norm.unwrap_or(false).into();
+        config["routed_scaling_factor"] = self.float("expert_weights_scale")?.unwrap_or(1.0).into();
+        config["first_k_dense_replace"] = self.integer("leading_dense_block_count")?.unwrap_or(0).into();
+        config["num_nextn_predict_layers"] = self.integer("nextn_predict_layers")?.unwrap_or(0).into();
+        Ok(())
+    }
+
+    /// Widths of latent attention. Files tell those of keys as they are cached beside those of a head.
+    fn latent_attention(&self, config: &mut Value) -> Result<(), String> {
+        let rotated = self.required("rope.dimension_count")?;
+        let key = match self.integer("attention.key_length_mla")? {
+            Some(key) => key,
+            None => self.required("attention.key_length")?,
+        };
+        let value = match self.integer("attention.value_length_mla")? {
+            Some(value) => value,
+            None => self.required("attention.value_length")?,
+        };
+        let nope = key.checked_sub(rotated).filter(|nope| *nope != 0).ok_or_else(|| {
+            format!("keys of {key} have no part beside the {rotated} of `rope.dimension_count`; {DAMAGED}")
+        })?;
+        config["q_lora_rank"] = self.integer("attention.q_lora_rank")?.into();
+        config["kv_lora_rank"] = self.required("attention.kv_lora_rank")?.into();
+        config["qk_nope_head_dim"] = nope.into();
+        config["qk_rope_head_dim"] = rotated.into();
+        config["v_head_dim"] = value.into();
+        config["num_key_value_heads"] = config["num_attention_heads"].clone();
+        config["rope_interleave"] = true.into();
+        Ok(())
+    }
+
     fn key(&self, name: &str) -> String {
         format!("{}.{name}", self.architecture)
     }
@@ -148,7 +304,7 @@ impl Keys<'_> {
         self.float(name)?.ok_or_else(|| self.missing(name))
     }
 
-    /// The width of a head: of queries, keys and values alike, all of it rotated.
+    /// The width of a head: of queries, keys and values alike, and all of it rotated but in some families.
     fn head_dim(&self, heads: u64) -> Result<u64, String> {
         let hidden = self.required("embedding_length")?;
         let head_dim = match self.integer("attention.key_length")? {
@@ -158,9 +314,10 @@ impl Keys<'_> {
                 return Err(format!("{heads} heads do not share the {hidden} columns of `embedding_length` evenly"));
             }
         };
+        let in_part = matches!(self.architecture, Architecture::Phi3 | Architecture::Glm4 | Architecture::Glm4Moe);
         for name in ["attention.value_length", "rope.dimension_count"] {
             match self.integer(name)? {
-                Some(other) if other != head_dim => {
+                Some(other) if other != head_dim && !(in_part && name.starts_with("rope") && other < head_dim) => {
                     return Err(format!(
                         "metadata `{}` is {other}, wanted {head_dim}, the width of keys; other widths are not read yet",
                         self.key(name)
@@ -190,6 +347,20 @@ impl Keys<'_> {
                 if kind == "yarn" {
                     let context = self.required("rope.scaling.original_context_length")?;
                     scaling.insert("original_max_position_embeddings".into(), context.into());
+                    for (key, name) in YARN {
+                        if let Some(value) = self.float(key)? {
+                            scaling.insert(name.into(), value.into());
+                        }
+                    }
+                    if let Some(multiplier) = self.float("rope.scaling.yarn_log_multiplier")? {
+                        // The same on both sides of attention in all models that have it.
+                        let mscale = ((multiplier * 10.0) as f32).to_string().parse::<f64>().unwrap_or(1.0);
+                        scaling.insert("mscale".into(), mscale.into());
+                        scaling.insert("mscale_all_dim".into(), mscale.into());
+                    }
+                    if self.architecture == Architecture::GptOss {
+                        scaling.insert("truncate".into(), false.into());
+                    }
                 }
                 Ok(Some(scaling.into()))
             }

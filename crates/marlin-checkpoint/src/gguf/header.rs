@@ -22,6 +22,8 @@ const LEAST_BYTES_OF_TENSOR: usize = 8 + 4 + 4 + 8;
 /// The header: metadata and the tensors, all of whose bytes are in the file.
 pub(super) struct Header {
     pub(super) version: u32,
+    /// Bytes before those of the tensors.
+    pub(super) bytes: usize,
     /// Where the value of each key begins.
     pub(super) metadata: BTreeMap<String, (GgufValueType, usize)>,
     /// In the order of the header.
@@ -52,7 +54,7 @@ impl Header {
         }
         let start = cursor.at().checked_next_multiple_of(alignment).unwrap_or(usize::MAX);
         locate(&mut tensors, start, bytes.len())?;
-        Ok(Self { version, metadata, tensors, index })
+        Ok(Self { version, bytes: start.min(bytes.len()), metadata, tensors, index })
     }
 }
 

@@ -8,10 +8,15 @@
 mod block;
 mod config;
 mod cursor;
+mod entry;
 mod header;
 mod model;
+mod pre_tokenizer;
+mod small_files;
+mod tokenizer;
 mod types;
 mod value;
+mod vocabulary;
 mod writer;
 
 #[cfg(test)]
@@ -23,16 +28,18 @@ use std::path::Path;
 
 use marlin_format::PackedMatrix;
 
-pub use model::GgufModel;
 pub use types::GgufType;
 pub use value::{GgufArray, GgufValue, GgufValueType};
 pub use writer::GgufWriter;
 pub(crate) use writer::written_scheme;
 
 use self::cursor::Cursor;
+pub(crate) use self::entry::GgufEntry;
 use self::header::Header;
-use crate::CheckpointError;
+use crate::layouts::Entry;
+use crate::shard::Shard;
 use crate::source::Bytes;
+use crate::{CONFIG_FILE, CheckpointError, Tokenizer};
 
 /// What to do about a file that contradicts itself.
 const DAMAGED: &str = "the file is damaged, download or copy it again";
@@ -75,6 +82,35 @@ impl Gguf {
         Ok(Self { label, bytes, header })
     }
 
+    /// The path it was opened by.
+    pub(crate) fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// A small file that a model of Hugging Face has, made of the metadata; `None` if there is none of this name.
+    pub(crate) fn small_file(&self, name: &str) -> Result<Option<Vec<u8>>, CheckpointError> {
+        match name {
+            CONFIG_FILE => Ok(Some(self.config()?.to_string().into_bytes())),
+            _ => small_files::read(self, name).map_err(|problem| self.malformed(problem)),
+        }
+    }
+
+    /// config.json as `transformers` would have it.
+    pub(crate) fn config(&self) -> Result<serde_json::Value, CheckpointError> {
+        config::config(self).map_err(|problem| self.malformed(problem))
+    }
+
+    /// The tensors as Hugging Face has them, in the order of the file, and the file they lie in. `config` is its
+    /// config.json.
+    pub(crate) fn model(&self, config: &serde_json::Value) -> Result<(Shard, Vec<(String, Entry)>), CheckpointError> {
+        let tensors = model::tensors(self, config).map_err(|problem| self.malformed(problem))?;
+        Ok((Shard::of_header(self.label.clone(), self.bytes.clone(), self.header.bytes), tensors))
+    }
+
+    fn malformed(&self, problem: String) -> CheckpointError {
+        CheckpointError::malformed(&self.label, problem)
+    }
+
     /// The version of the format, 2 or 3, which differ in nothing that is read.
     pub fn version(&self) -> u32 {
         self.header.version
@@ -90,6 +126,14 @@ impl Gguf {
         let (value_type, at) = *self.header.metadata.get(key)?;
         // It was read when the file was opened.
         Cursor::new(&self.bytes, at).value(value_type).ok()
+    }
+
+    /// The tokenizer of the file.
+    ///
+    /// # Errors
+    /// There is none, it is of a kind that is not read, or it contradicts itself.
+    pub fn tokenizer(&self) -> Result<Tokenizer, CheckpointError> {
+        Tokenizer::of_gguf(self, None)
     }
 
     /// All tensors in the order of the header.
@@ -109,7 +153,13 @@ impl Gguf {
     /// There is no such tensor, it has another number of dimensions, or a scale in it is no finite number.
     pub fn matrix(&self, name: &str) -> Result<PackedMatrix<'_>, CheckpointError> {
         let tensor = self.require(name)?;
-        self.pack(tensor, self.stored(tensor))
+        let (file, name) = (self.label.clone(), tensor.name.clone());
+        let &[rows, cols] = tensor.shape.as_slice() else {
+            let (found, wanted) = (tensor.shape.clone(), "a matrix [rows, cols]".to_owned());
+            return Err(CheckpointError::Shape { file, tensor: name, found, wanted });
+        };
+        let packed = tensor.tensor_type.pack(self.stored(tensor), rows, cols);
+        packed.map_err(|source| CheckpointError::Format { file, tensor: name, source })
     }
 
     /// All values of a tensor of any type and shape, row-major, as `gguf.quants.dequantize` of the Python package gives
@@ -119,7 +169,7 @@ impl Gguf {
     /// There is no such tensor.
     pub fn values(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
         let tensor = self.require(name)?;
-        Ok(tensor.decode(self.stored(tensor)))
+        Ok(tensor.tensor_type.values(self.stored(tensor)))
     }
 
     /// Gives back the memory of what was read of a tensor, for a loader that has a copy of its own; it can still be
@@ -134,35 +184,13 @@ impl Gguf {
         &self.bytes[tensor.range.clone()]
     }
 
-    /// Packs the bytes of a tensor.
-    fn pack<'b>(&self, tensor: &GgufTensor, bytes: &'b [u8]) -> Result<PackedMatrix<'b>, CheckpointError> {
-        let (file, name) = (self.label.clone(), tensor.name.clone());
-        let &[rows, cols] = tensor.shape.as_slice() else {
-            let (found, wanted) = (tensor.shape.clone(), "a matrix [rows, cols]".to_owned());
-            return Err(CheckpointError::Shape { file, tensor: name, found, wanted });
-        };
-        let packed = tensor.tensor_type.pack(bytes, rows, cols);
-        packed.map_err(|source| CheckpointError::Format { file, tensor: name, source })
-    }
-
     fn require(&self, name: &str) -> Result<&GgufTensor, CheckpointError> {
-        self.tensor(name).ok_or_else(|| self.no_tensor(name))
-    }
-
-    fn no_tensor(&self, name: &str) -> CheckpointError {
-        let count = self.header.tensors.len();
-        let problem =
-            format!("none of its {count} tensors is `{name}`; the file is of another model, or one part of several");
-        CheckpointError::malformed(&self.label, problem)
-    }
-}
-
-impl GgufTensor {
-    /// The values that the bytes of this tensor, or others in their place, stand for.
-    fn decode(&self, bytes: &[u8]) -> Vec<f32> {
-        let mut values = vec![0.0; self.shape.iter().product()];
-        self.tensor_type.dequantize(bytes, &mut values);
-        values
+        self.tensor(name).ok_or_else(|| {
+            let count = self.header.tensors.len();
+            self.malformed(format!(
+                "none of its {count} tensors is `{name}`; the file is of another model, or one part of several"
+            ))
+        })
     }
 }
 

@@ -44,6 +44,8 @@ pub enum Layout {
     ModelOpt,
     /// That of Apple's MLX, which `mlx-lm` writes.
     Mlx,
+    /// A file of llama.cpp.
+    Gguf,
 }
 
 impl Layout {
@@ -57,6 +59,7 @@ impl Layout {
             Self::Fp8 => fp8::METHOD,
             Self::ModelOpt => modelopt::METHOD,
             Self::Mlx => "mlx",
+            Self::Gguf => "gguf",
         }
     }
 }
@@ -227,6 +230,7 @@ impl Content {
 pub(crate) enum Entry {
     Plain(Location),
     Packed(PackedEntry),
+    Gguf(crate::gguf::GgufEntry),
     Memory(crate::MemoryTensor),
 }
 

@@ -1,5 +1,7 @@
 //! Mixtures of experts: from the router to the sum of what a token's experts make of it.
 
+use std::borrow::Cow;
+
 use marlin_checkpoint::TensorInfo;
 use marlin_format::{ColumnOrder, PackedMatrix, Scheme};
 use marlin_kernels::{
@@ -253,8 +255,8 @@ impl<B: Backend> Loader<'_, B> {
         let blocks = self.bytes(&blocks_name, &[experts, rows, groups, group_bytes])?;
         let scales = self.bytes(&scales_name, &[experts, rows, groups])?;
         for (name, bytes, wanted) in [
-            (&blocks_name, blocks, experts * rows * groups * group_bytes),
-            (&scales_name, scales, experts * rows * groups),
+            (&blocks_name, &blocks, experts * rows * groups * group_bytes),
+            (&scales_name, &scales, experts * rows * groups),
         ] {
             if bytes.len() != wanted {
                 return Err(self.wrong_type(name, "U8"));
@@ -336,8 +338,8 @@ struct Mxfp4Stack<'a> {
     blocks_name: String,
     rows: usize,
     cols: usize,
-    blocks: &'a [u8],
-    scales: &'a [u8],
+    blocks: Cow<'a, [u8]>,
+    scales: Cow<'a, [u8]>,
 }
 
 impl Mxfp4Stack<'_> {
@@ -348,8 +350,8 @@ impl Mxfp4Stack<'_> {
             of_expert.chunks_exact(row_bytes).skip(first).step_by(step).flatten().copied().collect::<Vec<u8>>()
         };
         PackedMatrix {
-            codes: pick(self.blocks, self.cols / 2).into(),
-            scales: pick(self.scales, self.cols / MXFP4_GROUP).into(),
+            codes: pick(&self.blocks, self.cols / 2).into(),
+            scales: pick(&self.scales, self.cols / MXFP4_GROUP).into(),
             ..PackedMatrix::empty(Scheme::MXFP4, self.rows / step, self.cols)
         }
     }

@@ -1,5 +1,7 @@
 //! Tensors `[E, rows, cols]` that hold a matrix for each expert.
 
+use std::borrow::Cow;
+
 use marlin_checkpoint::{CheckpointError, MatrixStack};
 use marlin_kernels::Backend;
 
@@ -16,7 +18,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     }
 
     /// The bytes of a tensor of this shape.
-    pub(super) fn bytes(&self, name: &str, shape: &[usize]) -> Result<&'a [u8], ModelError> {
+    pub(super) fn bytes(&self, name: &str, shape: &[usize]) -> Result<Cow<'a, [u8]>, ModelError> {
         self.mark_read(name);
         let tensor = self.checkpoint.tensor(name)?;
         self.require_shape(name, tensor.shape, shape)?;

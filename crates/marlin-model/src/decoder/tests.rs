@@ -37,7 +37,7 @@ fn with_layers(layers: usize) -> TempDir {
         CheckpointWriter::create(&target.path().join("model"), plan, config, Vec::new(), &options).unwrap();
     for name in names {
         let tensor = source.tensor(name).unwrap();
-        writer.write_raw(name, tensor.dtype, tensor.shape, tensor.bytes).unwrap();
+        writer.write_raw(name, tensor.dtype, tensor.shape, &tensor.bytes).unwrap();
     }
     writer.finish().unwrap();
     target

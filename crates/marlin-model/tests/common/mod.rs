@@ -88,7 +88,7 @@ pub(crate) fn packed(folder: &Path, schemes: &[Scheme]) -> TempDir {
             writer.write_matrix(name, &matrix).unwrap();
         } else {
             let tensor = source.tensor(name).unwrap();
-            writer.write_raw(name, tensor.dtype, tensor.shape, tensor.bytes).unwrap();
+            writer.write_raw(name, tensor.dtype, tensor.shape, &tensor.bytes).unwrap();
         }
     }
     writer.finish().unwrap();

@@ -296,7 +296,7 @@ impl Inspection<'_> {
         }
         let layout = match self.checkpoint.layout() {
             Some(layout) => layout.name(),
-            None => "Hugging Face, not quantised",
+            None => "not quantised",
         };
         text += &format!("layout        {layout}\n\n{}\n", self.table());
         let footprint = Footprint::of(self.checkpoint);

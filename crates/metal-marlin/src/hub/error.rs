@@ -109,7 +109,7 @@ pub enum HubError {
     /// A repository without the weights that are read here.
     #[error(
         "{id} has neither model.safetensors nor its index, only {found}; choose a repository that has the model in \
-         safetensors format"
+         safetensors format, or download one *.gguf file and give its path"
     )]
     NoSafetensors {
         /// The model.

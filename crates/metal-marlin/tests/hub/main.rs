@@ -400,9 +400,9 @@ fn what_cannot_be_fetched_is_explained() {
         (&["tiny/pickled"], "neither model.safetensors nor its index, only golden.safetensors, pytorch_model.bin"),
         (&["tiny/empty"], "tiny/empty has no config.json"),
         (&["tiny/mute"], "tiny/mute has no tokenizer.json"),
-        (&["a/b/c"], "there is no model folder at a/b/c"),
+        (&["a/b/c"], "there is no model folder or GGUF file at a/b/c"),
         (&["a/b/c"], "such as Qwen/Qwen3-4B"),
-        (&["gpt2"], "there is no model folder at gpt2"),
+        (&["gpt2"], "there is no model folder or GGUF file at gpt2"),
     ] {
         let error = home.failure(&[&["run", args[0], "x"], &args[1..]].concat());
         assert!(error.contains(words), "{args:?}: {error}");

@@ -27,6 +27,14 @@ impl Block {
     }
 }
 
+/// The columns of an input.
+#[derive(Clone, Copy)]
+pub(super) struct Columns<'a> {
+    pub(super) count: usize,
+    /// The order that they are multiplied in; empty if it is their own.
+    pub(super) order: &'a [u32],
+}
+
 /// Scratch memory for the inputs of linears; reused, so that applying one allocates nothing.
 #[derive(Debug)]
 pub(crate) struct Activations {
@@ -78,50 +86,50 @@ impl Activations {
         self.blocks.len() / width.div_ceil(CHUNK).max(1)
     }
 
-    /// Prepares `x`, `[rows, width]`, in the forms asked for, with columns in an order; in their own if there is none.
+    /// Prepares `x`, `[rows, columns]`, in the forms asked for.
     pub(super) fn prepare<'a>(
         &'a mut self,
         x: &'a [f32],
-        width: usize,
-        columns: &[u32],
+        columns: Columns<'_>,
         forms: Forms,
         simd: SimdLevel,
         threads: &Threads,
     ) -> Inputs<'a> {
+        let width = columns.count;
         // Rows of whole chunks are read where they are.
-        let in_place = forms.floats && width.is_multiple_of(CHUNK) && columns.is_empty();
+        let in_place = forms.floats && width.is_multiple_of(CHUNK) && columns.order.is_empty();
         let copied = Forms { floats: forms.floats && !in_place, ..forms };
         let row = |row| &x[row * width..][..width];
-        let inputs = self.gather(x.len() / width, width, row, columns, copied, simd, threads);
+        let inputs = self.gather(x.len() / width, columns, row, copied, simd, threads);
         if in_place { Inputs { floats: x.as_chunks().0, ..inputs } } else { inputs }
     }
 
-    /// Prepares so many rows of `width` values, from wherever they are.
+    /// Prepares so many rows of values, from wherever they are.
     pub(super) fn gather<'x>(
         &mut self,
         rows: usize,
-        width: usize,
+        columns: Columns<'_>,
         row: impl Fn(usize) -> &'x [f32] + Sync,
-        columns: &[u32],
         forms: Forms,
         simd: SimdLevel,
         threads: &Threads,
     ) -> Inputs<'_> {
+        let Columns { count: width, order } = columns;
         let chunks = width.div_ceil(CHUNK);
         let task_rows = (TASK_VALUES / width).max(1);
         let mut inputs = Inputs { blocks: &[], floats: &[], order: None };
         let Self { blocks, padded } = self;
-        let is_copied = forms.floats || !columns.is_empty();
+        let is_copied = forms.floats || !order.is_empty();
         let padded = &mut padded[..if is_copied { rows * chunks } else { 0 }];
         if is_copied {
             threads.for_each_chunk(padded, task_rows * chunks, |task, padded| {
                 for (i, padded) in padded.chunks_exact_mut(chunks).enumerate() {
                     let (values, rest) = padded.as_flattened_mut().split_at_mut(width);
                     let from = row(task * task_rows + i);
-                    if columns.is_empty() {
+                    if order.is_empty() {
                         values.copy_from_slice(from);
                     } else {
-                        values.iter_mut().zip(columns).for_each(|(value, &column)| *value = from[column as usize]);
+                        values.iter_mut().zip(order).for_each(|(value, &column)| *value = from[column as usize]);
                     }
                     rest.fill(0.0);
                 }

@@ -69,7 +69,7 @@ impl TiledLinear {
         if m == 0 {
             return;
         }
-        let x = scratch.prepare(x, self.cols, self.columns(), self.forms, self.simd, threads);
+        let x = scratch.prepare(x, self.columns(), self.forms, self.simd, threads);
         let output = Output { x, epilogue, out: &Disjoint::new(out), start: 0, width };
         run_tasks(threads, m, panels, |task, tasks, mut sums| {
             self.apply_panels(panels * task / tasks..panels * (task + 1) / tasks, 0..m, &output, &mut sums);

@@ -31,7 +31,7 @@ impl LinearGroup {
                 return Err(KernelError::Device(problem));
             }
         }
-        if linears.iter().any(|linear| !linear.columns().is_empty()) {
+        if linears.iter().any(|linear| !linear.columns().order.is_empty()) {
             return Err(KernelError::OrderedGroup);
         }
         let forms = linears.iter().fold(Forms::default(), |forms, linear| forms.or(linear.forms));
@@ -65,7 +65,7 @@ impl LinearGroup {
     ) {
         let (first, epilogue) = (&self.linears[0], Epilogue::Gated(activation));
         let (width, panels) = (first.output_width(epilogue), first.output_panels(epilogue));
-        let x = scratch.prepare(x, first.cols, &[], self.forms, first.simd, threads);
+        let x = scratch.prepare(x, first.columns(), self.forms, first.simd, threads);
         let x = Inputs { order: Some(sorted.tokens()), ..x };
         let output = Output { x, epilogue, out: &Disjoint::new(out), start: 0, width };
         // Work is cut across experts: one token with a few of them keeps all threads busy, and so do many with all.
@@ -88,7 +88,7 @@ impl LinearGroup {
         let first = &self.linears[0];
         let epilogue = Epilogue::Combine { tokens: sorted.tokens(), weights: sorted.weights() };
         let (width, panels) = (first.output_width(epilogue), first.output_panels(epilogue));
-        let x = scratch.prepare(x, first.cols, &[], self.forms, first.simd, threads);
+        let x = scratch.prepare(x, first.columns(), self.forms, first.simd, threads);
         let output = Output { x, epilogue, out: &Disjoint::new(out), start: 0, width };
         // A task owns columns of all tokens, and adds experts in their order: sums depend on neither batch nor threads.
         run_tasks(threads, sorted.token_count(), panels, |task, tasks, mut sums| {
@@ -114,7 +114,7 @@ impl LinearGroup {
         for some in (0..heads).step_by(at_once) {
             let count = at_once.min(heads - some);
             let stretch = |row| &x[row % m * x_width + (some + row / m) * from..][..cols];
-            let x = scratch.gather(count * m, cols, stretch, &[], self.forms, first.simd, threads);
+            let x = scratch.gather(count * m, first.columns(), stretch, self.forms, first.simd, threads);
             run_tasks(threads, m, count * panels, |task, tasks, mut sums| {
                 let (mut start, end) = (count * panels * task / tasks, count * panels * (task + 1) / tasks);
                 while start < end {

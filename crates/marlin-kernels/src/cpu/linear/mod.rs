@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use marlin_format::{Element, FormatError, PackedMatrix, Scheme, Sparsity};
 
-use self::activations::{Forms, Inputs};
+use self::activations::{Columns, Forms, Inputs};
 use self::codes::{Bf16, Codes, E2M1, E4M3, F16, F32, Floats, Int2, Int3, Int4, Int5, Int6, Int8, Iq4Nl};
 use self::kernel::{ExactDot, FloatDot, IntegerDot, Kernel, PanelKernel};
 use self::pattern::{Dense, Pattern, TwoOfFour};
@@ -120,9 +120,9 @@ impl TiledLinear {
         &self.part_rows
     }
 
-    /// The order in which inputs are multiplied; empty if it is their own.
-    fn columns(&self) -> &[u32] {
-        self.parts.first().map_or(&[], |part| part.tiles.columns())
+    /// The columns of its input.
+    fn columns(&self) -> Columns<'_> {
+        Columns { count: self.cols, order: self.parts.first().map_or(&[], |part| part.tiles.columns()) }
     }
 
     /// Memory held.

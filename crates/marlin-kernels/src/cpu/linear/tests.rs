@@ -246,7 +246,9 @@ fn check(weight: &PackedMatrix<'static>, random: &mut Random, threads: &Threads)
             }
 
             let used: Vec<f64> = match linear.forms.blocks {
-                true => in_order(&quantised(&in_order(&x, linear.columns()), k), &inverse(linear.columns())),
+                true => {
+                    in_order(&quantised(&in_order(&x, linear.columns().order), k), &inverse(linear.columns().order))
+                }
                 false => x.iter().map(|&x| f64::from(x)).collect(),
             };
             let out = apply(&linear, &x, threads);

@@ -99,6 +99,7 @@ impl LinearEncoder {
     }
 
     /// Looks up rows of a table for `rows` tokens, some of which may be rows of the last sampling.
+    #[expect(clippy::too_many_arguments, reason = "what a lookup reads and writes, and where it is recorded")]
     pub(in crate::gpu) fn embed(
         &mut self,
         gpu: &Gpu,
