@@ -73,7 +73,7 @@ impl Columns {
                     &self.kernels[0],
                     [&x.storage, &self.order, &out.storage],
                     &parameters,
-                    [x.rows, 1, 1],
+                    workgroups(x.rows, x.width),
                 );
             }
             Input::Normed { x, weight, eps } => {
@@ -81,7 +81,7 @@ impl Columns {
                 out.output(x.rows, width);
                 let parameters = [width as u32, eps.to_bits(), x.width as u32];
                 let buffers = [&x.storage, &weight.storage, &self.order, &out.storage];
-                recorder.dispatch(&self.kernels[1], buffers, &parameters, [x.rows, 1, 1]);
+                recorder.dispatch(&self.kernels[1], buffers, &parameters, workgroups(x.rows, width));
             }
         }
     }
@@ -91,8 +91,15 @@ impl Columns {
         out.output(rows.rows, rows.width);
         let parameters = [rows.width as u32, 0, rows.width as u32];
         let buffers = [&rows.storage, &self.inverse, &out.storage];
-        recorder.dispatch(&self.kernels[0], buffers, &parameters, [rows.rows, 1, 1]);
+        recorder.dispatch(&self.kernels[0], buffers, &parameters, workgroups(rows.rows, rows.width));
     }
+}
+
+/// Columns that a workgroup puts in order, as in `order_columns.wgsl`.
+const SIZE: usize = 256;
+
+fn workgroups(rows: usize, width: usize) -> [usize; 3] {
+    [rows, width.div_ceil(SIZE), 1]
 }
 
 /// A matrix with columns in this order; in f32 if its groups do not allow it.

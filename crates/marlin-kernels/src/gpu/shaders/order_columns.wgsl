@@ -1,4 +1,5 @@
-// out[t, i] = x[t, columns[i]], normalised if NORMED. A workgroup a row.
+// out[t, i] = x[t, columns[i]], normalised if NORMED. A workgroup has SIZE columns of a row, and the norm of all of it: one workgroup for a whole row
+// would wait for memory many times.
 
 struct Params {
     width: u32,
@@ -8,7 +9,7 @@ struct Params {
 }
 var<immediate> params: Params;
 
-const SIZE = 128u;
+const SIZE = 256u;
 
 @compute @workgroup_size(SIZE)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
@@ -22,7 +23,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         }
         scale = norm_factor(reduce_sum(local.x, sum), params.width, params.eps);
     }
-    for (var i = local.x; i < params.width; i += SIZE) {
+    let i = workgroup.y * SIZE + local.x;
+    if (i < params.width) {
         let column = columns[i];
         out[workgroup.x * params.width + i] = x[start_of_x + column] * scale * norm_weight(column);
     }
