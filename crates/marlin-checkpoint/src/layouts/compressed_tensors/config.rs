@@ -222,7 +222,9 @@ fn is_set(value: &Value) -> bool {
 impl Target {
     fn read(text: &str) -> Result<Self, String> {
         match text.strip_prefix("re:") {
-            Some(pattern) => Pattern::new(pattern).map(Self::Pattern).map_err(|problem| format!("target {problem}")),
+            Some(pattern) => {
+                Pattern::new(pattern).map(Self::Pattern).map_err(|problem| format!("target `{text}`: {problem}"))
+            }
             // Names of modules have dots, or are `lm_head`; names of classes are in camel case.
             None if text.starts_with(char::is_uppercase) => Ok(Self::Class),
             None => Ok(Self::Name(text.to_owned())),
