@@ -127,6 +127,10 @@ fn the_bundled_model_is_what_quantize_makes_of_it(model: &Path) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     for file in std::fs::read_dir(&out).unwrap() {
         let file = file.unwrap().path();
+        // The bundled model has a page of its own instead of a card.
+        if file.file_name().unwrap() == "README.md" {
+            continue;
+        }
         let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("model").join(file.file_name().unwrap());
         assert!(std::fs::read(&file).unwrap() == std::fs::read(&bundled).unwrap(), "{} differs", bundled.display());
     }
