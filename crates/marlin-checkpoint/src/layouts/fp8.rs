@@ -9,7 +9,7 @@ use safetensors::Dtype;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Buffer, Content, Form, Gathered, PackedEntry, Part, Stored, activations};
+use super::{Buffer, Form, Gathered, PackedEntry, Part, Stored, activations};
 use crate::CheckpointError;
 use crate::shard::{Location, Shard};
 
@@ -105,12 +105,7 @@ pub(super) fn linear(
         Grouping::Tensor => vec![1],
         _ => vec![rows.div_ceil(scheme.group_rows(rows)), scheme.groups_per_row(cols)],
     };
-    let part = |suffix: &str, dtype, shape, buffer| Part {
-        name: format!("{module}.{suffix}"),
-        dtype,
-        shape,
-        content: Content::Buffer(buffer, Form::Same),
-    };
+    let part = |suffix, dtype, shape, buffer| Part::of_buffer(module, suffix, dtype, shape, buffer, Form::Same);
     let parts = vec![
         part("weight", Dtype::F8_E4M3, vec![rows, cols], Buffer::Codes),
         part(suffix, super::scale_type(scale).0, scales_shape, Buffer::Scales),

@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use super::pattern::Pattern;
 use super::reorder::{Reorder, ZeroCodes, ZeroPoints};
-use super::{Buffer, Content, Form, Gathered, PackedEntry, Part, Stored};
+use super::{Buffer, Form, Gathered, PackedEntry, Part, Stored};
 use crate::CheckpointError;
 use crate::shard::{Location, Shard};
 
@@ -173,12 +173,7 @@ fn linear(config: &Config, module: &str, stored: &mut Stored<'_>) -> Result<Pack
 pub(super) fn parts(module: &str, scheme: &Scheme, [rows, cols]: [usize; 2], zeros: ZeroPoints) -> Vec<Part> {
     let bits = scheme.element.bits() as usize;
     let words = |count: usize| (count * bits).div_ceil(32);
-    let part = |suffix: &str, dtype, shape, buffer, form| Part {
-        name: format!("{module}.{suffix}"),
-        dtype,
-        shape,
-        content: Content::Buffer(buffer, form),
-    };
+    let part = |suffix, dtype, shape, buffer, form| Part::of_buffer(module, suffix, dtype, shape, buffer, form);
     let transposed = |size, row_bytes| Form::Reordered(Reorder::Transposed { columns: rows, size, row_bytes });
     let (scale_type, scale_bytes) = super::scale_type(scheme.scale);
     let (codes_shape, codes) = match zeros.kind {

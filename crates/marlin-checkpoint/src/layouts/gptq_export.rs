@@ -12,11 +12,10 @@ use marlin_format::{Element, Grouping, PackedMatrix, ScaleKind, Scheme, ZeroKind
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
+use super::gptq::METHOD;
 use super::{Content, Part};
 use crate::CheckpointError;
 
-/// The `quant_method`.
-pub(super) const METHOD: &str = "gptq";
 /// What is written.
 const KNOWN: &str = "int4, int4-sym and int8 in groups of columns or rows";
 /// Bits of a word.

@@ -194,7 +194,7 @@ fn packed(config: &Config, module: &str, stored: &mut Stored<'_>) -> Result<Vec<
         (true, &[count, rows, words]) => (count, rows, words),
         (is_stack, _) => {
             let wanted = if is_stack { "matrices [count, rows, words]" } else { "a matrix [rows, words]" };
-            return Err(wrong(stored, &format!("{module}.weight"), codes, wanted));
+            return Err(stored.wrong_part(&format!("{module}.weight"), codes, wanted));
         }
     };
     let sizes = (words.checked_mul(WORD_BITS)).map(|bits| bits / usize::from(packing.bits));
@@ -203,7 +203,7 @@ fn packed(config: &Config, module: &str, stored: &mut Stored<'_>) -> Result<Vec<
     let cols = cols.filter(|cols| cols * usize::from(packing.bits) == words * WORD_BITS);
     let cols = cols.ok_or_else(|| {
         let wanted = format!("rows of whole groups of {} codes of {} bits", packing.group_size, packing.bits);
-        wrong(stored, &format!("{module}.weight"), codes, &wanted)
+        stored.wrong_part(&format!("{module}.weight"), codes, &wanted)
     })?;
 
     let groups = cols / packing.group_size as usize;
@@ -220,7 +220,7 @@ fn packed(config: &Config, module: &str, stored: &mut Stored<'_>) -> Result<Vec<
         let (name, location) = stored.require(module, part)?;
         if location.dtype != dtype || location.shape != shape {
             let wanted = format!("{dtype} {shape:?} for [{rows}, {cols}] as {scheme}, as config.json says");
-            return Err(wrong(stored, &name, location, &wanted));
+            return Err(stored.wrong_part(&name, location, &wanted));
         }
         buffers.extend(stored.tensors.remove(&name).map(|location| (buffer, location)));
     }
@@ -256,11 +256,6 @@ fn part_of(location: &Location, index: usize, count: usize) -> Location {
     let bytes = location.range.len() / count;
     let start = location.range.start + index * bytes;
     Location { range: start..start + bytes, ..location.clone() }
-}
-
-fn wrong(stored: &Stored<'_>, name: &str, found: &Location, wanted: &str) -> CheckpointError {
-    let problem = format!("tensor `{name}` is {} {:?}; wanted {wanted}", found.dtype, found.shape);
-    CheckpointError::malformed(&stored.shards[found.shard].label, problem)
 }
 
 /// What the matrices of a stack are called by themselves: `before`, their number, `after`.

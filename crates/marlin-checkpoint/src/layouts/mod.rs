@@ -96,8 +96,8 @@ impl ExportLayout {
         match self {
             Self::MetalMarlin => Layout::MetalMarlin.name(),
             Self::CompressedTensors => Layout::CompressedTensors.name(),
-            Self::Gptq => gptq_export::METHOD,
-            Self::Gguf => "gguf",
+            Self::Gptq => Layout::Gptq.name(),
+            Self::Gguf => Layout::Gguf.name(),
         }
     }
 
@@ -202,6 +202,13 @@ pub(crate) struct Part {
     pub(crate) dtype: Dtype,
     pub(crate) shape: Vec<usize>,
     pub(crate) content: Content,
+}
+
+impl Part {
+    /// The tensor `suffix` of a module, which holds a buffer in some form.
+    fn of_buffer(module: &str, suffix: &str, dtype: Dtype, shape: Vec<usize>, buffer: Buffer, form: Form) -> Self {
+        Self { name: format!("{module}.{suffix}"), dtype, shape, content: Content::Buffer(buffer, form) }
+    }
 }
 
 /// What a stored tensor holds.

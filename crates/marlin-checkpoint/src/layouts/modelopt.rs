@@ -8,7 +8,7 @@ use safetensors::Dtype;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Buffer, Content, Form, Gathered, PackedEntry, Part, Stored, activations, fp8};
+use super::{Buffer, Form, Gathered, PackedEntry, Part, Stored, activations, fp8};
 use crate::CheckpointError;
 use crate::shard::{Location, Shard};
 
@@ -91,12 +91,7 @@ fn nvfp4(module: &str, [rows, bytes]: [usize; 2], stored: &mut Stored<'_>) -> Re
     let cols = bytes.saturating_mul(2);
     // Proves the shape valid and every size below addressable.
     scheme.packed_bytes(rows, cols).map_err(|source| stored.format_error(&name, source))?;
-    let part = |suffix: &str, dtype, shape, buffer| Part {
-        name: format!("{module}.{suffix}"),
-        dtype,
-        shape,
-        content: Content::Buffer(buffer, Form::Same),
-    };
+    let part = |suffix, dtype, shape, buffer| Part::of_buffer(module, suffix, dtype, shape, buffer, Form::Same);
     let parts = vec![
         part("weight", Dtype::U8, vec![rows, bytes], Buffer::Codes),
         part("weight_scale", Dtype::F8_E4M3, vec![rows, scheme.groups_per_row(cols)], Buffer::Scales),
