@@ -5,7 +5,8 @@
 writes FOLDER/types.gguf, a file with a tensor of every type that is read and metadata of every type of value, and
 FOLDER/types.safetensors, what `gguf.quants.dequantize` makes of the tensors;
 FOLDER/llama.gguf and FOLDER/qwen3.gguf, small models as llama.cpp's converter writes them, and FOLDER/llama.safetensors and
-FOLDER/qwen3.safetensors, their values under the names of Hugging Face.
+FOLDER/qwen3.safetensors, their values under the names of Hugging Face;
+FOLDER/split/qwen3-0000N-of-00003.gguf, the second of these models in several files.
 
 Blocks are random bytes, so that every code and scale occurs, but for the floats in them, which are finite.
 """
@@ -172,8 +173,8 @@ def llama3_factors(theta, factor, low, high, context):
     return np.where(kept, 1, np.where(stretched, factor, blended)).astype(np.float32)
 
 
-def write_model(folder, architecture, name):
-    writer = GGUFWriter(folder / f"{name}.gguf", name)
+def write_model(folder, architecture, name, tensors_of_a_file=0):
+    writer = GGUFWriter(folder / f"{name}.gguf", name, split_max_tensors=tensors_of_a_file)
     writer.add_context_length(4096)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(1)
@@ -194,7 +195,7 @@ def write_model(folder, architecture, name):
     writer.add_eos_token_id(2)
     expected = add_tensors(writer, np.random.default_rng(2), architecture)
     write_and_close(writer)
-    save_floats(folder / f"{name}.safetensors", expected)
+    return expected
 
 
 def add_tensors(writer, random, architecture, vocabulary=VOCABULARY):
@@ -215,8 +216,10 @@ def add_tensors(writer, random, architecture, vocabulary=VOCABULARY):
 def main(folder):
     folder.mkdir(parents=True, exist_ok=True)
     write_types(folder)
-    write_model(folder, MODEL_ARCH.LLAMA, "llama")
-    write_model(folder, MODEL_ARCH.QWEN3, "qwen3")
+    for architecture, name in [(MODEL_ARCH.LLAMA, "llama"), (MODEL_ARCH.QWEN3, "qwen3")]:
+        save_floats(folder / f"{name}.safetensors", write_model(folder, architecture, name))
+    (folder / "split").mkdir(exist_ok=True)
+    write_model(folder / "split", MODEL_ARCH.QWEN3, "qwen3", tensors_of_a_file=5)
 
 
 if __name__ == "__main__":

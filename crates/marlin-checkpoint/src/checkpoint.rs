@@ -97,7 +97,7 @@ pub struct Tensor<'a> {
 impl Checkpoint {
     /// Opens a folder and checks that its files agree: the index with the shards, every shard's header with its length,
     /// and the packed matrices with config.json. Or opens a GGUF file, by its own path or as the only one in a folder
-    /// without other weights. Weight files must not be changed while the checkpoint is open.
+    /// without other weights; one of several that a model was split into stands for all. Weight files must not be changed while the checkpoint is open.
     ///
     /// # Errors
     /// There is no such folder or file, a file is missing, or one contradicts itself or another.
@@ -113,17 +113,16 @@ impl Checkpoint {
     fn open_gguf(path: &Path) -> Result<Self, CheckpointError> {
         let gguf = Gguf::open(path)?;
         let config = gguf.config()?;
-        let (shard, tensors) = gguf.model(&config)?;
-        let is_packed = tensors.iter().any(|(_, entry)| matches!(entry, Entry::Gguf(gguf) if gguf.is_packed()));
+        let (shards, tensors) = gguf.model(&config)?;
         let index = index(&tensors);
         Ok(Self {
             name: gguf.label().to_owned(),
             source: Source::Gguf { path: path.to_path_buf(), gguf: Box::new(gguf) },
             config,
-            layout: is_packed.then_some(Layout::Gguf),
+            layout: Some(Layout::Gguf),
             quantization: None,
             notes: Vec::new(),
-            shards: vec![shard],
+            shards,
             tensors,
             index,
         })
@@ -203,7 +202,7 @@ impl Checkpoint {
             Some((Quantization::ModelOpt(config), file)) => modelopt::gather(config, stored, &shards, file)?,
             Some((Quantization::Mlx(config), file)) => mlx::gather(Some(config), stored, &shards, file)?,
             // MLX has stacks in unquantised folders too, under names that no one else uses.
-            None => mlx::gather(None, stored, &shards, &config_label)?,
+            Some((Quantization::GptOss, _)) | None => mlx::gather(None, stored, &shards, &config_label)?,
         };
         let (layout, quantization) = match quantization.map(|(quantization, _)| quantization) {
             Some(Quantization::Ours(config)) => (Some(Layout::MetalMarlin), Some(config)),
@@ -213,6 +212,7 @@ impl Checkpoint {
             Some(Quantization::Fp8(_)) => (Some(Layout::Fp8), None),
             Some(Quantization::ModelOpt(_)) => (Some(Layout::ModelOpt), None),
             Some(Quantization::Mlx(_)) => (Some(Layout::Mlx), None),
+            Some(Quantization::GptOss) => (Some(Layout::GptOss), None),
             None => (None, None),
         };
         let index = index(&tensors);
@@ -304,9 +304,15 @@ impl Checkpoint {
         &self.notes
     }
 
-    /// How packed matrices are laid out; `None` for an unquantised model.
+    /// How matrices are laid out; `None` for a folder of an unquantised model.
     pub fn layout(&self) -> Option<Layout> {
         self.layout
+    }
+
+    /// Whether there are packed matrices.
+    pub fn is_quantized(&self) -> bool {
+        let mut tensors = self.tensor_names().filter_map(|name| self.info(name));
+        tensors.any(|info| matches!(info.storage, Storage::Packed(_)))
     }
 
     /// What a folder in our own layout says about its packed matrices; `None` for an unquantised model and for the

@@ -13,7 +13,7 @@ use crate::{CONFIG_FILE, CheckpointError};
 /// The `quant_method` of folders that this project writes.
 pub(crate) const METHOD: &str = "metal-marlin";
 const VERSION: u32 = 1;
-/// The `quant_method` of gpt-oss as published: its experts are ordinary tensors of bytes, which the family knows.
+/// The `quant_method` of gpt-oss as published.
 const GPT_OSS_METHOD: &str = "mxfp4";
 /// What `auto-gptq` wrote before config.json had a `quantization_config`.
 const GPTQ_CONFIG_FILE: &str = "quantize_config.json";
@@ -109,6 +109,8 @@ pub(crate) enum Quantization {
     Fp8(fp8::Config),
     ModelOpt(modelopt::Config),
     Mlx(mlx::Config),
+    /// The experts of gpt-oss as published are ordinary tensors of bytes, which the family knows.
+    GptOss,
 }
 
 impl Quantization {
@@ -122,7 +124,7 @@ impl Quantization {
         let found = QUANTIZATION_FIELDS.iter().find_map(|field| config.get(field));
         if let Some(found) = found.filter(|found| !found.is_null()) {
             let file = source.label(CONFIG_FILE);
-            return Ok(Self::of(found, &file)?.map(|read| (read, file)));
+            return Ok(Some((Self::of(found, &file)?, file)));
         }
         let beside =
             |name| Ok::<_, CheckpointError>(source.json::<Value>(name)?.map(|read| (read, source.label(name))));
@@ -139,21 +141,21 @@ impl Quantization {
         Ok(None)
     }
 
-    fn of(found: &Value, file: &str) -> Result<Option<Self>, CheckpointError> {
+    fn of(found: &Value, file: &str) -> Result<Self, CheckpointError> {
         let foreign =
             |layout: &str| CheckpointError::ForeignLayout { file: file.to_owned(), layout: layout.to_owned() };
         match found.get("quant_method").and_then(Value::as_str) {
-            Some(METHOD) => QuantizationConfig::read(found, file).map(Self::Ours).map(Some),
+            Some(METHOD) => QuantizationConfig::read(found, file).map(Self::Ours),
             Some(compressed_tensors::METHOD) => {
-                compressed_tensors::Config::read(found, file).map(Self::CompressedTensors).map(Some)
+                compressed_tensors::Config::read(found, file).map(Self::CompressedTensors)
             }
-            Some(gptq::METHOD) => gptq::Config::read(found, file).map(Self::Gptq).map(Some),
-            Some(awq::METHOD) => awq::Config::read(found, file).map(Self::Awq).map(Some),
-            Some(fp8::METHOD | fp8::FBGEMM_METHOD) => fp8::Config::read(found, file).map(Self::Fp8).map(Some),
+            Some(gptq::METHOD) => gptq::Config::read(found, file).map(Self::Gptq),
+            Some(awq::METHOD) => awq::Config::read(found, file).map(Self::Awq),
+            Some(fp8::METHOD | fp8::FBGEMM_METHOD) => fp8::Config::read(found, file).map(Self::Fp8),
             Some(method) if method.starts_with(modelopt::METHOD) => {
-                modelopt::Config::read(found, file).map(Self::ModelOpt).map(Some)
+                modelopt::Config::read(found, file).map(Self::ModelOpt)
             }
-            Some(GPT_OSS_METHOD) => Ok(None),
+            Some(GPT_OSS_METHOD) => Ok(Self::GptOss),
             Some(layout) => Err(foreign(layout)),
             None => Err(CheckpointError::malformed(file, "quantization_config lacks quant_method")),
         }

@@ -12,6 +12,7 @@ use crate::source::Bytes;
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 /// A weight file: a header, and the bytes of tensors.
+#[derive(Clone)]
 pub(crate) struct Shard {
     /// The file, in messages.
     pub(crate) label: String,

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::CheckpointError;
+use crate::gguf;
 use crate::shard::{Location, Shard};
 use crate::source::{Bytes, Source};
 
@@ -131,6 +132,7 @@ pub(crate) fn only_gguf(folder: &Path) -> Result<Option<PathBuf>, CheckpointErro
     files.sort();
     match files.as_slice() {
         [] | [_] => Ok(files.pop()),
+        [first, ..] if gguf::are_of_one_model(&files) => Ok(Some(first.clone())),
         [first, second, ..] => {
             let count = files.len();
             let [first, second] = [first, second].map(|path| path.display());

@@ -205,8 +205,9 @@ fn common_config(architecture: &str, class: &str) -> Value {
     })
 }
 
-fn assert_model(architecture: &str, wanted: &Value) {
-    let model = Checkpoint::open(&goldens().join(architecture).with_extension("gguf")).unwrap();
+/// The model of `file` is that of the package, whose config.json would be `wanted`.
+fn assert_model(architecture: &str, file: &str, wanted: &Value) {
+    let model = Checkpoint::open(&goldens().join(file)).unwrap();
     assert_eq!(model.config(), wanted);
     assert_eq!(model.layout(), Some(Layout::Gguf));
     let expected = expected(architecture);
@@ -264,16 +265,72 @@ fn llama_as_hugging_face_has_it() {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     });
-    assert_model("llama", &config);
+    assert_model("llama", "llama.gguf", &config);
 }
 
+/// In one file, and split: by the folder, and by any of the files.
 #[test]
 fn qwen3_as_hugging_face_has_it() {
     let mut config = common_config("qwen3", "Qwen3ForCausalLM");
     config["rope_theta"] = json!(1e6);
     config["attention_bias"] = false.into();
     config["tie_word_embeddings"] = true.into();
-    assert_model("qwen3", &config);
+    assert_model("qwen3", "qwen3.gguf", &config);
+    for file in ["split", "split/qwen3-00001-of-00003.gguf", "split/qwen3-00003-of-00003.gguf"] {
+        assert_model("qwen3", file, &config);
+    }
+}
+
+#[test]
+fn split_models_that_are_not_whole_say_why() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let part = |number: usize| path(&format!("qwen3-0000{number}-of-00003.gguf"));
+    let error = |path: &Path| message(Checkpoint::open(path).unwrap_err());
+    let golden = |number: usize| fs::read(goldens().join("split").join(part(number).file_name().unwrap())).unwrap();
+    let restore = || (1..=3).for_each(|number| fs::write(part(number), golden(number)).unwrap());
+    // Replaces the value of a key of metadata, whose type stands between them.
+    let change = |number: usize, key: &str, value: u8| {
+        let mut bytes = golden(number);
+        let at = position(&bytes, key) + key.len() + 4;
+        bytes[at] = value;
+        fs::write(part(number), bytes).unwrap();
+    };
+
+    restore();
+    let fingerprint = || Checkpoint::open(folder.path()).unwrap().fingerprint().unwrap();
+    let whole = fingerprint();
+    let mut bytes = golden(3);
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(part(3), bytes).unwrap();
+    assert_ne!(fingerprint(), whole);
+
+    restore();
+    fs::remove_file(part(2)).unwrap();
+    assert_says(&error(&part(1)), &["qwen3-00002-of-00003.gguf", "all 3 files of the model must lie side by side"]);
+    assert_says(&error(folder.path()), &["2 GGUF files"]);
+    fs::write(path("other.gguf"), golden(2)).unwrap();
+    assert_says(&error(&path("other.gguf")), &["one of 3 files", "-00001-of-00003.gguf"]);
+    fs::remove_file(path("other.gguf")).unwrap();
+
+    fs::write(part(2), golden(3)).unwrap();
+    assert_says(&error(&part(1)), &["00002-of-00003", "`split.no` is 2, by its name it must be 1"]);
+    restore();
+    change(2, "split.count", 4);
+    assert_says(&error(&part(1)), &["00002-of-00003", "`split.count` is 4, by its name it must be 3"]);
+    assert_says(&error(&part(2)), &["one of 4 files"]);
+    restore();
+    change(1, "split.tensors.count", 12);
+    assert_says(&error(&part(1)), &["13 tensors, wanted 12"]);
+
+    // The same tensor in two files.
+    restore();
+    let mut bytes = golden(3);
+    let at = position(&bytes, "blk.0.attn_q_norm.weight");
+    let name = b"blk.0.attn_output.weight";
+    bytes[at..at + name.len()].copy_from_slice(name);
+    fs::write(part(3), bytes).unwrap();
+    assert_says(&error(&part(1)), &["00003-of-00003", "`blk.0.attn_output.weight` is in an earlier file"]);
 }
 
 /// Where a text stands in a file.
@@ -330,17 +387,6 @@ fn models_that_are_not_read_say_why() {
     };
     assert_says(&as_float("llama.context_length"), &["`llama.context_length` is F32", "wanted one integer"]);
     assert_says(&as_float("tokenizer.ggml.eos_token_id"), &["`tokenizer.ggml.eos_token_id` is F32", "wanted a token"]);
-
-    let split = error(&|bytes| {
-        let string = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
-        let (u16_type, string_type) = (2u32.to_le_bytes(), 8u32.to_le_bytes());
-        let count = [&string("split.count")[..], &u16_type, &[3, 0]].concat();
-        // Fills up to two units of alignment, so that nothing behind moves within its own.
-        let filling = [&string("k")[..], &string_type, &string("eighteen letters..")].concat();
-        bytes[16] += 2;
-        bytes.splice(24..24, [count, filling].concat());
-    });
-    assert_says(&split, &["one part", "`split.count` is U16(3)", "--merge"]);
 }
 
 /// Whether a tensor is read, as what it is; a norm that is damaged may be infinite.

@@ -5,6 +5,7 @@
 //! checkpoint is not counted: its pages are the system's cache of the file, which it takes back when memory runs short.
 
 use std::fmt;
+use std::sync::OnceLock;
 
 use marlin_checkpoint::{Checkpoint, Storage, TensorInfo};
 use marlin_format::Scheme;
@@ -33,7 +34,8 @@ pub struct Planner<'a> {
     architecture: String,
     spec: DecoderSpec,
     kv_layout: KvLayout,
-    program: u64,
+    /// [`MemoryPlan::program`], once something is planned.
+    program: OnceLock<u64>,
 }
 
 /// The sizes of a model, as config.json gives them.
@@ -219,10 +221,8 @@ impl<'a> Planner<'a> {
     /// The architecture or a setting of it is not supported.
     pub fn new(device: &'a dyn MemoryUse, checkpoint: &'a Checkpoint) -> Result<Self, ModelError> {
         let (architecture, spec) = families::spec(checkpoint)?;
-        let tokenizer = checkpoint.file("tokenizer.json")?.map_or(0, |file| file.len() as u64);
-        let program = PROGRAM_BYTES + TOKENIZER_FACTOR * tokenizer;
         let kv_layout = spec.kv_layout();
-        Ok(Self { device, host: None, checkpoint, architecture, spec, kv_layout, program })
+        Ok(Self { device, host: None, checkpoint, architecture, spec, kv_layout, program: OnceLock::new() })
     }
 
     /// The same for a model whose experts of some layers are left to the host, as by [`crate::load_model_offloaded`].
@@ -243,6 +243,15 @@ impl<'a> Planner<'a> {
     /// Indices of the layers with experts, in ascending order.
     pub fn expert_layers(&self) -> Vec<usize> {
         self.spec.expert_layers().collect()
+    }
+
+    /// The allowance for the program; the tokenizer of a GGUF file has to be made for that, so it is made once.
+    fn program(&self) -> Result<u64, ModelError> {
+        if let Some(program) = self.program.get() {
+            return Ok(*program);
+        }
+        let tokenizer = self.checkpoint.file("tokenizer.json")?.map_or(0, |file| file.len() as u64);
+        Ok(*self.program.get_or_init(|| PROGRAM_BYTES + TOKENIZER_FACTOR * tokenizer))
     }
 
     /// `architectures[0]` of config.json.
@@ -341,7 +350,7 @@ impl<'a> Planner<'a> {
                 .map(buffer)
                 .fold(scratch.saturating_add(experts), u64::saturating_add),
             logits: buffer(logits),
-            program: self.program,
+            program: self.program()?,
             block_tokens: self.kv_layout.block_tokens,
             block_bytes: self.kv_layout.pool_bytes(options.kv_type, 1) as u64,
             most_blocks: self.device.most_kv_blocks(&self.kv_layout, options.kv_type) as u64,

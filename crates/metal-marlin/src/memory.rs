@@ -181,10 +181,10 @@ pub fn fitting_offload(
 /// The best format in which the model would fit.
 fn format_advice(planner: &Planner<'_>, options: &LoadOptions, budget: &MemoryBudget) -> Result<String, ModelError> {
     let name = planner.checkpoint().name();
-    let original = match (planner.checkpoint().layout(), name.split_once('@')) {
-        (Some(_), _) => "the model it was quantised from".to_owned(),
-        (None, Some((id, revision))) if HubId::parse(id).is_some() => format!("{id} --revision {revision}"),
-        (None, _) => name.to_owned(),
+    let original = match (planner.checkpoint().is_quantized(), name.split_once('@')) {
+        (true, _) => "the model it was quantised from".to_owned(),
+        (false, Some((id, revision))) if HubId::parse(id).is_some() => format!("{id} --revision {revision}"),
+        (false, _) => name.to_owned(),
     };
     for format in ADVISED {
         let plan = plan_in(planner, options, format)?;

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// What a run of the program wrote and how it ended.
@@ -45,6 +45,29 @@ fn repository(path: &str) -> String {
 /// A tiny random checkpoint without a tokenizer: 2 layers, tied embedding.
 fn tiny() -> String {
     repository("crates/marlin-model/tests/goldens/qwen3-gqa2-tied")
+}
+
+/// The same with a tokenizer that knows small letters and spaces.
+fn tiny_with_tokenizer(folder: &Folder) -> String {
+    let copy = folder.path("source");
+    fs::create_dir(&copy).unwrap();
+    for file in fs::read_dir(tiny()).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file()) {
+        fs::copy(&file, Path::new(&copy).join(file.file_name().unwrap())).unwrap();
+    }
+    // A space, as BPE of bytes writes it.
+    let letters = ('a'..='z').chain(['Ġ']);
+    let vocabulary: serde_json::Map<_, _> =
+        letters.enumerate().map(|(id, letter)| (letter.to_string(), id.into())).collect();
+    let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let tokenizer = json!({
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": bytes,
+        "decoder": bytes,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    });
+    fs::write(Path::new(&copy).join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    copy
 }
 
 struct Folder(TempDir);
@@ -121,11 +144,7 @@ fn a_quantised_folder_has_a_model_card() {
     assert!(!card.contains("base_model") && !card.contains("license"), "{card}");
 
     // The licence is that of the source's card.
-    let source = folder.path("source");
-    fs::create_dir(&source).unwrap();
-    for file in fs::read_dir(tiny()).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file()) {
-        fs::copy(&file, Path::new(&source).join(file.file_name().unwrap())).unwrap();
-    }
+    let source = tiny_with_tokenizer(&folder);
     fs::write(Path::new(&source).join("README.md"), "---\nlicense: mit\n---\n# Source\n").unwrap();
     let out = folder.path("ours");
     json(&["quantize", &source, &out, "--format", "fp4", "--json"]);
@@ -134,12 +153,65 @@ fn a_quantised_folder_has_a_model_card() {
     assert!(card.contains("# source in fp4 g128\n"), "{card}");
 }
 
+/// Figures of the report and of the card are those of `eval`.
+#[test]
+fn quantize_measures_what_was_kept() {
+    let folder = Folder::new();
+    let (source, text) = (tiny_with_tokenizer(&folder), folder.path("text.txt"));
+    fs::write(&text, "the quick brown fox jumps over the lazy dog ".repeat(4)).unwrap();
+    let measure = ["--format", "int3", "--text", &text, "--windows", "2"];
+    let ours = folder.path("ours");
+    let report = json(&[&["quantize", &source, &ours, "--json"], &measure[..]].concat());
+    let found = &report["quality"];
+    let eval = json(&["eval", &ours, "--baseline", &source, "--text", &text, "--windows", "2", "--json"]);
+    for key in ["tokens", "context", "windows", "perplexity", "mean_kl", "p99_kl", "top1_agreement"] {
+        assert_eq!(found[key], eval[key], "{key}: {found}, {eval}");
+    }
+    let exact = json(&["eval", &source, "--text", &text, "--windows", "2", "--exact", "--json"]);
+    assert_eq!(found["perplexity_before"], exact["perplexity"]);
+    let card = fs::read_to_string(Path::new(&ours).join("README.md")).unwrap();
+    let number = |key: &str| found[key].as_f64().unwrap();
+    let row = format!("| quantised | {:.4} | {:.5} |", number("perplexity"), number("mean_kl"));
+    assert!(card.contains("Measured on `text.txt`: 126 predicted") && card.contains(&row), "{row}: {card}");
+
+    // Of one file for llama.cpp, and as a person reads it.
+    let file = folder.path("tiny.gguf");
+    let run =
+        metal_marlin(&[&["quantize", &source, &file, "--layout", "gguf", "--format", "int8"], &measure[2..]].concat());
+    assert_eq!((run.code, run.stderr.as_str()), (Some(0), ""));
+    assert!(
+        run.stdout.contains("\nquality: perplexity ") && run.stdout.contains("(126 tokens of text.txt)"),
+        "{}",
+        run.stdout
+    );
+
+    // What stands against measuring is said before anything is written.
+    let (other, missing) = (folder.path("other"), folder.path("missing.txt"));
+    let error = failure(&["quantize", &source, &other, "--format", "fp4", "--text", &missing]);
+    assert!(error.contains("missing.txt") && !Path::new(&other).exists(), "{error}");
+    let error = failure(&["quantize", &tiny(), &other, "--format", "fp4", "--text", &text]);
+    assert!(error.contains("tokenizer.json") && !Path::new(&other).exists(), "{error}");
+}
+
 #[test]
 fn quantize_writes_one_file_for_llama_cpp() {
     let folder = Folder::new();
-    let out = folder.path("tiny.gguf");
-    let error = failure(&["quantize", &tiny(), &out, "--format", "int4", "--layout", "gguf"]);
+    let (source, out) = (tiny_with_tokenizer(&folder), folder.path("tiny.gguf"));
+    let error = failure(&["quantize", &source, &out, "--format", "int4", "--layout", "gguf"]);
     assert!(error.contains("gguf has no place for int4 g32") && !Path::new(&out).exists(), "{error}");
+
+    // Without quantising, too.
+    for (format, layout) in [("f16", "gguf, not quantised"), ("bf16", "gguf, not quantised"), ("int4-sym", "gguf\n")] {
+        let report = json(&["quantize", &source, &out, "--format", format, "--layout", "gguf", "--force", "--json"]);
+        let stored = |matrix: &Value| matrix["scheme"].as_str().unwrap().starts_with(format);
+        assert!(report["matrices"].as_array().unwrap().iter().any(stored), "{report}");
+        let inspected = metal_marlin(&["inspect", &out]).stdout;
+        assert!(inspected.contains(&format!("layout        {layout}")), "{format}: {inspected}");
+    }
+    for layout in ["metal-marlin", "compressed-tensors", "gptq"] {
+        let error = failure(&["quantize", &source, &folder.path("f16"), "--format", "f16", "--layout", layout]);
+        assert!(error.contains("f16 quantises nothing; formats are fp4, "), "{error}");
+    }
 }
 
 #[test]
@@ -178,7 +250,6 @@ fn quantize_says_what_is_wrong() {
     for args in [
         &["quantize", "model", "out"][..],
         &["quantize", "model", "out", "--format", "fp5"],
-        &["quantize", "model", "out", "--format", "bf16"],
         &["quantize", "model", "out", "--bits", "9"],
         &["quantize", "model", "out", "--bits", "4", "--layout", "awq"],
         &["quantize", "model", "out", "--format", "fp4", "--group-size", "0"],

@@ -39,12 +39,12 @@ pub(super) enum Arrangement {
 /// The entry of a tensor of this shape, whose bytes in the file are these. Plain floats that are stored as Hugging Face
 /// has them are entries like others.
 pub(super) fn entry(tensor: &GgufTensor, arrangement: Arrangement) -> Entry {
-    let GgufTensor { shape, tensor_type: stored_as, range, .. } = tensor;
+    let GgufTensor { shape, tensor_type: stored_as, file, range, .. } = tensor;
     let (dtype, plain) = match layouts::dense_dtype(&stored_as.scheme()) {
         Some(dtype) => (dtype, arrangement == Arrangement::Same),
         None => (Dtype::U8, false),
     };
-    let location = Location { shard: 0, dtype, shape: shape.clone(), range: range.clone() };
+    let location = Location { shard: *file, dtype, shape: shape.clone(), range: range.clone() };
     if plain {
         return Entry::Plain(location);
     }
@@ -54,7 +54,7 @@ pub(super) fn entry(tensor: &GgufTensor, arrangement: Arrangement) -> Entry {
 /// The entry of a tensor of this shape that two stored ones make.
 pub(super) fn joined(shape: Vec<usize>, first: &GgufTensor, second: &GgufTensor, arrangement: Arrangement) -> Entry {
     let location = |tensor: &GgufTensor| Location {
-        shard: 0,
+        shard: tensor.file,
         dtype: Dtype::U8,
         shape: tensor.shape.clone(),
         range: tensor.range.clone(),
@@ -72,11 +72,6 @@ impl GgufEntry {
             storage: layouts::dense_dtype(&scheme).map_or(Storage::Packed(scheme), Storage::Plain),
             bytes: parts.sum(),
         }
-    }
-
-    /// Whether it is a packed matrix.
-    pub(crate) fn is_packed(&self) -> bool {
-        !self.made_as().scheme().is_dense()
     }
 
     pub(crate) fn shape(&self) -> &[usize] {

@@ -128,7 +128,7 @@ fn tensor(cursor: &mut Cursor<'_>, name: &str, alignment: usize) -> Result<GgufT
     }
     let range = usize::try_from(offset).ok().and_then(|from| Some(from..from.checked_add(length)?));
     let range = range.ok_or_else(|| format!("its offset at byte {at} is {offset}, beyond any file; {DAMAGED}"))?;
-    Ok(GgufTensor { name: name.to_owned(), shape, tensor_type, range })
+    Ok(GgufTensor { name: name.to_owned(), shape, tensor_type, file: 0, range })
 }
 
 /// Moves ranges to where the bytes of tensors begin, and checks that they are in the file and do not overlap.

@@ -13,6 +13,7 @@ mod header;
 mod model;
 mod pre_tokenizer;
 mod small_files;
+mod split;
 mod tokenizer;
 mod types;
 mod value;
@@ -36,6 +37,7 @@ pub(crate) use writer::written_scheme;
 use self::cursor::Cursor;
 pub(crate) use self::entry::GgufEntry;
 use self::header::Header;
+pub(crate) use self::split::are_of_one_model;
 use crate::layouts::Entry;
 use crate::shard::Shard;
 use crate::source::Bytes;
@@ -44,10 +46,11 @@ use crate::{CONFIG_FILE, CheckpointError, Tokenizer};
 /// What to do about a file that contradicts itself.
 const DAMAGED: &str = "the file is damaged, download or copy it again";
 
-/// An opened GGUF file. Tensors are mapped, not read.
+/// An opened GGUF file, or the several files that a model was split into. Tensors are mapped, not read.
 pub struct Gguf {
-    label: String,
-    bytes: Bytes,
+    /// Never empty. The first holds the metadata.
+    files: Vec<Shard>,
+    /// That of the first file, with the tensors of all.
     header: Header,
 }
 
@@ -60,31 +63,38 @@ pub struct GgufTensor {
     pub shape: Vec<usize>,
     /// How it is stored.
     pub tensor_type: GgufType,
+    /// Which of several files it is in.
+    file: usize,
     /// In the file.
     range: Range<usize>,
 }
 
 impl Gguf {
     /// Opens a file and checks all of its header: that every value of the metadata and every byte of the tensors is
-    /// there. The file must not be changed while it is open.
+    /// there. Of a model in several files (`NAME-00001-of-00003.gguf`) any of them stands for all, which lie side by
+    /// side. Files must not be changed while they are open.
     ///
     /// # Errors
-    /// The file cannot be mapped, is no GGUF file of version 2 or 3, contradicts itself, or holds a tensor of a type
-    /// that is not read.
+    /// A file cannot be mapped, is no GGUF file of version 2 or 3, contradicts itself or others of the model, or holds a
+    /// tensor of a type that is not read.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let label = path.display().to_string();
-        let bytes = Bytes::map(path)?.ok_or_else(|| CheckpointError::MissingFile {
-            file: label.clone(),
-            hint: "give the path of a *.gguf file".to_owned(),
-        })?;
-        bytes.refuse_lfs_pointer(&label)?;
-        let header = Header::parse(&bytes).map_err(|problem| CheckpointError::malformed(&label, problem))?;
-        Ok(Self { label, bytes, header })
+        let given = Self::open_file(path, "give the path of a *.gguf file")?;
+        split::open_all(given, path)
     }
 
-    /// The path it was opened by.
+    /// One file by itself.
+    fn open_file(path: &Path, hint: &str) -> Result<Self, CheckpointError> {
+        let label = path.display().to_string();
+        let bytes = Bytes::map(path)?
+            .ok_or_else(|| CheckpointError::MissingFile { file: label.clone(), hint: hint.to_owned() })?;
+        bytes.refuse_lfs_pointer(&label)?;
+        let header = Header::parse(&bytes).map_err(|problem| CheckpointError::malformed(&label, problem))?;
+        Ok(Self { files: vec![Shard::of_header(label, bytes, header.bytes)], header })
+    }
+
+    /// The path of the first file.
     pub(crate) fn label(&self) -> &str {
-        &self.label
+        &self.files[0].label
     }
 
     /// A small file that a model of Hugging Face has, made of the metadata; `None` if there is none of this name.
@@ -100,15 +110,18 @@ impl Gguf {
         config::config(self).map_err(|problem| self.malformed(problem))
     }
 
-    /// The tensors as Hugging Face has them, in the order of the file, and the file they lie in. `config` is its
+    /// The tensors as Hugging Face has them, in the order of the files, and the files they lie in. `config` is its
     /// config.json.
-    pub(crate) fn model(&self, config: &serde_json::Value) -> Result<(Shard, Vec<(String, Entry)>), CheckpointError> {
+    pub(crate) fn model(
+        &self,
+        config: &serde_json::Value,
+    ) -> Result<(Vec<Shard>, Vec<(String, Entry)>), CheckpointError> {
         let tensors = model::tensors(self, config).map_err(|problem| self.malformed(problem))?;
-        Ok((Shard::of_header(self.label.clone(), self.bytes.clone(), self.header.bytes), tensors))
+        Ok((self.files.clone(), tensors))
     }
 
     fn malformed(&self, problem: String) -> CheckpointError {
-        CheckpointError::malformed(&self.label, problem)
+        CheckpointError::malformed(self.label(), problem)
     }
 
     /// The version of the format, 2 or 3, which differ in nothing that is read.
@@ -125,7 +138,7 @@ impl Gguf {
     pub fn value(&self, key: &str) -> Option<GgufValue<'_>> {
         let (value_type, at) = *self.header.metadata.get(key)?;
         // It was read when the file was opened.
-        Cursor::new(&self.bytes, at).value(value_type).ok()
+        Cursor::new(&self.files[0].bytes, at).value(value_type).ok()
     }
 
     /// The tokenizer of the file.
@@ -153,7 +166,7 @@ impl Gguf {
     /// There is no such tensor, it has another number of dimensions, or a scale in it is no finite number.
     pub fn matrix(&self, name: &str) -> Result<PackedMatrix<'_>, CheckpointError> {
         let tensor = self.require(name)?;
-        let (file, name) = (self.label.clone(), tensor.name.clone());
+        let (file, name) = (self.files[tensor.file].label.clone(), tensor.name.clone());
         let &[rows, cols] = tensor.shape.as_slice() else {
             let (found, wanted) = (tensor.shape.clone(), "a matrix [rows, cols]".to_owned());
             return Err(CheckpointError::Shape { file, tensor: name, found, wanted });
@@ -176,27 +189,25 @@ impl Gguf {
     /// read.
     pub fn release(&self, name: &str) {
         if let Some(tensor) = self.tensor(name) {
-            self.bytes.release(&tensor.range);
+            self.files[tensor.file].bytes.release(&tensor.range);
         }
     }
 
     fn stored(&self, tensor: &GgufTensor) -> &[u8] {
-        &self.bytes[tensor.range.clone()]
+        &self.files[tensor.file].bytes[tensor.range.clone()]
     }
 
     fn require(&self, name: &str) -> Result<&GgufTensor, CheckpointError> {
         self.tensor(name).ok_or_else(|| {
             let count = self.header.tensors.len();
-            self.malformed(format!(
-                "none of its {count} tensors is `{name}`; the file is of another model, or one part of several"
-            ))
+            self.malformed(format!("none of its {count} tensors is `{name}`; the file is of another model"))
         })
     }
 }
 
 impl fmt::Debug for Gguf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { label, header, .. } = self;
-        f.debug_struct("Gguf").field("file", label).field("tensors", &header.tensors.len()).finish()
+        let tensors = self.header.tensors.len();
+        f.debug_struct("Gguf").field("file", &self.label()).field("tensors", &tensors).finish()
     }
 }

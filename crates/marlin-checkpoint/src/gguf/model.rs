@@ -54,7 +54,6 @@ impl Architecture {
 
     /// That of a whole model.
     pub(super) fn of(gguf: &Gguf) -> Result<Self, String> {
-        check_whole(gguf)?;
         let found = gguf.value("general.architecture");
         let Some(name) = found.and_then(|value| value.as_str()) else {
             return Err(format!(
@@ -152,18 +151,6 @@ impl Architecture {
 impl fmt::Display for Architecture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
-    }
-}
-
-/// Refuses one file of several that a model was split into.
-fn check_whole(gguf: &Gguf) -> Result<(), String> {
-    let Some(parts) = gguf.value("split.count") else { return Ok(()) };
-    match parts.as_u64() {
-        Some(0 | 1) => Ok(()),
-        _ => Err(format!(
-            "it is one part of a model in several files (metadata `split.count` is {parts:?}), which are not read yet; \
-             join them with `llama-gguf-split --merge`"
-        )),
     }
 }
 
@@ -269,8 +256,9 @@ fn experts(tensor: &GgufTensor) -> Result<impl Iterator<Item = Entry>, String> {
     let bytes = tensor.range.len() / experts;
     Ok((0..experts).map(move |expert| {
         let start = tensor.range.start + expert * bytes;
-        let (name, tensor_type) = (String::new(), tensor.tensor_type);
-        let matrix = GgufTensor { name, shape: vec![rows, cols], tensor_type, range: start..start + bytes };
+        let (name, range) = (String::new(), start..start + bytes);
+        let matrix =
+            GgufTensor { name, shape: vec![rows, cols], tensor_type: tensor.tensor_type, file: tensor.file, range };
         entry::entry(&matrix, Arrangement::Same)
     }))
 }

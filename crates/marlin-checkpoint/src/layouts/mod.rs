@@ -44,6 +44,8 @@ pub enum Layout {
     ModelOpt,
     /// That of Apple's MLX, which `mlx-lm` writes.
     Mlx,
+    /// That of gpt-oss as published: experts in MXFP4, all else in BF16.
+    GptOss,
     /// A file of llama.cpp.
     Gguf,
 }
@@ -59,6 +61,7 @@ impl Layout {
             Self::Fp8 => fp8::METHOD,
             Self::ModelOpt => modelopt::METHOD,
             Self::Mlx => "mlx",
+            Self::GptOss => "gpt-oss",
             Self::Gguf => "gguf",
         }
     }

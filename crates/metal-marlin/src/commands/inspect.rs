@@ -4,7 +4,7 @@ use std::io::{Write, stdout};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use marlin_checkpoint::{Checkpoint, Storage, TensorInfo};
+use marlin_checkpoint::{Checkpoint, Layout, Storage, TensorInfo};
 use marlin_kernels::KvType;
 use marlin_kernels::cpu::{CpuBackend, CpuOptions};
 use marlin_model::{ExpertShape, MemoryPlan, ModelError, ModelShape, Planner, format_size};
@@ -295,6 +295,8 @@ impl Inspection<'_> {
             Err(reason) => text += &format!("cannot be run: {reason}\n"),
         }
         let layout = match self.checkpoint.layout() {
+            // Files of ggml hold unquantised models too.
+            Some(Layout::Gguf) if !self.checkpoint.is_quantized() => "gguf, not quantised",
             Some(layout) => layout.name(),
             None => "not quantised",
         };

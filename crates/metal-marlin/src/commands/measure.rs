@@ -8,13 +8,13 @@ use anyhow::{Context, bail};
 use marlin_checkpoint::Checkpoint;
 use marlin_kernels::KvType;
 use marlin_model::{LanguageModel, LoadOptions, MemoryPlan};
-use marlin_quantize::Windows;
+use marlin_quantize::{ModelLogits, RecordedLogits, Windows};
 use metal_marlin::device::Device;
-use metal_marlin::memory::{self, MemoryBudget};
+use metal_marlin::memory::{self, DoesNotFit, MemoryBudget};
 use metal_marlin::{LoadError, load};
 
 use super::model::Load;
-use crate::progress;
+use crate::progress::{self, Bar};
 
 /// Windows are not made longer than this unless --context says so: the length that published figures of small models use.
 const USUAL_CONTEXT: usize = 1024;
@@ -81,6 +81,32 @@ impl Subject<'_> {
     pub(super) fn load(&self) -> Result<Box<dyn LanguageModel>, LoadError> {
         let message = format!("Loading {}", self.checkpoint.name());
         progress::spinner(&message, || (self.load)(self.checkpoint, self.device, &self.options()))
+    }
+
+    /// Refuses an unquantised model for which there is not enough memory; to quantise it, which other commands advise, is no help.
+    pub(super) fn require_fit_unquantised(&self, budget: &MemoryBudget) -> Result<(), LoadError> {
+        let advise = |error| {
+            match error {
+            LoadError::DoesNotFit(refused) => LoadError::DoesNotFit(DoesNotFit {
+                advice: "the model is measured as it is before it is quantised: choose a shorter --context, another --device or a \
+                         smaller model"
+                    .into(),
+                ..refused
+            }),
+            other => other,
+        }
+        };
+        self.require_fit(budget).map(|_| ()).map_err(advise)
+    }
+
+    /// Runs the model over a text and keeps its logits in a temporary file: whatever is compared with it need not be in memory
+    /// at the same time.
+    pub(super) fn record<'w>(&self, windows: &'w Windows) -> anyhow::Result<RecordedLogits<'w>> {
+        let mut model = self.load()?;
+        let mut logits = ModelLogits::new(model.as_mut());
+        let mut bar = Bar::counting("Measuring the original", "tokens");
+        let total = windows.predicted() as u64;
+        Ok(RecordedLogits::record(&mut logits, windows, |done| bar.set(done as u64, total))?)
     }
 
     fn options(&self) -> LoadOptions {

@@ -8,13 +8,12 @@ use anyhow::Context;
 use marlin_checkpoint::Checkpoint;
 use marlin_format::{Format, FormatError, Grouping, ScaleSearch, Scheme};
 use marlin_kernels::KvType;
-use marlin_model::LanguageModel;
 use marlin_quantize::{
-    Divergence, Footprint, LogitSource, ModelLogits, Quality, QuantizeOptions, Recipe, RecordedLogits, Windows,
-    embedding_scheme, evaluate, quantize,
+    Divergence, Footprint, LogitSource, ModelLogits, Quality, QuantizeOptions, Recipe, Windows, embedding_scheme,
+    evaluate, quantize,
 };
 use metal_marlin::device::Device;
-use metal_marlin::memory::{DoesNotFit, MemoryBudget, MemoryOptions};
+use metal_marlin::memory::{MemoryBudget, MemoryOptions};
 use metal_marlin::{DeviceOptions, LoadError};
 
 use super::in_pool;
@@ -157,15 +156,7 @@ impl Measure<'_> {
         let schemes = variants()?;
         let kv_types = KvType::ALL.into_iter().filter(|&kv_type| kv_type != usual_kv(true));
         let variants = schemes.len() * METHODS.len() + kv_types.clone().count();
-        let mut model = self.load(self.source, &self.exact, usual_kv(true))?;
-        let mut recorded = {
-            let mut bar = Bar::counting("Measuring the original", "tokens");
-            let mut logits = ModelLogits::new(model.as_mut());
-            RecordedLogits::record(&mut logits, self.windows, |done| {
-                bar.set(done as u64, self.windows.predicted() as u64)
-            })?
-        };
-        drop(model);
+        let mut recorded = self.subject(self.source, &self.exact, usual_kv(true))?.record(self.windows)?;
         let baseline = evaluate(&mut recorded, None, self.windows, |_| {})?;
 
         let mut rows = Vec::with_capacity(variants);
@@ -210,7 +201,7 @@ impl Measure<'_> {
         kv_type: KvType,
         baseline: &mut dyn LogitSource,
     ) -> anyhow::Result<(f64, Divergence)> {
-        let mut model = self.load(variant, device, kv_type)?;
+        let mut model = self.subject(variant, device, kv_type)?.load()?;
         let mut logits = ModelLogits::new(model.as_mut());
         let quality = evaluate(&mut logits, Some(baseline), self.windows, |_| {})?;
         let divergence = quality.divergence.context("an evaluation against a baseline has a divergence")?;
@@ -231,33 +222,20 @@ impl Measure<'_> {
         .concat()
     }
 
-    /// Loads a model, the only one at that time, if the device has memory for it.
-    fn load(
+    /// A model, the only one at a time, if the device has memory for it.
+    fn subject<'a>(
         &self,
-        checkpoint: &Checkpoint,
-        device: &Device,
+        checkpoint: &'a Checkpoint,
+        device: &'a Device,
         kv_type: KvType,
-    ) -> Result<Box<dyn LanguageModel>, LoadError> {
+    ) -> Result<Subject<'a>, LoadError> {
         // Each of its models is measured once.
         let load = metal_marlin::load::load_model;
         let subject = Subject { checkpoint, device, kv_type, context: self.context, load };
         if let Some(memory) = &self.memory {
-            subject.require_fit(memory).map_err(advise_what_helps)?;
+            subject.require_fit_unquantised(memory)?;
         }
-        subject.load()
-    }
-}
-
-/// To quantise the model, which other commands advise, is no help here.
-fn advise_what_helps(error: LoadError) -> LoadError {
-    match error {
-        LoadError::DoesNotFit(refused) => LoadError::DoesNotFit(DoesNotFit {
-            advice: "the model is measured as it is before it is quantised: choose a shorter --context, another --device or a \
-                     smaller model"
-                .into(),
-            ..refused
-        }),
-        other => other,
+        Ok(subject)
     }
 }
 

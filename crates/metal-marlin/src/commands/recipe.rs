@@ -16,7 +16,7 @@ pub(super) const NUMBER_FORMAT: &str = "number format";
 #[command(group(ArgGroup::new(NUMBER_FORMAT).args(["format", "bits"]).multiple(true)))]
 pub(super) struct RecipeOptions {
     /// Number format of the decoder's matrices: fp4, int4, int4-sym, int8, fp8, int3, int2, mxfp4 or nvfp4
-    #[arg(long, short, help_heading = HEADING, value_parser = quantized_format)]
+    #[arg(long, short, help_heading = HEADING)]
     pub(super) format: Option<Format>,
 
     /// Short for a format: 4 is fp4, 8 int8, 3 int3, 2 int2
@@ -71,8 +71,14 @@ impl RecipeOptions {
             return Ok(None);
         }
         let format = format(self.format, self.bits)?;
-        anyhow::ensure!(!format.is_dense(), "{format} quantises nothing; {}", quantized_formats());
-        let linears = linear_scheme(format, grouping(self.group_size, layout), self.sparse_24)?;
+        // Files of ggml are made of models that are not quantised, too.
+        anyhow::ensure!(
+            !format.is_dense() || layout == ExportLayout::Gguf,
+            "{format} quantises nothing; {}",
+            quantized_formats()
+        );
+        let groups = if format.is_dense() { self.group_size } else { grouping(self.group_size, layout) };
+        let linears = linear_scheme(format, groups, self.sparse_24)?;
         Ok(Some(Recipe::uniform(linears, self.embedding(layout)?, self.search())))
     }
 
@@ -83,7 +89,8 @@ impl RecipeOptions {
 
     /// What `--embedding-format` asks for, or else what suits the layout; `None` keeps embedding and head.
     pub(super) fn embedding(&self, layout: ExportLayout) -> anyhow::Result<Option<Scheme>> {
-        let usual = layout.packs_embeddings().then_some(Format::Int8);
+        let dense = self.format.filter(|format| format.is_dense());
+        let usual = layout.packs_embeddings().then_some(dense.unwrap_or(Format::Int8));
         match (self.embedding_format.or(usual), self.embedding_group_size) {
             (Some(format), None) if format.is_dense() => Ok(Some(embedding_scheme(format, None)?)),
             (Some(format), given) => Ok(Some(embedding_scheme(format, grouping(given, layout))?)),

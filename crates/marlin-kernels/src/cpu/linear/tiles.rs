@@ -143,7 +143,8 @@ impl Tiles {
             .ok_or_else(not_native)
     }
 
-    /// Tiles whose bytes are there: the sections of a matrix in a native scheme. `None` if they are not as long as they must be.
+    /// Tiles whose bytes are there: the sections of a matrix in a native scheme. `None` if they are not as long as they must
+    /// be, or name columns that there are not.
     pub(super) fn from_sections(
         scheme: &Scheme,
         rows: usize,
@@ -158,7 +159,9 @@ impl Tiles {
         if found[SECTIONS - 1] == cols.checked_mul(size_of::<u32>())? {
             wanted[SECTIONS - 1] = found[SECTIONS - 1];
         }
-        if found != wanted {
+        // A damaged file is not to be followed out of the inputs.
+        let columns: &[u32] = bytemuck::try_cast_slice(sections[SECTIONS - 1].bytes()).ok()?;
+        if found != wanted || columns.iter().any(|&column| column as usize >= cols) {
             return None;
         }
         let [codes, scales, zeros, supers, columns] = sections;

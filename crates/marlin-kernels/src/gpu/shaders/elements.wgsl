@@ -18,14 +18,16 @@ fn e4m3_halves(codes: u32) -> u32 {
     return ((codes & 0x00800080u) << 8u) | ((codes & 0x007f007fu) << 7u);
 }
 
-// GGUF's IQ4_NL: 16 values, steeper towards the ends.
-const IQ4_NL = array<f32, 16>(
-    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
-);
+// GGUF's IQ4_NL: 16 values, steeper towards the ends, as bytes with 128 added. Chosen by comparisons: an array that is indexed would lie in memory.
+fn iq4_nl_byte(code: u32) -> u32 {
+    let low = select(0x3f2d1801u, 0x766a5d4fu, (code & 4u) != 0u);
+    let high = select(0xa6998d81u, 0xf1d9c5b5u, (code & 4u) != 0u);
+    return (select(low, high, code > 7u) >> (8u * (code & 3u))) & 0xffu;
+}
 
+// As bits of the mantissa of 1024 in half precision, like integers.
 fn iq4_nl_pair(codes: u32) -> pair {
-    var values = IQ4_NL;
-    return pair(vec2<f32>(values[codes & 15u], values[codes >> 16u]));
+    return to_pair(iq4_nl_byte(codes & 15u) | (iq4_nl_byte(codes >> 16u) << 16u) | 0x64006400u) - pair(num(1152.0));
 }
 
 // A scale that is a power of two, with the exponents of single precision.

@@ -1,20 +1,30 @@
 //! The model card of a quantised folder.
 
+use std::fs;
 use std::path::Path;
 
+use anyhow::Context;
 use marlin_checkpoint::{Checkpoint, ExportLayout};
 use marlin_quantize::{Recipe, Report};
 use metal_marlin::hub::HubId;
 
 use super::Args;
+use super::measured::Measured;
 use super::report::by_kind;
 
 const CARD_FILE: &str = "README.md";
 /// Fields of the source's card that hold for a copy as well.
 const LICENCE: [&str; 3] = ["license", "license_name", "license_link"];
 
-/// The card of a folder: where it comes from, how its matrices are stored, how it is run.
-pub(super) fn card(args: &Args, recipe: &Recipe, licence: &str, report: &Report) -> String {
+/// The card of a folder: where it comes from, what quality it kept if that was measured, how its matrices are stored, how it is
+/// run.
+pub(super) fn card(
+    args: &Args,
+    recipe: &Recipe,
+    licence: &str,
+    report: &Report,
+    measured: Option<&Measured>,
+) -> String {
     let layout = args.layout;
     let base = (!args.model.is_dir()).then(|| HubId::parse(args.model.to_str()?)).flatten();
     let library = if layout == ExportLayout::MetalMarlin { "metal-marlin" } else { "transformers" };
@@ -37,7 +47,8 @@ pub(super) fn card(args: &Args, recipe: &Recipe, licence: &str, report: &Report)
         report.after.linear_bits_per_weight(),
         report.before.bytes as f64 / 1e6,
     );
-    text += "| matrix | matrices | stored as | bits per weight | rms error | SQNR |\n";
+    text += &measured.map_or(String::new(), Measured::to_markdown);
+    text += "## Storage\n\n| matrix | matrices | stored as | bits per weight | rms error | SQNR |\n";
     text += "| --- | ---: | --- | ---: | ---: | ---: |\n";
     for line in by_kind(report) {
         text += &format!(
@@ -50,15 +61,24 @@ pub(super) fn card(args: &Args, recipe: &Recipe, licence: &str, report: &Report)
             line.error.sqnr_db(),
         );
     }
-    text +=
-        "\nErrors are those of the weights, relative to the source's; all other tensors are the source's. What they\n";
-    text += "cost in quality is measured by `metal-marlin eval FOLDER --baseline SOURCE --text FILE`.\n\n";
-    text += "## Running it\n\n```sh\nmetal-marlin run FOLDER \"What is an apple?\"\n";
+    text += "\nErrors are those of the weights, relative to the source's; all other tensors are the source's.\n";
+    if measured.is_none() {
+        text += "What they cost in quality is measured by `metal-marlin eval FOLDER --baseline SOURCE --text FILE`.\n";
+    }
+    text += "\n## Running it\n\n```sh\nmetal-marlin run FOLDER \"What is an apple?\"\n";
     if layout != ExportLayout::MetalMarlin {
         text += "vllm serve FOLDER\n";
     }
     text += "```\n";
     text
+}
+
+/// Puts a card in the place of a folder's: beside it first, so that there always is a whole one.
+pub(super) fn replace(folder: &Path, card: &str) -> anyhow::Result<()> {
+    let path = folder.join(CARD_FILE);
+    let beside = folder.join(format!("{CARD_FILE}.partial"));
+    let written = fs::write(&beside, card).and_then(|()| fs::rename(&beside, &path));
+    written.with_context(|| format!("cannot write the model card {}", path.display()))
 }
 
 /// What the card of a model says of its licence.

@@ -3,6 +3,7 @@
 mod card;
 mod cold;
 mod exception;
+mod measured;
 mod report;
 
 use std::collections::BTreeMap;
@@ -23,6 +24,7 @@ use metal_marlin::{DeviceOptions, LoadError};
 
 use self::cold::{Cold, ColdOptions};
 use self::exception::Exception;
+use self::measured::MeasureOptions;
 use self::report::Summary;
 use super::model::HubOptions;
 use super::recipe::{HEADING, NUMBER_FORMAT, RecipeOptions};
@@ -34,6 +36,7 @@ Examples:
   metal-marlin quantize path/to/model out --format fp4
   metal-marlin quantize path/to/model out --format int4 --group-size 32
   metal-marlin quantize path/to/model out --format fp8 --group-size 128x128
+  metal-marlin quantize path/to/model out --format fp4 --text data/text/validation.txt
   metal-marlin quantize path/to/model out --format fp4 --sparse-24
   metal-marlin quantize path/to/model out --bits 3 --embedding-format bf16 --json
   metal-marlin quantize path/to/model out --format int4 --layout compressed-tensors
@@ -45,8 +48,8 @@ Examples:
 
 Group sizes, where they are not given: fp4, int4, int4-sym and int8 128, int3 64, int2 32, fp8 row;
 mxfp4 always has 32 and nvfp4 16. Norms and biases are kept as they are. An interrupted run leaves
-OUT.partial; the same command goes on from there. A finished folder has a model card, README.md. All of it is done on the CPU: the result is the same
-whatever device it will run on.
+OUT.partial; the same command goes on from there. A finished folder has a model card, README.md; with --text it says what quality was kept. All but measuring
+is done on the CPU: the result is the same whatever device it will run on.
 
 --sparse-24 keeps two of every four weights, those of largest magnitude. That saves a quarter of fp4's and
 int4's bytes and three eighths of fp8's, and costs much quality unless the model was trained for it.
@@ -54,7 +57,8 @@ int4's bytes and three eighths of fp8's, and costs much quality unless the model
 The layout compressed-tensors is for other engines (vLLM, transformers). It takes int4, int4-sym and int8 in
 groups of columns or rows, fp8 a row, a tensor or a tile, mxfp4 and nvfp4; embedding and head are kept.
 The layout gptq is for those that read GPTQ: one of int4, int4-sym and int8 for all matrices. The layout gguf
-writes one file OUT for llama.cpp, with int4-sym (as Q4_0) and int8 (as Q8_0) in groups of 32, or mxfp4.
+writes one file OUT for llama.cpp, with int4-sym (as Q4_0) and int8 (as Q8_0) in groups of 32, mxfp4, f16,
+bf16 or f32.
 
 --fit mixes formats so that `run --device cpu --memory SIZE` has room for everything: weights, a KV cache in f16
 for --concurrency sequences of --context tokens, activations, the program. It takes the first of
@@ -111,6 +115,9 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", conflicts_with_all = CHOSEN, help_heading = "Fit")]
     concurrency: Option<NonZeroUsize>,
 
+    #[command(flatten)]
+    measure: MeasureOptions,
+
     /// How packed matrices are laid out: metal-marlin, or compressed-tensors, gptq or gguf for other engines
     #[arg(long, value_parser = layout, default_value_t = ExportLayout::MetalMarlin)]
     layout: ExportLayout,
@@ -137,6 +144,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let started = Instant::now();
     let uniform = args.recipe.recipe(args.layout)?;
     let checkpoint = model::open(Some(&args.model), &args.hub)?;
+    let measurement = args.measure.prepare(&checkpoint, args.threads)?;
     let threads = DeviceOptions { threads: args.threads, ..DeviceOptions::default() };
     let cold = args.cold.measure(&checkpoint, &threads)?;
     let (recipe, account) = match (uniform, args.fit) {
@@ -154,7 +162,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     };
     let licence = card::licence_of(&checkpoint)?;
     let report = in_pool(args.threads, || {
-        let card = |report: &marlin_quantize::Report| card::card(&args, &recipe, &licence, report);
+        let card = |report: &marlin_quantize::Report| card::card(&args, &recipe, &licence, report, None);
         let mut bar = Bar::bytes("Quantising");
         let mut progress = |progress: marlin_quantize::Progress<'_>| bar.set(progress.done, progress.total);
         let options = QuantizeOptions {
@@ -166,12 +174,23 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         };
         quantize(&checkpoint, &args.out, &recipe, options)
     })??;
+    let measured = match &measurement {
+        Some(measurement) => Some(
+            in_pool(args.threads, || measurement.measure(&Checkpoint::open(&args.out)?))?
+                .with_context(|| format!("{} is written, but its quality cannot be measured", args.out.display()))?,
+        ),
+        None => None,
+    };
+    if measured.is_some() && args.layout != ExportLayout::Gguf {
+        card::replace(&args.out, &card::card(&args, &recipe, &licence, &report, measured.as_ref()))?;
+    }
     let summary = Summary {
         args: &args,
         recipe: &recipe,
         account,
         cold: cold.as_ref(),
         report: &report,
+        measured: measured.as_ref(),
         time: started.elapsed(),
     };
     let text = if args.json { format!("{}\n", summary.to_json()) } else { summary.to_text() };

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::Args;
 use super::cold::Cold;
+use super::measured::Measured;
 
 /// Everything there is to say.
 pub(super) struct Summary<'a> {
@@ -19,6 +20,8 @@ pub(super) struct Summary<'a> {
     pub(super) account: Option<Account>,
     pub(super) cold: Option<&'a Cold>,
     pub(super) report: &'a Report,
+    /// Of `--text`.
+    pub(super) measured: Option<&'a Measured>,
     pub(super) time: Duration,
 }
 
@@ -51,6 +54,7 @@ impl Summary<'_> {
             "bytes_after": report.after.bytes,
             "matrices": report.matrices.iter().map(matrix).collect::<Vec<_>>(),
             "kept": report.kept,
+            "quality": self.measured.map(Measured::to_json),
             "resumed_tensors": report.resumed,
             "seconds": self.time.as_secs_f64(),
         })
@@ -77,6 +81,9 @@ impl Summary<'_> {
         }
         if let Some(cold) = self.cold {
             text += &format!("\n{}\n", cold.to_text());
+        }
+        if let Some(measured) = self.measured {
+            text += &format!("\n{}", measured.to_text());
         }
         if !report.kept.is_empty() {
             let mut kinds: Vec<_> = report.kept.iter().map(|name| kind_of(name)).collect();
