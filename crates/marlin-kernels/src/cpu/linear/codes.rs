@@ -17,6 +17,8 @@ pub(super) trait Codes: Send + Sync + 'static {
     const HALF_ROW_BYTES: usize = Self::ROW_BYTES / 2;
     /// Unpacked bytes are signed. If not, they are at most 32.
     const SIGNED: bool;
+    /// Unpacked bytes are so small (at most 16, unsigned) that the dot product of 16 of them with int8 activations fits i16.
+    const SMALL: bool = false;
 
     /// Puts four or eight quads, of `quad` bytes each, into tile order.
     fn pack(quads: &[u8], quad: usize, tile: &mut [u8]);
@@ -122,6 +124,7 @@ pub(super) struct Int4;
 impl Codes for Int4 {
     const ROW_BYTES: usize = 16;
     const SIGNED: bool = false;
+    const SMALL: bool = true;
 
     fn pack(quads: &[u8], quad: usize, tile: &mut [u8]) {
         pack_nibbles(quads, quad, tile);
@@ -163,6 +166,7 @@ pub(super) struct Int2;
 impl Codes for Int2 {
     const ROW_BYTES: usize = 8;
     const SIGNED: bool = false;
+    const SMALL: bool = true;
 
     fn pack(quads: &[u8], quad: usize, tile: &mut [u8]) {
         pack_pairs(quads, quad, tile);
@@ -174,24 +178,45 @@ impl Codes for Int2 {
     }
 }
 
-/// 3-bit integers: the low two bits as in [`Int2`], then one vector whose bit `q` belongs to quad `q`.
+/// 3-bit integers: two quads a vector. Of eight quads the last two have what three vectors leave: low bits at the top of the first two
+/// vectors, high bits at the top of the third.
 pub(super) struct Int3;
 
 impl Codes for Int3 {
     const ROW_BYTES: usize = 12;
-    /// The upper half of the last vector's bits stays unused.
+    /// The upper bits of both vectors stay unused.
     const HALF_ROW_BYTES: usize = 8;
     const SIGNED: bool = false;
+    const SMALL: bool = true;
 
     fn pack(quads: &[u8], quad: usize, tile: &mut [u8]) {
-        pack_pairs(quads, quad, tile);
-        pack_bits(quads, quad, 2, &mut tile[quads.len() / 4..]);
+        for (v, bytes) in tile.chunks_exact_mut(quad).enumerate() {
+            for (i, byte) in bytes.iter_mut().enumerate() {
+                let code = |q: usize| quads[q * quad + i];
+                *byte = code(2 * v) | code(2 * v + 1) << 3;
+                if quads.len() == 8 * quad {
+                    *byte |= if v < 2 { code(6 + v) << 6 } else { (code(6) >> 2) << 6 | (code(7) >> 2) << 7 };
+                }
+            }
+        }
     }
 
     #[inline(always)]
     fn unpack<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS] {
-        let mut quads = unpack_pairs(simd, tile);
-        add_bits(simd, &mut quads, 2, &tile[S::LANES * QUADS..]);
+        let mut vectors = [simd.bytes(tile); 3];
+        let mut quads = [vectors[0]; QUADS];
+        let mut q = 0;
+        while q < QUADS && q < 6 {
+            let v = simd.bytes(&tile[2 * S::LANES * q..]);
+            quads[q] = simd.bits(v, 0, 7);
+            quads[q + 1] = simd.bits(v, 3, 7);
+            vectors[q / 2] = v;
+            q += 2;
+        }
+        if QUADS == 8 {
+            quads[6] = simd.or(simd.bits(vectors[0], 6, 3), simd.bits(vectors[2], 4, 4));
+            quads[7] = simd.or(simd.bits(vectors[1], 6, 3), simd.bits(vectors[2], 5, 4));
+        }
         quads
     }
 }

@@ -111,7 +111,8 @@ impl ZeroType {
             ZeroKind::F32Bias => Self::F32Bias,
             ZeroKind::F16Bias => Self::F16Bias,
             ZeroKind::Bf16Bias => Self::Bf16Bias,
-            ZeroKind::TwoLevelMin { bits } => (bits < 8).then_some(Self::Minimum)?,
+            // Minima go with codes that have no offset.
+            ZeroKind::TwoLevelMin { bits } => (bits < 8 && offset(scheme.element, 0) == 0).then_some(Self::Minimum)?,
         };
         // Biases would reach pruned weights, and are not to be multiplied by the factor of the whole matrix.
         let takes_bias = scheme.sparsity == Sparsity::Dense
@@ -147,11 +148,23 @@ impl GroupFormat {
             return None;
         }
         let span = GroupSpan::of(scheme.group_cols(cols), cols)?;
+        let (scale, zero) = (ScaleType::of(scheme.scale)?, ZeroType::of(scheme)?);
         let super_group = match scheme.scale {
-            ScaleKind::TwoLevel { super_group, .. } => (super_group as usize / span.cols()).max(1),
+            ScaleKind::TwoLevel { super_group, .. } => Self::super_group(scheme, span, zero, super_group as usize)?,
             _ => usize::MAX,
         };
-        Some(Self { span, scale: ScaleType::of(scheme.scale)?, zero: ZeroType::of(scheme)?, super_group })
+        Some(Self { span, scale, zero, super_group })
+    }
+
+    /// Groups of a super-group of so many columns; `None` if kernels do not read such scales. They know those of K-quants: of integers in
+    /// all columns, with minima or without, in super-groups of whole chunks.
+    fn super_group(scheme: &Scheme, span: GroupSpan, zero: ZeroType, cols: usize) -> Option<usize> {
+        let is_integer = matches!(scheme.element, Element::Uint(_) | Element::Int(_) | Element::Iq4Nl);
+        let is_known = scheme.sparsity == Sparsity::Dense
+            && is_integer
+            && matches!(zero, ZeroType::None | ZeroType::Minimum)
+            && (span != GroupSpan::HalfChunk || cols.is_multiple_of(CHUNK));
+        is_known.then_some((cols / span.cols()).max(1))
     }
 
     /// Numbers that a lane has of each super-group: for scales, and for minima.
@@ -209,38 +222,40 @@ impl<'a> Groups<'a> {
         })
     }
 
-    /// `[groups, lanes]`.
+    /// `[groups, lanes]`; inner scales of two groups a chunk are `[chunks, lanes, 2]`.
     pub(super) fn fill_scales(&self, panel: usize, scales: &mut [u8]) {
         let scheme = &self.matrix.scheme;
         let (groups, group_rows) = (scheme.groups_per_row(self.matrix.cols), scheme.group_rows(self.matrix.rows));
         let bytes = self.format.scale.bytes();
-        for (scale, source) in scales.chunks_exact_mut(bytes).zip(self.sources(panel, 1)) {
+        for (place, source) in self.sources(panel, 1).enumerate() {
             let Some((row, group)) = source else { continue };
             if let ScaleKind::TwoLevel { bits, signed, .. } = scheme.scale {
-                scale[0] = self.inner(&self.matrix.scales, bits, signed, row, group);
+                scales[self.inner_place(place)] = self.inner(&self.matrix.scales, bits, signed, row, group);
             } else {
                 let index = row / group_rows * groups + group;
-                scale.copy_from_slice(&self.matrix.scales[index * bytes..][..bytes]);
+                scales[place * bytes..][..bytes].copy_from_slice(&self.matrix.scales[index * bytes..][..bytes]);
             }
         }
     }
 
-    /// `[groups, lanes]`.
+    /// `[groups, lanes]`, inner minima as [`Groups::fill_scales`] puts inner scales.
     pub(super) fn fill_zeros(&self, panel: usize, zeros: &mut [u8]) {
         let scheme = &self.matrix.scheme;
         let (groups, group_rows) = (scheme.groups_per_row(self.matrix.cols), scheme.group_rows(self.matrix.rows));
         let bytes = self.format.zero.bytes();
-        for (zero, source) in zeros.chunks_exact_mut(bytes).zip(self.sources(panel, 1)) {
+        for (place, source) in self.sources(panel, 1).enumerate() {
             let Some((row, group)) = source else { continue };
             match scheme.zero {
                 // Fits: an offset is a code, less 128 where codes have more than six bits.
-                ZeroKind::Integer => zero[0] = offset(scheme.element, self.matrix.zero_at(row, group)) as i8 as u8,
+                ZeroKind::Integer => {
+                    zeros[place] = offset(scheme.element, self.matrix.zero_at(row, group)) as i8 as u8;
+                }
                 ZeroKind::TwoLevelMin { bits } => {
-                    zero[0] = self.inner(&self.matrix.zeros, bits, false, row, group);
+                    zeros[self.inner_place(place)] = self.inner(&self.matrix.zeros, bits, false, row, group);
                 }
                 _ => {
                     let index = row / group_rows * groups + group;
-                    zero.copy_from_slice(&self.matrix.zeros[index * bytes..][..bytes]);
+                    zeros[place * bytes..][..bytes].copy_from_slice(&self.matrix.zeros[index * bytes..][..bytes]);
                 }
             }
         }
@@ -259,6 +274,15 @@ impl<'a> Groups<'a> {
                 let to = ((super_group * levels + level) * self.lanes + lane) * SUPER_BYTES;
                 supers[to..][..SUPER_BYTES].copy_from_slice(&self.matrix.globals[from..][..SUPER_BYTES]);
             }
+        }
+    }
+
+    /// Where an inner scale or minimum of a panel stands, of which there are so many before it in `[groups, lanes]`.
+    fn inner_place(&self, place: usize) -> usize {
+        let (group, lane) = (place / self.lanes, place % self.lanes);
+        match self.format.span {
+            GroupSpan::Chunks(_) => place,
+            GroupSpan::HalfChunk => (group / 2 * self.lanes + lane) * 2 + group % 2,
         }
     }
 

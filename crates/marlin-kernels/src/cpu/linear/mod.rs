@@ -8,11 +8,13 @@ mod activations;
 mod apply;
 mod bytes;
 mod codes;
+mod dot;
 mod group;
 mod groups;
 mod keep;
 mod kernel;
 mod pattern;
+mod super_groups;
 #[cfg(test)]
 mod tests;
 mod tiles;
@@ -23,7 +25,8 @@ use marlin_format::{Element, FormatError, PackedMatrix, Scheme, Sparsity};
 
 use self::activations::{Columns, Forms, Inputs};
 use self::codes::{Bf16, Codes, E2M1, E4M3, F16, F32, Floats, Int2, Int3, Int4, Int5, Int6, Int8, Iq4Nl};
-use self::kernel::{ExactDot, FloatDot, IntegerDot, Kernel, PanelKernel};
+use self::dot::{ExactDot, FloatDot, IntegerDot};
+use self::kernel::{Kernel, PanelKernel};
 use self::pattern::{Dense, Pattern, TwoOfFour};
 use self::tiles::Tiles;
 use super::simd::{Simd, SimdLevel, WithSimd};

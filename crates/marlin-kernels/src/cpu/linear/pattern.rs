@@ -6,7 +6,7 @@
 
 use super::activations::Block;
 use super::codes::{CHUNK, Codes};
-use super::kernel::Group;
+use super::tiles::Offset;
 use crate::cpu::simd::{MOST_LANES, Simd};
 
 /// The part of a chunk that a dot product is over.
@@ -38,7 +38,7 @@ pub(super) trait Pattern: Send + Sync + 'static {
         simd: S,
         quads: Self::Quads<S>,
         index: Self::Index<S>,
-        group: &Group<S>,
+        offset: &Offset<S>,
         x: &Block,
     ) -> S::I32;
 }
@@ -76,7 +76,7 @@ impl Pattern for Dense {
         simd: S,
         w: [S::Bytes; 8],
         _: (),
-        group: &Group<S>,
+        offset: &Offset<S>,
         x: &Block,
     ) -> S::I32 {
         let [x_first, x_second] = x.halves();
@@ -87,21 +87,22 @@ impl Pattern for Dense {
             _ => x.minus_sums,
         };
         // Where all unsigned weights are allowed, they take fewer instructions than signed ones.
-        let (mut w, mut offset, unsigned) = (w, group.offset_pairs, !C::SIGNED || S::ANY_UNSIGNED);
+        let (mut w, mut pairs, unsigned) = (w, offset.pairs, !C::SIGNED || S::ANY_UNSIGNED);
         if C::SIGNED && unsigned {
             let mut q = 0;
             while q < 8 {
                 w[q] = simd.plus_128(w[q]);
                 q += 1;
             }
-            offset = simd.repeat_half(simd.add_i32(group.offset, simd.splat_i32(128)));
+            let plus_128 = simd.add_i32(offset.integers, simd.splat_i32(128));
+            pairs = simd.pair(plus_128, plus_128);
         }
-        let mut sum = simd.dot_pairs(offset, &minus_sums);
+        let mut sum = simd.dot_pairs(pairs, simd.splat_pair(&minus_sums));
         if PART != SECOND_HALF {
-            sum = add_dot(simd, unsigned, sum, [w[0], w[1], w[2], w[3]], quads(simd, x_first));
+            sum = add_dot(simd, unsigned, sum, [w[0], w[1], w[2], w[3]], input_quads(simd, x_first));
         }
         if PART != FIRST_HALF {
-            sum = add_dot(simd, unsigned, sum, [w[4], w[5], w[6], w[7]], quads(simd, x_second));
+            sum = add_dot(simd, unsigned, sum, [w[4], w[5], w[6], w[7]], input_quads(simd, x_second));
         }
         sum
     }
@@ -170,7 +171,7 @@ impl Pattern for TwoOfFour {
         simd: S,
         w: [S::Bytes; 4],
         index: S::Bytes,
-        group: &Group<S>,
+        offset: &Offset<S>,
         x: &Block,
     ) -> S::I32 {
         let [first, second] = x.halves();
@@ -184,7 +185,7 @@ impl Pattern for TwoOfFour {
             inputs[3] = Self::gather(simd, index, second, 3);
         }
         // Rows differ in which inputs they keep, and so in their sum.
-        let offset = [simd.repeat_byte(group.offset); 4];
+        let offset = [simd.repeat_byte(offset.integers); 4];
         let zero = simd.splat_i32(0);
         let unsigned = !C::SIGNED;
         simd.sub_i32(add_dot(simd, unsigned, zero, w, inputs), add_dot(simd, unsigned, zero, offset, inputs))
@@ -193,7 +194,7 @@ impl Pattern for TwoOfFour {
 
 /// 16 inputs, the same in every lane.
 #[inline(always)]
-fn quads<S: Simd>(simd: S, x: &[i8; 16]) -> [S::Bytes; 4] {
+pub(super) fn input_quads<S: Simd>(simd: S, x: &[i8; 16]) -> [S::Bytes; 4] {
     [simd.quad(x, 0), simd.quad(x, 1), simd.quad(x, 2), simd.quad(x, 3)]
 }
 

@@ -180,10 +180,15 @@ fn affine_schemes() -> Vec<Scheme> {
         Scheme { zero: ZeroKind::F32Bias, ..group(Element::Uint(8), 128, ScaleKind::F32) },
         Scheme { zero: ZeroKind::F32Bias, ..group(Element::Int(3), 16, ScaleKind::E8M0) },
         Scheme { zero: ZeroKind::F16Bias, grouping: Grouping::Row, ..group(Element::Iq4Nl, 1, ScaleKind::F16) },
-        // Super-groups of one group, of a group and a half of tiles, and wider than K.
-        group(Element::Int(6), 48, two_level(8, true, 48)),
+        // Super-groups of one group of tiles, of several of two and three chunks, and wider than K; with every kind of code.
+        group(Element::Int(8), 32, two_level(8, true, 32)),
         group(Element::Int(3), 96, two_level(2, false, 192)),
+        group(Element::Int(6), 48, two_level(8, true, 96)),
+        group(Element::Int(4), 16, two_level(8, true, 32)),
+        group(Element::Iq4Nl, 16, two_level(7, false, 96)),
         two_level_minima(4, group(Element::Uint(4), 32, two_level(7, false, 512))),
+        two_level_minima(7, group(Element::Uint(4), 16, two_level(7, false, 64))),
+        two_level_minima(2, group(Element::Uint(6), 16, two_level(3, false, 256))),
     ];
     let by_index = Scheme { order: ColumnOrder::GroupIndex, ..group(Element::Uint(4), 32, ScaleKind::F16) };
     schemes.extend([by_index, Scheme { zero: ZeroKind::Integer, ..by_index }]);
@@ -210,6 +215,17 @@ fn converted_schemes() -> Vec<Scheme> {
         Scheme { sparsity: Sparsity::TwoOfFour, ..group(Element::Int(4), 24) },
         Scheme::scaled(Element::Uint(6), Grouping::Columns(16), two_level(8, false, 64)),
         two_level_minima(8, Scheme::scaled(Element::Uint(4), Grouping::Columns(32), two_level(6, false, 128))),
+        // Two levels otherwise than K-quants have them: super-groups that end within a chunk, minima besides an offset, zero points.
+        Scheme::scaled(Element::Int(6), Grouping::Columns(48), two_level(8, true, 48)),
+        two_level_minima(6, Scheme::scaled(Element::Int(4), Grouping::Columns(32), two_level(6, false, 128))),
+        Scheme {
+            zero: ZeroKind::Integer,
+            ..Scheme::scaled(Element::Uint(4), Grouping::Columns(32), two_level(6, false, 128))
+        },
+        Scheme {
+            sparsity: Sparsity::TwoOfFour,
+            ..Scheme::scaled(Element::Int(4), Grouping::Columns(32), two_level(6, true, 128))
+        },
     ]
 }
 

@@ -5,8 +5,8 @@ use marlin_format::{ColumnOrder, Element, PackedMatrix, ScaleKind, Scheme, Spars
 
 use super::bytes::TileBytes;
 use super::codes::{CHUNK, E2M1, E4M3};
-use super::groups::{GroupFormat, Groups, ScaleType, ZeroType, offset};
-use super::kernel::{Group, PanelKernel};
+use super::groups::{GroupFormat, GroupSpan, Groups, ScaleType, ZeroType, offset};
+use super::kernel::PanelKernel;
 use crate::KernelError;
 use crate::cpu::simd::Simd;
 use crate::cpu::threads::Threads;
@@ -30,16 +30,39 @@ pub(super) struct Tiles {
     pub(super) factor: f32,
     /// `[panels, chunks, bytes of a chunk]`.
     codes: TileBytes,
-    /// `[panels, groups, lanes]`.
+    /// `[panels, groups, lanes]`; inner scales of two groups a chunk are `[panels, chunks, lanes, 2]`.
     scales: TileBytes,
     /// What is subtracted from unpacked bytes, of groups without a zero point.
     offset: i32,
-    /// Zero points or biases, `[panels, groups, lanes]`; empty without.
+    /// Zero points, biases or inner minima, in the order of scales; empty without.
     zeros: TileBytes,
     /// What super-groups share, f16 `[panels, super-groups, levels, lanes]`; empty without.
     supers: TileBytes,
     /// The columns of the matrix in the order that tiles have them in, u32 `[K]`; empty if it is their own.
     columns: TileBytes,
+}
+
+/// Scale, offset and bias of a group, one a lane.
+pub(super) struct Group<S: Simd> {
+    pub(super) scale: S::F32,
+    pub(super) offset: Offset<S>,
+    /// What is added to weights after scaling.
+    pub(super) bias: S::F32,
+}
+
+/// What is subtracted from unpacked bytes, one a lane.
+pub(super) struct Offset<S: Simd> {
+    pub(super) integers: S::I32,
+    /// The same, as an i16 in each half of a lane.
+    pub(super) pairs: S::I32,
+    pub(super) floats: S::F32,
+}
+
+impl<S: Simd> Offset<S> {
+    #[inline(always)]
+    fn new(simd: S, integers: S::I32) -> Self {
+        Self { integers, pairs: simd.pair(integers, integers), floats: simd.to_f32(integers) }
+    }
 }
 
 /// Codes, scales, zero points or biases, what super-groups share, and the order of columns.
@@ -196,9 +219,41 @@ impl Tiles {
     /// The chunks of a panel.
     #[inline(always)]
     pub(super) fn panel(&self, panel: usize) -> &[u8] {
-        let codes = self.codes.bytes();
-        let bytes = codes.len() / self.panels();
-        &codes[panel * bytes..][..bytes]
+        self.of_panel(&self.codes, panel)
+    }
+
+    /// The inner scales of a panel.
+    #[inline(always)]
+    pub(super) fn inner_scales(&self, panel: usize) -> &[i8] {
+        bytemuck::cast_slice(self.of_panel(&self.scales, panel))
+    }
+
+    /// The inner minima of a panel.
+    #[inline(always)]
+    pub(super) fn inner_minima(&self, panel: usize) -> &[i8] {
+        bytemuck::cast_slice(self.of_panel(&self.zeros, panel))
+    }
+
+    /// What a panel has of a section.
+    #[inline(always)]
+    fn of_panel<'a>(&self, section: &'a TileBytes, panel: usize) -> &'a [u8] {
+        let section = section.bytes();
+        let bytes = section.len() / self.panels();
+        &section[panel * bytes..][..bytes]
+    }
+
+    /// What is subtracted from unpacked bytes where groups have no zero points.
+    #[inline(always)]
+    pub(super) fn offset<S: Simd>(&self, simd: S) -> Offset<S> {
+        Offset::new(simd, simd.splat_i32(self.offset))
+    }
+
+    /// What the inner scales (level 0) or minima (1) of a super-group are multiplied by.
+    #[inline(always)]
+    pub(super) fn shared<S: Simd>(&self, simd: S, panel: usize, super_group: usize, level: usize) -> S::F32 {
+        let index = panel * self.format.super_groups(self.groups) + super_group;
+        let from = (index * self.format.levels() + level) * size_of::<f16>() * S::LANES;
+        simd.load_le_f16(&self.supers.bytes()[from..])
     }
 
     /// Scales and zero points of group `g` of a panel.
@@ -213,7 +268,7 @@ impl Tiles {
             ScaleType::Bf16 => simd.load_le_bf16(scales),
             ScaleType::E8M0 => simd.load_e8m0(scales),
             ScaleType::E4M3 => simd.load_e4m3_over_256(scales),
-            ScaleType::TwoLevel => self.two_level(simd, panel, g, 0, scales),
+            ScaleType::TwoLevel => self.two_level(simd, panel, g, 0),
         };
         let zeros = &self.zeros.bytes()[self.format.zero.bytes() * index..];
         let (mut offset, mut bias) = (simd.splat_i32(self.offset), simd.splat(0.0));
@@ -223,19 +278,27 @@ impl Tiles {
             ZeroType::F32Bias => bias = simd.load_le_f32(zeros),
             ZeroType::F16Bias => bias = simd.load_le_f16(zeros),
             ZeroType::Bf16Bias => bias = simd.load_le_bf16(zeros),
-            ZeroType::Minimum => bias = simd.sub(bias, self.two_level(simd, panel, g, 1, zeros)),
+            ZeroType::Minimum => bias = simd.sub(bias, self.two_level(simd, panel, g, 1)),
         }
-        Group { scale, offset, offset_pairs: simd.repeat_half(offset), offset_f32: simd.to_f32(offset), bias }
+        Group { scale, offset: Offset::new(simd, offset), bias }
     }
 
     /// Inner scales or minima of group `g`, times what their super-group has on this level.
     #[inline(always)]
-    fn two_level<S: Simd>(&self, simd: S, panel: usize, g: usize, level: usize, inner: &[u8]) -> S::F32 {
-        let format = &self.format;
-        let shared = panel * format.super_groups(self.groups) + g / format.super_group;
-        let supers = &self.supers.bytes()[size_of::<f16>() * (shared * format.levels() + level) * S::LANES..];
-        simd.mul(simd.load_le_f16(supers), simd.to_f32(simd.widen_i8(bytemuck::cast_slice(inner))))
+    fn two_level<S: Simd>(&self, simd: S, panel: usize, g: usize, level: usize) -> S::F32 {
+        let inner = if level == 0 { self.inner_scales(panel) } else { self.inner_minima(panel) };
+        let inner = match self.format.span {
+            GroupSpan::Chunks(_) => simd.widen_i8(&inner[g * S::LANES..]),
+            GroupSpan::HalfChunk => half(simd, simd.widen_pairs(&inner[g / 2 * 2 * S::LANES..]), g % 2),
+        };
+        simd.mul(self.shared(simd, panel, g / self.format.super_group, level), simd.to_f32(inner))
     }
+}
+
+/// The first or second of the i16 in the halves of lanes.
+#[inline(always)]
+pub(super) fn half<S: Simd>(simd: S, pairs: S::I32, half: usize) -> S::I32 {
+    simd.dot_pairs(pairs, simd.splat_pair(&[[1, 0], [0, 1]][half]))
 }
 
 /// The codes of a panel's rows, padded with zeros to whole chunks.

@@ -151,12 +151,21 @@ impl<D: Dots> Simd for Avx2<D> {
         intrinsics!(_mm256_sub_epi32(a, b))
     }
     #[inline(always)]
-    fn repeat_half(self, v: __m256i) -> __m256i {
-        intrinsics!(_mm256_or_si256(_mm256_slli_epi32::<16>(v), _mm256_and_si256(v, _mm256_set1_epi32(0xffff))))
+    fn widen_pairs(self, from: &[i8]) -> __m256i {
+        let from: &[i8; 16] = first(from);
+        intrinsics!(_mm256_cvtepi8_epi16(_mm_loadu_si128(from.as_ptr().cast())))
     }
     #[inline(always)]
-    fn dot_pairs(self, v: __m256i, x: &[i16; 2]) -> __m256i {
-        intrinsics!(_mm256_madd_epi16(v, _mm256_set1_epi32(bytemuck::cast(*x))))
+    fn pair(self, low: __m256i, high: __m256i) -> __m256i {
+        intrinsics!(_mm256_or_si256(_mm256_slli_epi32::<16>(high), _mm256_and_si256(low, _mm256_set1_epi32(0xffff))))
+    }
+    #[inline(always)]
+    fn mul_pairs(self, a: __m256i, b: __m256i) -> __m256i {
+        intrinsics!(_mm256_mullo_epi16(a, b))
+    }
+    #[inline(always)]
+    fn dot_pairs(self, a: __m256i, b: __m256i) -> __m256i {
+        intrinsics!(_mm256_madd_epi16(a, b))
     }
     #[inline(always)]
     fn to_f32(self, v: __m256i) -> __m256 {

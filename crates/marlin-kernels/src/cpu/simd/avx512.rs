@@ -144,12 +144,21 @@ impl Simd for Avx512 {
         intrinsics!(_mm512_sub_epi32(a, b))
     }
     #[inline(always)]
-    fn repeat_half(self, v: __m512i) -> __m512i {
-        intrinsics!(_mm512_or_si512(_mm512_slli_epi32::<16>(v), _mm512_and_si512(v, _mm512_set1_epi32(0xffff))))
+    fn widen_pairs(self, from: &[i8]) -> __m512i {
+        let from: &[i8; 32] = first(from);
+        intrinsics!(_mm512_cvtepi8_epi16(_mm256_loadu_si256(from.as_ptr().cast())))
     }
     #[inline(always)]
-    fn dot_pairs(self, v: __m512i, x: &[i16; 2]) -> __m512i {
-        intrinsics!(_mm512_madd_epi16(v, _mm512_set1_epi32(bytemuck::cast(*x))))
+    fn pair(self, low: __m512i, high: __m512i) -> __m512i {
+        intrinsics!(_mm512_or_si512(_mm512_slli_epi32::<16>(high), _mm512_and_si512(low, _mm512_set1_epi32(0xffff))))
+    }
+    #[inline(always)]
+    fn mul_pairs(self, a: __m512i, b: __m512i) -> __m512i {
+        intrinsics!(_mm512_mullo_epi16(a, b))
+    }
+    #[inline(always)]
+    fn dot_pairs(self, a: __m512i, b: __m512i) -> __m512i {
+        intrinsics!(_mm512_madd_epi16(a, b))
     }
     #[inline(always)]
     fn to_f32(self, v: __m512i) -> __m512 {

@@ -158,10 +158,19 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn widen_i8(self, from: &[i8]) -> Self::I32;
     fn add_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
     fn sub_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
-    /// The low half of each lane in both of its halves.
-    fn repeat_half(self, v: Self::I32) -> Self::I32;
-    /// The dot product of the two i16 of each lane with `x`.
-    fn dot_pairs(self, v: Self::I32, x: &[i16; 2]) -> Self::I32;
+    /// Two i8 a lane, as the i16 of its halves.
+    fn widen_pairs(self, from: &[i8]) -> Self::I32;
+    /// The low halves of the lanes of two vectors: of `low` in the low half, of `high` in the high one.
+    fn pair(self, low: Self::I32, high: Self::I32) -> Self::I32;
+    /// `x` in the halves of every lane.
+    #[inline(always)]
+    fn splat_pair(self, x: &[i16; 2]) -> Self::I32 {
+        self.splat_i32(bytemuck::cast(*x))
+    }
+    /// The products of the i16 in the halves of lanes, which fit i16.
+    fn mul_pairs(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// The dot product of the two i16 of each lane of `a` with those of `b`.
+    fn dot_pairs(self, a: Self::I32, b: Self::I32) -> Self::I32;
     fn to_f32(self, v: Self::I32) -> Self::F32;
     /// Byte `j` of each lane, unsigned.
     fn byte_to_f32(self, v: Self::Bytes, j: usize) -> Self::F32;

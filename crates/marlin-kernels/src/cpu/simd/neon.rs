@@ -102,6 +102,16 @@ impl Dots for Sdot {
     }
 }
 
+/// The dot product of the two i16 of each of four lanes.
+#[inline(always)]
+unsafe fn dot_four_pairs(a: int32x4_t, b: int32x4_t) -> int32x4_t {
+    // SAFETY: the caller holds a `Neon`.
+    unsafe {
+        let (a, b) = (vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b));
+        vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b))
+    }
+}
+
 /// `x[(lane >> shift) & 3]` for each of four lanes.
 #[inline(always)]
 unsafe fn select_four(x: &[f32; 4], lanes: uint8x16_t, shift: u32) -> float32x4_t {
@@ -284,18 +294,28 @@ impl<D: Dots> Simd for Neon<D> {
         intrinsics!((vsubq_s32(a.0, b.0), vsubq_s32(a.1, b.1)))
     }
     #[inline(always)]
-    fn repeat_half(self, v: I32) -> I32 {
-        intrinsics!((vsliq_n_s32::<16>(v.0, v.0), vsliq_n_s32::<16>(v.1, v.1)))
+    fn widen_pairs(self, from: &[i8]) -> I32 {
+        let from: &[i8; 16] = first(from);
+        intrinsics!({
+            let v = vld1q_s8(from.as_ptr());
+            (vreinterpretq_s32_s16(vmovl_s8(vget_low_s8(v))), vreinterpretq_s32_s16(vmovl_high_s8(v)))
+        })
     }
     #[inline(always)]
-    fn dot_pairs(self, v: I32, x: &[i16; 2]) -> I32 {
+    fn pair(self, low: I32, high: I32) -> I32 {
+        intrinsics!((vsliq_n_s32::<16>(low.0, high.0), vsliq_n_s32::<16>(low.1, high.1)))
+    }
+    #[inline(always)]
+    fn mul_pairs(self, a: I32, b: I32) -> I32 {
         intrinsics!({
-            let x = vreinterpretq_s16_s32(vdupq_n_s32(bytemuck::cast(*x)));
-            let (a, b) = (vreinterpretq_s16_s32(v.0), vreinterpretq_s16_s32(v.1));
-            let low = vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(x)), vmull_high_s16(a, x));
-            let high = vpaddq_s32(vmull_s16(vget_low_s16(b), vget_low_s16(x)), vmull_high_s16(b, x));
-            (low, high)
+            let low = vmulq_s16(vreinterpretq_s16_s32(a.0), vreinterpretq_s16_s32(b.0));
+            let high = vmulq_s16(vreinterpretq_s16_s32(a.1), vreinterpretq_s16_s32(b.1));
+            (vreinterpretq_s32_s16(low), vreinterpretq_s32_s16(high))
         })
+    }
+    #[inline(always)]
+    fn dot_pairs(self, a: I32, b: I32) -> I32 {
+        intrinsics!((dot_four_pairs(a.0, b.0), dot_four_pairs(a.1, b.1)))
     }
     #[inline(always)]
     fn to_f32(self, v: I32) -> F32 {

@@ -9,6 +9,12 @@ use super::{Simd, WithSimd, first, first_mut};
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Portable;
 
+/// The low halves of two numbers, one in each half.
+#[inline(always)]
+fn pair(low: i32, high: i32) -> i32 {
+    high << 16 | low & 0xffff
+}
+
 impl Simd for Portable {
     const LANES: usize = 8;
     const REGISTERS: usize = 16;
@@ -96,12 +102,21 @@ impl Simd for Portable {
         from_fn(|i| a[i] - b[i])
     }
     #[inline(always)]
-    fn repeat_half(self, v: [i32; 8]) -> [i32; 8] {
-        v.map(|v| v << 16 | v & 0xffff)
+    fn widen_pairs(self, from: &[i8]) -> [i32; 8] {
+        let from: &[i8; 16] = first(from);
+        from_fn(|i| pair(from[2 * i].into(), from[2 * i + 1].into()))
     }
     #[inline(always)]
-    fn dot_pairs(self, v: [i32; 8], x: &[i16; 2]) -> [i32; 8] {
-        v.map(|v| i32::from(v as i16) * i32::from(x[0]) + (v >> 16) * i32::from(x[1]))
+    fn pair(self, low: [i32; 8], high: [i32; 8]) -> [i32; 8] {
+        from_fn(|i| pair(low[i], high[i]))
+    }
+    #[inline(always)]
+    fn mul_pairs(self, a: [i32; 8], b: [i32; 8]) -> [i32; 8] {
+        from_fn(|i| pair(i32::from(a[i] as i16) * i32::from(b[i] as i16), (a[i] >> 16) * (b[i] >> 16)))
+    }
+    #[inline(always)]
+    fn dot_pairs(self, a: [i32; 8], b: [i32; 8]) -> [i32; 8] {
+        from_fn(|i| i32::from(a[i] as i16) * i32::from(b[i] as i16) + (a[i] >> 16) * (b[i] >> 16))
     }
     #[inline(always)]
     fn to_f32(self, v: [i32; 8]) -> [f32; 8] {

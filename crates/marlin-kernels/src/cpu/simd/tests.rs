@@ -142,10 +142,21 @@ fn integers() {
             assert_eq!(bytes(simd, simd.repeat_byte(v)), list(4 * S::LANES, |i| from[i / 4] as u8));
             assert_eq!(lanes(simd, simd.add_i32(v, simd.splat_i32(70_000))), map(&|v| v + 70_000));
             assert_eq!(lanes(simd, simd.sub_i32(v, simd.splat_i32(-9))), map(&|v| v + 9));
-            for pair in [[-4064, 1], [0, -1], [4064, 4064], [-4064, 0], [3, 5]] {
-                let sum = i32::from(pair[0]) + i32::from(pair[1]);
-                assert_eq!(lanes(simd, simd.dot_pairs(simd.repeat_half(v), &pair)), map(&|v| v * sum));
+            let pairs = list(2 * S::LANES, |i| [-128, 3, 127, -1, 0, 100, -128, -128, 5, -7][i % 10]);
+            let halves =
+                |f: &dyn Fn(i32, i32) -> i32| list(S::LANES, |i| f(pairs[2 * i].into(), pairs[2 * i + 1].into()));
+            let p = simd.widen_pairs(&pairs);
+            for [a, b] in [[-4064, 1], [0, -1], [4064, 4064], [-4064, 0], [3, 5]] {
+                let x = simd.splat_pair(&[a, b]);
+                let (a, b) = (i32::from(a), i32::from(b));
+                assert_eq!(lanes(simd, simd.dot_pairs(simd.pair(v, v), x)), map(&|v| v * (a + b)));
+                assert_eq!(lanes(simd, simd.dot_pairs(p, x)), halves(&|low, high| low * a + high * b));
+                let high = simd.splat_i32(-31);
+                assert_eq!(lanes(simd, simd.dot_pairs(simd.pair(v, high), x)), map(&|v| v * a - 31 * b));
             }
+            let (products, x) = (simd.mul_pairs(p, simd.splat_pair(&[-31, 200])), simd.splat_pair(&[30_000, -32_768]));
+            let wanted = halves(&|low, high| -31 * low * 30_000 + 200 * high * -32_768);
+            assert_eq!(lanes(simd, simd.dot_pairs(products, x)), wanted);
         }
     }
     on_every_level(Check);
