@@ -68,7 +68,8 @@ fn the_cpu_refuses_what_it_cannot_be() {
     let error = CpuBackend::new(CpuOptions { threads: Some(0), ..CpuOptions::default() }).unwrap_err();
     assert!(error.to_string().contains("at least one thread"), "{error}");
     let available = SimdLevel::available();
-    for level in [SimdLevel::Avx2, SimdLevel::AvxVnni, SimdLevel::Avx512Vnni, SimdLevel::Neon, SimdLevel::NeonDotprod] {
+    use SimdLevel::{Avx2, Avx512Vnni, AvxVnni, Neon, NeonDotprod, NeonI8mm};
+    for level in [Avx2, AvxVnni, Avx512Vnni, Neon, NeonDotprod, NeonI8mm] {
         let made = CpuBackend::new(CpuOptions { simd: Some(level), threads: Some(1), ..CpuOptions::default() });
         match made {
             Ok(backend) => {

@@ -36,23 +36,24 @@ pub(super) fn multiply_adds_per_second(arithmetic: Arithmetic, simd: SimdLevel, 
 }
 
 fn multiply_adds_of_task(arithmetic: Arithmetic, simd: SimdLevel) -> f64 {
-    let lanes = simd.dispatch(Lanes).expect("the backend was made for a SIMD level of this processor");
-    let products = match arithmetic {
-        Arithmetic::Exact => 1,
-        // Each of the vectors has four bytes a lane.
-        Arithmetic::Int8 => 4,
-    };
-    (STEPS * CHAINS * PRODUCTS * products * lanes) as f64
+    let of_product =
+        simd.dispatch(OfProduct(arithmetic)).expect("the backend was made for a SIMD level of this processor");
+    (STEPS * CHAINS * PRODUCTS * of_product) as f64
 }
 
-struct Lanes;
+/// Multiply-adds of a product of two vectors.
+struct OfProduct(Arithmetic);
 
-impl WithSimd for Lanes {
+impl WithSimd for OfProduct {
     type Output = usize;
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) -> usize {
-        S::LANES
+        match self.0 {
+            Arithmetic::Exact => S::LANES,
+            // Each of the vectors has four bytes a lane, which meet those of one row or of two.
+            Arithmetic::Int8 => S::LANES * if S::TWO_ROWS { 8 } else { 4 },
+        }
     }
 }
 
@@ -97,7 +98,7 @@ fn multiply_bytes<S: Simd>(simd: S) {
     for _ in 0..STEPS {
         let (weights, x) = black_box(&factors);
         for chain in 0..CHAINS {
-            sums[chain] = simd.add_dot_unsigned(sums[chain], *weights, [x[chain]; PRODUCTS]);
+            sums[chain] = simd.add_products(sums[chain], *weights, [x[chain]; PRODUCTS]);
         }
     }
     black_box(sums);

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use super::activations::{Block, Forms, Inputs};
 use super::codes::{CHUNK, Codes, Floats};
 use super::kernel::add_scaled;
-use super::pattern::{FIRST_HALF, Pattern, SECOND_HALF, input_quads};
+use super::pattern::{FIRST_HALF, Pattern, SECOND_HALF, add_dot_of};
 use super::tiles::{Offset, half};
 use crate::cpu::simd::{MOST_LANES, Simd};
 
@@ -121,10 +121,7 @@ impl<C: Codes, P: Pattern> Dot for IntegerDot<C, P> {
         x: [&Block; ROWS],
         sums: &mut [S::F32; ROWS],
     ) {
-        for (x, sum) in x.into_iter().zip(sums) {
-            let dot = P::dot::<S, C, PART>(simd, *weights, index, offset, x);
-            *sum = simd.mul_add(simd.to_f32(dot), simd.splat(x.scale), *sum);
-        }
+        P::add_dots::<S, C, PART, ROWS>(simd, *weights, index, offset, x, sums);
     }
 
     #[inline(always)]
@@ -155,13 +152,13 @@ impl<C: Codes, P: Pattern> Dot for IntegerDot<C, P> {
         let (w, scaled_offset) = (weights.as_ref(), simd.mul_pairs(scales, offset.pairs));
         for (x, sum) in x.into_iter().zip(sums) {
             let ([x_first, x_second], zero) = (x.halves(), simd.splat_i32(0));
-            let first = simd.add_dot_unsigned(zero, [w[0], w[1], w[2], w[3]], input_quads(simd, x_first));
-            let second = simd.add_dot_unsigned(zero, [w[4], w[5], w[6], w[7]], input_quads(simd, x_second));
+            let first = simd.add_dot_shared(true, zero, [w[0], w[1], w[2], w[3]], x_first);
+            let second = simd.add_dot_shared(true, zero, [w[4], w[5], w[6], w[7]], x_second);
             let mut dot = simd.dot_pairs(simd.pair(first, second), scales);
             if !MINIMA {
                 dot = simd.add_i32(dot, simd.dot_pairs(scaled_offset, simd.splat_pair(&x.minus_sums)));
             }
-            *sum = simd.mul_add(simd.to_f32(dot), simd.splat(x.scale), *sum);
+            add_dot_of(simd, dot, x, sum);
         }
     }
 
@@ -174,7 +171,7 @@ impl<C: Codes, P: Pattern> Dot for IntegerDot<C, P> {
     ) {
         for (x, sum) in x.into_iter().zip(sums) {
             let dot = simd.dot_pairs(minima, simd.splat_pair(&x.minus_sums));
-            *sum = simd.mul_add(simd.to_f32(dot), simd.splat(x.scale), *sum);
+            add_dot_of(simd, dot, x, sum);
         }
     }
 }

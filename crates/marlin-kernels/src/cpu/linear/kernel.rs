@@ -162,8 +162,7 @@ impl<D: Dot> WithSimd for Run<'_, D> {
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { tiles, panel, mut x, sums } = self;
         let mut rest = sums;
-        // A decoded chunk serves several rows of the input: as many as there are registers for.
-        while S::REGISTERS >= 32 && rest.len() >= 8 * S::LANES {
+        while most_rows::<S, D>() >= 8 && rest.len() >= 8 * S::LANES {
             rest = panel_sums::<S, D, 8>(simd, tiles, panel, &mut x, rest);
         }
         while rest.len() >= 4 * S::LANES {
@@ -176,6 +175,12 @@ impl<D: Dot> WithSimd for Run<'_, D> {
             panel_sums::<S, D, 1>(simd, tiles, panel, &mut x, rest);
         }
     }
+}
+
+/// The most rows of the input that a decoded chunk serves: as many as there are registers for. Sums of integers are touched once a chunk,
+/// so they may wait in memory where rows take so few instructions, two at a time, that to decode costs more.
+const fn most_rows<S: Simd, D: Dot>() -> usize {
+    if S::REGISTERS >= 32 || S::TWO_ROWS && D::FORMS.blocks { 8 } else { 4 }
 }
 
 /// The outputs of one panel for the next `ROWS` rows of the input; gives what is left of `out`. A group is summed unscaled, then scaled.

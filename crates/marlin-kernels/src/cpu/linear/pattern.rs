@@ -41,6 +41,20 @@ pub(super) trait Pattern: Send + Sync + 'static {
         offset: &Offset<S>,
         x: &Block,
     ) -> S::I32;
+    /// Adds [`Pattern::dot`] of each input row, times the scale of its input, to its sum.
+    #[inline(always)]
+    fn add_dots<S: Simd, C: Codes, const PART: usize, const ROWS: usize>(
+        simd: S,
+        quads: Self::Quads<S>,
+        index: Self::Index<S>,
+        offset: &Offset<S>,
+        x: [&Block; ROWS],
+        sums: &mut [S::F32; ROWS],
+    ) {
+        for i in 0..ROWS {
+            add_dot_of(simd, Self::dot::<S, C, PART>(simd, quads, index, offset, x[i]), x[i], &mut sums[i]);
+        }
+    }
 }
 
 /// All columns.
@@ -80,12 +94,6 @@ impl Pattern for Dense {
         x: &Block,
     ) -> S::I32 {
         let [x_first, x_second] = x.halves();
-        // Σ (byte − offset)·x = Σ byte·x − offset·Σx.
-        let minus_sums = match PART {
-            FIRST_HALF => [x.minus_sums[0], 0],
-            SECOND_HALF => [0, x.minus_sums[1]],
-            _ => x.minus_sums,
-        };
         // Where all unsigned weights are allowed, they take fewer instructions than signed ones.
         let (mut w, mut pairs, unsigned) = (w, offset.pairs, !C::SIGNED || S::ANY_UNSIGNED);
         if C::SIGNED && unsigned {
@@ -97,14 +105,61 @@ impl Pattern for Dense {
             let plus_128 = simd.add_i32(offset.integers, simd.splat_i32(128));
             pairs = simd.pair(plus_128, plus_128);
         }
-        let mut sum = simd.dot_pairs(pairs, simd.splat_pair(&minus_sums));
+        // Σ (byte − offset)·x = Σ byte·x − offset·Σx.
+        let mut sum = simd.dot_pairs(pairs, simd.splat_pair(&minus_sums::<PART>(x)));
         if PART != SECOND_HALF {
-            sum = add_dot(simd, unsigned, sum, [w[0], w[1], w[2], w[3]], input_quads(simd, x_first));
+            sum = simd.add_dot_shared(unsigned, sum, [w[0], w[1], w[2], w[3]], x_first);
         }
         if PART != FIRST_HALF {
-            sum = add_dot(simd, unsigned, sum, [w[4], w[5], w[6], w[7]], input_quads(simd, x_second));
+            sum = simd.add_dot_shared(unsigned, sum, [w[4], w[5], w[6], w[7]], x_second);
         }
         sum
+    }
+
+    #[inline(always)]
+    fn add_dots<S: Simd, C: Codes, const PART: usize, const ROWS: usize>(
+        simd: S,
+        w: [S::Bytes; 8],
+        index: (),
+        offset: &Offset<S>,
+        x: [&Block; ROWS],
+        sums: &mut [S::F32; ROWS],
+    ) {
+        let mut row = 0;
+        while S::TWO_ROWS && row + 2 <= ROWS {
+            let pair = [x[row], x[row + 1]];
+            let [first, second] = dots_of_two::<S, PART>(simd, w, offset.integers, pair);
+            add_dot_of(simd, first, pair[0], &mut sums[row]);
+            add_dot_of(simd, second, pair[1], &mut sums[row + 1]);
+            row += 2;
+        }
+        while row < ROWS {
+            add_dot_of(simd, Self::dot::<S, C, PART>(simd, w, index, offset, x[row]), x[row], &mut sums[row]);
+            row += 1;
+        }
+    }
+}
+
+/// [`Dense::dot`] of two rows of input. Bytes that are unsigned are at most 32, and the same signed.
+#[inline(always)]
+fn dots_of_two<S: Simd, const PART: usize>(simd: S, w: [S::Bytes; 8], offset: S::I32, x: [&Block; 2]) -> [S::I32; 2] {
+    let (first, second) = ([w[0], w[1], w[2], w[3]], [w[4], w[5], w[6], w[7]]);
+    let [[a_first, a_second], [b_first, b_second]] = [x[0].halves(), x[1].halves()];
+    let minus_sums = [minus_sums::<PART>(x[0]), minus_sums::<PART>(x[1])];
+    match PART {
+        FIRST_HALF => simd.dots_of_two([first], offset, [[a_first], [b_first]], minus_sums),
+        SECOND_HALF => simd.dots_of_two([second], offset, [[a_second], [b_second]], minus_sums),
+        _ => simd.dots_of_two([first, second], offset, [[a_first, a_second], [b_first, b_second]], minus_sums),
+    }
+}
+
+/// `−Σ x` over a part of the chunk, as two terms.
+#[inline(always)]
+fn minus_sums<const PART: usize>(x: &Block) -> [i16; 2] {
+    match PART {
+        FIRST_HALF => [x.minus_sums[0], 0],
+        SECOND_HALF => [0, x.minus_sums[1]],
+        _ => x.minus_sums,
     }
 }
 
@@ -192,10 +247,10 @@ impl Pattern for TwoOfFour {
     }
 }
 
-/// 16 inputs, the same in every lane.
+/// `sum += dot · scale of x`
 #[inline(always)]
-pub(super) fn input_quads<S: Simd>(simd: S, x: &[i8; 16]) -> [S::Bytes; 4] {
-    [simd.quad(x, 0), simd.quad(x, 1), simd.quad(x, 2), simd.quad(x, 3)]
+pub(super) fn add_dot_of<S: Simd>(simd: S, dot: S::I32, x: &Block, sum: &mut S::F32) {
+    *sum = simd.mul_add(simd.to_f32(dot), simd.splat(x.scale), *sum);
 }
 
 #[inline(always)]

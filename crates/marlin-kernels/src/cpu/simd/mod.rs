@@ -17,6 +17,8 @@ mod avx512;
 mod dots;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neon_dots;
 mod portable;
 
 // `Simd` reads numbers as their bytes, and tiles hold them as bytes.
@@ -37,10 +39,13 @@ pub enum SimdLevel {
     Neon,
     /// The same with dot products of bytes (Armv8.4, Apple's M1 and later).
     NeonDotprod,
+    /// The same with products of matrices of bytes, where there are several rows of input (Armv8.6, Apple's M2 and later).
+    NeonI8mm,
 }
 
 impl SimdLevel {
-    const ALL: [Self; 6] = [Self::Portable, Self::Avx2, Self::AvxVnni, Self::Avx512Vnni, Self::Neon, Self::NeonDotprod];
+    const ALL: [Self; 7] =
+        [Self::Portable, Self::Avx2, Self::AvxVnni, Self::Avx512Vnni, Self::Neon, Self::NeonDotprod, Self::NeonI8mm];
 
     /// The best level of this processor.
     pub fn detect() -> Self {
@@ -71,9 +76,11 @@ impl SimdLevel {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => avx512::Avx512::detect().map(|simd| simd.vectorize(operation)),
             #[cfg(target_arch = "aarch64")]
-            Self::Neon => neon::Neon::<neon::Widening>::detect().map(|simd| simd.vectorize(operation)),
+            Self::Neon => neon::Neon::<neon_dots::Widening>::detect().map(|simd| simd.vectorize(operation)),
             #[cfg(target_arch = "aarch64")]
-            Self::NeonDotprod => neon::Neon::<neon::Sdot>::detect().map(|simd| simd.vectorize(operation)),
+            Self::NeonDotprod => neon::Neon::<neon_dots::Sdot>::detect().map(|simd| simd.vectorize(operation)),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonI8mm => neon::Neon::<neon_dots::Smmla>::detect().map(|simd| simd.vectorize(operation)),
             #[allow(unreachable_patterns, reason = "levels of other architectures")]
             _ => None,
         }
@@ -92,6 +99,7 @@ impl fmt::Display for SimdLevel {
             Self::Avx512Vnni => "avx512-vnni",
             Self::Neon => "neon",
             Self::NeonDotprod => "neon-dotprod",
+            Self::NeonI8mm => "neon-i8mm",
         })
     }
 }
@@ -119,6 +127,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     const REGISTERS: usize;
     /// Whether [`Simd::add_dot_unsigned`] takes weights of all values, up to 255.
     const ANY_UNSIGNED: bool;
+    /// Whether [`Simd::dots_of_two`] takes fewer instructions than two sums of one row.
+    const TWO_ROWS: bool = false;
     /// Four bytes a lane; byte `4·lane + j` is byte `j` of the lane.
     type Bytes: Copy;
     /// An i32 a lane.
@@ -153,6 +163,32 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn add_dot_unsigned(self, sum: Self::I32, weights: [Self::Bytes; 4], x: [Self::Bytes; 4]) -> Self::I32;
     /// `sum` and the dot product of each lane's 16 signed weights (−128 to 127) with its 16 bytes of `x`, none of them −128.
     fn add_dot_signed(self, sum: Self::I32, weights: [Self::Bytes; 4], x: [Self::Bytes; 4]) -> Self::I32;
+
+    /// One of these two, with 16 bytes that all lanes share.
+    #[inline(always)]
+    fn add_dot_shared(self, unsigned: bool, sum: Self::I32, weights: [Self::Bytes; 4], x: &[i8; 16]) -> Self::I32 {
+        let x = [self.quad(x, 0), self.quad(x, 1), self.quad(x, 2), self.quad(x, 3)];
+        if unsigned { self.add_dot_unsigned(sum, weights, x) } else { self.add_dot_signed(sum, weights, x) }
+    }
+    /// `Σ (weight − offset) · x` of each lane for two rows of `x`, which all lanes share. Weights are signed, 16 for each run of as
+    /// many inputs, none of which is −128; `minus_sums` of a row add up to `−Σ x`.
+    #[inline(always)]
+    fn dots_of_two<const RUNS: usize>(
+        self,
+        weights: [[Self::Bytes; 4]; RUNS],
+        offset: Self::I32,
+        x: [[&[i8; 16]; RUNS]; 2],
+        minus_sums: [[i16; 2]; 2],
+    ) -> [Self::I32; 2] {
+        dots_of_each(self, weights, offset, x, minus_sums)
+    }
+
+    /// [`Simd::add_dot_unsigned`] or, with [`Simd::TWO_ROWS`], as many of the instructions that sum up two rows. Their sums stand in an order
+    /// of their own: this serves to measure how fast they are.
+    #[inline(always)]
+    fn add_products(self, sum: Self::I32, weights: [Self::Bytes; 4], x: [Self::Bytes; 4]) -> Self::I32 {
+        self.add_dot_unsigned(sum, weights, x)
+    }
 
     fn splat_i32(self, value: i32) -> Self::I32;
     fn widen_i8(self, from: &[i8]) -> Self::I32;
@@ -215,6 +251,25 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32;
     /// `a · b + c`, rounded once where the instruction set can.
     fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
+}
+
+/// [`Simd::dots_of_two`], one row after the other.
+#[inline(always)]
+fn dots_of_each<S: Simd, const RUNS: usize>(
+    simd: S,
+    weights: [[S::Bytes; 4]; RUNS],
+    offset: S::I32,
+    x: [[&[i8; 16]; RUNS]; 2],
+    minus_sums: [[i16; 2]; 2],
+) -> [S::I32; 2] {
+    let offset = simd.pair(offset, offset);
+    let mut sums = minus_sums.map(|minus_sums| simd.dot_pairs(offset, simd.splat_pair(&minus_sums)));
+    for (sum, x) in sums.iter_mut().zip(x) {
+        for (weights, x) in weights.into_iter().zip(x) {
+            *sum = simd.add_dot_shared(false, *sum, weights, x);
+        }
+    }
+    sums
 }
 
 /// Bytes that come from memory together.

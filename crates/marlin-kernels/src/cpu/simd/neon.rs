@@ -1,10 +1,11 @@
-//! AArch64 with Advanced SIMD: two registers a vector. And the ways in which such processors multiply bytes.
+//! AArch64 with Advanced SIMD: two registers a vector.
 
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 use std::fmt;
 use std::marker::PhantomData;
 
+use super::neon_dots::Dots;
 use super::{Simd, WithSimd, first, first_mut};
 
 /// Proof that the processor has Advanced SIMD, and what `D` needs besides.
@@ -21,84 +22,6 @@ impl<D> Copy for Neon<D> {}
 impl<D> fmt::Debug for Neon<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(std::any::type_name::<Self>())
-    }
-}
-
-/// Instructions that multiply bytes and sum them up, beside Advanced SIMD.
-pub(crate) trait Dots: Send + Sync + Sized + 'static {
-    /// Whether the processor has them.
-    fn detect() -> bool;
-
-    /// Runs `operation` with all instructions enabled.
-    ///
-    /// # Safety
-    /// The processor has them: `simd` is proof of it.
-    unsafe fn vectorize<W: WithSimd>(simd: Neon<Self>, operation: W) -> W::Output;
-
-    /// `sum` and the dot products of four lanes' 16 weights with their 16 bytes of `x`.
-    ///
-    /// # Safety
-    /// The processor has the instructions.
-    unsafe fn add_dot(sum: int32x4_t, weights: [uint8x16_t; 4], x: [uint8x16_t; 4]) -> int32x4_t;
-}
-
-/// Those of every processor, which multiply to 16 bits.
-pub(crate) struct Widening;
-
-impl Dots for Widening {
-    fn detect() -> bool {
-        true
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    unsafe fn vectorize<W: WithSimd>(simd: Neon<Self>, operation: W) -> W::Output {
-        operation.with_simd(simd)
-    }
-
-    #[inline(always)]
-    unsafe fn add_dot(
-        sum: int32x4_t,
-        [w0, w1, w2, w3]: [uint8x16_t; 4],
-        [x0, x1, x2, x3]: [uint8x16_t; 4],
-    ) -> int32x4_t {
-        // SAFETY: the caller's.
-        unsafe { vaddq_s32(sum, vaddq_s32(dot_pair([w0, w1], [x0, x1]), dot_pair([w2, w3], [x2, x3]))) }
-    }
-}
-
-/// SDOT (Armv8.4, Apple's M1 and later): adds four products of signed bytes to each lane, exactly.
-pub(crate) struct Sdot;
-
-impl Dots for Sdot {
-    fn detect() -> bool {
-        is_aarch64_feature_detected!("dotprod")
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon,dotprod")]
-    unsafe fn vectorize<W: WithSimd>(simd: Neon<Self>, operation: W) -> W::Output {
-        operation.with_simd(simd)
-    }
-
-    #[inline(always)]
-    unsafe fn add_dot(sum: int32x4_t, weights: [uint8x16_t; 4], x: [uint8x16_t; 4]) -> int32x4_t {
-        let (mut sum, mut q) = (sum, 0);
-        while q < 4 {
-            // SAFETY: the caller's; the instruction has no other effect. Its intrinsic needs a later Rust than this crate's.
-            unsafe {
-                asm!(
-                    ".arch_extension dotprod",
-                    "sdot {sum:v}.4s, {weights:v}.16b, {x:v}.16b",
-                    sum = inout(vreg) sum,
-                    weights = in(vreg) weights[q],
-                    x = in(vreg) x[q],
-                    options(pure, nomem, nostack, preserves_flags)
-                );
-            }
-            q += 1;
-        }
-        sum
     }
 }
 
@@ -144,26 +67,11 @@ macro_rules! intrinsics {
 }
 
 /// Bytes 0–15 and 16–31.
-type Bytes = (uint8x16_t, uint8x16_t);
+pub(super) type Bytes = (uint8x16_t, uint8x16_t);
 /// Lanes 0–3 and 4–7.
-type I32 = (int32x4_t, int32x4_t);
+pub(super) type I32 = (int32x4_t, int32x4_t);
 /// Lanes 0–3 and 4–7.
 type F32 = (float32x4_t, float32x4_t);
-
-/// Sums of the products of weights with inputs over two quads, four lanes at a time. An i16 holds one product of each quad: at
-/// most 2·128·127 = 32512.
-#[inline(always)]
-unsafe fn dot_pair(w: [uint8x16_t; 2], x: [uint8x16_t; 2]) -> int32x4_t {
-    // SAFETY: the caller holds a `Neon`.
-    unsafe {
-        let (w0, w1) = (vreinterpretq_s8_u8(w[0]), vreinterpretq_s8_u8(w[1]));
-        let (x0, x1) = (vreinterpretq_s8_u8(x[0]), vreinterpretq_s8_u8(x[1]));
-        let low = vmlal_s8(vmull_s8(vget_low_s8(w0), vget_low_s8(x0)), vget_low_s8(w1), vget_low_s8(x1));
-        let high = vmlal_s8(vmull_s8(vget_high_s8(w0), vget_high_s8(x0)), vget_high_s8(w1), vget_high_s8(x1));
-        // Four products of each lane lie side by side: two steps of pairwise sums.
-        vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high))
-    }
-}
 
 impl<D: Dots> Neon<D> {
     #[inline(always)]
@@ -198,6 +106,7 @@ impl<D: Dots> Simd for Neon<D> {
     // 32 of 128 bits.
     const REGISTERS: usize = 16;
     const ANY_UNSIGNED: bool = false;
+    const TWO_ROWS: bool = D::TWO_ROWS;
     type Bytes = Bytes;
     type I32 = I32;
     type F32 = F32;
@@ -270,6 +179,33 @@ impl<D: Dots> Simd for Neon<D> {
         intrinsics!((
             D::add_dot(sum.0, [a.0, b.0, c.0, d.0], [x0.0, x1.0, x2.0, x3.0]),
             D::add_dot(sum.1, [a.1, b.1, c.1, d.1], [x0.1, x1.1, x2.1, x3.1])
+        ))
+    }
+
+    #[inline(always)]
+    fn add_dot_shared(self, _: bool, sum: I32, weights: [Bytes; 4], x: &[i8; 16]) -> I32 {
+        let [a, b, c, d] = weights;
+        intrinsics!({
+            let x = vld1q_s8(x.as_ptr());
+            (D::add_dot_shared(sum.0, [a.0, b.0, c.0, d.0], x), D::add_dot_shared(sum.1, [a.1, b.1, c.1, d.1], x))
+        })
+    }
+    #[inline(always)]
+    fn dots_of_two<const RUNS: usize>(
+        self,
+        weights: [[Bytes; 4]; RUNS],
+        offset: I32,
+        x: [[&[i8; 16]; RUNS]; 2],
+        minus_sums: [[i16; 2]; 2],
+    ) -> [I32; 2] {
+        intrinsics!(D::dots_of_two(self, weights, offset, x, minus_sums))
+    }
+    #[inline(always)]
+    fn add_products(self, sum: I32, weights: [Bytes; 4], x: [Bytes; 4]) -> I32 {
+        let ([a, b, c, d], [x0, x1, x2, x3]) = (weights, x);
+        intrinsics!((
+            D::add_products(sum.0, [a.0, b.0, c.0, d.0], [x0.0, x1.0, x2.0, x3.0]),
+            D::add_products(sum.1, [a.1, b.1, c.1, d.1], [x0.1, x1.1, x2.1, x3.1])
         ))
     }
 

@@ -1,5 +1,7 @@
 //! Every level against plain arithmetic.
 
+use std::array::from_fn;
+
 use half::{bf16, f16};
 
 use super::*;
@@ -52,7 +54,7 @@ fn bytes_are_shifted_masked_and_looked_up() {
     impl WithSimd for Check {
         type Output = ();
         fn with_simd<S: Simd>(self, simd: S) {
-            let table: [u8; 16] = std::array::from_fn(|i| (i * i + 30) as u8);
+            let table: [u8; 16] = from_fn(|i| (i * i + 30) as u8);
             let map = |from: &[u8], f: &dyn Fn(u8) -> u8| from.iter().map(|&b| f(b)).collect::<Vec<_>>();
             for start in (0..=255u8).step_by(4 * S::LANES) {
                 let from = list(4 * S::LANES, |i| start + i as u8);
@@ -85,21 +87,15 @@ fn dot_products_hold_at_their_extremes() {
     impl WithSimd for Check {
         type Output = ();
         fn with_simd<S: Simd>(self, simd: S) {
-            let weights = |f: &dyn Fn(usize) -> u8| -> [Vec<u8>; 4] {
-                std::array::from_fn(|q| list(4 * S::LANES, |i| f(31 * q + 7 * i)))
-            };
+            let weights =
+                |f: &dyn Fn(usize) -> u8| -> [Vec<u8>; 4] { from_fn(|q| list(4 * S::LANES, |i| f(31 * q + 7 * i))) };
             let start = simd.splat_i32(-9);
-            let inputs: [[i8; 16]; 4] =
-                [[127; 16], [-127; 16], [0; 16], std::array::from_fn(|i| (16 * i as i32 - 120) as i8)];
+            let inputs: [[i8; 16]; 4] = [[127; 16], [-127; 16], [0; 16], from_fn(|i| (16 * i as i32 - 120) as i8)];
             for x in inputs {
                 // The same inputs in every lane, and others in each.
-                let quads: [_; 4] = std::array::from_fn(|q| simd.quad(&x, q));
-                assert_eq!(
-                    quads.map(|v| bytes(simd, v)),
-                    std::array::from_fn(|q| list(4 * S::LANES, |i| x[4 * q + i % 4] as u8))
-                );
-                let rotated: [Vec<u8>; 4] =
-                    std::array::from_fn(|q| list(4 * S::LANES, |i| x[(4 * q + 3 * i) % 16] as u8));
+                let quads: [_; 4] = from_fn(|q| simd.quad(&x, q));
+                assert_eq!(quads.map(|v| bytes(simd, v)), from_fn(|q| list(4 * S::LANES, |i| x[4 * q + i % 4] as u8)));
+                let rotated: [Vec<u8>; 4] = from_fn(|q| list(4 * S::LANES, |i| x[(4 * q + 3 * i) % 16] as u8));
                 for x in [quads, rotated.each_ref().map(|x| simd.bytes(x))] {
                     let plain_x = x.map(|x| bytes(simd, x));
                     for w in [weights(&|_| 32), weights(&|_| 0), weights(&|i| (i % 33) as u8)] {
@@ -118,6 +114,72 @@ fn dot_products_hold_at_their_extremes() {
                     }
                 }
             }
+        }
+    }
+    on_every_level(Check);
+}
+
+#[test]
+fn dot_products_with_inputs_that_lanes_share() {
+    #[derive(Clone, Copy)]
+    struct Check;
+    impl WithSimd for Check {
+        type Output = ();
+        fn with_simd<S: Simd>(self, simd: S) {
+            // Every byte has another place, so that one that meets the wrong input shows.
+            let place = |half: usize, q: usize, i: usize| (67 * half + 16 * q + 29 * i) as u8;
+            let halves: [[Vec<u8>; 4]; 2] =
+                from_fn(|half| from_fn(|q| list(4 * S::LANES, |i| [0x80, 0x7f, place(half, q, i)][(i + q) % 3])));
+            let weights = halves.each_ref().map(|half| half.each_ref().map(|quad| simd.bytes(quad)));
+            let small: [Vec<u8>; 4] = from_fn(|q| list(4 * S::LANES, |i| place(0, q, i) % 33));
+            let x: [[[i8; 16]; 2]; 2] = from_fn(|row| {
+                from_fn(|half| {
+                    from_fn(|i| [127, -127, (97 * row + 41 * half + 13 * i) as i8 | 1][(i + row + half) % 3])
+                })
+            });
+            let shared = |x: &[i8; 16]| from_fn(|q| list(4 * S::LANES, |i| x[4 * q + i % 4] as u8));
+            let signed = |w| i32::from(w as i8);
+            let dot = |half: usize, row: usize| plain_dot(0, &halves[half], &shared(&x[row][half]), signed);
+
+            let start = simd.splat_i32(-9);
+            let sum = simd.add_dot_shared(false, start, weights[1], &x[0][1]);
+            assert_eq!(lanes(simd, sum), list(S::LANES, |lane| dot(1, 0)[lane] - 9));
+            let sum = simd.add_dot_shared(true, start, small.each_ref().map(|w| simd.bytes(w)), &x[1][0]);
+            assert_eq!(lanes(simd, sum), plain_dot(-9, &small, &shared(&x[1][0]), i32::from));
+
+            let offsets = list(S::LANES, |lane| [-128, 127, 5, 0][lane % 4]);
+            let (offset, minus_sums) = (simd.widen_i8(&offsets), [[2032, 2032], [-2032, 77]]);
+            let correction =
+                |row: usize, lane: usize| minus_sums[row].map(i32::from).iter().sum::<i32>() * i32::from(offsets[lane]);
+            for (half, weights) in weights.into_iter().enumerate() {
+                let x = [[&x[0][half]], [&x[1][half]]];
+                for (row, sum) in simd.dots_of_two([weights], offset, x, minus_sums).into_iter().enumerate() {
+                    let wanted = list(S::LANES, |lane| dot(half, row)[lane] + correction(row, lane));
+                    assert_eq!(lanes(simd, sum), wanted, "half {half}, row {row}");
+                }
+            }
+            let x = x.each_ref().map(|row| row.each_ref());
+            for (row, sum) in simd.dots_of_two(weights, offset, x, minus_sums).into_iter().enumerate() {
+                let wanted = list(S::LANES, |lane| dot(0, row)[lane] + dot(1, row)[lane] + correction(row, lane));
+                assert_eq!(lanes(simd, sum), wanted, "row {row}");
+            }
+        }
+    }
+    on_every_level(Check);
+}
+
+/// The peak counts on how many there are.
+#[test]
+fn every_product_is_added() {
+    #[derive(Clone, Copy)]
+    struct Check;
+    impl WithSimd for Check {
+        type Output = ();
+        fn with_simd<S: Simd>(self, simd: S) {
+            let (weights, x) = (simd.bytes(&[3; 4 * MOST_LANES]), simd.quad(&[-5; 16], 0));
+            let sum = simd.add_products(simd.splat_i32(7), [weights; 4], [x; 4]);
+            let products = if S::TWO_ROWS { 32 } else { 16 };
+            assert_eq!(lanes(simd, sum), list(S::LANES, |_| 7 - 15 * products));
         }
     }
     on_every_level(Check);
@@ -221,7 +283,7 @@ fn floats() {
                 assert_eq!(floats_of(simd, found), list(S::LANES, entry));
             }
             // The order shows in the last bits.
-            let rows: [Vec<f32>; 8] = std::array::from_fn(|r| list(S::LANES, |i| 1.0 / (1 + 9 * r + i) as f32));
+            let rows: [Vec<f32>; 8] = from_fn(|r| list(S::LANES, |i| 1.0 / (1 + 9 * r + i) as f32));
             let sum = |row: &Vec<f32>| {
                 let r = list(8, |i| row[i..].iter().step_by(8).copied().reduce(|a, b| a + b).unwrap());
                 ((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7]))
