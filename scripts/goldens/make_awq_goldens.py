@@ -3,9 +3,9 @@ marlin-checkpoint and marlin-model.
 
     make_awq_goldens.py FOLDER
 
-writes FOLDER/qwen3 and FOLDER/qwen3moe. Weights are rounded to nearest and packed by the package's
-`WQLinear_GEMM`; what its `dequantize_gemm` makes of them, with scales in f32, stands in expected.safetensors
-beside them.
+writes FOLDER/llama, FOLDER/qwen3, FOLDER/qwen3moe and FOLDER/glm4moelite. Weights are rounded to nearest and packed by
+the package's `WQLinear_GEMM`; what its `dequantize_gemm` makes of them, with scales in f32, stands in
+expected.safetensors beside them, and the logits of `transformers` in golden.safetensors.
 """
 
 import sys
@@ -13,7 +13,7 @@ import types
 from pathlib import Path
 
 import torch
-from tiny_models import linears, model, save
+from tiny_models import SHAPES, linears, model, save, stored
 
 # The package itself needs models that `transformers` no longer has; its modules do not.
 for name in ("awq", "awq.modules", "awq.modules.linear"):
@@ -44,18 +44,19 @@ def quantised(weight, symmetric):
     return WQLinear_GEMM.from_linear(linear, 4, GROUP, scales=scales.T.contiguous(), zeros=zeros.T.contiguous())
 
 
-def golden(folder, moe):
-    config, tensors = model(moe, kv_heads=2)  # the package packs 32 rows or more
+def golden(folder, shape):
+    # The package packs multiples of 32 rows.
+    rows = dict(qk_rope_head_dim=32) if shape == "glm4moelite" else dict(num_key_value_heads=2)
+    config, tensors = stored(model(shape, **rows))
     expected = dict(tensors)
     for name in linears(tensors):
         module = quantised(tensors.pop(f"{name}.weight"), symmetric=name.endswith("o_proj"))
-        stored = {part: getattr(module, part) for part in ("qweight", "qzeros", "scales")}
-        tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
+        tensors |= {f"{name}.{part}": getattr(module, part) for part in ("qweight", "qzeros", "scales")}
         decoded = dequantize_gemm(module.qweight, module.qzeros, module.scales.float(), 4, GROUP)
         expected[f"{name}.weight"] = decoded.T
     config["quantization_config"] = {
         "quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm",
-        "modules_to_not_convert": ["gate"] if moe else None,
+        "modules_to_not_convert": ["mlp.gate"] if "moe" in shape else None,
     }
     save(folder, config, tensors, expected)
 
@@ -63,5 +64,5 @@ def golden(folder, moe):
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    golden(Path(sys.argv[1], "qwen3"), False)
-    golden(Path(sys.argv[1], "qwen3moe"), True)
+    for shape in SHAPES:
+        golden(Path(sys.argv[1], shape), shape)

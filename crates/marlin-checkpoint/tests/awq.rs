@@ -14,7 +14,15 @@ fn folders_of_the_package_decode_as_there() {
     assert_eq!(checkpoint.layout(), Some(Layout::Awq));
     assert_scheme(&checkpoint, "model.layers.0.mlp.down_proj.weight", "int4 g16");
     assert_scheme(&checkpoint, "model.layers.0.self_attn.o_proj.weight", "int4-sym g16");
-    assert_scheme(&open_golden("awq/qwen3moe"), "model.layers.0.mlp.experts.3.up_proj.weight", "int4 g16");
+    for (name, module) in [
+        ("awq/llama", "mlp.gate_proj"),
+        ("awq/qwen3moe", "mlp.experts.3.up_proj"),
+        ("awq/glm4moelite", "mlp.shared_experts.down_proj"),
+        ("awq/glm4moelite", "self_attn.kv_a_proj_with_mqa"),
+        ("awq/glm4moelite", "self_attn.kv_b_proj"),
+    ] {
+        assert_scheme(&open_golden(name), &format!("model.layers.0.{module}.weight"), "int4 g16");
+    }
 }
 
 /// Two columns of eight rows, 0 to 7 and 8 to 15, as one group.

@@ -1,10 +1,11 @@
-//! GGUF files that llama.cpp's converter made of the tiny goldens give the logits of `transformers` as the goldens do.
+//! GGUF files that llama.cpp's converter made of the tiny goldens give the logits of `transformers` as the goldens do; those that it
+//! quantised, the logits of llama.cpp.
 
 mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{Device, Golden, assert_parity, golden, options};
+use common::{Device, Golden, argmax, assert_parity, golden, l2_error, options};
 use marlin_kernels::KvType;
 use marlin_kernels::cpu::Arithmetic;
 
@@ -31,4 +32,25 @@ fn logits_agree_with_transformers() {
         }
     }
     assert_eq!(files.len(), 10);
+}
+
+/// llama.cpp rounds activations to 8 bits.
+const LLAMA_CPP_BOUND: f64 = 0.01;
+
+#[test]
+fn logits_agree_with_llama_cpp() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/llama_cpp");
+    for name in ["llama-q4_k_m", "qwen3-q4_0", "qwen3moe-q8_0", "glm4moelite-q8_0"] {
+        let golden = Golden::read(&root.join(name));
+        for device in [Device::Reference, Device::cpu(Arithmetic::Exact, 1, None)] {
+            let mut model = device.load(&root.join(name), &options(KvType::F32)).unwrap();
+            let logits = model.logits_of(&golden.input_ids, golden.input_ids.len());
+            let error = l2_error(&logits, &golden.logits);
+            assert!(error < LLAMA_CPP_BOUND, "{name} on {device:?}: relative L2 error {error}");
+            let rows = logits.chunks(golden.vocabulary()).zip(golden.logits.chunks(golden.vocabulary()));
+            for (row, (found, wanted)) in rows.enumerate() {
+                assert_eq!(argmax(found), argmax(wanted), "{name} on {device:?}: row {row} prefers another token");
+            }
+        }
+    }
 }
