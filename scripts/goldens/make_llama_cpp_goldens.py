@@ -4,8 +4,9 @@
 
 LLAMA_CPP is a folder with llama.cpp's sources; those inside the source package of llama-cpp-python 0.3.36 made the
 checked-in files (`vendor/llama.cpp`; requirements.txt beside this file). It writes `crates/marlin-model/tests/llama_cpp`: for
-each model a folder with model.gguf and, in golden.safetensors, the logits that llama.cpp computes from this file on a CPU.
-There it rounds activations to 8 bits in blocks of 32 or 256.
+each model a folder with model.gguf, in golden.safetensors the logits that llama.cpp computes when it has decoded this file to
+F32, and in rounded.safetensors those of the file as it is. From this it computes, on a CPU, with activations that are rounded
+to 8 bits in blocks of 32 or 256.
 """
 
 import os
@@ -55,7 +56,7 @@ def convert(llama_cpp_sources, source, file, architecture):
 
 def quantize(file, out, kind):
     settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype, settings.nthread = kind, 1
+    settings.ftype, settings.nthread, settings.allow_requantize = kind, 1, True
     assert llama_cpp.llama_model_quantize(str(file).encode(), str(out).encode(), settings) == 0
 
 
@@ -93,11 +94,14 @@ def golden(sources, name, shape, changes, kind):
         save_source(made, source)
         convert(sources, source, floats, made.config.architectures[0])
         quantize(floats, folder / "model.gguf", kind)
-    found = logits(folder / "model.gguf", input_ids[0].tolist())
-    save_file({"input_ids": input_ids[0].int(), "logits": found}, folder / "golden.safetensors")
-    error = (found - of_floats).norm() / of_floats.norm()
+        quantize(folder / "model.gguf", floats, llama_cpp.LLAMA_FTYPE_ALL_F32)
+        exact = logits(floats, input_ids[0].tolist())
+    rounded = logits(folder / "model.gguf", input_ids[0].tolist())
+    for file, found in {"golden": exact, "rounded": rounded}.items():
+        save_file({"input_ids": input_ids[0].int(), "logits": found}, folder / f"{file}.safetensors")
     size = (folder / "model.gguf").stat().st_size / 1024
-    print(f"{name}: {size:.0f} KiB, {error:.4f} from the logits of floats, experts apart by {gap:.4f}")
+    of_weights, of_activations = ((found - exact).norm() / exact.norm() for found in (of_floats, rounded))
+    print(f"{name}: {size:.0f} KiB, rounded weights change logits by {of_weights:.4f}, activations by {of_activations:.4f}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-VOCABULARY, TOKENS, CALIBRATION_TEXTS = 64, 12, 16
+VOCABULARY, TOKENS, CALIBRATION_TEXTS = 32, 12, 16
 COMMON = dict(
     vocab_size=VOCABULARY,
     hidden_size=32,
