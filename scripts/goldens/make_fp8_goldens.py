@@ -3,17 +3,19 @@ marlin-checkpoint and marlin-model.
 
     make_fp8_goldens.py FOLDER
 
-writes FOLDER/tiles, a Qwen3 with experts and a scale for each tile; FOLDER/partial, linears whose last tiles
-are partial, under the names of latent attention; and FOLDER/rows, a Qwen3 with one scale a tensor or a row.
-`Fp8Dequantize` of `transformers` decodes whole tiles only, so weights are filled up with zeros for it.
+writes FOLDER/llama, FOLDER/qwen3moe and FOLDER/glm4moelite with a scale for each tile; FOLDER/partial, linears whose last
+tiles are partial; and FOLDER/qwen3 with one scale a tensor or a row. `Fp8Dequantize` of `transformers` decodes whole tiles
+only, so weights are filled up with zeros for it. The logits in golden.safetensors are those of the folder as `transformers`
+loads it, where all tiles are whole; otherwise of the decoded weights.
 """
 
 import sys
 from pathlib import Path
 
 import torch
-from tiny_models import linears, model, save
+from tiny_models import linears, model, save, stored, write
 from torch.nn.functional import pad
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 FP8 = torch.float8_e4m3fn
@@ -30,8 +32,15 @@ def encoded(weight, tile, scale_type):
     return codes[:rows, :cols], scales, decoded[:rows, :cols]
 
 
-def tiles(folder):
-    config, tensors = model(True)
+def load(folder):
+    """The folder as `transformers` decodes it."""
+    quantization = FineGrainedFP8Config(dequantize=True)
+    options = dict(dtype=torch.float32, attn_implementation="eager", quantization_config=quantization)
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def tiles(folder, shape, oracle):
+    config, tensors = stored(model(shape))
     expected = dict(tensors)
     for name in linears(tensors):
         codes, scales, expected[f"{name}.weight"] = encoded(tensors[f"{name}.weight"], (16, 16), torch.float32)
@@ -40,7 +49,7 @@ def tiles(folder):
         "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [16, 16],
         "modules_to_not_convert": ["lm_head", "model.layers.0.mlp.gate"],
     }
-    save(folder, config, tensors, expected)
+    save(folder, config, tensors, expected, oracle)
 
 
 def partial(folder):
@@ -53,11 +62,11 @@ def partial(folder):
         codes, scales, expected[f"{name}.weight"] = encoded(torch.randn(shape), (128, 128), scale_type)
         tensors |= {f"{name}.weight": codes, f"{name}.weight_scale_inv": scales}
     quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-    save(folder, {"model_type": "test", "quantization_config": quantization}, tensors, expected)
+    write(folder, {"model_type": "test", "quantization_config": quantization}, tensors, expected)
 
 
-def rows(folder):
-    config, tensors = model(False)
+def rows(folder, shape):
+    config, tensors = stored(model(shape))
     expected = dict(tensors)
     for index, name in enumerate(linears(tensors)):
         weight = tensors[f"{name}.weight"]
@@ -73,5 +82,9 @@ def rows(folder):
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    for make in (tiles, partial, rows):
-        make(Path(sys.argv[1], make.__name__))
+    goldens = Path(sys.argv[1])
+    tiles(goldens / "llama", "llama", load)
+    rows(goldens / "qwen3", "qwen3")
+    tiles(goldens / "qwen3moe", "qwen3moe", load)
+    tiles(goldens / "glm4moelite", "glm4moelite", None)
+    partial(goldens / "partial")

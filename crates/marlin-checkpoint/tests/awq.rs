@@ -14,7 +14,15 @@ fn folders_of_the_package_decode_as_there() {
     assert_eq!(checkpoint.layout(), Some(Layout::Awq));
     assert_scheme(&checkpoint, "model.layers.0.mlp.down_proj.weight", "int4 g16");
     assert_scheme(&checkpoint, "model.layers.0.self_attn.o_proj.weight", "int4-sym g16");
-    assert_scheme(&open_golden("awq/qwen3moe"), "model.layers.0.mlp.experts.3.up_proj.weight", "int4 g16");
+    for (name, module) in [
+        ("awq/llama", "mlp.gate_proj"),
+        ("awq/qwen3moe", "mlp.experts.3.up_proj"),
+        ("awq/glm4moelite", "mlp.shared_experts.down_proj"),
+        ("awq/glm4moelite", "self_attn.kv_a_proj_with_mqa"),
+        ("awq/glm4moelite", "self_attn.kv_b_proj"),
+    ] {
+        assert_scheme(&open_golden(name), &format!("model.layers.0.{module}.weight"), "int4 g16");
+    }
 }
 
 /// Two columns of eight rows, 0 to 7 and 8 to 15, as one group.
@@ -51,6 +59,36 @@ fn a_linear_made_by_hand() {
 }
 
 #[test]
+fn rows_of_gemv_are_filled_up() {
+    let checkpoint = open_golden("awq/gemv-llama");
+    assert_scheme(&checkpoint, "model.layers.0.mlp.down_proj.weight", "int4 g32");
+    assert_scheme(&checkpoint, "model.layers.0.mlp.up_proj.weight", "int4 row");
+
+    // Columns 0 to 7 and 8 to 15 in groups of eight; zero points 1 and 2, scales 1 and 2, then filling.
+    let codes: Raw = ("x.qweight", Dtype::I32, &[1, 2], &[0x10, 0x32, 0x54, 0x76, 0x98, 0xba, 0xdc, 0xfe]);
+    let zeros: Raw = ("x.qzeros", Dtype::I32, &[1, 1], &[0x21, 0xff, 0xff, 0xff]);
+    let filled = [[0x00, 0x3c], [0x00, 0x40]].into_iter().chain([[0xff, 0x7f]; 6]).flatten().collect::<Vec<u8>>();
+    let scales: Raw = ("x.scales", Dtype::F16, &[1, 8], &filled);
+    let gemv = |group_size| {
+        let mut quantization = awq(4, group_size);
+        quantization["version"] = json!("GEMV");
+        quantization
+    };
+    let checkpoint = Checkpoint::open(with_config(&gemv(8), &[codes, scales, zeros]).path()).unwrap();
+    let wanted: Vec<f32> = (0..8).map(|q| q as f32 - 1.0).chain((8..16).map(|q| 2.0 * (q as f32 - 2.0))).collect();
+    assert_eq!(checkpoint.matrix("x.weight", 1, 16).unwrap().decode(), wanted);
+
+    let error = |quantization: &Value, tensors: &[Raw], words: &[&str]| {
+        assert_says(&message(Checkpoint::open(with_config(quantization, tensors).path()).unwrap_err()), words);
+    };
+    let unfilled: Raw = ("x.scales", Dtype::F16, &[1, 2], &filled[..4]);
+    error(&gemv(8), &[codes, unfilled, zeros], &["`x.scales` is F16 [1, 2]; wanted F16 [1, 8]"]);
+    error(&gemv(1), &[codes, scales, zeros], &["`x.scales` is F16 [1, 8]; wanted F16 [1, 16]"]);
+    error(&gemv(8), &[codes, scales], &["lack `x.qzeros`"]);
+    error(&gemv(8), &[("x.qweight", Dtype::I32, &[2], &[0; 8]), scales, zeros], &["wanted a matrix of I32"]);
+}
+
+#[test]
 fn broken_folders_say_what_is_wrong() {
     let error = |quantization: &Value, tensors: &[Raw], words: &[&str]| {
         assert_says(&message(Checkpoint::open(with_config(quantization, tensors).path()).unwrap_err()), words);
@@ -60,7 +98,7 @@ fn broken_folders_say_what_is_wrong() {
     error(&awq(4, 0), &all, &["group_size is 0"]);
     error(&awq(4, 1), &all, &["`x.scales` is BF16 [1, 8]; wanted BF16 [2, 8]"]);
     error(&json!({"quant_method": "awq"}), &all, &["config.json", "missing field `bits`"]);
-    for version in ["gemv", "gemv_fast", "marlin"] {
+    for version in ["gemv_fast", "marlin"] {
         let mut quantization = awq(4, 2);
         quantization["version"] = json!(version);
         error(&quantization, &all, &["awq, version", version, "not read yet"]);

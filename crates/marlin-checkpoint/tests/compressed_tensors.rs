@@ -5,10 +5,13 @@ mod common;
 use std::borrow::Cow;
 use std::path::Path;
 
-use common::{Raw, assert_says, assert_scheme, expected, folder, golden, message, open_golden};
+use common::{Raw, assert_says, assert_scheme, expected, folder, golden, message, open_golden, open_golden_within};
 use marlin_checkpoint::{Checkpoint, CheckpointWriter, Dtype, ExportLayout, Layout, PlannedTensor, WriterOptions};
 use marlin_format::{EncodeOptions, Format, Grouping, PackedMatrix, Scheme};
 use serde_json::{Value, json};
+
+/// The inverse of an arbitrary f32 is rounded.
+const NVFP4_BOUND: f32 = 3e-7;
 
 #[test]
 fn a_folder_of_the_package_decodes_as_there() {
@@ -23,8 +26,7 @@ fn a_folder_of_the_package_decodes_as_there() {
     for (name, wanted) in &expected {
         let found = checkpoint.matrix_any(name).unwrap().decode();
         if name == "c.nvfp4.weight" {
-            // The inverse of an arbitrary f32 is rounded.
-            let close = |(a, b): (&f32, &f32)| (a - b).abs() <= b.abs() * 3e-7;
+            let close = |(a, b): (&f32, &f32)| (a - b).abs() <= b.abs() * NVFP4_BOUND;
             assert!(found.len() == wanted.len() && found.iter().zip(wanted).all(close), "{name}");
         } else {
             // Equal but for the sign of zeros, of which only the package knows negative ones.
@@ -51,6 +53,31 @@ fn a_folder_of_the_package_decodes_as_there() {
     let codes = |name| checkpoint.matrix_any(name).unwrap().codes;
     assert!(matches!(codes("a.int4_sym_group.weight"), Cow::Borrowed(_)));
     assert!(matches!(codes("a.int4_sym_row_odd.weight"), Cow::Owned(_)));
+}
+
+#[test]
+fn models_of_llmcompressor_decode_as_there() {
+    for (name, bound, schemes) in [
+        ("llama", 0.0, &[("mlp.down_proj", "int4 g16 f32 scales")][..]),
+        ("qwen3", 0.0, &[("self_attn.k_proj", "fp8 row")]),
+        ("qwen3moe", NVFP4_BOUND, &[("mlp.experts.3.gate_proj", "nvfp4")]),
+        (
+            "glm4moelite",
+            0.0,
+            &[
+                ("self_attn.kv_a_proj_with_mqa", "fp8 16x16"),
+                ("self_attn.kv_b_proj", "fp8 16x16"),
+                ("mlp.experts.0.down_proj", "int4-sym g16 f32 scales"),
+                ("mlp.shared_experts.up_proj", "int4-sym g16 f32 scales"),
+            ],
+        ),
+    ] {
+        let checkpoint = open_golden_within(&format!("llmcompressor/{name}"), bound);
+        assert_eq!(checkpoint.layout(), Some(Layout::CompressedTensors));
+        for (module, scheme) in schemes {
+            assert_scheme(&checkpoint, &format!("model.layers.0.{module}.weight"), scheme);
+        }
+    }
 }
 
 #[test]

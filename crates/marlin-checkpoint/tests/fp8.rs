@@ -9,32 +9,44 @@ use serde_json::{Value, json};
 #[test]
 fn folders_decode_as_in_transformers() {
     let block = "model.layers.0";
-    let tiles = open_golden("fp8/tiles");
+    let tiles = open_golden("fp8/qwen3moe");
     assert_eq!(tiles.layout(), Some(Layout::Fp8));
     assert_scheme(&tiles, &format!("{block}.mlp.experts.2.down_proj.weight"), "fp8 16x16");
     let [note] = tiles.notes() else { panic!("{:?}", tiles.notes()) };
     assert_says(note, &["activations are not rounded", "weights are read exactly"]);
 
-    // Tiles that are partial at both ends.
+    assert_scheme(&open_golden("fp8/llama"), &format!("{block}.self_attn.o_proj.weight"), "fp8 16x16");
+    // Tiles that are partial at the last rows, and at both ends.
+    let latent = open_golden("fp8/glm4moelite");
+    assert_eq!(latent.shape(&format!("{block}.self_attn.kv_a_proj_with_mqa.weight")), Some(vec![40, 32]));
+    assert_scheme(&latent, &format!("{block}.self_attn.kv_a_proj_with_mqa.weight"), "fp8 16x16");
     let partial = open_golden("fp8/partial");
     assert_scheme(&partial, &format!("{block}.self_attn.kv_a_proj_with_mqa.weight"), "fp8 128x128");
     assert_scheme(&partial, &format!("{block}.self_attn.q_b_proj.weight"), "fp8 128x128 bf16 scales");
 
-    let rows = open_golden("fp8/rows");
-    assert_scheme(&rows, &format!("{block}.self_attn.q_proj.weight"), "fp8 tensor");
+    let rows = open_golden("fp8/qwen3");
+    assert_scheme(&rows, &format!("{block}.self_attn.o_proj.weight"), "fp8 tensor");
     assert_scheme(&rows, &format!("{block}.self_attn.k_proj.weight"), "fp8 row");
 }
 
 #[test]
 fn folders_of_modelopt_decode_as_there() {
     let block = "model.layers.0";
-    let nvfp4 = open_golden("modelopt/nvfp4");
+    let nvfp4 = open_golden("modelopt/nvfp4-qwen3moe");
     assert_eq!(nvfp4.layout(), Some(Layout::ModelOpt));
     assert_scheme(&nvfp4, &format!("{block}.mlp.experts.0.gate_proj.weight"), "nvfp4");
     let [activations, cache] = nvfp4.notes() else { panic!("{:?}", nvfp4.notes()) };
     assert_says(activations, &["activations are not rounded"]);
     assert_says(cache, &["KV cache is not quantised"]);
-    assert_scheme(&open_golden("modelopt/fp8"), &format!("{block}.mlp.up_proj.weight"), "fp8 tensor");
+    for (name, module, scheme) in [
+        ("nvfp4-llama", "self_attn.v_proj", "nvfp4"),
+        ("nvfp4-qwen3", "mlp.down_proj", "nvfp4"),
+        ("nvfp4-glm4moelite", "self_attn.kv_b_proj", "nvfp4"),
+        ("fp8-qwen3", "mlp.up_proj", "fp8 tensor"),
+        ("fp8-glm4moelite", "mlp.shared_experts.up_proj", "fp8 tensor"),
+    ] {
+        assert_scheme(&open_golden(&format!("modelopt/{name}")), &format!("{block}.{module}.weight"), scheme);
+    }
 }
 
 const ONE: [u8; 4] = 1f32.to_le_bytes();

@@ -5,13 +5,13 @@ mod common;
 use std::fs;
 
 use common::{Raw, assert_says, assert_scheme, folder, message, open_golden};
-use marlin_checkpoint::{Checkpoint, Dtype, Layout};
+use marlin_checkpoint::{Checkpoint, Dtype, Layout, Storage};
 use serde_json::{Value, json};
 
 #[test]
 fn folders_of_the_package_decode_as_there() {
     let block = "model.layers.0";
-    let checkpoint = open_golden("gptq/v1");
+    let checkpoint = open_golden("gptq/qwen3");
     assert_eq!(checkpoint.layout(), Some(Layout::Gptq));
     assert!(checkpoint.notes().is_empty() && checkpoint.quantization().is_none());
     // All zero points in the middle make signed codes, an index in order is none.
@@ -28,9 +28,20 @@ fn folders_of_the_package_decode_as_there() {
     }
     assert_scheme(&checkpoint, "lm_head.weight", "int8 g16");
 
-    let checkpoint = open_golden("gptq/v2");
+    let checkpoint = open_golden("gptq/qwen3moe");
     assert_scheme(&checkpoint, &format!("{block}.mlp.experts.3.down_proj.weight"), "int4-sym g16");
     assert_scheme(&checkpoint, &format!("{block}.mlp.experts.0.gate_proj.weight"), "int8-asym g16");
+
+    // What the package calibrated and saved.
+    let checkpoint = open_golden("gptq/llama");
+    assert_scheme(&checkpoint, &format!("{block}.mlp.down_proj.weight"), "int4 g16, group index");
+    let checkpoint = open_golden("gptq/glm4moelite");
+    for module in ["self_attn.q_b_proj", "self_attn.kv_a_proj_with_mqa", "mlp.experts.3.up_proj"] {
+        assert_scheme(&checkpoint, &format!("{block}.{module}.weight"), "int4-sym g16");
+    }
+    assert_scheme(&checkpoint, &format!("{block}.self_attn.kv_b_proj.weight"), "int8 row");
+    let left = checkpoint.info(&format!("{block}.self_attn.q_a_proj.weight")).unwrap();
+    assert!(matches!(left.storage, Storage::Plain(Dtype::F32)));
 }
 
 fn gptq(bits: i64, group_size: i64) -> Value {

@@ -17,6 +17,13 @@ pub(crate) enum Reorder {
         /// Bytes of a row of the canonical order.
         row_bytes: usize,
     },
+    /// Rows that are filled up to `stored` bytes.
+    FilledRows {
+        /// Bytes of a row with the filling.
+        stored: usize,
+        /// Bytes of a row of the canonical order.
+        row_bytes: usize,
+    },
     /// 4-bit codes `[cols, rows / 8]` in 32-bit words, whose nibbles stand for the rows [`AWQ_ORDER`].
     AwqCodes {
         /// Rows of the matrix.
@@ -97,6 +104,9 @@ impl Reorder {
         match *self {
             Self::Transposed { columns, size: 2, row_bytes } => transposed::<2>(stored, columns, row_bytes),
             Self::Transposed { columns, row_bytes, .. } => transposed::<4>(stored, columns, row_bytes),
+            Self::FilledRows { stored: filled, row_bytes } => {
+                stored.chunks_exact(filled).flat_map(|row| &row[..row_bytes]).copied().collect()
+            }
             Self::AwqCodes { rows, cols } => awq_codes(stored, rows, cols),
             Self::Zeros(zeros) => zeros.decode(stored),
             Self::PaddedWords { cols, bits } => padded_words(stored, cols, bits),

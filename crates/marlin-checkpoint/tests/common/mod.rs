@@ -70,6 +70,12 @@ pub(crate) fn expected(golden: &Path) -> BTreeMap<String, Vec<f32>> {
 /// Opens a golden, all of whose tensors must be what the package decodes them to. (Zeros may have either sign.)
 #[track_caller]
 pub(crate) fn open_golden(name: &str) -> Checkpoint {
+    open_golden_within(name, 0.0)
+}
+
+/// Opens a golden, all of whose values may differ by so much of themselves from what the package decodes.
+#[track_caller]
+pub(crate) fn open_golden_within(name: &str, bound: f32) -> Checkpoint {
     let (checkpoint, expected) = (Checkpoint::open(&golden(name)).unwrap(), expected(&golden(name)));
     let mut names: Vec<&str> = checkpoint.tensor_names().collect();
     names.sort_unstable();
@@ -79,7 +85,11 @@ pub(crate) fn open_golden(name: &str) -> Checkpoint {
             [len] => checkpoint.vector(name, len).unwrap(),
             _ => checkpoint.matrix_any(name).unwrap().decode(),
         };
-        assert_eq!(&found, wanted, "{name}");
+        let close = |(a, b): (&f32, &f32)| (a - b).abs() <= b.abs() * bound;
+        assert_eq!(found.len(), wanted.len(), "{name}");
+        for pair in found.iter().zip(wanted) {
+            assert!(close(pair), "{name}: {pair:?}");
+        }
     }
     checkpoint
 }

@@ -19,7 +19,7 @@ use marlin_model::{
 use safetensors::SafeTensors;
 use tempfile::TempDir;
 
-/// What `transformers` says.
+/// What `transformers`, or llama.cpp, says.
 pub(crate) struct Golden {
     pub(crate) input_ids: Vec<u32>,
     /// `[input_ids, vocabulary]`.
@@ -28,7 +28,11 @@ pub(crate) struct Golden {
 
 impl Golden {
     pub(crate) fn read(folder: &Path) -> Self {
-        let bytes = std::fs::read(folder.join("golden.safetensors")).expect("golden.safetensors");
+        Self::read_file(&folder.join("golden.safetensors"))
+    }
+
+    pub(crate) fn read_file(file: &Path) -> Self {
+        let bytes = std::fs::read(file).expect("a file of logits");
         let tensors = SafeTensors::deserialize(&bytes).expect("a safetensors file");
         let words = |name: &str| {
             let tensor = tensors.tensor(name).expect(name);
