@@ -113,7 +113,7 @@ impl Checkpoint {
     fn open_gguf(path: &Path) -> Result<Self, CheckpointError> {
         let gguf = Gguf::open(path)?;
         let config = gguf.config()?;
-        let (shards, tensors) = gguf.model(&config)?;
+        let (shards, tensors) = (gguf.shards(), gguf.model(&config)?);
         let index = index(&tensors);
         Ok(Self {
             name: gguf.label().to_owned(),

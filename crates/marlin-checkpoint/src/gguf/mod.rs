@@ -110,14 +110,14 @@ impl Gguf {
         config::config(self).map_err(|problem| self.malformed(problem))
     }
 
-    /// The tensors as Hugging Face has them, in the order of the files, and the files they lie in. `config` is its
-    /// config.json.
-    pub(crate) fn model(
-        &self,
-        config: &serde_json::Value,
-    ) -> Result<(Vec<Shard>, Vec<(String, Entry)>), CheckpointError> {
-        let tensors = model::tensors(self, config).map_err(|problem| self.malformed(problem))?;
-        Ok((self.files.clone(), tensors))
+    /// The tensors as Hugging Face has them, in the order of the files. `config` is its config.json.
+    pub(crate) fn model(&self, config: &serde_json::Value) -> Result<Vec<(String, Entry)>, CheckpointError> {
+        model::tensors(self, config).map_err(|problem| self.malformed(problem))
+    }
+
+    /// The files that tensors lie in.
+    pub(crate) fn shards(&self) -> Vec<Shard> {
+        self.files.clone()
     }
 
     fn malformed(&self, problem: String) -> CheckpointError {
