@@ -36,7 +36,7 @@ pub(super) fn decode_chunk<S: Simd, D: Dot, const ROWS: usize>(
 
 /// How far ahead of what it multiplies a kernel of one or two rows asks for weights: what memory brings while a few chunks are multiplied.
 const AHEAD: usize = 2048;
-/// The same for inner scales and minima, of which a chunk has fewer bytes.
+/// The same for scales and minima of two levels, of which a chunk has fewer bytes.
 pub(super) const INNER_AHEAD: usize = AHEAD / 4;
 
 /// Asks for what comes so far behind these bytes, in this panel or the next, for so many rows of input.

@@ -2,6 +2,8 @@
 //!
 //! What is summed over a super-group is scaled by integers only. The f16 follow once, at its end.
 
+use half::f16;
+
 use super::dot::Dot;
 use super::groups::GroupSpan;
 use super::kernel::{INNER_AHEAD, add_scaled, decode_chunk, inputs, prefetch};
@@ -20,7 +22,9 @@ pub(super) fn super_group_sums<S: Simd, D: Dot, const MINIMA: bool, const ROWS: 
 ) {
     let (codes, scales, minima) = (tiles.panel(panel), tiles.inner_scales(panel), tiles.inner_minima(panel));
     let (chunks, super_group, offset) = (tiles.chunks, tiles.format.super_group, tiles.offset(simd));
-    for s in 0..tiles.format.super_groups(tiles.groups) {
+    let shared_bytes = tiles.format.levels() * size_of::<f16>() * S::LANES;
+    for (s, shared) in tiles.supers(panel).chunks_exact(shared_bytes).enumerate() {
+        prefetch::<S, ROWS>(simd, shared, INNER_AHEAD);
         let (mut sums, mut minimum_sums) = ([simd.splat(0.0); ROWS], [simd.splat(0.0); ROWS]);
         match tiles.format.span {
             GroupSpan::Chunks(span) => {
@@ -52,9 +56,9 @@ pub(super) fn super_group_sums<S: Simd, D: Dot, const MINIMA: bool, const ROWS: 
                 }
             }
         }
-        add_scaled(simd, totals, sums, tiles.shared(simd, panel, s, 0));
+        add_scaled(simd, totals, sums, simd.load_le_f16(shared));
         if MINIMA {
-            add_scaled(simd, totals, minimum_sums, tiles.shared(simd, panel, s, 1));
+            add_scaled(simd, totals, minimum_sums, simd.load_le_f16(&shared[shared_bytes / 2..]));
         }
     }
 }

@@ -248,12 +248,10 @@ impl Tiles {
         Offset::new(simd, simd.splat_i32(self.offset))
     }
 
-    /// What the inner scales (level 0) or minima (1) of a super-group are multiplied by.
+    /// What the inner scales and then the minima of a panel are multiplied by, f16 `[super-groups, levels, lanes]`.
     #[inline(always)]
-    pub(super) fn shared<S: Simd>(&self, simd: S, panel: usize, super_group: usize, level: usize) -> S::F32 {
-        let index = panel * self.format.super_groups(self.groups) + super_group;
-        let from = (index * self.format.levels() + level) * size_of::<f16>() * S::LANES;
-        simd.load_le_f16(&self.supers.bytes()[from..])
+    pub(super) fn supers(&self, panel: usize) -> &[u8] {
+        self.of_panel(&self.supers, panel)
     }
 
     /// Scales and zero points of group `g` of a panel.
@@ -291,7 +289,9 @@ impl Tiles {
             GroupSpan::Chunks(_) => simd.widen_i8(&inner[g * S::LANES..]),
             GroupSpan::HalfChunk => half(simd, simd.widen_pairs(&inner[g / 2 * 2 * S::LANES..]), g % 2),
         };
-        simd.mul(self.shared(simd, panel, g / self.format.super_group, level), simd.to_f32(inner))
+        let shared = g / self.format.super_group * self.format.levels() + level;
+        let shared = simd.load_le_f16(&self.supers(panel)[shared * size_of::<f16>() * S::LANES..]);
+        simd.mul(shared, simd.to_f32(inner))
     }
 }
 
