@@ -34,7 +34,7 @@ mod scheme;
 mod size;
 
 pub use element::Element;
-pub use encode::{EncodeOptions, Encoder, ScaleSearch, abs_max, encode};
+pub use encode::{EncodeOptions, Encoder, GroupEncoder, GroupScale, ScaleSearch, abs_max, encode};
 pub use error::FormatError;
 pub use foreign::FOREIGN;
 pub use packed::PackedMatrix;

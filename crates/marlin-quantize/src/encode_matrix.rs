@@ -48,27 +48,27 @@ pub(crate) fn matrix_error(source: &PackedMatrix<'_>, encoded: &PackedMatrix<'_>
 }
 
 /// Errors row by row, so that their sum does not depend on how rows are sliced.
-fn row_errors(source: &[f32], decoded: &[f32], cols: usize) -> Vec<ErrorStats> {
+pub(crate) fn row_errors(source: &[f32], decoded: &[f32], cols: usize) -> Vec<ErrorStats> {
     source.chunks_exact(cols).zip(decoded.chunks_exact(cols)).map(|(w, d)| ErrorStats::of(w, d)).collect()
 }
 
-fn total(rows: impl IntoIterator<Item = ErrorStats>) -> ErrorStats {
+pub(crate) fn total(rows: impl IntoIterator<Item = ErrorStats>) -> ErrorStats {
     rows.into_iter().fold(ErrorStats::default(), ErrorStats::merge)
 }
 
 /// Cuts rows into slices that are multiples of `tile` rows, the last one excepted.
-fn slices(rows: usize, cols: usize, tile: usize) -> Vec<Range<usize>> {
+pub(crate) fn slices(rows: usize, cols: usize, tile: usize) -> Vec<Range<usize>> {
     let tiles = (SLICE_WEIGHTS / cols.max(1) / tile.max(1)).max(1);
     let step = tiles.saturating_mul(tile).max(1);
     (0..rows).step_by(step).map(|start| start..rows.min(start.saturating_add(step))).collect()
 }
 
 /// Results in the order of the slices, so that sums and errors do not depend on the number of threads.
-fn in_parallel<T: Send>(slices: &[Range<usize>], work: impl Fn(&Range<usize>) -> T + Sync + Send) -> Vec<T> {
+pub(crate) fn in_parallel<T: Send>(slices: &[Range<usize>], work: impl Fn(&Range<usize>) -> T + Sync + Send) -> Vec<T> {
     slices.par_iter().map(work).collect()
 }
 
-fn decode_rows(matrix: &PackedMatrix<'_>, rows: Range<usize>) -> Vec<f32> {
+pub(crate) fn decode_rows(matrix: &PackedMatrix<'_>, rows: Range<usize>) -> Vec<f32> {
     let mut weights = vec![0.0; rows.len() * matrix.cols];
     for (row, weights) in rows.zip(weights.chunks_exact_mut(matrix.cols)) {
         matrix.decode_row(row, weights);

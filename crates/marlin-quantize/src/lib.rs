@@ -9,6 +9,7 @@ mod error_stats;
 mod evaluate;
 mod fit;
 mod footprint;
+mod gptq;
 mod moe;
 mod output;
 mod quantize;
@@ -20,6 +21,7 @@ pub use error_stats::ErrorStats;
 pub use evaluate::{Divergence, LogitSource, ModelLogits, Quality, RecordedLogits, Windows, evaluate};
 pub use fit::{Budget, Fit, fit};
 pub use footprint::Footprint;
+pub use gptq::{Hessian, USUAL_DAMPING, gptq};
 pub use moe::{
     ColdExperts, ExpertMatrix, ExpertTensors, MoeLayer, cold_experts, expert_matrix, expert_of, find_moe_layers,
     measure_routing, quantize_moe_experts, replace_moe_layers,

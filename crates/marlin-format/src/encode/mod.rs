@@ -4,6 +4,7 @@
 //! the error of the matrix as stored. Under 2:4 sparsity the smaller two of four weights are dropped first, and a scale is
 //! that of the weights that are left.
 
+mod groups;
 mod prune;
 mod scale;
 mod search;
@@ -14,9 +15,10 @@ use half::{bf16, f16};
 
 use crate::element::{E2M1, E4M3, IntegerRounding, Rounding};
 use crate::{ColumnOrder, Element, FormatError, Grouping, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind, bits};
+pub use groups::{GroupEncoder, GroupScale};
 use prune::Pruned;
 use scale::ScaleStore;
-use search::Choice;
+use search::{Choice, Group};
 
 /// How weights are encoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -215,8 +217,9 @@ impl Encoder {
                 rows.clone().for_each(|run| gathered.extend_from_slice(run));
                 gathered.as_slice()
             };
+            let weights = Group { weights: group, importance: None };
             let choice =
-                self.choose(group, store).ok_or_else(|| self.weight_range(row, start, group, columns.len()))?;
+                self.choose(weights, store).ok_or_else(|| self.weight_range(row, start, group, columns.len()))?;
             for (run, codes) in rows.zip(codes.chunks_exact_mut(self.cols)) {
                 self.round_run(run, choice, &mut codes[columns.clone()]);
             }
@@ -227,7 +230,7 @@ impl Encoder {
     }
 
     /// The scale and zero point of a group; `None` if its weights are too large.
-    fn choose(&self, group: &[f32], store: &ScaleStore) -> Option<Choice> {
+    fn choose(&self, group: Group<'_>, store: &ScaleStore) -> Option<Choice> {
         match self.scheme.element {
             Element::E2M1 => search::e2m1(group, store, self.options.search),
             Element::E4M3 => search::e4m3(group, store, self.options.search),

@@ -47,21 +47,29 @@ impl Walk {
     }
 }
 
+/// The weights that share a scale.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Group<'a> {
+    pub(super) weights: &'a [f32],
+    /// What the squared error of each is multiplied with; all count alike if there is none.
+    pub(super) importance: Option<&'a [f32]>,
+}
+
 /// The scale of a group of E2M1 codes; `None` if its weights are too large for any.
-pub(super) fn e2m1(group: &[f32], store: &ScaleStore, search: ScaleSearch) -> Option<Choice> {
-    symmetric(group, E2M1, extreme(group), E2M1.max, store, search, Walk::E2M1)
+pub(super) fn e2m1(group: Group<'_>, store: &ScaleStore, search: ScaleSearch) -> Option<Choice> {
+    symmetric(group, E2M1, extreme(group.weights), E2M1.max, store, search, Walk::E2M1)
 }
 
 /// The scale of a group of E4M3 codes.
-pub(super) fn e4m3(group: &[f32], store: &ScaleStore, search: ScaleSearch) -> Option<Choice> {
-    symmetric(group, E4M3, extreme(group), E4M3.max, store, search, Walk::E4M3)
+pub(super) fn e4m3(group: Group<'_>, store: &ScaleStore, search: ScaleSearch) -> Option<Choice> {
+    symmetric(group, E4M3, extreme(group.weights), E4M3.max, store, search, Walk::E4M3)
 }
 
 /// The scale of a group of signed integers. Codes reach from −h to h − 1: the range is laid over [−h + ½, h − ½], so
 /// that the extreme weight is off by half a step at most, whatever its sign.
-pub(super) fn signed(group: &[f32], bits: u8, store: &ScaleStore, search: ScaleSearch) -> Option<Choice> {
+pub(super) fn signed(group: Group<'_>, bits: u8, store: &ScaleStore, search: ScaleSearch) -> Option<Choice> {
     let half = (1u32 << (bits - 1)) as f32;
-    let extreme = extreme(group);
+    let extreme = extreme(group.weights);
     // Where the extreme −h is a good part of all codes, a negative scale gives it to the side that needs it.
     let flip = bits <= 4 && extreme > 0.0 && store.has_sign();
     let first = (half - 0.5) / (half - 1.0);
@@ -71,7 +79,7 @@ pub(super) fn signed(group: &[f32], bits: u8, store: &ScaleStore, search: ScaleS
 
 /// Lays the `extreme` weight of a group at ±`reach`, and searches from there.
 fn symmetric<R: Rounding>(
-    group: &[f32],
+    group: Group<'_>,
     rounding: R,
     extreme: f32,
     reach: f32,
@@ -98,8 +106,8 @@ fn symmetric<R: Rounding>(
 }
 
 /// The scale and zero point of a group of unsigned integers. The range always includes 0, which stays exact.
-pub(super) fn unsigned(group: &[f32], bits: u8, store: &ScaleStore, search: ScaleSearch) -> Option<Choice> {
-    let (low, high) = range(group);
+pub(super) fn unsigned(group: Group<'_>, bits: u8, store: &ScaleStore, search: ScaleSearch) -> Option<Choice> {
+    let (low, high) = range(group.weights);
     if low == high {
         return Some(Choice { scale: store.zero(), zero: 0 });
     }
@@ -232,26 +240,38 @@ const LANES: usize = 8;
 /// Weights whose errors are summed in f32 before they go into an f64.
 const RUN: usize = 16 * LANES;
 
-/// Sums `term` over the weights, in f32 lanes that vectorise and are emptied often.
+/// Sums `term` over the weights, each times its importance.
 #[inline(always)]
-fn sum<const N: usize>(group: &[f32], term: impl Fn(f32) -> [f32; N]) -> [f64; N] {
-    let mut total = [0.0; N];
-    for run in group.chunks(RUN) {
-        let mut lanes = [[0.0f32; LANES]; N];
-        let (blocks, tail) = run.as_chunks::<LANES>();
-        for block in blocks {
-            for (lane, &weight) in block.iter().enumerate() {
-                let terms = term(weight);
-                for n in 0..N {
-                    lanes[n][lane] += terms[n];
-                }
-            }
+fn sum<const N: usize>(group: Group<'_>, term: impl Fn(f32) -> [f32; N]) -> [f64; N] {
+    let Group { weights, importance } = group;
+    match importance {
+        None => sum_pairs(weights, weights, |weight, _| term(weight)),
+        Some(importance) => {
+            sum_pairs(weights, importance, |weight, importance| term(weight).map(|term| importance * term))
         }
-        for (lane, &weight) in tail.iter().enumerate() {
-            let terms = term(weight);
+    }
+}
+
+/// Sums `term` in f32 lanes that vectorise and are emptied often.
+#[inline(always)]
+fn sum_pairs<const N: usize>(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> [f32; N]) -> [f64; N] {
+    let mut total = [0.0; N];
+    for (a, b) in a.chunks(RUN).zip(b.chunks(RUN)) {
+        let mut lanes = [[0.0f32; LANES]; N];
+        let ((a_blocks, a_tail), (b_blocks, b_tail)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+        let mut add = |lane: usize, a: f32, b: f32| {
+            let terms = term(a, b);
             for n in 0..N {
                 lanes[n][lane] += terms[n];
             }
+        };
+        for (a, b) in a_blocks.iter().zip(b_blocks) {
+            for lane in 0..LANES {
+                add(lane, a[lane], b[lane]);
+            }
+        }
+        for (lane, (&a, &b)) in a_tail.iter().zip(b_tail).enumerate() {
+            add(lane, a, b);
         }
         for n in 0..N {
             total[n] += lanes[n].iter().map(|&lane| f64::from(lane)).sum::<f64>();
@@ -261,7 +281,7 @@ fn sum<const N: usize>(group: &[f32], term: impl Fn(f32) -> [f32; N]) -> [f64; N
 }
 
 /// Squared error of a group as it would be stored.
-fn squared_error<R: Rounding>(group: &[f32], rounding: R, scale: f32) -> f64 {
+fn squared_error<R: Rounding>(group: Group<'_>, rounding: R, scale: f32) -> f64 {
     let [error] = sum(group, |weight| {
         let error = weight - scale * rounding.round(weight / scale);
         [error * error]
@@ -270,7 +290,7 @@ fn squared_error<R: Rounding>(group: &[f32], rounding: R, scale: f32) -> f64 {
 }
 
 /// The scale that fits best the codes which `scale` chooses: Σ w·q / Σ q².
-fn least_squares<R: Rounding>(group: &[f32], rounding: R, scale: f32) -> f32 {
+fn least_squares<R: Rounding>(group: Group<'_>, rounding: R, scale: f32) -> f32 {
     let [product, square] = sum(group, |weight| {
         let value = rounding.round(weight / scale);
         [weight * value, value * value]

@@ -3,6 +3,7 @@
 mod common;
 mod elements;
 mod encode;
+mod groups;
 mod layouts;
 mod packed;
 mod scheme;
