@@ -97,7 +97,8 @@ pub struct Tensor<'a> {
 impl Checkpoint {
     /// Opens a folder and checks that its files agree: the index with the shards, every shard's header with its length,
     /// and the packed matrices with config.json. Or opens a GGUF file, by its own path or as the only one in a folder
-    /// without other weights; one of several that a model was split into stands for all. Weight files must not be changed while the checkpoint is open.
+    /// without other weights; one of several that a model was split into stands for all. Weight files must not be changed
+    /// while the checkpoint is open.
     ///
     /// # Errors
     /// There is no such folder or file, a file is missing, or one contradicts itself or another.

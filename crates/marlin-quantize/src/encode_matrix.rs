@@ -20,17 +20,33 @@ pub(crate) fn encode_matrix(
     let mut encoder = Encoder::new(&scheme, rows, cols, options)?;
     let slices = slices(rows, cols, encoder.slice_rows());
     if encoder.needs_abs_max() {
-        let maxima = in_parallel(&slices, |rows| abs_max(&decode_rows(source, rows.clone()), rows.start, cols));
-        let maximum = maxima.into_iter().try_fold(0.0, |max: f32, slice| slice.map(|slice| max.max(slice)))?;
-        encoder = encoder.with_abs_max(maximum);
+        encoder = encoder.with_abs_max(largest_weight(source, &slices)?);
     }
-    let encoded = in_parallel(&slices, |rows| {
+    encode_slices(source, &slices, |first_row, weights| encoder.encode_rows(first_row, weights))
+}
+
+/// The largest magnitude of a matrix.
+///
+/// # Errors
+/// A weight is not finite.
+pub(crate) fn largest_weight(source: &PackedMatrix<'_>, slices: &[Range<usize>]) -> Result<f32, FormatError> {
+    let maxima = in_parallel(slices, |rows| abs_max(&decode_rows(source, rows.clone()), rows.start, source.cols));
+    maxima.into_iter().try_fold(0.0, |max: f32, slice| slice.map(|slice| max.max(slice)))
+}
+
+/// Encodes a matrix slice by slice, given the first row of each and its weights, and compares the result with it.
+pub(crate) fn encode_slices(
+    source: &PackedMatrix<'_>,
+    slices: &[Range<usize>],
+    encode: impl Fn(usize, &[f32]) -> Result<PackedMatrix<'static>, FormatError> + Sync + Send,
+) -> Result<(PackedMatrix<'static>, ErrorStats), FormatError> {
+    let encoded = in_parallel(slices, |rows| {
         let weights = decode_rows(source, rows.clone());
-        let part = encoder.encode_rows(rows.start, &weights)?;
-        let errors = row_errors(&weights, &part.decode(), cols);
-        Ok((part, errors))
+        let part = encode(rows.start, &weights)?;
+        let errors = row_errors(&weights, &part.decode(), source.cols);
+        Ok::<_, FormatError>((part, errors))
     });
-    let (mut parts, mut errors) = (Vec::with_capacity(slices.len()), Vec::with_capacity(rows));
+    let (mut parts, mut errors) = (Vec::with_capacity(slices.len()), Vec::with_capacity(source.rows));
     for slice in encoded {
         let (part, slice_errors) = slice?;
         parts.push(part);
@@ -48,11 +64,11 @@ pub(crate) fn matrix_error(source: &PackedMatrix<'_>, encoded: &PackedMatrix<'_>
 }
 
 /// Errors row by row, so that their sum does not depend on how rows are sliced.
-pub(crate) fn row_errors(source: &[f32], decoded: &[f32], cols: usize) -> Vec<ErrorStats> {
+fn row_errors(source: &[f32], decoded: &[f32], cols: usize) -> Vec<ErrorStats> {
     source.chunks_exact(cols).zip(decoded.chunks_exact(cols)).map(|(w, d)| ErrorStats::of(w, d)).collect()
 }
 
-pub(crate) fn total(rows: impl IntoIterator<Item = ErrorStats>) -> ErrorStats {
+fn total(rows: impl IntoIterator<Item = ErrorStats>) -> ErrorStats {
     rows.into_iter().fold(ErrorStats::default(), ErrorStats::merge)
 }
 
@@ -64,11 +80,11 @@ pub(crate) fn slices(rows: usize, cols: usize, tile: usize) -> Vec<Range<usize>>
 }
 
 /// Results in the order of the slices, so that sums and errors do not depend on the number of threads.
-pub(crate) fn in_parallel<T: Send>(slices: &[Range<usize>], work: impl Fn(&Range<usize>) -> T + Sync + Send) -> Vec<T> {
+fn in_parallel<T: Send>(slices: &[Range<usize>], work: impl Fn(&Range<usize>) -> T + Sync + Send) -> Vec<T> {
     slices.par_iter().map(work).collect()
 }
 
-pub(crate) fn decode_rows(matrix: &PackedMatrix<'_>, rows: Range<usize>) -> Vec<f32> {
+fn decode_rows(matrix: &PackedMatrix<'_>, rows: Range<usize>) -> Vec<f32> {
     let mut weights = vec![0.0; rows.len() * matrix.cols];
     for (row, weights) in rows.zip(weights.chunks_exact_mut(matrix.cols)) {
         matrix.decode_row(row, weights);

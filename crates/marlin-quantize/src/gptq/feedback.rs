@@ -1,14 +1,16 @@
 //! Rounding weights one column after the other, with feedback of errors.
 
+use std::ops::Range;
+
 use marlin_format::{
-    EncodeOptions, Encoder, FormatError, GroupEncoder, GroupScale, Grouping, PackedMatrix, Scheme, Sparsity, abs_max,
+    EncodeOptions, Encoder, FormatError, GroupEncoder, GroupScale, Grouping, PackedMatrix, Scheme, Sparsity,
 };
 use ndarray::linalg::general_mat_mul;
 use ndarray::{ArrayView2, ArrayViewMut2, s};
 
 use super::hessian::Factor;
 use crate::ErrorStats;
-use crate::encode_matrix::{decode_rows, in_parallel, row_errors, slices, total};
+use crate::encode_matrix::{encode_slices, largest_weight, slices};
 
 /// Columns whose errors are handed on at once to those behind, unless groups are wider.
 const BLOCK: usize = 128;
@@ -28,22 +30,9 @@ pub(crate) fn round_matrix(
     let (rows, cols) = (source.rows, source.cols);
     let encoder = Encoder::new(&scheme, rows, cols, options)?;
     let slices = slices(rows, cols, encoder.slice_rows());
-    let maxima = in_parallel(&slices, |rows| abs_max(&decode_rows(source, rows.clone()), rows.start, cols));
-    let maximum = maxima.into_iter().try_fold(0.0, |max: f32, slice| slice.map(|slice| max.max(slice)))?;
-    let rounding = Rounding::new(encoder.by_groups(maximum)?, scheme, rows, cols, factor);
-    let rounded = in_parallel(&slices, |rows| {
-        let weights = decode_rows(source, rows.clone());
-        let part = rounding.round(rows.start, &weights)?;
-        let errors = row_errors(&weights, &part.decode(), cols);
-        Ok((part, errors))
-    });
-    let (mut parts, mut errors) = (Vec::with_capacity(slices.len()), Vec::with_capacity(rows));
-    for slice in rounded {
-        let (part, slice_errors) = slice?;
-        parts.push(part);
-        errors.extend(slice_errors);
-    }
-    Ok((PackedMatrix::concat_rows(&parts)?, total(errors)))
+    let groups = encoder.by_groups(largest_weight(source, &slices)?)?;
+    let rounding = Rounding::new(groups, scheme, rows, cols, factor);
+    encode_slices(source, &slices, |first_row, weights| rounding.round(first_row, weights))
 }
 
 /// How the rows of a matrix are rounded.
@@ -91,7 +80,6 @@ impl<'a> Rounding<'a> {
         let rows = weights.len() / cols;
         let groups = cols.div_ceil(self.group_cols);
         let mut scales = if self.is_static { self.static_scales(first_row, weights)? } else { Vec::new() };
-        scales.reserve(rows * groups - scales.len().min(rows * groups));
         // Scales of groups are chosen block by block, and packed row by row.
         let mut of_rows: Vec<Vec<GroupScale>> = vec![Vec::with_capacity(groups); if self.is_static { 0 } else { rows }];
         let mut targets = weights.to_vec();
@@ -173,7 +161,7 @@ impl<'a> Rounding<'a> {
     }
 
     /// Of every four columns keeps the two whose loss would cost most.
-    fn prune(&self, from: usize, columns: std::ops::Range<usize>, targets: &[f32], kept: &mut [bool]) {
+    fn prune(&self, from: usize, columns: Range<usize>, targets: &[f32], kept: &mut [bool]) {
         for first in columns.step_by(4) {
             let cost = |index: usize| targets[index] * targets[index] * self.factor.importance[from + index];
             let mut order: [usize; 4] = std::array::from_fn(|index| first + index);

@@ -55,6 +55,11 @@ pub(super) fn windows(
     windows.with_context(|| format!("cannot measure on {}", text.display()))
 }
 
+/// The last part of a path: what is written about a text or a model does not depend on where it lies.
+pub(super) fn name(path: &Path) -> String {
+    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}
+
 /// The KV cache that is as exact as the arithmetic.
 pub(super) fn usual_kv(exact: bool) -> KvType {
     if exact { KvType::F32 } else { KvType::F16 }

@@ -85,7 +85,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let plan = plan_of(&planner)?;
     let offload = if budget.fits(&plan) { None } else { fitting_offload(&device, &planner, &budget, plan_of)? };
     // A quantised model is not quantised again.
-    let formats = Format::ALL.into_iter().filter(|format| !format.is_dense() && !checkpoint.is_quantized());
+    let is_quantized = checkpoint.is_quantized();
+    let formats = Format::ALL.into_iter().filter(|format| !format.is_dense() && !is_quantized);
     let formats = formats.map(|format| Ok((format, plan_in(&planner, &options, format)?)));
     let report = Report {
         model: checkpoint.name(),

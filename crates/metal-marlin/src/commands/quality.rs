@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Context;
 use marlin_checkpoint::Checkpoint;
@@ -17,7 +17,7 @@ use metal_marlin::memory::{MemoryBudget, MemoryOptions};
 use metal_marlin::{DeviceOptions, LoadError};
 
 use super::in_pool;
-use super::measure::{Subject, usual_context, usual_kv, windows};
+use super::measure::{Subject, name, usual_context, usual_kv, windows};
 use super::model::{self, HubOptions};
 use crate::progress::Bar;
 
@@ -333,9 +333,4 @@ fn page(args: &Args, measure: &Measure<'_>, measured: &Measured) -> String {
         page += &format!("| {name} | {bits} | {perplexity:.3} | {mean_kl:.7} | {p99_kl:.6} | {top1:.2} % |\n");
     }
     page
-}
-
-/// The last part of a path: pages do not depend on where their sources lie.
-fn name(path: &Path) -> String {
-    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }

@@ -77,8 +77,7 @@ impl RecipeOptions {
             "{format} quantises nothing; {}",
             quantized_formats()
         );
-        let groups = if format.is_dense() { self.group_size } else { grouping(self.group_size, layout) };
-        let linears = linear_scheme(format, groups, self.sparse_24)?;
+        let linears = linear_scheme(format, grouping(format, self.group_size, layout), self.sparse_24)?;
         Ok(Some(Recipe::uniform(linears, self.embedding(layout)?, self.search())))
     }
 
@@ -92,8 +91,7 @@ impl RecipeOptions {
         let dense = self.format.filter(|format| format.is_dense());
         let usual = layout.packs_embeddings().then_some(dense.unwrap_or(Format::Int8));
         match (self.embedding_format.or(usual), self.embedding_group_size) {
-            (Some(format), None) if format.is_dense() => Ok(Some(embedding_scheme(format, None)?)),
-            (Some(format), given) => Ok(Some(embedding_scheme(format, grouping(given, layout))?)),
+            (Some(format), given) => Ok(Some(embedding_scheme(format, grouping(format, given, layout))?)),
             (None, None) => Ok(None),
             (None, Some(_)) => anyhow::bail!(
                 "--embedding-group-size has nothing to group: the layout {layout} keeps embedding and head as they are"
@@ -102,9 +100,10 @@ impl RecipeOptions {
     }
 }
 
-/// Groups that are asked for, or else those of blocks of GGUF; `None` stands for what is usual for a format.
-fn grouping(given: Option<Grouping>, layout: ExportLayout) -> Option<Grouping> {
-    given.or((layout == ExportLayout::Gguf).then_some(Grouping::Columns(32)))
+/// Groups that are asked for, or else those of blocks of GGUF if the format has groups; `None` stands for what is usual for it.
+fn grouping(format: Format, given: Option<Grouping>, layout: ExportLayout) -> Option<Grouping> {
+    let has_blocks = layout == ExportLayout::Gguf && !format.is_dense();
+    given.or(has_blocks.then_some(Grouping::Columns(32)))
 }
 
 /// Storage of the decoder's matrices.

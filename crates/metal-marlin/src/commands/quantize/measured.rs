@@ -10,7 +10,7 @@ use metal_marlin::memory::MemoryOptions;
 use metal_marlin::{DeviceOptions, LoadError, load};
 use serde_json::{Value, json};
 
-use crate::commands::measure::{Subject, usual_context, usual_kv, windows};
+use crate::commands::measure::{Subject, name, usual_context, usual_kv, windows};
 use crate::progress::Bar;
 
 const HEADING: &str = "Quality";
@@ -87,8 +87,7 @@ impl Measurement<'_> {
         let mut logits = ModelLogits::new(model.as_mut());
         let quantized = evaluate(&mut logits, Some(&mut recorded), &self.windows, |done| bar.set(done as u64, total))?;
         let divergence = quantized.divergence.expect("there is a baseline");
-        let text = self.text.file_name().unwrap_or(self.text.as_os_str()).to_string_lossy().into_owned();
-        Ok(Measured { text, context: self.context, original, quantized, divergence })
+        Ok(Measured { text: name(self.text), context: self.context, original, quantized, divergence })
     }
 
     fn original(&self) -> Subject<'_> {

@@ -48,8 +48,9 @@ Examples:
 
 Group sizes, where they are not given: fp4, int4, int4-sym and int8 128, int3 64, int2 32, fp8 row;
 mxfp4 always has 32 and nvfp4 16. Norms and biases are kept as they are. An interrupted run leaves
-OUT.partial; the same command goes on from there. A finished folder has a model card, README.md; with --text it says what quality was kept. All but measuring
-is done on the CPU: the result is the same whatever device it will run on.
+OUT.partial; the same command goes on from there. A finished folder has a model card, README.md; with --text
+it says what quality was kept. All but measuring is done on the CPU: the result is the same whatever device
+it will run on.
 
 --sparse-24 keeps two of every four weights, those of largest magnitude. That saves a quarter of fp4's and
 int4's bytes and three eighths of fp8's, and costs much quality unless the model was trained for it.
