@@ -136,6 +136,9 @@ pub enum QuantizeError {
     /// The temporary file of recorded logits failed.
     #[error("the temporary file of the baseline's logits (4 bytes a logit; TMPDIR says where) failed")]
     Recording(#[source] io::Error),
+    /// The hidden states that an interrupted run kept cannot be read.
+    #[error("the hidden states that an interrupted run kept in the unfinished output cannot be read")]
+    State(#[source] io::Error),
 }
 
 impl QuantizeError {

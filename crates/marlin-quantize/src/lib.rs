@@ -3,6 +3,8 @@
 //! [`quantize`] writes a checkpoint in the formats of a [`Recipe`] and reports the error of every matrix; [`fit`] finds the recipe
 //! that makes the most of a budget of memory; [`evaluate`] measures what quantising does to the model: perplexity, and divergence from a baseline.
 
+mod calibrate;
+mod capture;
 mod encode_matrix;
 mod error;
 mod error_stats;
@@ -16,6 +18,7 @@ mod quantize;
 mod recipe;
 mod role;
 
+pub use calibrate::Calibration;
 pub use error::QuantizeError;
 pub use error_stats::ErrorStats;
 pub use evaluate::{Divergence, LogitSource, ModelLogits, Quality, RecordedLogits, Windows, evaluate};

@@ -1,5 +1,7 @@
 //! What a quantised model is written to.
 
+use std::fs::File;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use marlin_checkpoint::{
@@ -65,6 +67,25 @@ impl Output {
         match self {
             Self::Folder(writer) => writer.write_raw(name, dtype, shape, bytes),
             Self::Gguf(writer) => writer.write_raw(name, dtype, shape, bytes),
+        }
+    }
+
+    /// Keeps what the next run needs to go on from here, where an output can be gone on with.
+    pub(crate) fn save_state(
+        &mut self,
+        write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<(), CheckpointError> {
+        match self {
+            Self::Folder(writer) => writer.save_state(write),
+            Self::Gguf(_) => Ok(()),
+        }
+    }
+
+    /// What an earlier, interrupted run kept.
+    pub(crate) fn state(&self) -> Result<Option<File>, CheckpointError> {
+        match self {
+            Self::Folder(writer) => writer.state(),
+            Self::Gguf(_) => Ok(None),
         }
     }
 

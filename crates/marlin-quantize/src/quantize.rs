@@ -1,7 +1,7 @@
 //! Quantising a checkpoint matrix by matrix, each weight rounded by itself.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use marlin_checkpoint::{Checkpoint, Dtype, ExportLayout, PlannedTensor, Storage, WriterOptions};
 use marlin_format::{EncodeOptions, PackedMatrix, ScaleSearch, Scheme};
 
+use crate::calibrate::{Calibration, Calibrator, Finished};
+use crate::capture::Observed;
 use crate::encode_matrix::{encode_matrix, matrix_error};
 use crate::moe::{ExpertMatrix, ExpertTensors, MoeLayer, expert_matrix, find_moe_layers};
 use crate::output::Output;
@@ -22,7 +24,9 @@ pub struct QuantizeOptions<'a> {
     pub sync_bytes: u64,
     /// How the output lays packed matrices out.
     pub layout: ExportLayout,
-    /// Called before each tensor and once at the end.
+    /// Round weights by what they are multiplied with; each by itself if there is none.
+    pub calibration: Option<Calibration<'a>>,
+    /// Called after each tensor and once at the end.
     pub progress: Option<&'a mut dyn FnMut(Progress<'_>)>,
     /// Makes the model card (README.md) that the output folder gets.
     pub card: Option<&'a dyn Fn(&Report) -> String>,
@@ -31,14 +35,14 @@ pub struct QuantizeOptions<'a> {
 impl Default for QuantizeOptions<'_> {
     fn default() -> Self {
         let WriterOptions { sync_bytes, layout, .. } = WriterOptions::default();
-        Self { force: false, sync_bytes, layout, progress: None, card: None }
+        Self { force: false, sync_bytes, layout, calibration: None, progress: None, card: None }
     }
 }
 
 /// How far a run is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress<'a> {
-    /// The tensor that is worked on; empty at the end.
+    /// The tensor that is finished; empty at the end.
     pub tensor: &'a str,
     /// Bytes of the source that are finished.
     pub done: u64,
@@ -77,21 +81,21 @@ pub struct MatrixReport {
 }
 
 /// A tensor of the output, and where it comes from.
-struct Task<'a> {
-    name: Cow<'a, str>,
-    role: TensorRole,
-    from: Origin<'a>,
+pub(crate) struct Task<'a> {
+    pub(crate) name: Cow<'a, str>,
+    pub(crate) role: TensorRole,
+    pub(crate) from: Origin<'a>,
     weights: u64,
     /// Of the source.
     bytes: u64,
     /// Shape and storage of a matrix that is encoded; `None` keeps the tensor.
-    matrix: Option<([usize; 2], Scheme)>,
+    pub(crate) matrix: Option<([usize; 2], Scheme)>,
     planned: PlannedTensor,
 }
 
 /// Where a tensor of the output comes from.
 #[derive(Clone, Copy)]
-enum Origin<'a> {
+pub(crate) enum Origin<'a> {
     /// The tensor of the same name.
     Same,
     /// A tensor that holds such a matrix of all experts.
@@ -162,8 +166,10 @@ fn run(
     let moe_layers = find_moe_layers(source)?;
     let tasks = plan(source, &moe_layers, scheme)?;
     refuse_source_as_output(source, out)?;
+    let calibration = options.calibration.as_ref();
+    let calibration = calibration.map_or(String::new(), |calibration| format!(", {}", calibration.fingerprint()));
     let writer_options = WriterOptions {
-        fingerprint: format!("source {}, {decides}", source_fingerprint(source)?),
+        fingerprint: format!("source {}, {decides}{calibration}", source_fingerprint(source)?),
         force: options.force,
         sync_bytes: options.sync_bytes,
         layout,
@@ -181,27 +187,48 @@ fn run(
             progress(Progress { tensor, done, total });
         }
     };
-    let mut errors = Vec::with_capacity(tasks.len());
-    for task in &tasks {
-        progress(&task.name, done);
-        // The error of a matrix that an earlier run wrote is measured when the output can be read.
-        let written = if writer.is_done(&task.name) { Ok(None) } else { write(source, task, &encode, &mut writer) };
-        match written {
-            Ok(error) => errors.push(error),
-            // The same weights would fail again, and the half-written folder would be in the way of other settings.
-            Err(e) if e.is_in_the_weights() => {
-                writer.discard()?;
-                return Err(e);
-            }
-            Err(e) => return Err(e),
+    // The error of a matrix that an earlier run wrote is measured when the output can be read.
+    let mut errors = vec![None; tasks.len()];
+    let written = write_all(source, &tasks, &encode, options.calibration.as_ref(), &mut writer, &mut |task, error| {
+        errors[task] = error;
+        done += tasks[task].bytes;
+        progress(&tasks[task].name, done);
+    });
+    // The same weights would fail again, and the half-written folder would be in the way of other settings.
+    if let Err(e) = written {
+        if e.is_in_the_weights() {
+            writer.discard()?;
         }
-        done += task.bytes;
+        return Err(e);
     }
     let complete = writer.complete()?;
     let report = report(source, complete.folder(), &tasks, errors, resumed)?;
     complete.publish(options.card.map(|card| card(&report)))?;
     progress("", done);
     Ok(report)
+}
+
+/// Writes every tensor that no earlier run has written. `finished` is told each task, by its index, and the error of the matrix that it encoded.
+fn write_all(
+    source: &Checkpoint,
+    tasks: &[Task<'_>],
+    encode: &EncodeOptions,
+    calibration: Option<&Calibration<'_>>,
+    writer: &mut Output,
+    finished: &mut Finished<'_>,
+) -> Result<(), QuantizeError> {
+    let backend = calibration.map(|calibration| Observed::new(calibration.backend.clone()));
+    let calibrator = backend
+        .as_ref()
+        .zip(calibration)
+        .map(|(backend, calibration)| Calibrator::new(backend, source, tasks, encode, calibration));
+    let calibrator = calibrator.transpose()?;
+    let calibrated: HashSet<usize> = calibrator.iter().flat_map(Calibrator::tasks).collect();
+    for (index, task) in tasks.iter().enumerate().filter(|(index, _)| !calibrated.contains(index)) {
+        let error = if writer.is_done(&task.name) { None } else { write(source, task, encode, writer)? };
+        finished(index, error);
+    }
+    calibrator.map_or(Ok(()), |calibrator| calibrator.run(writer, finished))
 }
 
 /// The recipe with schemes as the layout stores them.
@@ -357,7 +384,7 @@ impl Task<'_> {
     }
 
     /// The matrix before it is encoded.
-    fn source<'a>(&self, source: &'a Checkpoint) -> Result<PackedMatrix<'a>, QuantizeError> {
+    pub(crate) fn source<'a>(&self, source: &'a Checkpoint) -> Result<PackedMatrix<'a>, QuantizeError> {
         match self.from {
             Origin::Same => Ok(source.matrix_any(&self.name)?),
             Origin::Expert(layer, expert, matrix) => expert_matrix(source, layer, expert, matrix),

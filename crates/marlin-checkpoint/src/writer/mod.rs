@@ -169,6 +169,30 @@ impl CheckpointWriter {
         self.finished(tensor)
     }
 
+    /// Keeps what the next run needs to go on after the tensors written so far, in place of what was kept before.
+    ///
+    /// # Errors
+    /// It cannot be written; what was kept before stays.
+    pub fn save_state(&mut self, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), CheckpointError> {
+        // It must not be ahead of the tensors.
+        self.sync()?;
+        let saved = self.workspace.save_state(write);
+        saved.map_err(|e| write_error(&self.workspace.state(), self.bytes_left(), e))
+    }
+
+    /// What an earlier run kept, if it was interrupted after it did.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn state(&self) -> Result<Option<File>, CheckpointError> {
+        let path = self.workspace.state();
+        match File::open(&path) {
+            Ok(file) => Ok(Some(file)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(CheckpointError::io("open", &path)(e)),
+        }
+    }
+
     /// Removes what was written. For work that can never be finished as planned; a writer that is only dropped can be resumed.
     pub fn discard(self) -> Result<(), CheckpointError> {
         drop(self.files);

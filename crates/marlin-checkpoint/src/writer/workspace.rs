@@ -4,18 +4,19 @@
 //! OUT.partial/
 //!   lock       held by the process that writes
 //!   journal    fingerprint of the work and names of finished tensors
+//!   state      what whoever makes the tensors needs to go on, if he keeps anything
 //!   model/     becomes OUT by one rename
 //!   replaced/  the old OUT, between two renames only
 //! ```
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io;
+use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::CheckpointError;
 
-const ENTRIES: [&str; 4] = ["lock", "journal", "model", "replaced"];
+const ENTRIES: [&str; 6] = ["lock", "journal", "state", "state.new", "model", "replaced"];
 
 #[derive(Debug)]
 pub(super) struct Workspace {
@@ -57,6 +58,19 @@ impl Workspace {
         self.folder.join("journal")
     }
 
+    pub(super) fn state(&self) -> PathBuf {
+        self.folder.join("state")
+    }
+
+    /// Replaces the state by what `write` writes, whole or not at all.
+    pub(super) fn save_state(&self, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
+        let new = self.folder.join("state.new");
+        let mut file = BufWriter::new(File::create(&new)?);
+        write(&mut file)?;
+        file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
+        fs::rename(&new, self.state())
+    }
+
     /// A file of the model that grows.
     pub(super) fn model_file(&self, name: &str) -> PathBuf {
         self.model().join(name)
@@ -66,10 +80,15 @@ impl Workspace {
     pub(super) fn clear(&self) -> Result<(), CheckpointError> {
         // The journal goes first: without it nothing counts as finished.
         remove(&self.journal())?;
+        self.remove_state()?;
         sync_folder(&self.folder)?;
         remove(&self.model())?;
         let model = self.model();
         fs::create_dir(&model).map_err(CheckpointError::io("create", &model))
+    }
+
+    fn remove_state(&self) -> Result<(), CheckpointError> {
+        remove(&self.state()).and_then(|()| remove(&self.folder.join("state.new")))
     }
 
     /// Removes the folder with all that is unfinished.
@@ -96,8 +115,10 @@ impl Workspace {
         sync_folder(self.out.parent().unwrap_or(&self.out))?;
 
         // The model is whole; if something of the folder stays behind, the next run to this output removes it.
-        let _ =
-            remove(&replaced).and_then(|()| remove(&self.journal())).and_then(|()| remove(&self.folder.join("lock")));
+        let _ = remove(&replaced)
+            .and_then(|()| remove(&self.journal()))
+            .and_then(|()| self.remove_state())
+            .and_then(|()| remove(&self.folder.join("lock")));
         let _ = fs::remove_dir(&self.folder);
         Ok(())
     }

@@ -321,6 +321,12 @@ impl<B: Backend> Loader<'_, B> {
         parts: impl FnOnce() -> Result<[LinearPart<'p>; N], KernelError>,
     ) -> Result<B::Linear, ModelError> {
         let name = format!("{tensor}.{expert}");
+        // Named as matrices of single experts are.
+        self.note_input(&name, || {
+            let block = tensor.rsplit_once('.').map_or(tensor, |(block, _)| block);
+            let modules = if N == 1 { &["down_proj"][..] } else { &["gate_proj", "up_proj"] };
+            modules.iter().map(|module| weight(&format!("{block}.{expert}.{module}"))).collect()
+        });
         if let Some(linear) = self.backend.find_linear(&name, headers) {
             return Ok(linear);
         }

@@ -135,6 +135,8 @@ impl<B: Backend> Loader<'_, B> {
         let (tensor, rows) = (weight(module), spec.heads * (spec.nope_dim + spec.value_dim));
         let matrix = self.matrix(&tensor, rows, spec.rank)?;
         let (mut keys, mut values) = (Vec::with_capacity(spec.heads), Vec::with_capacity(spec.heads));
+        // The latent vectors, of which the matrix would make keys and values.
+        self.note_input(module, || vec![tensor.clone()]);
         for head in 0..spec.heads {
             let first = head * (spec.nope_dim + spec.value_dim);
             let (name, cols) = (format!("{module}.{head}.keys"), spec.nope_dim);

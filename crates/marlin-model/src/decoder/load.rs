@@ -10,7 +10,7 @@ use marlin_kernels::cpu::CpuBackend;
 use marlin_kernels::{Backend, HostRoutes, KernelError, KvLayout, LinearPart, PartHeader, RouterLoad, StepLimits};
 
 use super::experts::loaded_scheme;
-use super::{Attention, Decoder, FeedForward, HostWork, Layer, Rope, Workspace};
+use super::{Attention, Decoder, FeedForward, HostWork, Layer, Rope, SharedInput, Workspace};
 use crate::families;
 use crate::spec::{AttentionSpec, DecoderSpec};
 use crate::{
@@ -18,7 +18,7 @@ use crate::{
     ModelInfo,
 };
 
-const EMBED_TOKENS: &str = "model.embed_tokens";
+pub(super) const EMBED_TOKENS: &str = "model.embed_tokens";
 const LM_HEAD: &str = "lm_head";
 
 /// Loads a checkpoint's model onto a device.
@@ -62,8 +62,9 @@ pub(super) fn load_decoder<B: Backend>(
 
     // Weights come first: once they are there, the sizes that config.json claims are known to be real.
     let read = RefCell::default();
-    let loader = Loader { backend, checkpoint, spec: &spec, read: &read };
-    let host = offload.map(|offload| Loader { backend: &offload.host, checkpoint, spec: &spec, read: &read });
+    let loader = Loader { backend, checkpoint, spec: &spec, read: &read, inputs: None };
+    let host =
+        offload.map(|offload| Loader { backend: &offload.host, checkpoint, spec: &spec, read: &read, inputs: None });
     let embed_tokens = loader.table(EMBED_TOKENS, spec.vocab_size, spec.hidden_size)?;
     let layers = (0..spec.layers.len()).map(|index| loader.layer(index, host.as_ref())).collect::<Result<_, _>>()?;
     let norm = loader.norm("model.norm", spec.hidden_size)?;
@@ -75,14 +76,11 @@ pub(super) fn load_decoder<B: Backend>(
         .zip(spec.host_experts())
         .map(|(offload, experts)| HostWork::new(&offload.host, &spec, &experts, options.step_tokens));
     let limits = sizes.step_limits(&spec, options.step_tokens);
-    let rope = |rope: &crate::rope::Rope| {
-        Ok::<_, ModelError>(Rope { inv_freq: backend.load_vector(&rope.inv_freq)?, scaling: rope.scaling })
-    };
     Ok(Decoder {
         rms_norm_eps: spec.rms_norm_eps,
         embedding_scale: spec.embedding_scale,
         logit_cap: spec.logit_cap,
-        ropes: spec.ropes.iter().map(rope).collect::<Result<_, _>>()?,
+        ropes: load_ropes(backend, &spec)?,
         embed_tokens,
         layers,
         norm,
@@ -116,6 +114,12 @@ pub(super) fn load_decoder<B: Backend>(
         },
         limits,
     })
+}
+
+pub(super) fn load_ropes<B: Backend>(backend: &B, spec: &DecoderSpec) -> Result<Vec<Rope<B>>, ModelError> {
+    let rope =
+        |rope: &crate::rope::Rope| Ok(Rope { inv_freq: backend.load_vector(&rope.inv_freq)?, scaling: rope.scaling });
+    spec.ropes.iter().map(rope).collect()
 }
 
 /// The layers with experts, before the first token.
@@ -172,12 +176,14 @@ pub(super) struct Loader<'a, B: Backend> {
     pub(super) checkpoint: &'a Checkpoint,
     pub(super) spec: &'a DecoderSpec,
     /// Names of the tensors that were asked for.
-    read: &'a RefCell<HashSet<String>>,
+    pub(super) read: &'a RefCell<HashSet<String>>,
+    /// Where it is noted which matrices share their input, if someone wants to know.
+    pub(super) inputs: Option<&'a RefCell<Vec<SharedInput>>>,
 }
 
 impl<B: Backend> Loader<'_, B> {
     /// A layer, whose experts may be the host's.
-    fn layer(&self, index: usize, host: Option<&Loader<'_, CpuBackend>>) -> Result<Layer<B>, ModelError> {
+    pub(super) fn layer(&self, index: usize, host: Option<&Loader<'_, CpuBackend>>) -> Result<Layer<B>, ModelError> {
         let (spec, layer) = (self.spec, &self.spec.layers[index]);
         let block = format!("model.layers.{index}");
         let (self_attn, mlp) = (format!("{block}.self_attn"), format!("{block}.mlp"));
@@ -253,6 +259,7 @@ impl<B: Backend> Loader<'_, B> {
     /// A linear of these modules, each of them `cut` parts of equal rows: the device's own, if it kept one, or else from the weights.
     pub(super) fn load(&self, modules: &[Module], cols: usize, cut: usize) -> Result<B::Linear, ModelError> {
         let first = &modules[0].name;
+        self.note_input(first, || modules.iter().map(|module| weight(&module.name)).collect());
         let headers: Option<Vec<Vec<PartHeader>>> =
             modules.iter().map(|module| self.headers(module, cols, cut)).collect();
         if let Some(headers) = headers
@@ -313,6 +320,13 @@ impl<B: Backend> Loader<'_, B> {
     pub(super) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
         self.mark_read(name);
         Ok(self.checkpoint.vector(name, len)?)
+    }
+
+    /// Notes that these tensors are multiplied with the input of the linear `name`.
+    pub(super) fn note_input(&self, name: &str, tensors: impl FnOnce() -> Vec<String>) {
+        if let Some(inputs) = self.inputs {
+            inputs.borrow_mut().push(SharedInput { name: name.to_owned(), tensors: tensors() });
+        }
     }
 
     pub(super) fn mark_read(&self, name: &str) {

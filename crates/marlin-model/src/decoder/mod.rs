@@ -4,6 +4,7 @@ mod attention;
 mod experts;
 mod host_experts;
 mod latent;
+mod layers;
 mod load;
 mod mlp;
 mod stacks;
@@ -14,6 +15,7 @@ mod workspace;
 pub(crate) use experts::{expert_bytes, is_routed, loaded_scheme};
 pub(crate) use host_experts::host_work_bytes;
 pub(crate) use latent::kv_b_bytes;
+pub use layers::{LayerRunner, LoadedLayer, SharedInput};
 pub(crate) use load::{Sizes, kv_blocks};
 pub use load::{load_model, load_model_offloaded};
 pub(crate) use workspace::{angle_shapes, expert_work_bytes, workspace_shapes};
@@ -164,14 +166,7 @@ impl<B: Backend> Decoder<B> {
         }
         encoder.embed(&self.embed_tokens, self.embedding_scale, &mut work.hidden);
         for (index, layer) in self.layers.iter().enumerate() {
-            match &layer.self_attn {
-                Attention::Grouped(attention) => {
-                    attention.encode(encoder, work, &layer.attn_norm, kv_cache, index, *eps);
-                }
-                Attention::Latent(attention) => {
-                    attention.encode(encoder, work, &layer.attn_norm, kv_cache, index, *eps);
-                }
-            }
+            layer.encode_attention(encoder, work, kv_cache, index, *eps);
             match &layer.feed_forward {
                 FeedForward::Mlp(mlp) => mlp.encode(encoder, work, &layer.mlp_norm, *eps),
                 FeedForward::Experts(experts) => {
@@ -201,6 +196,23 @@ impl<B: Backend> Decoder<B> {
             }
         }
         Ok(())
+    }
+}
+
+impl<B: Backend> Layer<B> {
+    /// Adds the attention of the normalised hidden states to them; keys and values are cached as those of layer `index`.
+    fn encode_attention(
+        &self,
+        encoder: &mut B::Encoder,
+        work: &mut Workspace<B>,
+        kv_cache: &mut B::KvCache,
+        index: usize,
+        eps: f32,
+    ) {
+        match &self.self_attn {
+            Attention::Grouped(attention) => attention.encode(encoder, work, &self.attn_norm, kv_cache, index, eps),
+            Attention::Latent(attention) => attention.encode(encoder, work, &self.attn_norm, kv_cache, index, eps),
+        }
     }
 }
 

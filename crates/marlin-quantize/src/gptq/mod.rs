@@ -5,6 +5,7 @@ mod hessian;
 
 use marlin_format::{EncodeOptions, FormatError, PackedMatrix, Scheme};
 
+pub(crate) use self::feedback::round_matrix;
 pub use self::hessian::Hessian;
 use crate::ErrorStats;
 

@@ -91,6 +91,14 @@ impl MoeLayer {
         }
     }
 
+    /// The tensors that hold matrices of all experts.
+    pub(crate) fn fused_tensors(&self) -> [&str; 2] {
+        match &self.experts {
+            ExpertTensors::Each(_) => [""; 2],
+            ExpertTensors::Fused { gate_up, down, .. } => [gate_up, down],
+        }
+    }
+
     /// Number of matrices of routed experts.
     pub fn matrices(&self) -> usize {
         self.experts() * ExpertMatrix::ALL.len()

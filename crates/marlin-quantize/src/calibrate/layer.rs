@@ -1,0 +1,63 @@
+//! The weights of one layer, some of them quantised.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+
+use marlin_checkpoint::{Checkpoint, MemoryTensor};
+use marlin_format::PackedMatrix;
+
+use crate::QuantizeError;
+use crate::quantize::{Origin, Task};
+use crate::role::layer_and_kind;
+
+/// A layer as it is being quantised.
+pub(super) struct LayerWeights<'a> {
+    source: &'a Checkpoint,
+    tasks: Vec<&'a Task<'a>>,
+    /// Tensors of the layer that no task is about, but those whose parts tasks are about.
+    kept: Vec<&'a str>,
+    quantized: BTreeMap<String, Arc<PackedMatrix<'static>>>,
+}
+
+impl<'a> LayerWeights<'a> {
+    /// Layer `index` of a model, whose matrices that will be quantised are those of `tasks`.
+    pub(super) fn new(source: &'a Checkpoint, index: usize, tasks: &[&'a Task<'a>]) -> Self {
+        let covered: HashSet<&str> = tasks
+            .iter()
+            .flat_map(|task| match task.from {
+                Origin::Same => vec![&*task.name],
+                Origin::Expert(layer, ..) => layer.fused_tensors().into(),
+            })
+            .collect();
+        let kept =
+            source.tensor_names().filter(|name| layer_and_kind(name).0 == Some(index) && !covered.contains(name));
+        Self { source, tasks: tasks.to_vec(), kept: kept.collect(), quantized: BTreeMap::new() }
+    }
+
+    /// Puts a quantised matrix in the place of the original.
+    pub(super) fn replace(&mut self, name: &str, matrix: Arc<PackedMatrix<'static>>) {
+        self.quantized.insert(name.to_owned(), matrix);
+    }
+
+    /// A checkpoint of this layer alone.
+    pub(super) fn checkpoint(&self) -> Result<Checkpoint, QuantizeError> {
+        let mut tensors = Vec::with_capacity(self.tasks.len() + self.kept.len());
+        for task in &self.tasks {
+            let matrix = match self.quantized.get(&*task.name) {
+                Some(matrix) => matrix.clone(),
+                None => Arc::new(task.source(self.source)?.into_owned()),
+            };
+            tensors.push((task.name.to_string(), MemoryTensor::matrix(matrix)));
+        }
+        for &name in &self.kept {
+            let tensor = match self.source.shape(name).as_deref() {
+                Some(&[len]) => MemoryTensor::vector(&self.source.vector(name, len)?),
+                Some([_, _]) => MemoryTensor::matrix(Arc::new(self.source.matrix_any(name)?.into_owned())),
+                // No layer that can be run has others.
+                _ => continue,
+            };
+            tensors.push((name.to_owned(), tensor));
+        }
+        Ok(Checkpoint::from_parts(self.source.name(), self.source.config().clone(), tensors)?)
+    }
+}

@@ -1,0 +1,204 @@
+//! Quantising layer after layer by what their linears are given.
+//!
+//! The hidden states of a calibration text are carried through the model, a layer at a time, as the layers quantised so far leave them.
+//! In a layer, linears are quantised in the order in which they run, each by inputs that those before it make when they are quantised: what
+//! one rounds off, the next can make up for. In memory are one layer, the hidden states, and the Hessians of linears that run side by side.
+
+mod layer;
+mod states;
+
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+
+use marlin_checkpoint::Checkpoint;
+use marlin_format::EncodeOptions;
+use marlin_kernels::cpu::CpuBackend;
+use marlin_model::{LayerRunner, LoadedLayer, SharedInput};
+
+use self::layer::LayerWeights;
+use self::states::States;
+use crate::capture::Observed;
+use crate::gptq::{Hessian, round_matrix};
+use crate::output::Output;
+use crate::quantize::{Task, encode_error};
+use crate::role::layer_and_kind;
+use crate::{ErrorStats, QuantizeError, TensorRole, USUAL_DAMPING, Windows};
+
+/// What weights are quantised by.
+#[derive(Clone)]
+pub struct Calibration<'a> {
+    /// A text like those that the model will read and write; each window is run by itself.
+    pub windows: &'a Windows,
+    /// What runs the layers.
+    pub backend: CpuBackend,
+    /// What is added to the diagonal of Hessians, as a share of its mean.
+    pub damping: f32,
+}
+
+impl<'a> Calibration<'a> {
+    /// A calibration with the usual damping.
+    pub fn new(windows: &'a Windows, backend: CpuBackend) -> Self {
+        Self { windows, backend, damping: USUAL_DAMPING }
+    }
+
+    /// All that decides what becomes of a given model and recipe.
+    pub(crate) fn fingerprint(&self) -> String {
+        let mut hasher = DefaultHasher::new();
+        self.windows.iter().for_each(|window| window.hash(&mut hasher));
+        format!("gptq, damping {}, text {:016x}", self.damping, hasher.finish())
+    }
+}
+
+/// Quantises the decoder's linears of a model, layer by layer.
+pub(crate) struct Calibrator<'a> {
+    source: &'a Checkpoint,
+    tasks: &'a [Task<'a>],
+    encode: &'a EncodeOptions,
+    calibration: &'a Calibration<'a>,
+    backend: &'a Observed<CpuBackend>,
+    runner: LayerRunner<'a, Observed<CpuBackend>>,
+    /// Indices of the tasks that are quantised in the course of each layer.
+    by_layer: Vec<Vec<usize>>,
+}
+
+/// Is told each task that is finished, by its index, and the error of its matrix unless an earlier run had written it.
+pub(crate) type Finished<'a> = dyn FnMut(usize, Option<ErrorStats>) + 'a;
+
+impl<'a> Calibrator<'a> {
+    /// # Errors
+    /// The model cannot be run: its architecture is not supported, or windows are longer than its context.
+    pub(crate) fn new(
+        backend: &'a Observed<CpuBackend>,
+        source: &'a Checkpoint,
+        tasks: &'a [Task<'a>],
+        encode: &'a EncodeOptions,
+        calibration: &'a Calibration<'a>,
+    ) -> Result<Self, QuantizeError> {
+        let longest = calibration.windows.iter().map(<[u32]>::len).max().unwrap_or(0);
+        let runner = LayerRunner::new(backend, source, longest)?;
+        let mut by_layer = vec![Vec::new(); runner.layers()];
+        for (index, task) in tasks.iter().enumerate() {
+            let is_packed = task.matrix.is_some_and(|(_, scheme)| !scheme.is_dense());
+            // Layers for multi-token prediction follow those that are run.
+            let layer = layer_and_kind(&task.name).0.and_then(|layer| by_layer.get_mut(layer));
+            if let Some(of_layer) = layer.filter(|_| is_packed && task.role == TensorRole::DecoderLinear) {
+                of_layer.push(index);
+            }
+        }
+        Ok(Self { source, tasks, encode, calibration, backend, runner, by_layer })
+    }
+
+    /// The tasks that are its own, by their indices.
+    pub(crate) fn tasks(&self) -> impl Iterator<Item = usize> + '_ {
+        self.by_layer.iter().flatten().copied()
+    }
+
+    /// Quantises and writes the matrices of its tasks.
+    ///
+    /// # Errors
+    /// A weight is not finite or too large for its format, the model cannot be run, or the output cannot be written.
+    pub(crate) fn run(mut self, output: &mut Output, finished: &mut Finished<'_>) -> Result<(), QuantizeError> {
+        let mut states = self.states(output)?;
+        self.by_layer[..states.layer].iter().flatten().for_each(|&task| finished(task, None));
+        for layer in states.layer..self.by_layer.len() {
+            self.layer(layer, &mut states, output, finished)?;
+            states.layer = layer + 1;
+            output.save_state(|file| states.write(file))?;
+        }
+        Ok(())
+    }
+
+    /// The hidden states that an earlier run kept, or else those before the first layer.
+    fn states(&self, output: &Output) -> Result<States, QuantizeError> {
+        let (tasks, windows) = (&self.tasks, self.calibration.windows);
+        let kept = States::read(output.state()?, windows, self.runner.hidden_size())?.filter(|states| {
+            let before = self.by_layer.get(..states.layer);
+            before.is_some_and(|before| before.iter().flatten().all(|&task| output.is_done(&tasks[task].name)))
+        });
+        kept.map_or_else(|| States::new(&self.runner, self.source, windows), Ok)
+    }
+
+    /// Quantises the matrices of a layer, and carries the hidden states through what it became.
+    fn layer(
+        &mut self,
+        index: usize,
+        states: &mut States,
+        output: &mut Output,
+        finished: &mut Finished<'_>,
+    ) -> Result<(), QuantizeError> {
+        let tasks = &self.by_layer[index];
+        let of_layer: Vec<&Task<'_>> = tasks.iter().map(|&task| &self.tasks[task]).collect();
+        let mut weights = LayerWeights::new(self.source, index, &of_layer);
+        let mut layer = self.runner.load(&weights.checkpoint()?, index)?;
+        let by_name: HashMap<&str, usize> = tasks.iter().map(|&task| (&*self.tasks[task].name, task)).collect();
+        let inputs = layer.inputs().to_vec();
+        for stage in stages(&inputs) {
+            let of_stage =
+                |input: &&SharedInput| input.tensors.iter().any(|tensor| by_name.contains_key(tensor.as_str()));
+            let watched: Vec<&SharedInput> = stage.into_iter().filter(of_stage).collect();
+            if watched.is_empty() {
+                continue;
+            }
+            let hessians = self.watch(&watched, &by_name, &mut layer, states)?;
+            for input in watched {
+                let factor = hessians[&input.name].factor(self.calibration.damping);
+                for task_index in input.tensors.iter().filter_map(|tensor| by_name.get(tensor.as_str()).copied()) {
+                    let task = &self.tasks[task_index];
+                    let (_, scheme) = task.matrix.expect("what is calibrated is a matrix");
+                    let matrix = task.source(self.source)?;
+                    let (rounded, error) = round_matrix(&matrix, scheme, self.encode, &factor)
+                        .map_err(|e| encode_error(self.source, &task.name, e))?;
+                    let is_done = output.is_done(&task.name);
+                    if !is_done {
+                        output.write_matrix(&task.name, &rounded)?;
+                    }
+                    finished(task_index, (!is_done).then_some(error));
+                    weights.replace(&task.name, Arc::new(rounded));
+                }
+            }
+            layer = self.runner.load(&weights.checkpoint()?, index)?;
+        }
+        states.windows.iter_mut().try_for_each(|states| self.runner.run(&mut layer, states))?;
+        Ok(())
+    }
+
+    /// The Hessians of these inputs over the hidden states, by their names.
+    fn watch(
+        &mut self,
+        inputs: &[&SharedInput],
+        by_name: &HashMap<&str, usize>,
+        layer: &mut LoadedLayer<Observed<CpuBackend>>,
+        states: &States,
+    ) -> Result<HashMap<String, Hessian>, QuantizeError> {
+        let width = |input: &SharedInput| {
+            let task = input.tensors.iter().find_map(|tensor| by_name.get(tensor.as_str()))?;
+            self.tasks[*task].matrix.map(|([_, cols], _)| (input.name.clone(), cols))
+        };
+        self.backend.watch().only(inputs.iter().filter_map(|input| width(input)));
+        let mut after = Vec::new();
+        for states in &states.windows {
+            states.clone_into(&mut after);
+            self.runner.run(layer, &mut after)?;
+        }
+        Ok(self.backend.watch().take())
+    }
+}
+
+/// Inputs in the order in which they come to be; those side by side do not depend on each other's matrices.
+fn stages(inputs: &[SharedInput]) -> Vec<Vec<&SharedInput>> {
+    let mut stages: BTreeMap<usize, Vec<&SharedInput>> = BTreeMap::new();
+    for input in inputs {
+        let tensor = input.tensors.first().map_or("", String::as_str);
+        let module = tensor.strip_suffix(".weight").unwrap_or(tensor).rsplit('.').next().unwrap_or(tensor);
+        let stage = match module {
+            "q_b_proj" | "kv_b_proj" => 1,
+            "o_proj" => 2,
+            "gate_proj" | "up_proj" | "gate_up_proj" | "w1" | "w3" => 3,
+            "down_proj" | "w2" => 4,
+            _ => 0,
+        };
+        stages.entry(stage).or_default().push(input);
+    }
+    stages.into_values().collect()
+}
