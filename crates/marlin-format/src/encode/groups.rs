@@ -60,6 +60,12 @@ impl GroupEncoder {
         choice.map(GroupScale).ok_or_else(|| self.encoder.weight_range(row, col, weights, group_cols))
     }
 
+    /// A scale that is `factor` times another one, with its zero point; `None` if it is not stored otherwise than that one, or not at all.
+    pub fn scaled(&self, GroupScale(choice): GroupScale, factor: f32) -> Option<GroupScale> {
+        let scale = self.store.round(choice.scale.value * factor)?;
+        (scale != choice.scale).then_some(GroupScale(Choice { scale, ..choice }))
+    }
+
     /// The code of a weight in its group, and the value that it stands for.
     pub fn code(&self, GroupScale(choice): GroupScale, weight: f32) -> (u8, f32) {
         match self.encoder.scheme.element {

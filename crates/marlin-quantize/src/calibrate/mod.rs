@@ -19,7 +19,7 @@ use marlin_model::{LayerRunner, LoadedLayer, SharedInput};
 use self::layer::LayerWeights;
 use self::states::States;
 use crate::capture::Observed;
-use crate::gptq::{Hessian, round_matrix};
+use crate::gptq::{Factor, Hessian, Order, round_matrix};
 use crate::output::Output;
 use crate::quantize::{Task, encode_error};
 use crate::role::layer_and_kind;
@@ -142,12 +142,24 @@ impl<'a> Calibrator<'a> {
             }
             let hessians = self.watch(&watched, &by_name, &mut layer, states)?;
             for input in watched {
-                let factor = hessians[&input.name].factor(self.calibration.damping);
+                let hessian = &hessians[&input.name];
+                let diagonal = hessian.diagonal();
+                let mut factor: Option<Factor> = None;
                 for task_index in input.tensors.iter().filter_map(|tensor| by_name.get(tensor.as_str()).copied()) {
                     let task = &self.tasks[task_index];
                     let (_, scheme) = task.matrix.expect("what is calibrated is a matrix");
                     let matrix = task.source(self.source)?;
-                    let (rounded, error) = round_matrix(&matrix, scheme, self.encode, &factor)
+                    let order = if std::env::var("NAT").is_ok() {
+                        Order::natural(diagonal.len())
+                    } else {
+                        Order::of(scheme, &diagonal)
+                    };
+                    // Matrices side by side mostly are of one scheme.
+                    let factor = match factor.take().filter(|factor| factor.order == order) {
+                        Some(same) => factor.insert(same),
+                        None => factor.insert(hessian.factor(order, self.calibration.damping)),
+                    };
+                    let (rounded, error) = round_matrix(&matrix, scheme, self.encode, factor)
                         .map_err(|e| encode_error(self.source, &task.name, e))?;
                     let is_done = output.is_done(&task.name);
                     if !is_done {

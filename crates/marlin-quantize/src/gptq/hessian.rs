@@ -6,6 +6,8 @@ use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
+use super::order::Order;
+
 /// Rows and columns that are worked on at once: of these blocks many fit into a core's cache, and each is worth a task.
 /// Results do not depend on the number of threads, because blocks do not.
 const BLOCK: usize = 64;
@@ -24,6 +26,8 @@ pub struct Hessian {
 /// `Σ d·η²` of roundings η (LDLQ: Chee et al. 2023, arXiv:2307.13304, theorem 6: what GPTQ computes, without an inverse).
 #[derive(Debug, Clone)]
 pub(crate) struct Factor {
+    /// The order that U and d are in.
+    pub(crate) order: Order,
     /// U, `[K, K]`; what is below the diagonal does not count.
     pub(crate) feedback: Array2<f32>,
     /// d, `[K]`.
@@ -61,20 +65,35 @@ impl Hessian {
         });
     }
 
-    /// The factor of this Hessian with `damping` times its mean diagonal added to the diagonal. Columns whose inputs were always 0 get that
+    /// Σ of the products of two columns' inputs.
+    fn of_pair(&self, a: usize, b: usize) -> f32 {
+        self.sum[[a.min(b), a.max(b)]]
+    }
+
+    /// How much each column counts by itself.
+    pub(crate) fn diagonal(&self) -> Vec<f32> {
+        self.sum.diag().to_vec()
+    }
+
+    /// The factor of this Hessian, whose columns are brought into an order, with `damping` times its mean diagonal added to the diagonal. Columns whose inputs were always 0 get that
     /// mean besides: their weights do not matter.
     ///
     /// More damping is added, ten times as much each time, until there is a factor: a Hessian of few inputs has none by itself.
-    pub(crate) fn factor(&self, damping: f32) -> Factor {
+    pub(crate) fn factor(&self, order: Order, damping: f32) -> Factor {
         let diagonal = self.sum.diag();
         let mean = diagonal.iter().map(|&value| f64::from(value)).sum::<f64>() / self.cols() as f64;
         let mean = if mean > 0.0 { mean as f32 } else { 1.0 };
         let mut damping = damping;
         loop {
-            let mut h = self.sum.mapv(|value| value / mean);
+            let mut h = Array2::zeros(self.sum.dim());
+            h.axis_iter_mut(Axis(0)).into_par_iter().enumerate().for_each(|(a, mut row)| {
+                row.iter_mut()
+                    .enumerate()
+                    .for_each(|(b, value)| *value = self.of_pair(order.column(a), order.column(b)) / mean);
+            });
             h.diag_mut().iter_mut().for_each(|value| *value = if *value == 0.0 { 1.0 } else { *value } + damping);
             if factorize(&mut h) {
-                return Factor::of(h, mean);
+                return Factor::of(order, h, mean);
             }
             damping = (damping * 10.0).max(1e-3);
         }
@@ -83,12 +102,12 @@ impl Hessian {
 
 impl Factor {
     /// Of `M`, where the Hessian is `scale · M·Mᵀ`.
-    fn of(mut m: Array2<f32>, scale: f32) -> Self {
+    fn of(order: Order, mut m: Array2<f32>, scale: f32) -> Self {
         let diagonal = m.diag().to_vec();
         m.axis_iter_mut(Axis(0)).into_par_iter().for_each(|mut row| {
             row.iter_mut().zip(&diagonal).for_each(|(value, diagonal)| *value /= diagonal);
         });
-        Self { feedback: m, importance: diagonal.iter().map(|value| scale * value * value).collect() }
+        Self { order, feedback: m, importance: diagonal.iter().map(|value| scale * value * value).collect() }
     }
 }
 
@@ -175,7 +194,7 @@ mod tests {
             let x = inputs(rows, cols, 1);
             x.chunks(37 * cols).for_each(|chunk| hessian.add(chunk));
             assert_eq!(hessian.rows(), rows as u64);
-            let Factor { feedback, importance } = hessian.factor(0.01);
+            let Factor { feedback, importance, .. } = hessian.factor(Order::natural(cols), 0.01);
             let sum = |a: usize, b: usize| -> f64 { x.chunks(cols).map(|x| f64::from(x[a]) * f64::from(x[b])).sum() };
             let mean = (0..cols).map(|col| sum(col, col)).sum::<f64>() / cols as f64;
             for a in 0..cols {
@@ -196,7 +215,7 @@ mod tests {
         for x in [vec![], vec![0.0; 8], vec![1.0; 8], vec![1e-20, 0.0, 0.0, 0.0, 1e10, 0.0, 0.0, 0.0]] {
             let mut hessian = Hessian::new(4);
             hessian.add(&x);
-            let Factor { feedback, importance } = hessian.factor(0.0);
+            let Factor { feedback, importance, .. } = hessian.factor(Order::natural(4), 0.0);
             assert!(importance.iter().all(|&d| d > 0.0 && d.is_finite()), "{importance:?}");
             assert!((0..4).all(|a| (a..4).all(|b| feedback[[a, b]].is_finite())), "{feedback}");
         }

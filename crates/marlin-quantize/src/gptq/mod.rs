@@ -2,11 +2,14 @@
 
 mod feedback;
 mod hessian;
+mod order;
 
 use marlin_format::{EncodeOptions, FormatError, PackedMatrix, Scheme};
 
 pub(crate) use self::feedback::round_matrix;
+pub(crate) use self::hessian::Factor;
 pub use self::hessian::Hessian;
+pub(crate) use self::order::Order;
 use crate::ErrorStats;
 
 /// What is added to a Hessian's diagonal, as a share of its mean, if nothing else is asked for: enough for errors not to be made up for by
@@ -33,7 +36,8 @@ pub fn gptq(
     damping: f32,
 ) -> Result<(PackedMatrix<'static>, ErrorStats), FormatError> {
     assert_eq!(hessian.cols(), source.cols, "the Hessian is of the matrix's inputs");
-    feedback::round_matrix(source, scheme, options, &hessian.factor(damping))
+    let order = Order::of(scheme, &hessian.diagonal());
+    round_matrix(source, scheme, options, &hessian.factor(order, damping))
 }
 
 #[cfg(test)]
