@@ -19,7 +19,7 @@ use marlin_model::{LayerRunner, LoadedLayer, SharedInput};
 use self::layer::LayerWeights;
 use self::states::States;
 use crate::capture::Observed;
-use crate::gptq::{Factor, Hessian, Order, round_matrix};
+use crate::gptq::{Drift, Factor, Hessian, Order, round_matrix};
 use crate::output::Output;
 use crate::quantize::{Task, encode_error};
 use crate::role::layer_and_kind;
@@ -131,6 +131,8 @@ impl<'a> Calibrator<'a> {
         let of_layer: Vec<&Task<'_>> = tasks.iter().map(|&task| &self.tasks[task]).collect();
         let mut weights = LayerWeights::new(self.source, index, &of_layer);
         let mut layer = self.runner.load(&weights.checkpoint()?, index)?;
+        let mut original = self.runner.load(&weights.checkpoint()?, index)?;
+        let alpha: Option<f32> = std::env::var("ASYM").ok().map(|alpha| alpha.parse().unwrap());
         let by_name: HashMap<&str, usize> = tasks.iter().map(|&task| (&*self.tasks[task].name, task)).collect();
         let inputs = layer.inputs().to_vec();
         for stage in stages(&inputs) {
@@ -140,15 +142,21 @@ impl<'a> Calibrator<'a> {
             if watched.is_empty() {
                 continue;
             }
-            let hessians = self.watch(&watched, &by_name, &mut layer, states)?;
+            let seen = self.watch(&watched, &by_name, &mut layer, &mut original, states)?;
             for input in watched {
-                let hessian = &hessians[&input.name];
+                let Seen { hessian, drift } = &seen[&input.name];
                 let diagonal = hessian.diagonal();
+                let correction = alpha
+                    .filter(|_| drift.rows() > 0)
+                    .map(|alpha| drift.correction(hessian, self.calibration.damping, alpha));
                 let mut factor: Option<Factor> = None;
                 for task_index in input.tensors.iter().filter_map(|tensor| by_name.get(tensor.as_str()).copied()) {
                     let task = &self.tasks[task_index];
                     let (_, scheme) = task.matrix.expect("what is calibrated is a matrix");
                     let matrix = task.source(self.source)?;
+                    let corrected = correction.as_ref().map(|correction| correction.apply(&matrix)).transpose();
+                    let corrected = corrected.map_err(|e| encode_error(self.source, &task.name, e))?;
+                    let matrix = corrected.as_ref().unwrap_or(&matrix);
                     let order = if std::env::var("NAT").is_ok() {
                         Order::natural(diagonal.len())
                     } else {
@@ -159,7 +167,7 @@ impl<'a> Calibrator<'a> {
                         Some(same) => factor.insert(same),
                         None => factor.insert(hessian.factor(order, self.calibration.damping)),
                     };
-                    let (rounded, error) = round_matrix(&matrix, scheme, self.encode, factor)
+                    let (rounded, error) = round_matrix(matrix, scheme, self.encode, factor)
                         .map_err(|e| encode_error(self.source, &task.name, e))?;
                     let is_done = output.is_done(&task.name);
                     if !is_done {
@@ -171,30 +179,58 @@ impl<'a> Calibrator<'a> {
             }
             layer = self.runner.load(&weights.checkpoint()?, index)?;
         }
+        self.backend.watch().only([]);
         states.windows.iter_mut().try_for_each(|states| self.runner.run(&mut layer, states))?;
+        states.originals.iter_mut().try_for_each(|states| self.runner.run(&mut original, states))?;
         Ok(())
     }
 
-    /// The Hessians of these inputs over the hidden states, by their names.
+    /// What these inputs are over the hidden states, by their names.
     fn watch(
         &mut self,
         inputs: &[&SharedInput],
         by_name: &HashMap<&str, usize>,
         layer: &mut LoadedLayer<Observed<CpuBackend>>,
+        original: &mut LoadedLayer<Observed<CpuBackend>>,
         states: &States,
-    ) -> Result<HashMap<String, Hessian>, QuantizeError> {
+    ) -> Result<HashMap<String, Seen>, QuantizeError> {
         let width = |input: &SharedInput| {
             let task = input.tensors.iter().find_map(|tensor| by_name.get(tensor.as_str()))?;
-            self.tasks[*task].matrix.map(|([_, cols], _)| (input.name.clone(), cols))
+            self.tasks[*task].matrix.map(|([_, cols], _)| {
+                (input.name.clone(), Seen { hessian: Hessian::new(cols), drift: Drift::new(cols) })
+            })
         };
-        self.backend.watch().only(inputs.iter().filter_map(|input| width(input)));
+        let mut seen: HashMap<String, Seen> = inputs.iter().filter_map(|input| width(input)).collect();
+        self.backend.watch().only(inputs.iter().map(|input| input.name.as_str()));
         let mut after = Vec::new();
-        for states in &states.windows {
+        let asym = std::env::var("ASYM").is_ok();
+        for (states, originals) in states.windows.iter().zip(&states.originals) {
+            let mut unrounded = HashMap::new();
+            if asym {
+                originals.clone_into(&mut after);
+                self.runner.run(original, &mut after)?;
+                self.backend.watch().take(|name, inputs| {
+                    unrounded.insert(name.to_owned(), inputs);
+                });
+            }
             states.clone_into(&mut after);
             self.runner.run(layer, &mut after)?;
+            self.backend.watch().take(|name, inputs| {
+                let Some(seen) = seen.get_mut(name) else { return };
+                seen.hessian.add(&inputs.rows);
+                if let Some(unrounded) = unrounded.get(name).filter(|_| !inputs.is_routed) {
+                    seen.drift.add(&unrounded.rows, &inputs.rows);
+                }
+            });
         }
-        Ok(self.backend.watch().take())
+        Ok(seen)
     }
+}
+
+/// What is known of an input.
+struct Seen {
+    hessian: Hessian,
+    drift: Drift,
 }
 
 /// Inputs in the order in which they come to be; those side by side do not depend on each other's matrices.

@@ -49,7 +49,7 @@ impl<B: Backend> ObservedEncoder<B> {
     /// Tells the watch the inputs of a linear.
     fn observe(&mut self, name: &str, cols: usize, x: &Input<'_, Observed<B>>) {
         if !self.is_over && self.watch.watches(name) && self.read_input(cols, x) {
-            self.watch.add(name, &self.rows);
+            self.watch.add(name, &self.rows, false);
             self.came(1);
         }
     }
@@ -251,7 +251,7 @@ impl<B: Backend> Encoder<Observed<B>> for ObservedEncoder<B> {
                     self.rows[token * cols..][..cols].iter().map(move |value| value * weight)
                 };
                 let inputs: Vec<f32> = rows.iter().flat_map(scaled).collect();
-                self.watch.add(name, &inputs);
+                self.watch.add(name, &inputs, true);
             }
             self.came(watched);
         }
@@ -272,7 +272,7 @@ impl<B: Backend> Encoder<Observed<B>> for ObservedEncoder<B> {
                 for (row, (_, weight)) in inputs.chunks_exact_mut(cols).zip(rows) {
                     row.iter_mut().for_each(|value| *value *= weight);
                 }
-                self.watch.add(name, inputs);
+                self.watch.add(name, inputs, true);
                 rest = after;
             }
             self.came(watched);
@@ -322,7 +322,7 @@ impl<B: Backend> Encoder<Observed<B>> for ObservedEncoder<B> {
         if !self.is_over && self.watch.watches(&self.latent) && self.read_rows(kv, self.tokens) {
             keep_columns(&mut self.rows, kv.width, kv.width - shape.key_dim(), shape.rank);
             self.rows.chunks_exact_mut(shape.rank).for_each(|row| normalize(row, &norm.values, eps));
-            self.watch.add(&self.latent, &self.rows);
+            self.watch.add(&self.latent, &self.rows, false);
             self.came(1);
         }
         if !self.is_over {

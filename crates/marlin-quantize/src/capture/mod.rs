@@ -1,6 +1,6 @@
 //! What the linears of a model are given while it runs.
 //!
-//! [`Observed`] is a backend around another one: it computes what that one computes, and adds the inputs of linears to [`Hessian`]s on the
+//! [`Observed`] is a backend around another one: it computes what that one computes, and notes the inputs of linears on the
 //! way. So decoders need not know that they are watched, and any device can be.
 
 mod backend;
@@ -10,22 +10,28 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 pub(crate) use self::backend::Observed;
-use crate::Hessian;
 
-/// The linears that are watched, by their names, and what they were given.
+/// The linears that are watched, by their names, and what they were given in a step.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Watch(Arc<Mutex<HashMap<String, Hessian>>>);
+pub(crate) struct Watch(Arc<Mutex<HashMap<String, Inputs>>>);
+
+/// What a linear was given: rows as wide as its weights have columns.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Inputs {
+    pub(crate) rows: Vec<f32>,
+    /// Rows are those of an expert's tokens, each times the weight that the token gives to the expert.
+    pub(crate) is_routed: bool,
+}
 
 impl Watch {
-    /// Watches these linears, each named with the width of its inputs, from now on, and no others. Steps end with the last of
-    /// them: nothing behind it is computed.
-    pub(crate) fn only(&self, linears: impl IntoIterator<Item = (String, usize)>) {
-        *self.lock() = linears.into_iter().map(|(name, cols)| (name, Hessian::new(cols))).collect();
+    /// Watches these linears from now on, and no others. Steps end with the last of them: nothing behind it is computed.
+    pub(crate) fn only<'a>(&self, linears: impl IntoIterator<Item = &'a str>) {
+        *self.lock() = linears.into_iter().map(|name| (name.to_owned(), Inputs::default())).collect();
     }
 
-    /// What the watched linears were given; watches none any more.
-    pub(crate) fn take(&self) -> HashMap<String, Hessian> {
-        std::mem::take(&mut self.lock())
+    /// Tells each watched linear's inputs, which are forgotten then.
+    pub(crate) fn take(&self, mut each: impl FnMut(&str, Inputs)) {
+        self.lock().iter_mut().for_each(|(name, inputs)| each(name, std::mem::take(inputs)));
     }
 
     /// Watched linears.
@@ -37,14 +43,14 @@ impl Watch {
         self.lock().contains_key(name)
     }
 
-    /// Adds inputs, `[rows, cols]`.
-    fn add(&self, name: &str, inputs: &[f32]) {
-        if let Some(hessian) = self.lock().get_mut(name) {
-            hessian.add(inputs);
+    fn add(&self, name: &str, rows: &[f32], is_routed: bool) {
+        if let Some(inputs) = self.lock().get_mut(name) {
+            inputs.rows.extend_from_slice(rows);
+            inputs.is_routed = is_routed;
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Hessian>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Inputs>> {
         self.0.lock().expect("nothing that holds the lock panics")
     }
 }

@@ -111,6 +111,27 @@ impl Factor {
     }
 }
 
+impl Factor {
+    /// Replaces a row vector r, whose columns are in the factor's order, by `r·H⁻¹`.
+    pub(super) fn solve(&self, row: &mut [f32]) {
+        let cols = row.len();
+        let feedback = |col: usize| self.feedback.row(col).to_slice().expect("rows are contiguous");
+        // y·U·D·Uᵀ = r: first y' = r·U⁻ᵀ, from the last column; U is 1 on its diagonal.
+        for col in (0..cols).rev() {
+            let u = feedback(col);
+            let known: f32 = row[col + 1..].iter().zip(&u[col + 1..]).map(|(value, u)| value * u).sum();
+            row[col] -= known;
+        }
+        row.iter_mut().zip(&self.importance).for_each(|(value, importance)| *value /= importance);
+        // Then y''·U⁻¹, from the first.
+        for col in 0..cols {
+            let value = row[col];
+            let u = feedback(col);
+            row[col + 1..].iter_mut().zip(&u[col + 1..]).for_each(|(later, u)| *later -= value * u);
+        }
+    }
+}
+
 /// Replaces the upper triangle of a symmetric matrix H by that of M, upper triangular with `H = M·Mᵀ`: Cholesky's
 /// factorisation from the last column to the first, block by block. False if H is not positive definite, as far as single
 /// precision tells.
@@ -170,7 +191,7 @@ fn factorize_corner(h: &mut ArrayViewMut2<'_, f32>) -> bool {
 }
 
 /// Blocks of whole rows, with the rows they are.
-fn blocks_of_rows(matrix: &mut Array2<f32>) -> Vec<(Range<usize>, ArrayViewMut2<'_, f32>)> {
+pub(super) fn blocks_of_rows(matrix: &mut Array2<f32>) -> Vec<(Range<usize>, ArrayViewMut2<'_, f32>)> {
     let rows = matrix.nrows();
     let blocks = matrix.axis_chunks_iter_mut(Axis(0), BLOCK).enumerate();
     blocks.map(|(index, block)| (index * BLOCK..rows.min((index + 1) * BLOCK), block)).collect()

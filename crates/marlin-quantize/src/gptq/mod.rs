@@ -1,11 +1,13 @@
 //! GPTQ: rounding weights so that their errors make up for each other, as far as a layer's inputs allow.
 
+mod drift;
 mod feedback;
 mod hessian;
 mod order;
 
 use marlin_format::{EncodeOptions, FormatError, PackedMatrix, Scheme};
 
+pub(crate) use self::drift::Drift;
 pub(crate) use self::feedback::round_matrix;
 pub(crate) use self::hessian::Factor;
 pub use self::hessian::Hessian;

@@ -74,6 +74,7 @@ pub(super) fn open_quantized(
     QuantizeOptions { recipe, no_cache }: &QuantizeOptions,
     threads: Option<NonZeroUsize>,
 ) -> anyhow::Result<(Checkpoint, Option<TemporaryFolder>)> {
+    recipe.refuse_calibration()?;
     let recipe = recipe.recipe(ExportLayout::MetalMarlin)?;
     let temporary = if *no_cache && recipe.is_some() { Some(TemporaryFolder::new()?) } else { None };
     let out = temporary.as_ref().map(|folder| folder.0.path().join("model"));

@@ -32,7 +32,7 @@ pub(super) struct RecipeOptions {
     #[arg(long = "sparse-24", help_heading = HEADING, requires = NUMBER_FORMAT)]
     pub(super) sparse_24: bool,
 
-    /// How scales are chosen [default: mse]
+    /// How weights are rounded [default: gptq for `quantize`, mse for commands that quantise at once]
     #[arg(long, help_heading = HEADING, value_enum, requires = NUMBER_FORMAT)]
     pub(super) method: Option<Method>,
 
@@ -49,19 +49,12 @@ pub(super) struct RecipeOptions {
 /// `--method`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(super) enum Method {
-    /// Round to nearest: the largest weight of a group just fits
+    /// Each by itself, to nearest: the largest weight of a group just fits
     Rtn,
-    /// Search the scale with the least squared error
+    /// Each by itself, in groups whose scale is that of the least squared error
     Mse,
-}
-
-impl From<Method> for ScaleSearch {
-    fn from(method: Method) -> Self {
-        match method {
-            Method::Rtn => Self::AbsMax,
-            Method::Mse => Self::Mse,
-        }
-    }
+    /// So that errors make up for each other on a calibration text (GPTQ): the model is run layer by layer
+    Gptq,
 }
 
 impl RecipeOptions {
@@ -83,7 +76,19 @@ impl RecipeOptions {
 
     /// How scales are chosen.
     pub(super) fn search(&self) -> ScaleSearch {
-        self.method.unwrap_or(Method::Mse).into()
+        match self.method {
+            Some(Method::Rtn) => ScaleSearch::AbsMax,
+            Some(Method::Mse | Method::Gptq) | None => ScaleSearch::Mse,
+        }
+    }
+
+    /// Refuses a method that a command which quantises at once does not have.
+    pub(super) fn refuse_calibration(&self) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            self.method != Some(Method::Gptq),
+            "--method gptq runs the model over a calibration text: `metal-marlin quantize` does that, and writes a folder to run"
+        );
+        Ok(())
     }
 
     /// What `--embedding-format` asks for, or else what suits the layout; `None` keeps embedding and head.

@@ -1,8 +1,6 @@
 //! `--cold-expert-format`: fewer bits for experts that a text hardly uses.
 
 use std::collections::BTreeMap;
-use std::num::NonZeroUsize;
-use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
 use marlin_checkpoint::Checkpoint;
@@ -12,6 +10,7 @@ use marlin_quantize::{ColdExperts, ExpertMatrix, MoeLayer, cold_experts, find_mo
 use metal_marlin::{DeviceOptions, load};
 use serde_json::{Value, json};
 
+use super::calibration::CalibrationOptions;
 use crate::commands::measure;
 use crate::commands::recipe::quantized_scheme;
 use crate::progress::{self, Bar};
@@ -21,13 +20,12 @@ const HEADING: &str = "Cold experts";
 /// Which experts get fewer bits.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct ColdOptions {
-    /// Format of cold experts in a mixture of experts, such as int2 or int3:64 (with a group size): those that --calibration
-    /// uses least
+    /// Format of cold experts in a mixture of experts, such as int2 or int3:64 (with a group size): those that the
+    /// calibration text uses least
     #[arg(
         long,
         value_name = "FORMAT[:SIZE]",
         value_parser = quantized_scheme,
-        requires = "calibration",
         help_heading = HEADING
     )]
     cold_expert_format: Option<Scheme>,
@@ -42,14 +40,6 @@ pub(super) struct ColdOptions {
         help_heading = HEADING
     )]
     cold_fraction: f64,
-
-    /// Text that tells cold experts from others: a file like what the model will read and write
-    #[arg(long, value_name = "FILE", requires = "cold_expert_format", help_heading = HEADING)]
-    calibration: Option<PathBuf>,
-
-    /// Windows of the text that are read [default: all]
-    #[arg(long, value_name = "N", requires = "cold_expert_format", help_heading = HEADING)]
-    calibration_windows: Option<NonZeroUsize>,
 }
 
 fn fraction(text: &str) -> Result<f64, String> {
@@ -67,10 +57,13 @@ pub(super) struct Cold {
 
 impl ColdOptions {
     /// Runs the model over the text; `None` if nothing is asked for.
-    pub(super) fn measure(&self, checkpoint: &Checkpoint, device: &DeviceOptions) -> anyhow::Result<Option<Cold>> {
-        let (Some(scheme), Some(text)) = (self.cold_expert_format, &self.calibration) else {
-            return Ok(None);
-        };
+    pub(super) fn measure(
+        &self,
+        checkpoint: &Checkpoint,
+        calibration: &CalibrationOptions,
+        device: &DeviceOptions,
+    ) -> anyhow::Result<Option<Cold>> {
+        let Some(scheme) = self.cold_expert_format else { return Ok(None) };
         let layers = find_moe_layers(checkpoint)?;
         ensure!(
             !layers.is_empty(),
@@ -78,7 +71,7 @@ impl ColdOptions {
             checkpoint.name()
         );
         let context = measure::usual_context(&[checkpoint]);
-        let windows = measure::windows(&[checkpoint], text, context, self.calibration_windows)?;
+        let windows = calibration.windows(checkpoint)?;
         let options =
             LoadOptions { context: Some(context), logit_rows: 1, measure_routing: true, ..LoadOptions::default() };
         let device = device.open()?;
@@ -89,7 +82,7 @@ impl ColdOptions {
             let total = windows.tokens() as u64;
             measure_routing(&mut *model, &windows, |done| bar.set(done as u64, total))
         };
-        let routing = routing.with_context(|| format!("cannot tell the experts that {} uses", text.display()))?;
+        let routing = routing.with_context(|| format!("cannot tell the experts that {} uses", calibration.text_name()))?;
         let of_layer = |layer: MoeLayer| {
             // Layers for multi-token prediction do not run.
             let load = &routing.iter().find(|measured| measured.layer == layer.layer)?.load;
