@@ -366,7 +366,8 @@ pub trait Encoder<B: Backend> {
         out: &mut B::Buffer,
     );
 
-    /// Rotates each block of a row by a Hadamard matrix, which spreads outliers; the width is a multiple of the block. It is its own inverse.
+    /// Rotates each block of a row by a Hadamard matrix, which spreads outliers. A second time undoes it. The width is a multiple of
+    /// the block.
     fn hadamard(&mut self, x: &mut B::Buffer, rotation: &Hadamard);
 
     /// `x = cap · tanh(x / cap)`: squeezes values into ± `cap`, which is positive.

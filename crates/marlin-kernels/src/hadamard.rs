@@ -9,8 +9,8 @@ pub(crate) const MOST_ORDER: usize = 36;
 ///
 /// The matrix is `H_m ⊗ H_2ᵏ / √block` with a block of m · 2ᵏ, m one of 1, 12, 20, 28 and 36, so that the whole width of most models is a
 /// block. `H_2ᵏ` is Sylvester's matrix, whose sign at (i, j) is (−1)^(number of ones in i & j). `H_m` is Paley's (R. E. A. C. Paley, "On
-/// orthogonal matrices", Journal of Mathematics and Physics 12, 1933): of his first construction over the integers modulo 11 and 19 for 12
-/// and 20 rows, those put into the order that makes it symmetric, and of his second one modulo 13 and 17 for 28 and 36.
+/// orthogonal matrices", Journal of Mathematics and Physics 12, 1933): for 12 and 20 rows of his first construction, modulo 11 and 19, with
+/// rows in an order and of signs that make it symmetric, and for 28 and 36 of his second one, modulo 13 and 17.
 ///
 /// A linear stays what it is if both its input and the rows of its weights are rotated: `x · Wᵀ = (x · H) · (W · H)ᵀ`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,7 +49,8 @@ impl Hadamard {
         CORES[self.core].order * self.run
     }
 
-    /// Rotates each run of `block` values, to the nearest f32: what [`crate::Encoder::hadamard`] gives but for rounding.
+    /// Rotates each run of `block` values, summed in f64: what [`crate::Encoder::hadamard`] gives but for rounding. A block takes
+    /// block · (k + m) additions.
     ///
     /// # Panics
     /// If they are no whole blocks.
@@ -132,8 +133,8 @@ impl Core {
 
     /// Paley's first construction, of q + 1 rows for a prime q that is 3 modulo 4.
     ///
-    /// His matrix has χ(i − j) within its border and 1 on its diagonal. Here rows stand in the opposite order, and those below the first have
-    /// the other sign, so that it is symmetric: χ(i + j), and −1 where i + j is 0.
+    /// His matrix has χ(i − j) within its border and 1 on its diagonal. Here the row of i is his of −i with the other sign, which makes
+    /// it symmetric: χ(i + j), −1 where i + j is 0, and a border of 1.
     const fn paley_1(q: usize) -> Self {
         let mut core = Self { order: q + 1, signs: [[0.0; MOST_ORDER]; MOST_ORDER] };
         let mut at = 0;
@@ -151,8 +152,8 @@ impl Core {
         core
     }
 
-    /// Paley's second construction, of 2 (q + 1) rows for a prime q that is 1 modulo 4: `C ⊗ [1 1; 1 −1] + I ⊗ [1 −1; −1 −1]`, where C is 0 on
-    /// its diagonal, 1 on its border and χ(i − j) within. It is symmetric, since −1 is a square.
+    /// Paley's second construction, of 2 (q + 1) rows for a prime q that is 1 modulo 4: `C ⊗ [1 1; 1 −1] + I ⊗ [1 −1; −1 −1]`, where
+    /// C is 0 on its diagonal, 1 on its border and χ(i − j) within. It is symmetric, since −1 is a square.
     const fn paley_2(q: usize) -> Self {
         let mut core = Self { order: 2 * (q + 1), signs: [[0.0; MOST_ORDER]; MOST_ORDER] };
         let mut at = 0;

@@ -107,20 +107,19 @@ const HADAMARD_TILE: usize = 4096;
 const SHARED_HADAMARD_TILE: usize = 1024;
 
 fn hadamard_kernel(core: &Core) -> Kernel {
-    let rows = core.rows();
+    // A bit for each value of a row of H_m, set where that is negative.
     let row = |signs: &[f32; MOST_ORDER]| {
         let bits = (0u64..).zip(signs).fold(0, |bits, (j, sign)| bits | u64::from(*sign < 0.0) << j);
         format!("vec2({}u, {}u)", bits as u32, bits >> 32)
     };
-    let order = rows.len();
-    let signs: Vec<_> = rows.iter().map(row).collect();
+    let rows: Vec<_> = core.rows().iter().map(row).collect();
+    let (order, rows) = (rows.len(), rows.join(", "));
+    let signs = format!("const SIGNS = array<vec2<u32>, ORDER>({rows});\n    return SIGNS[row];");
     Kernel {
         name: "hadamard",
         prelude: format!(
             "const MOST = {HADAMARD_TILE}u;\nconst ORDER = {order}u;\n\
-             // A bit for each value of a row of H_m, set where that is negative.\n\
-             fn signs_of(row: u32) -> vec2<u32> {{\n    const SIGNS = array<vec2<u32>, {order}>({});\n    return SIGNS[row];\n}}\n",
-            signs.join(", ")
+             fn signs_of(row: u32) -> vec2<u32> {{\n    {signs}\n}}\n"
         ),
         bindings: vec![Binding::write("x", "f32")],
         files: vec![include_str!("shaders/hadamard.wgsl")],
@@ -199,8 +198,8 @@ impl Encoder<GpuBackend> for GpuEncoder {
     fn hadamard(&mut self, x: &mut GpuBuffer, rotation: &Hadamard) {
         rotation.check(x.width);
         x.written();
-        // A pass multiplies by a factor of the Kronecker product, whose values lie `done` apart. That of H_m comes last, together with what is
-        // left of H_2ᵏ once a tile holds both.
+        // A pass multiplies by a factor of the Kronecker product, whose values lie `done` apart. H_m comes last, with what is left of
+        // H_2ᵏ once a tile holds both.
         let mut done = 1;
         while done < rotation.block() {
             let left = rotation.block() / done;

@@ -1,6 +1,6 @@
-// Rotates blocks of a row by Hadamard matrices H_m ⊗ H_2ᵏ in workgroup memory: H_2ᵏ by butterflies, H_m by its signs where values are written back.
-// A workgroup takes a tile of whole blocks one after the other, or `columns` of them side by side, whose values lie `stride` apart: blocks that are
-// larger than a tile are transformed along their runs first and across them then.
+// Rotates blocks of a row by Hadamard matrices H_m ⊗ H_2ᵏ in workgroup memory: H_2ᵏ by butterflies, H_m by its signs where values are
+// written back. A workgroup takes a tile of whole blocks one after the other, or `columns` of them side by side, whose values lie `stride`
+// apart: blocks that are larger than a tile are transformed along their runs first and across them then.
 
 struct Params {
     width: u32,
@@ -28,6 +28,7 @@ fn combined(i: u32, run: u32) -> f32 {
         return values[i];
     }
     let row = i / run % ORDER;
+    // A bit for each value of the row, set where that is negative.
     let signs = signs_of(row);
     let first = i - row * run;
     var sum = 0.0;
