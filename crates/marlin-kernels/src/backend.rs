@@ -2,7 +2,7 @@
 
 use marlin_format::{PackedMatrix, Scheme};
 
-use crate::{HostRoutes, KernelError, KvLayout, KvType, Routing, SampleRow, SamplingId, Step};
+use crate::{Hadamard, HostRoutes, KernelError, KvLayout, KvType, Routing, SampleRow, SamplingId, Step};
 
 /// A device: it holds weights, activations and KV blocks, and hands out encoders.
 ///
@@ -208,14 +208,6 @@ pub(crate) fn check_parts(parts: &[LinearPart<'_>]) -> Result<usize, KernelError
     Ok(first)
 }
 
-/// Holds a row's width against what [`Encoder::hadamard`] asks of it.
-pub(crate) fn check_hadamard(width: usize, block: usize) {
-    assert!(
-        block.is_power_of_two() && width.is_multiple_of(block),
-        "Hadamard blocks are a power of two that divides the width of {width}, found {block}"
-    );
-}
-
 /// What a linear multiplies, row by row.
 #[derive(Debug)]
 pub enum Input<'a, B: Backend> {
@@ -374,10 +366,9 @@ pub trait Encoder<B: Backend> {
         out: &mut B::Buffer,
     );
 
-    /// Multiplies each run of `block` values of a row by the orthogonal Hadamard matrix in Sylvester's order, whose value at (i, j) is
-    /// `(-1)^(number of ones in i & j) / sqrt(block)`: a rotation that is its own inverse, and spreads outliers. `block` is a power of two
-    /// that divides the width.
-    fn hadamard(&mut self, x: &mut B::Buffer, block: usize);
+    /// Rotates each block of a row by a Hadamard matrix, which spreads outliers. A second time undoes it. The width is a multiple of
+    /// the block.
+    fn hadamard(&mut self, x: &mut B::Buffer, rotation: &Hadamard);
 
     /// `x = cap · tanh(x / cap)`: squeezes values into ± `cap`, which is positive.
     fn soft_cap(&mut self, x: &mut B::Buffer, cap: f32);

@@ -29,6 +29,12 @@ pub enum KernelError {
         "a group prepares its input once for all of its linears: none can have columns with an index, decode such matrices"
     )]
     OrderedGroup,
+    /// There is no Hadamard matrix of so many rows.
+    #[error("Hadamard blocks are a power of two, or 12, 20, 28 or 36 times one; found {found}")]
+    HadamardBlock {
+        /// Values of a block.
+        found: usize,
+    },
     /// Values that do not fill a buffer's rows.
     #[error("{found} values for {rows} rows of {width} in a buffer of at most {capacity} rows")]
     BufferShape {

@@ -11,6 +11,7 @@
 
 mod backend;
 mod error;
+mod hadamard;
 mod host;
 mod kv;
 mod kv_codes;
@@ -28,6 +29,7 @@ pub use backend::{
     QkNorm, RopeLayout, RouterWeights, StepLimits, Values,
 };
 pub use error::{BeyondBinding, KernelError};
+pub use hadamard::Hadamard;
 pub use host::{HostBuffer, HostKvCache};
 pub use kv::{KvLayer, KvLayout, KvType};
 pub use routing::{HostRoutes, RouterLoad, RouterScore, Routing};

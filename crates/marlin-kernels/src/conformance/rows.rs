@@ -1,6 +1,6 @@
 //! Rows of the operations on activations alone: norms, angles, selection.
 
-use crate::{Backend, Encoder};
+use crate::{Backend, Encoder, Hadamard};
 
 use super::support::{Case, Ragged, Rng, limits, poisoned, read, upload};
 use super::{Device, Table};
@@ -13,10 +13,41 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
     for width in [1, 7, 33, 576, 2048, 5000] {
         table.add(device, format!("layer-norm/width={width}"), move |device| layer_norm(device, width));
     }
-    // Blocks in a row and within a tile, tiles that the last row does not fill, one block a row, blocks beyond a tile.
-    for (width, block) in
-        [(1, 1), (6, 2), (96, 32), (1152, 128), (5120, 1024), (2560, 512), (4096, 4096), (16384, 8192)]
-    {
+    // Blocks in a row and within a tile, tiles that the last row does not fill, one block a row, blocks beyond a tile: powers of two, and
+    // each other factor with runs below a vector's lanes, whole vectors, and widths of models.
+    for (width, block) in [
+        (1, 1),
+        (6, 2),
+        (96, 32),
+        (1152, 128),
+        (5120, 1024),
+        (2560, 512),
+        (4096, 4096),
+        (16384, 8192),
+        (12, 12),
+        (72, 24),
+        (96, 96),
+        (768, 384),
+        (768, 768),
+        (3072, 3072),
+        (18432, 6144),
+        (98304, 98304),
+        (20, 20),
+        (160, 80),
+        (480, 160),
+        (2560, 2560),
+        (10240, 5120),
+        (28, 28),
+        (112, 56),
+        (2240, 448),
+        (3584, 3584),
+        (7168, 7168),
+        (36, 36),
+        (288, 144),
+        (3456, 1152),
+        (2304, 2304),
+        (9216, 9216),
+    ] {
         table
             .add(device, format!("hadamard/width={width},block={block}"), move |device| hadamard(device, width, block));
     }
@@ -128,22 +159,22 @@ fn hadamard<B: Backend>(device: &Device<B>, width: usize, block: usize) -> Resul
         let mut x = rng.normals(rows * width);
         // What the transform is for.
         x[rng.below(width)] = 1e3;
-        device.check(&Hadamard { x, width, block }, 1e-12, &format!("{rows} rows"))?;
+        device.check(&Rotation { x, width, block }, 1e-12, &format!("{rows} rows"))?;
     }
     Ok(())
 }
 
-struct Hadamard {
+struct Rotation {
     x: Vec<f32>,
     width: usize,
     block: usize,
 }
 
-impl Case for Hadamard {
+impl Case for Rotation {
     fn run<B: Backend>(&self, backend: &B) -> Vec<f32> {
         let mut encoder = backend.encoder(&limits(self.x.len() / self.width, self.width)).expect("an encoder");
         let mut x = upload(backend, self.width, &self.x);
-        encoder.hadamard(&mut x, self.block);
+        encoder.hadamard(&mut x, &Hadamard::new(self.block).expect("a block that there is"));
         read::<B>(&mut encoder, &x, self.x.len())
     }
 }

@@ -10,6 +10,7 @@ mod attention;
 mod cores;
 mod disjoint;
 mod experts;
+mod hadamard;
 mod kv;
 mod linear;
 mod peak;
@@ -33,13 +34,12 @@ pub use tile_file::{TileFile, TileFileOptions};
 use self::attention::Attention;
 use self::disjoint::Disjoint;
 use self::linear::{Activations, Epilogue, LinearGroup, TiledLinear};
-use crate::backend::check_hadamard;
 use crate::host::HostStep;
 use crate::sampling::host::{HostSamplings, token_of};
 use crate::{
-    Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, HostRoutes, Input, KernelError,
-    KvLayout, KvType, LatentShape, LinearPart, MemoryUse, PartHeader, QkNorm, RouterWeights, Routing, SampleRow,
-    SamplingId, Step, StepLimits,
+    Activation, AttentionShape, Backend, DeviceInfo, Encoder, Hadamard, HostBuffer, HostKvCache, HostRoutes, Input,
+    KernelError, KvLayout, KvType, LatentShape, LinearPart, MemoryUse, PartHeader, QkNorm, RouterWeights, Routing,
+    SampleRow, SamplingId, Step, StepLimits,
 };
 
 const NAME: &str = "cpu";
@@ -330,9 +330,9 @@ impl Encoder<CpuBackend> for CpuEncoder {
         rows::layer_norm(x.values(), weight, bias.map(Vec::as_slice), eps, out, &self.threads);
     }
 
-    fn hadamard(&mut self, x: &mut HostBuffer, block: usize) {
-        check_hadamard(x.width(), block);
-        rows::hadamard(x.values_mut(), block, &self.threads);
+    fn hadamard(&mut self, x: &mut HostBuffer, rotation: &Hadamard) {
+        rotation.check(x.width());
+        hadamard::rotate(x.values_mut(), rotation, self.simd, &self.threads);
     }
 
     fn soft_cap(&mut self, x: &mut HostBuffer, cap: f32) {

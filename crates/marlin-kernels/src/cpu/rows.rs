@@ -15,7 +15,7 @@ const TASK_ROWS: usize = 4;
 /// Values of a task of [`soft_cap`], whose rows are as long as the vocabulary.
 const SOFT_CAP_TASK: usize = 4096;
 
-const CHECKED: &str = "the backend was made for a SIMD level of this processor";
+pub(super) const CHECKED: &str = "the backend was made for a SIMD level of this processor";
 
 /// `out[t] = [cos(p·f_i)·scaling … | sin(p·f_i)·scaling …]`.
 pub(super) fn rope_angles(positions: &[u32], inv_freq: &[f32], scaling: f32, out: &mut [f32], threads: &Threads) {
@@ -129,29 +129,6 @@ pub(super) fn layer_norm(
             for (out, &bias) in out.iter_mut().zip(bias.unwrap_or_default()) {
                 *out += bias;
             }
-        }
-    });
-}
-
-/// Values of a task of [`hadamard`], if its blocks are no larger.
-const HADAMARD_TASK: usize = 4096;
-
-/// The orthogonal Hadamard transform of each block, by butterflies (the fast Walsh-Hadamard transform).
-pub(super) fn hadamard(x: &mut [f32], block: usize, threads: &Threads) {
-    let factor = (1.0 / (block as f64).sqrt()) as f32;
-    threads.for_each_chunk(x, block.max(HADAMARD_TASK), |_, values| {
-        for block in values.chunks_exact_mut(block) {
-            let mut half = 1;
-            while half < block.len() {
-                for pair in block.chunks_exact_mut(2 * half) {
-                    let (low, high) = pair.split_at_mut(half);
-                    for (a, b) in low.iter_mut().zip(high) {
-                        (*a, *b) = (*a + *b, *a - *b);
-                    }
-                }
-                half *= 2;
-            }
-            block.iter_mut().for_each(|x| *x *= factor);
         }
     });
 }

@@ -12,10 +12,10 @@ use super::recorder::Recorder;
 use super::sampling::Sampler;
 use super::step::StepBuffers;
 use super::{GpuBackend, GpuBuffer, GpuKvCache, GpuVector, MAX_WORKGROUPS};
-use crate::backend::check_hadamard;
+use crate::hadamard::{CORES, Core, MOST_ORDER};
 use crate::{
-    Activation, AttentionShape, Encoder, HostRoutes, Input, KernelError, LatentShape, QkNorm, SampleRow, SamplingId,
-    Step, StepLimits,
+    Activation, AttentionShape, Encoder, Hadamard, HostRoutes, Input, KernelError, LatentShape, QkNorm, SampleRow,
+    SamplingId, Step, StepLimits,
 };
 
 /// Records operations, and runs them when it is told to.
@@ -38,7 +38,8 @@ struct Kernels {
     rms_norm: [Arc<Pipeline>; 2],
     /// Without and with a bias.
     layer_norm: [Arc<Pipeline>; 2],
-    hadamard: Arc<Pipeline>,
+    /// One for each of [`CORES`].
+    hadamard: Vec<Arc<Pipeline>>,
     soft_cap: Arc<Pipeline>,
     select_rows: Arc<Pipeline>,
 }
@@ -93,22 +94,37 @@ impl Kernels {
         Ok(Self {
             rms_norm: [gpu.pipeline(&Kernel::rms_norm(false))?, gpu.pipeline(&Kernel::rms_norm(true))?],
             layer_norm: [gpu.pipeline(&layer_norm_kernel(false))?, gpu.pipeline(&layer_norm_kernel(true))?],
-            hadamard: gpu.pipeline(&Kernel {
-                name: "hadamard",
-                prelude: format!("const MOST = {HADAMARD_TILE}u;\n"),
-                bindings: vec![write("x", "f32")],
-                files: vec![include_str!("shaders/hadamard.wgsl")],
-            })?,
+            hadamard: CORES.iter().map(|core| gpu.pipeline(&hadamard_kernel(core))).collect::<Result<_, _>>()?,
             soft_cap: kernel("soft_cap", &[write("x", "f32")], include_str!("shaders/soft_cap.wgsl"))?,
             select_rows: kernel("select_rows", &select, include_str!("shaders/select_rows.wgsl"))?,
         })
     }
 }
 
-/// Values that a workgroup transforms: the largest Hadamard block that is done at once. Every device has memory for them.
+/// Values that a workgroup rotates: the largest Hadamard block that is done at once. Every device has memory for them.
 const HADAMARD_TILE: usize = 4096;
-/// Smaller blocks share a workgroup, up to so many values.
+/// Smaller blocks, or parts of them, share a workgroup, up to so many values.
 const SHARED_HADAMARD_TILE: usize = 1024;
+
+fn hadamard_kernel(core: &Core) -> Kernel {
+    // A bit for each value of a row of H_m, set where that is negative.
+    let row = |signs: &[f32; MOST_ORDER]| {
+        let bits = (0u64..).zip(signs).fold(0, |bits, (j, sign)| bits | u64::from(*sign < 0.0) << j);
+        format!("vec2({}u, {}u)", bits as u32, bits >> 32)
+    };
+    let rows: Vec<_> = core.rows().iter().map(row).collect();
+    let (order, rows) = (rows.len(), rows.join(", "));
+    let signs = format!("const SIGNS = array<vec2<u32>, ORDER>({rows});\n    return SIGNS[row];");
+    Kernel {
+        name: "hadamard",
+        prelude: format!(
+            "const MOST = {HADAMARD_TILE}u;\nconst ORDER = {order}u;\n\
+             fn signs_of(row: u32) -> vec2<u32> {{\n    {signs}\n}}\n"
+        ),
+        bindings: vec![Binding::write("x", "f32")],
+        files: vec![include_str!("shaders/hadamard.wgsl")],
+    }
+}
 
 fn layer_norm_kernel(has_bias: bool) -> Kernel {
     let bias = if has_bias { "bias[i]" } else { "0.0" };
@@ -179,19 +195,28 @@ impl Encoder<GpuBackend> for GpuEncoder {
         self.recorder.dispatch(kernel, buffers, &[x.width as u32, eps.to_bits()], [x.rows, 1, 1]);
     }
 
-    fn hadamard(&mut self, x: &mut GpuBuffer, block: usize) {
-        check_hadamard(x.width, block);
+    fn hadamard(&mut self, x: &mut GpuBuffer, rotation: &Hadamard) {
+        rotation.check(x.width);
         x.written();
-        // Blocks of a block: the transform of the whole is that of its parts, and then of the values at the same place of each part.
-        let (mut done, kernel) = (1, &self.kernels.hadamard);
-        while done < block {
-            let part = (block / done).min(HADAMARD_TILE);
-            // Whole blocks in a row lie one after the other in the first pass alone.
-            let tile = if done == 1 { part.max(SHARED_HADAMARD_TILE) } else { part };
+        // A pass multiplies by a factor of the Kronecker product, whose values lie `done` apart. H_m comes last, with what is left of
+        // H_2ᵏ once a tile holds both.
+        let mut done = 1;
+        while done < rotation.block() {
+            let left = rotation.block() / done;
+            let (core, part) = if left <= HADAMARD_TILE {
+                (rotation.core(), left)
+            } else {
+                (0, (rotation.run() / done).min(HADAMARD_TILE))
+            };
+            // Parts in a row lie one after the other in the first pass, and side by side in those that follow.
+            let shared = (SHARED_HADAMARD_TILE / part).max(1);
+            let columns = if done == 1 { 1 } else { (1 << shared.ilog2()).min(done) };
+            let tile = part * if done == 1 { shared } else { columns };
             let factor = (1.0 / (part as f64).sqrt()) as f32;
-            let parameters = [x.width as u32, part as u32, done as u32, tile as u32, factor.to_bits()];
+            let [width, block, stride] = [x.width, part * columns, done].map(|size| size as u32);
+            let parameters = [width, block, stride, columns as u32, tile as u32, factor.to_bits()];
             let workgroups = [x.width.div_ceil(tile), x.rows, 1];
-            self.recorder.dispatch(kernel, [&x.storage], &parameters, workgroups);
+            self.recorder.dispatch(&self.kernels.hadamard[core], [&x.storage], &parameters, workgroups);
             done *= part;
         }
     }

@@ -14,14 +14,13 @@ use std::borrow::Cow;
 use half::f16;
 use marlin_format::{FormatError, Scheme};
 
-use crate::backend::check_hadamard;
 use crate::host::{HostStep, KvData, KvPlane, allocate, visible};
 use crate::routing::{Dispatch, choose};
 use crate::sampling::host::{HostSamplings, token_of};
 use crate::{
-    Activation, AttentionShape, Backend, DeviceInfo, Encoder, HostBuffer, HostKvCache, HostRoutes, Input, KernelError,
-    KvLayout, KvType, LatentShape, LinearPart, MemoryUse, QkNorm, RopeLayout, RouterWeights, Routing, SampleRow,
-    SamplingId, Step, StepLimits, Values,
+    Activation, AttentionShape, Backend, DeviceInfo, Encoder, Hadamard, HostBuffer, HostKvCache, HostRoutes, Input,
+    KernelError, KvLayout, KvType, LatentShape, LinearPart, MemoryUse, QkNorm, RopeLayout, RouterWeights, Routing,
+    SampleRow, SamplingId, Step, StepLimits, Values,
 };
 
 const NAME: &str = "reference";
@@ -239,15 +238,9 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
         }
     }
 
-    fn hadamard(&mut self, x: &mut HostBuffer, block: usize) {
-        check_hadamard(x.width(), block);
-        for values in x.values_mut().chunks_exact_mut(block) {
-            let before: Vec<f64> = values.iter().map(|&x| f64::from(x)).collect();
-            for (i, y) in values.iter_mut().enumerate() {
-                let signed = |(j, x): (usize, &f64)| if (i & j).count_ones() % 2 == 0 { *x } else { -x };
-                *y = (before.iter().enumerate().map(signed).sum::<f64>() / (block as f64).sqrt()) as f32;
-            }
-        }
+    fn hadamard(&mut self, x: &mut HostBuffer, rotation: &Hadamard) {
+        rotation.check(x.width());
+        rotation.apply(x.values_mut());
     }
 
     fn soft_cap(&mut self, x: &mut HostBuffer, cap: f32) {

@@ -57,21 +57,23 @@ fn layer_norms_and_rotations() {
     assert_close(out.values(), &[0.0, -1.0, 0.25, -0.25]);
 
     let mut x = buffer(4, &[1.0, 2.0, 3.0, 4.0, 0.0, 1.0, 0.0, 0.0]);
-    encoder.hadamard(&mut x, 4);
+    let rotation = |block| Hadamard::new(block).unwrap();
+    encoder.hadamard(&mut x, &rotation(4));
     assert_close(x.values(), &[5.0, -1.0, -2.0, 0.0, 0.5, -0.5, 0.5, -0.5]);
     // It is its own inverse; a block of one stays.
-    encoder.hadamard(&mut x, 4);
-    encoder.hadamard(&mut x, 1);
+    encoder.hadamard(&mut x, &rotation(4));
+    encoder.hadamard(&mut x, &rotation(1));
     assert_close(x.values(), &[1.0, 2.0, 3.0, 4.0, 0.0, 1.0, 0.0, 0.0]);
-    encoder.hadamard(&mut x, 2);
+    encoder.hadamard(&mut x, &rotation(2));
     let root = 2f32.sqrt();
     assert_close(&x.values()[..4], &[3.0 / root, -1.0 / root, 7.0 / root, -1.0 / root]);
 }
 
 #[test]
-#[should_panic(expected = "power of two that divides the width of 6, found 4")]
+#[should_panic(expected = "blocks of 4 for a width of 6")]
 fn rotations_of_broken_blocks_are_refused() {
-    ReferenceBackend.encoder(&LIMITS).unwrap().hadamard(&mut buffer(6, &[0.0; 6]), 4);
+    let rotation = Hadamard::new(4).unwrap();
+    ReferenceBackend.encoder(&LIMITS).unwrap().hadamard(&mut buffer(6, &[0.0; 6]), &rotation);
 }
 
 #[test]
