@@ -5,6 +5,7 @@
 //! one rounds off, the next can make up for. In memory are one layer, the hidden states, and the Hessians of linears that run side by side.
 
 mod layer;
+mod seen;
 mod states;
 
 use std::collections::{BTreeMap, HashMap};
@@ -12,14 +13,16 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use marlin_checkpoint::Checkpoint;
-use marlin_format::EncodeOptions;
+use marlin_format::{EncodeOptions, PackedMatrix};
 use marlin_kernels::cpu::CpuBackend;
 use marlin_model::{LayerRunner, LoadedLayer, SharedInput};
 
 use self::layer::LayerWeights;
+use self::seen::Seen;
 use self::states::States;
 use crate::capture::Observed;
-use crate::gptq::{Drift, Factor, Hessian, Order, round_matrix};
+use crate::encode_matrix::{largest_weight, matrix_error, slices};
+use crate::gptq::{Factor, Order, round_matrix};
 use crate::output::Output;
 use crate::quantize::{Task, encode_error};
 use crate::role::layer_and_kind;
@@ -132,7 +135,6 @@ impl<'a> Calibrator<'a> {
         let mut weights = LayerWeights::new(self.source, index, &of_layer);
         let mut layer = self.runner.load(&weights.checkpoint()?, index)?;
         let mut original = self.runner.load(&weights.checkpoint()?, index)?;
-        let alpha: Option<f32> = std::env::var("ASYM").ok().map(|alpha| alpha.parse().unwrap());
         let by_name: HashMap<&str, usize> = tasks.iter().map(|&task| (&*self.tasks[task].name, task)).collect();
         let inputs = layer.inputs().to_vec();
         for stage in stages(&inputs) {
@@ -142,39 +144,19 @@ impl<'a> Calibrator<'a> {
             if watched.is_empty() {
                 continue;
             }
-            let seen = self.watch(&watched, &by_name, &mut layer, &mut original, states)?;
+            let seen = self.watch(&watched, &by_name, [&mut original, &mut layer], states)?;
             for input in watched {
-                let Seen { hessian, drift } = &seen[&input.name];
-                let diagonal = hessian.diagonal();
-                let correction = alpha
-                    .filter(|_| drift.rows() > 0)
-                    .map(|alpha| drift.correction(hessian, self.calibration.damping, alpha));
-                let mut factor: Option<Factor> = None;
-                for task_index in input.tensors.iter().filter_map(|tensor| by_name.get(tensor.as_str()).copied()) {
-                    let task = &self.tasks[task_index];
-                    let (_, scheme) = task.matrix.expect("what is calibrated is a matrix");
-                    let matrix = task.source(self.source)?;
-                    let corrected = correction.as_ref().map(|correction| correction.apply(&matrix)).transpose();
-                    let corrected = corrected.map_err(|e| encode_error(self.source, &task.name, e))?;
-                    let matrix = corrected.as_ref().unwrap_or(&matrix);
-                    let order = if std::env::var("NAT").is_ok() {
-                        Order::natural(diagonal.len())
-                    } else {
-                        Order::of(scheme, &diagonal)
-                    };
-                    // Matrices side by side mostly are of one scheme.
-                    let factor = match factor.take().filter(|factor| factor.order == order) {
-                        Some(same) => factor.insert(same),
-                        None => factor.insert(hessian.factor(order, self.calibration.damping)),
-                    };
-                    let (rounded, error) = round_matrix(matrix, scheme, self.encode, factor)
-                        .map_err(|e| encode_error(self.source, &task.name, e))?;
-                    let is_done = output.is_done(&task.name);
+                let seen = &seen[&input.name];
+                let of_input = input.tensors.iter().filter_map(|tensor| by_name.get(tensor.as_str()).copied());
+                let mut rounded = self.round(seen, of_input)?;
+                for (task, matrix, error) in rounded.drain(..) {
+                    let name = &self.tasks[task].name;
+                    let is_done = output.is_done(name);
                     if !is_done {
-                        output.write_matrix(&task.name, &rounded)?;
+                        output.write_matrix(name, &matrix)?;
                     }
-                    finished(task_index, (!is_done).then_some(error));
-                    weights.replace(&task.name, Arc::new(rounded));
+                    finished(task, (!is_done).then_some(error));
+                    weights.replace(name, Arc::new(matrix));
                 }
             }
             layer = self.runner.load(&weights.checkpoint()?, index)?;
@@ -185,41 +167,61 @@ impl<'a> Calibrator<'a> {
         Ok(())
     }
 
-    /// What these inputs are over the hidden states, by their names.
+    /// Rounds the matrices of tasks that share an input.
+    fn round(&self, seen: &Seen, tasks: impl Iterator<Item = usize>) -> Result<Vec<Rounded>, QuantizeError> {
+        let damping = self.calibration.damping;
+        let (correction, diagonal) = (seen.drift.correction(&seen.hessian, damping), seen.hessian.diagonal());
+        let mut factor: Option<Factor> = None;
+        let mut rounded = Vec::new();
+        for index in tasks {
+            let task = &self.tasks[index];
+            let (_, scheme) = task.matrix.expect("what is calibrated is a matrix");
+            let matrix = task.source(self.source)?;
+            let order = Order::of(scheme, &diagonal);
+            // Matrices side by side mostly are of one scheme.
+            let factor = match factor.take().filter(|factor| factor.order == order) {
+                Some(same) => factor.insert(same),
+                None => factor.insert(seen.hessian.factor(order, damping)),
+            };
+            let [rows, cols] = [matrix.rows, matrix.cols];
+            // A weight that is not finite is named before it spoils its row.
+            let encoded = largest_weight(&matrix, &slices(rows, cols, 1))
+                .and_then(|_| correction.apply(&matrix))
+                .and_then(|corrected| round_matrix(&corrected, scheme, self.encode, factor));
+            let (encoded, _) = encoded.map_err(|e| encode_error(self.source, &task.name, e))?;
+            let error = matrix_error(&matrix, &encoded);
+            rounded.push((index, encoded, error));
+        }
+        Ok(rounded)
+    }
+
+    /// What these inputs are over the hidden states, by their names, in the original layer and as it is now.
     fn watch(
         &mut self,
         inputs: &[&SharedInput],
         by_name: &HashMap<&str, usize>,
-        layer: &mut LoadedLayer<Observed<CpuBackend>>,
-        original: &mut LoadedLayer<Observed<CpuBackend>>,
+        [original, layer]: [&mut LoadedLayer<Observed<CpuBackend>>; 2],
         states: &States,
     ) -> Result<HashMap<String, Seen>, QuantizeError> {
-        let width = |input: &SharedInput| {
+        let seen_of = |input: &&SharedInput| {
             let task = input.tensors.iter().find_map(|tensor| by_name.get(tensor.as_str()))?;
-            self.tasks[*task].matrix.map(|([_, cols], _)| {
-                (input.name.clone(), Seen { hessian: Hessian::new(cols), drift: Drift::new(cols) })
-            })
+            self.tasks[*task].matrix.map(|([_, cols], _)| (input.name.clone(), Seen::new(cols)))
         };
-        let mut seen: HashMap<String, Seen> = inputs.iter().filter_map(|input| width(input)).collect();
+        let mut seen: HashMap<String, Seen> = inputs.iter().filter_map(seen_of).collect();
         self.backend.watch().only(inputs.iter().map(|input| input.name.as_str()));
         let mut after = Vec::new();
-        let asym = std::env::var("ASYM").is_ok();
         for (states, originals) in states.windows.iter().zip(&states.originals) {
-            let mut unrounded = HashMap::new();
-            if asym {
-                originals.clone_into(&mut after);
-                self.runner.run(original, &mut after)?;
-                self.backend.watch().take(|name, inputs| {
-                    unrounded.insert(name.to_owned(), inputs);
-                });
-            }
+            let mut unquantized = HashMap::new();
+            originals.clone_into(&mut after);
+            self.runner.run(original, &mut after)?;
+            self.backend.watch().take(|name, inputs| {
+                unquantized.insert(name.to_owned(), inputs);
+            });
             states.clone_into(&mut after);
             self.runner.run(layer, &mut after)?;
             self.backend.watch().take(|name, inputs| {
-                let Some(seen) = seen.get_mut(name) else { return };
-                seen.hessian.add(&inputs.rows);
-                if let Some(unrounded) = unrounded.get(name).filter(|_| !inputs.is_routed) {
-                    seen.drift.add(&unrounded.rows, &inputs.rows);
+                if let (Some(seen), Some(originals)) = (seen.get_mut(name), unquantized.remove(name)) {
+                    seen.add(originals, inputs);
                 }
             });
         }
@@ -227,11 +229,8 @@ impl<'a> Calibrator<'a> {
     }
 }
 
-/// What is known of an input.
-struct Seen {
-    hessian: Hessian,
-    drift: Drift,
-}
+/// A task, its matrix in the end, and how far that is from the source.
+type Rounded = (usize, PackedMatrix<'static>, ErrorStats);
 
 /// Inputs in the order in which they come to be; those side by side do not depend on each other's matrices.
 fn stages(inputs: &[SharedInput]) -> Vec<Vec<&SharedInput>> {

@@ -1,8 +1,8 @@
 //! An encoder that reads what linears are given before it runs them.
 
 use marlin_kernels::{
-    Activation, AttentionShape, Backend, Encoder, HostRoutes, Input, KernelError, LatentShape, QkNorm, Routing,
-    SampleRow, SamplingId, Step,
+    Activation, AttentionShape, Backend, Encoder, Hadamard, HostRoutes, Input, KernelError, LatentShape, QkNorm,
+    Routing, SampleRow, SamplingId, Step,
 };
 
 use super::Watch;
@@ -49,7 +49,7 @@ impl<B: Backend> ObservedEncoder<B> {
     /// Tells the watch the inputs of a linear.
     fn observe(&mut self, name: &str, cols: usize, x: &Input<'_, Observed<B>>) {
         if !self.is_over && self.watch.watches(name) && self.read_input(cols, x) {
-            self.watch.add(name, &self.rows, false);
+            self.watch.add(name, &self.rows, &[]);
             self.came(1);
         }
     }
@@ -189,9 +189,9 @@ impl<B: Backend> Encoder<Observed<B>> for ObservedEncoder<B> {
         }
     }
 
-    fn hadamard(&mut self, x: &mut Buffer<B>, block: usize) {
+    fn hadamard(&mut self, x: &mut Buffer<B>, rotation: &Hadamard) {
         if !self.is_over {
-            self.inner.hadamard(&mut x.inner, block);
+            self.inner.hadamard(&mut x.inner, rotation);
         }
     }
 
@@ -246,12 +246,10 @@ impl<B: Backend> Encoder<Observed<B>> for ObservedEncoder<B> {
         let watched = self.watched(&gate_up.names);
         if watched > 0 && self.read_host_routes(routes) && self.read_input(cols, &x) {
             let by_expert = rows_by_expert(&routes.routing, self.tokens, &routes.host);
-            for (name, rows) in gate_up.names.iter().zip(by_expert) {
-                let scaled = |&(token, weight): &(usize, f32)| {
-                    self.rows[token * cols..][..cols].iter().map(move |value| value * weight)
-                };
-                let inputs: Vec<f32> = rows.iter().flat_map(scaled).collect();
-                self.watch.add(name, &inputs, true);
+            for (name, routes) in gate_up.names.iter().zip(by_expert) {
+                let row = |&(token, _): &(usize, f32)| &self.rows[token * cols..][..cols];
+                let inputs: Vec<f32> = routes.iter().flat_map(row).copied().collect();
+                self.watch.add(name, &inputs, &routes);
             }
             self.came(watched);
         }
@@ -266,13 +264,10 @@ impl<B: Backend> Encoder<Observed<B>> for ObservedEncoder<B> {
         if watched > 0 && self.read_host_routes(routes) && self.read_rows(x, self.tokens * routes.routing.slots()) {
             keep_columns(&mut self.rows, x.width, 0, cols);
             let by_expert = rows_by_expert(&routes.routing, self.tokens, &routes.host);
-            let mut rest = self.rows.as_mut_slice();
-            for (name, rows) in down.names.iter().zip(by_expert) {
-                let (inputs, after) = rest.split_at_mut(rows.len() * cols);
-                for (row, (_, weight)) in inputs.chunks_exact_mut(cols).zip(rows) {
-                    row.iter_mut().for_each(|value| *value *= weight);
-                }
-                self.watch.add(name, inputs, true);
+            let mut rest = self.rows.as_slice();
+            for (name, routes) in down.names.iter().zip(by_expert) {
+                let (inputs, after) = rest.split_at(routes.len() * cols);
+                self.watch.add(name, inputs, &routes);
                 rest = after;
             }
             self.came(watched);
@@ -322,7 +317,7 @@ impl<B: Backend> Encoder<Observed<B>> for ObservedEncoder<B> {
         if !self.is_over && self.watch.watches(&self.latent) && self.read_rows(kv, self.tokens) {
             keep_columns(&mut self.rows, kv.width, kv.width - shape.key_dim(), shape.rank);
             self.rows.chunks_exact_mut(shape.rank).for_each(|row| normalize(row, &norm.values, eps));
-            self.watch.add(&self.latent, &self.rows, false);
+            self.watch.add(&self.latent, &self.rows, &[]);
             self.came(1);
         }
         if !self.is_over {

@@ -15,12 +15,13 @@ pub(crate) use self::backend::Observed;
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Watch(Arc<Mutex<HashMap<String, Inputs>>>);
 
-/// What a linear was given: rows as wide as its weights have columns.
+/// What a linear was given in a step.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Inputs {
+    /// As wide as its weights have columns.
     pub(crate) rows: Vec<f32>,
-    /// Rows are those of an expert's tokens, each times the weight that the token gives to the expert.
-    pub(crate) is_routed: bool,
+    /// Of an expert, the token of each row, ascending, and the weight that the token gives to the expert. Other linears are given all tokens.
+    pub(crate) routes: Vec<(usize, f32)>,
 }
 
 impl Watch {
@@ -43,10 +44,10 @@ impl Watch {
         self.lock().contains_key(name)
     }
 
-    fn add(&self, name: &str, rows: &[f32], is_routed: bool) {
+    fn add(&self, name: &str, rows: &[f32], routes: &[(usize, f32)]) {
         if let Some(inputs) = self.lock().get_mut(name) {
             inputs.rows.extend_from_slice(rows);
-            inputs.is_routed = is_routed;
+            inputs.routes.extend_from_slice(routes);
         }
     }
 

@@ -1,13 +1,11 @@
 //! Weights that make up for what earlier layers rounded off.
 
-use std::ops::Range;
-
 use marlin_format::{FormatError, PackedMatrix, Scheme};
 use ndarray::linalg::general_mat_mul;
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
+use ndarray::{Array2, ArrayView2, Axis, s};
 use rayon::prelude::*;
 
-use super::hessian::{Factor, Hessian, blocks_of_rows};
+use super::hessian::{Hessian, blocks_of_rows};
 use super::order::Order;
 
 /// Σ (x - x̂)·x̂ᵀ over the inputs x̂ of a linear in the quantised model and those that it has in the original, x: how far, and where, the
@@ -15,7 +13,6 @@ use super::order::Order;
 #[derive(Debug, Clone)]
 pub(crate) struct Drift {
     sum: Array2<f32>,
-    rows: u64,
 }
 
 /// `I + Σ (x - x̂)·x̂ᵀ · H⁻¹`: weights times this give on x̂, as well as they can, what they give on x (the asymmetric calibration of GPTAQ: Li et al.
@@ -26,12 +23,7 @@ pub(crate) struct Correction(Array2<f32>);
 impl Drift {
     /// That of no inputs.
     pub(crate) fn new(cols: usize) -> Self {
-        Self { sum: Array2::zeros((cols, cols)), rows: 0 }
-    }
-
-    /// Inputs that were added.
-    pub(crate) fn rows(&self) -> u64 {
-        self.rows
+        Self { sum: Array2::zeros((cols, cols)) }
     }
 
     /// Adds inputs of the same tokens, `[rows, K]`, on rayon's current threads.
@@ -41,17 +33,18 @@ impl Drift {
         let inputs = ArrayView2::from_shape((rows, cols), inputs).expect("inputs are whole rows");
         let originals = ArrayView2::from_shape((rows, cols), originals).expect("inputs are of the same tokens");
         let drift = &originals - &inputs;
-        self.rows += rows as u64;
         blocks_of_rows(&mut self.sum).into_par_iter().for_each(|(rows, mut sum)| {
             let transposed = drift.slice(s![.., rows]).reversed_axes();
             general_mat_mul(1.0, &transposed, &inputs, 1.0, &mut sum);
         });
     }
 
-    /// What makes up for a share of the drift, given the Hessian of the inputs x̂.
-    pub(crate) fn correction(&self, hessian: &Hessian, damping: f32, share: f32) -> Correction {
+    /// What makes up for the drift, given the Hessian of the inputs x̂: the less of it, the fewer inputs there were for each of its columns to
+    /// be learnt from.
+    pub(crate) fn correction(&self, hessian: &Hessian, damping: f32) -> Correction {
         let cols = self.sum.nrows();
         let factor = hessian.factor(Order::natural(cols), damping);
+        let share = hessian.rows() as f32 / (hessian.rows() as f32 + cols as f32);
         let mut correction = &self.sum * share;
         correction.axis_iter_mut(Axis(0)).into_par_iter().for_each(|mut row| {
             factor.solve(row.as_slice_mut().expect("rows are contiguous"));

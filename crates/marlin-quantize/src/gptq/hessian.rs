@@ -78,10 +78,13 @@ impl Hessian {
     /// The factor of this Hessian, whose columns are brought into an order, with `damping` times its mean diagonal added to the diagonal. Columns whose inputs were always 0 get that
     /// mean besides: their weights do not matter.
     ///
-    /// More damping is added, ten times as much each time, until there is a factor: a Hessian of few inputs has none by itself.
+    /// Damping is the larger, the fewer inputs there were for each column: what a few inputs do not show is not taken for certain. Without any
+    /// there is nothing to make up for. More is added, ten times as much each time, until there is a factor.
     pub(crate) fn factor(&self, order: Order, damping: f32) -> Factor {
+        let cols = self.cols();
+        let damping = damping * (1.0 + cols as f32 / self.rows.max(1) as f32);
         let diagonal = self.sum.diag();
-        let mean = diagonal.iter().map(|&value| f64::from(value)).sum::<f64>() / self.cols() as f64;
+        let mean = diagonal.iter().map(|&value| f64::from(value)).sum::<f64>() / cols as f64;
         let mean = if mean > 0.0 { mean as f32 } else { 1.0 };
         let mut damping = damping;
         loop {

@@ -58,7 +58,9 @@ impl CalibrationOptions {
         if method != Method::Gptq {
             return Ok(None);
         }
-        let windows = self.windows(checkpoint).context("--method gptq needs a text in the model's tokens (--method mse does not)")?;
+        let windows = self
+            .windows(checkpoint)
+            .context("--method gptq needs a text in the model's tokens (--method mse does not)")?;
         let options = CpuOptions { arithmetic: Arithmetic::Exact, ..threads.cpu() };
         Ok(Some((windows, CpuBackend::new(options).map_err(LoadError::Device)?)))
     }

@@ -82,7 +82,8 @@ impl ColdOptions {
             let total = windows.tokens() as u64;
             measure_routing(&mut *model, &windows, |done| bar.set(done as u64, total))
         };
-        let routing = routing.with_context(|| format!("cannot tell the experts that {} uses", calibration.text_name()))?;
+        let routing =
+            routing.with_context(|| format!("cannot tell the experts that {} uses", calibration.text_name()))?;
         let of_layer = |layer: MoeLayer| {
             // Layers for multi-token prediction do not run.
             let load = &routing.iter().find(|measured| measured.layer == layer.layer)?.load;
