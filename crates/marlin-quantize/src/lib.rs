@@ -24,7 +24,7 @@ pub use error_stats::ErrorStats;
 pub use evaluate::{Divergence, LogitSource, ModelLogits, Quality, RecordedLogits, Windows, evaluate};
 pub use fit::{Budget, Fit, fit};
 pub use footprint::Footprint;
-pub use gptq::{Hessian, USUAL_DAMPING, gptq};
+pub use gptq::USUAL_DAMPING;
 pub use moe::{
     ColdExperts, ExpertMatrix, ExpertTensors, MoeLayer, cold_experts, expert_matrix, expert_of, find_moe_layers,
     measure_routing, quantize_moe_experts, replace_moe_layers,

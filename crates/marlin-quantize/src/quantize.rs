@@ -175,10 +175,17 @@ fn run(
         layout,
         ..WriterOptions::default()
     };
+    let encode = EncodeOptions { search, power_of_two_global: layout.stores_inverse_globals() };
+    // What stands against running the model is said before anything is written.
+    let backend = options.calibration.as_ref().map(|calibration| Observed::new(calibration.backend.clone()));
+    let calibrator = backend
+        .as_ref()
+        .zip(options.calibration.as_ref())
+        .map(|(backend, calibration)| Calibrator::new(backend, source, &tasks, &encode, calibration));
+    let calibrator = calibrator.transpose()?;
     let planned = tasks.iter().map(|task| task.planned.clone()).collect();
     let mut writer = Output::create(out, planned, source, &writer_options)?;
 
-    let encode = EncodeOptions { search, power_of_two_global: layout.stores_inverse_globals() };
     let resumed = writer.resumed();
     let total = tasks.iter().map(|task| task.bytes).sum();
     let mut done = 0;
@@ -189,7 +196,7 @@ fn run(
     };
     // The error of a matrix that an earlier run wrote is measured when the output can be read.
     let mut errors = vec![None; tasks.len()];
-    let written = write_all(source, &tasks, &encode, options.calibration.as_ref(), &mut writer, &mut |task, error| {
+    let written = write_all(source, &tasks, &encode, calibrator, &mut writer, &mut |task, error| {
         errors[task] = error;
         done += tasks[task].bytes;
         progress(&tasks[task].name, done);
@@ -213,16 +220,10 @@ fn write_all(
     source: &Checkpoint,
     tasks: &[Task<'_>],
     encode: &EncodeOptions,
-    calibration: Option<&Calibration<'_>>,
+    calibrator: Option<Calibrator<'_>>,
     writer: &mut Output,
     finished: &mut Finished<'_>,
 ) -> Result<(), QuantizeError> {
-    let backend = calibration.map(|calibration| Observed::new(calibration.backend.clone()));
-    let calibrator = backend
-        .as_ref()
-        .zip(calibration)
-        .map(|(backend, calibration)| Calibrator::new(backend, source, tasks, encode, calibration));
-    let calibrator = calibrator.transpose()?;
     let calibrated: HashSet<usize> = calibrator.iter().flat_map(Calibrator::tasks).collect();
     for (index, task) in tasks.iter().enumerate().filter(|(index, _)| !calibrated.contains(index)) {
         let error = if writer.is_done(&task.name) { None } else { write(source, task, encode, writer)? };

@@ -80,6 +80,6 @@ fn what_is_no_such_file_says_so() {
     fs::write(&path, "text").unwrap();
     fails(&["run", path.to_str().unwrap(), "Hello"], &["none.gguf", "begins with \"text\"", "wanted \"GGUF\""]);
     let (model, out) = (model(), folder.path().join("out"));
-    let args = ["quantize", model.to_str().unwrap(), out.to_str().unwrap(), "--format", "int4"];
+    let args = ["quantize", model.to_str().unwrap(), out.to_str().unwrap(), "--method", "mse", "--format", "int4"];
     fails(&args, &["quantised already", "int8 g32"]);
 }

@@ -58,7 +58,19 @@ fn a_mix_fits_and_is_the_same_each_time() {
     let memory = ((of("int2") + of("int8")) / 2).to_string();
     let [first, second] = ["first", "second"].map(|name| folder.path().join(name));
     let fit = |out: &Path| {
-        json(&["quantize", TINY, out.to_str().unwrap(), "--fit", &memory, "--context", "32", "--concurrency", "2"])
+        json(&[
+            "quantize",
+            TINY,
+            out.to_str().unwrap(),
+            "--method",
+            "mse",
+            "--fit",
+            &memory,
+            "--context",
+            "32",
+            "--concurrency",
+            "2",
+        ])
     };
     let report = fit(&first);
     let account = &report["fit"];
@@ -71,11 +83,22 @@ fn a_mix_fits_and_is_the_same_each_time() {
     assert_eq!(contents(&first), contents(&second));
 
     let more = folder.path().join("more");
-    let text = stdout(&["quantize", TINY, more.to_str().unwrap(), "--fit", "1GiB"]);
+    let text = stdout(&["quantize", TINY, more.to_str().unwrap(), "--method", "mse", "--fit", "1GiB"]);
     for wanted in ["int8 g32 in all linears", "1 x 64 tokens", "1.00 GiB  fits, ", "self_attn.v_proj"] {
         assert!(text.contains(wanted), "{wanted}: {text}");
     }
-    let text = stdout(&["quantize", TINY, more.to_str().unwrap(), "--fit", &memory, "--context", "32", "--force"]);
+    let text = stdout(&[
+        "quantize",
+        TINY,
+        more.to_str().unwrap(),
+        "--method",
+        "mse",
+        "--fit",
+        &memory,
+        "--context",
+        "32",
+        "--force",
+    ]);
     assert!(text.contains("and better in ") && text.contains("layers\n"), "{text}");
 }
 
@@ -123,6 +146,8 @@ fn matrices_have_formats_of_their_own() {
         "quantize",
         TINY,
         out,
+        "--method",
+        "mse",
         "--format",
         "int3",
         "--matrix",

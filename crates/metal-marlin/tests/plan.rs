@@ -55,7 +55,8 @@ fn formats_are_planned_as_quantize_writes_them() {
         let planned = plan(&[TINY, "--memory", "1GiB", "--format", name]);
         assert_eq!(format["total_bytes"], planned["total_bytes"], "{name}");
         let out = folder.path().join(name);
-        let (code, _, stderr) = metal_marlin(&["quantize", TINY, out.to_str().unwrap(), "--format", name]);
+        let (code, _, stderr) =
+            metal_marlin(&["quantize", TINY, out.to_str().unwrap(), "--method", "mse", "--format", name]);
         assert_eq!(code, Some(0), "{stderr}");
         let written = plan(&[out.to_str().unwrap(), "--memory", "1GiB"]);
         assert_eq!(written["total_bytes"], planned["total_bytes"], "{name}");

@@ -86,7 +86,8 @@ impl Folder {
 fn quantize_reports_every_matrix() {
     let folder = Folder::new();
     let out = folder.path("out");
-    let report = json(&["quantize", &tiny(), &out, "--format", "int4", "--group-size", "32", "--json"]);
+    let report =
+        json(&["quantize", &tiny(), &out, "--method", "mse", "--format", "int4", "--group-size", "32", "--json"]);
     assert_eq!((&report["scheme"], &report["embedding_scheme"]), (&"int4 g32".into(), &"int8 g32".into()));
     let matrices = report["matrices"].as_array().unwrap();
     let config: Value = serde_json::from_slice(&fs::read(Path::new(&tiny()).join("config.json")).unwrap()).unwrap();
@@ -105,7 +106,8 @@ fn quantize_reports_every_matrix() {
     for wanted in ["self_attn.q_proj", "mlp.down_proj", "fp4 g128", "in layer ", "bits per weight", &out] {
         assert!(run.stdout.contains(wanted), "{wanted}: {}", run.stdout);
     }
-    let verbose = metal_marlin(&["quantize", &tiny(), &out, "--bits", "4", "--force", "--verbose"]).stdout;
+    let verbose =
+        metal_marlin(&["quantize", &tiny(), &out, "--method", "mse", "--bits", "4", "--force", "--verbose"]).stdout;
     assert!(verbose.contains("model.layers.1.mlp.up_proj.weight"), "{verbose}");
 }
 
@@ -115,7 +117,18 @@ fn quantize_prunes_two_of_four() {
     let folder = Folder::new();
     let out = folder.path("out");
     for (format, scheme, bits) in [("fp4", "fp4 g128, 2:4", 3.125), ("fp8", "fp8 row, 2:4", 5.0)] {
-        let report = json(&["quantize", &tiny(), &out, "--format", format, "--sparse-24", "--force", "--json"]);
+        let report = json(&[
+            "quantize",
+            &tiny(),
+            &out,
+            "--method",
+            "mse",
+            "--format",
+            format,
+            "--sparse-24",
+            "--force",
+            "--json",
+        ]);
         assert_eq!((&report["scheme"], &report["embedding_scheme"]), (&scheme.into(), &"int8 g32".into()));
         let matrices = report["matrices"].as_array().unwrap();
         let linears: Vec<_> = matrices.iter().filter(|matrix| matrix["scheme"] == scheme).collect();
@@ -136,7 +149,7 @@ fn a_quantised_folder_has_a_model_card() {
     let folder = Folder::new();
     let out = folder.path("small");
     let layout = ["--group-size", "row", "--layout", "compressed-tensors", "--json"];
-    json(&[&["quantize", &tiny(), &out, "--format", "int4"], &layout[..]].concat());
+    json(&[&["quantize", &tiny(), &out, "--method", "mse", "--format", "int4"], &layout[..]].concat());
     let card = fs::read_to_string(Path::new(&out).join("README.md")).unwrap();
     for words in ["---\n", "library_name: transformers\n", " in int4 row", "| self_attn.q_proj |", "vllm serve"] {
         assert!(card.contains(words), "{words}: {card}");
@@ -147,7 +160,7 @@ fn a_quantised_folder_has_a_model_card() {
     let source = tiny_with_tokenizer(&folder);
     fs::write(Path::new(&source).join("README.md"), "---\nlicense: mit\n---\n# Source\n").unwrap();
     let out = folder.path("ours");
-    json(&["quantize", &source, &out, "--format", "fp4", "--json"]);
+    json(&["quantize", &source, &out, "--method", "mse", "--format", "fp4", "--json"]);
     let card = fs::read_to_string(Path::new(&out).join("README.md")).unwrap();
     assert!(card.starts_with("---\nlicense: mit\nlibrary_name: metal-marlin\n"), "{card}");
     assert!(card.contains("# source in fp4 g128\n"), "{card}");
@@ -159,7 +172,7 @@ fn quantize_measures_what_was_kept() {
     let folder = Folder::new();
     let (source, text) = (tiny_with_tokenizer(&folder), folder.path("text.txt"));
     fs::write(&text, "the quick brown fox jumps over the lazy dog ".repeat(4)).unwrap();
-    let measure = ["--format", "int3", "--text", &text, "--windows", "2"];
+    let measure = ["--format", "int3", "--calibration-windows", "2", "--text", &text, "--windows", "2"];
     let ours = folder.path("ours");
     let report = json(&[&["quantize", &source, &ours, "--json"], &measure[..]].concat());
     let found = &report["quality"];
@@ -176,8 +189,10 @@ fn quantize_measures_what_was_kept() {
 
     // Of one file for llama.cpp, and as a person reads it.
     let file = folder.path("tiny.gguf");
-    let run =
-        metal_marlin(&[&["quantize", &source, &file, "--layout", "gguf", "--format", "int8"], &measure[2..]].concat());
+    let run = metal_marlin(
+        &[&["quantize", &source, &file, "--layout", "gguf", "--method", "mse", "--format", "int8"], &measure[4..]]
+            .concat(),
+    );
     assert_eq!((run.code, run.stderr.as_str()), (Some(0), ""));
     assert!(
         run.stdout.contains("\nquality: perplexity ") && run.stdout.contains("(126 tokens of text.txt)"),
@@ -187,9 +202,9 @@ fn quantize_measures_what_was_kept() {
 
     // What stands against measuring is said before anything is written.
     let (other, missing) = (folder.path("other"), folder.path("missing.txt"));
-    let error = failure(&["quantize", &source, &other, "--format", "fp4", "--text", &missing]);
+    let error = failure(&["quantize", &source, &other, "--method", "mse", "--format", "fp4", "--text", &missing]);
     assert!(error.contains("missing.txt") && !Path::new(&other).exists(), "{error}");
-    let error = failure(&["quantize", &tiny(), &other, "--format", "fp4", "--text", &text]);
+    let error = failure(&["quantize", &tiny(), &other, "--method", "mse", "--format", "fp4", "--text", &text]);
     assert!(error.contains("tokenizer.json") && !Path::new(&other).exists(), "{error}");
 }
 
@@ -197,19 +212,31 @@ fn quantize_measures_what_was_kept() {
 fn quantize_writes_one_file_for_llama_cpp() {
     let folder = Folder::new();
     let (source, out) = (tiny_with_tokenizer(&folder), folder.path("tiny.gguf"));
-    let error = failure(&["quantize", &source, &out, "--format", "int4", "--layout", "gguf"]);
+    let error = failure(&["quantize", &source, &out, "--method", "mse", "--format", "int4", "--layout", "gguf"]);
     assert!(error.contains("gguf has no place for int4 g32") && !Path::new(&out).exists(), "{error}");
 
     // Without quantising, too.
     for (format, layout) in [("f16", "gguf, not quantised"), ("bf16", "gguf, not quantised"), ("int4-sym", "gguf\n")] {
-        let report = json(&["quantize", &source, &out, "--format", format, "--layout", "gguf", "--force", "--json"]);
+        let report = json(&[
+            "quantize", &source, &out, "--method", "mse", "--format", format, "--layout", "gguf", "--force", "--json",
+        ]);
         let stored = |matrix: &Value| matrix["scheme"].as_str().unwrap().starts_with(format);
         assert!(report["matrices"].as_array().unwrap().iter().any(stored), "{report}");
         let inspected = metal_marlin(&["inspect", &out]).stdout;
         assert!(inspected.contains(&format!("layout        {layout}")), "{format}: {inspected}");
     }
     for layout in ["metal-marlin", "compressed-tensors", "gptq"] {
-        let error = failure(&["quantize", &source, &folder.path("f16"), "--format", "f16", "--layout", layout]);
+        let error = failure(&[
+            "quantize",
+            &source,
+            &folder.path("f16"),
+            "--method",
+            "mse",
+            "--format",
+            "f16",
+            "--layout",
+            layout,
+        ]);
         assert!(error.contains("f16 quantises nothing; formats are fp4, "), "{error}");
     }
 }
@@ -219,7 +246,8 @@ fn quantize_writes_the_layout_of_other_engines() {
     let folder = Folder::new();
     let out = folder.path("out");
     let layout = ["--layout", "compressed-tensors"];
-    let quantize = |options: &[&str]| [&["quantize", &tiny(), &out], &layout[..], options].concat().join(" ");
+    let quantize =
+        |options: &[&str]| [&["quantize", &tiny(), &out, "--method", "mse"], &layout[..], options].concat().join(" ");
     let run = |options: &[&str]| metal_marlin(&quantize(options).split(' ').collect::<Vec<_>>());
 
     let report = run(&["--format", "nvfp4", "--json"]);
@@ -228,7 +256,7 @@ fn quantize_writes_the_layout_of_other_engines() {
     assert_eq!((&report["layout"], &report["embedding_scheme"]), (&layout[1].into(), &Value::Null));
     let config: Value = serde_json::from_slice(&fs::read(Path::new(&out).join("config.json")).unwrap()).unwrap();
     assert_eq!(config["quantization_config"]["format"], "nvfp4-pack-quantized");
-    let again = failure(&["quantize", &out, &folder.path("again"), "--format", "fp4"]);
+    let again = failure(&["quantize", &out, &folder.path("again"), "--method", "mse", "--format", "fp4"]);
     assert!(again.contains("quantised already") && again.contains("nvfp4"), "{again}");
 
     for (options, words) in [
@@ -249,36 +277,36 @@ fn quantize_says_what_is_wrong() {
     let out = folder.path("out");
     for args in [
         &["quantize", "model", "out"][..],
-        &["quantize", "model", "out", "--format", "fp5"],
-        &["quantize", "model", "out", "--bits", "9"],
-        &["quantize", "model", "out", "--bits", "4", "--layout", "awq"],
-        &["quantize", "model", "out", "--format", "fp4", "--group-size", "0"],
-        &["quantize", "model", "out", "--format", "fp4", "--threads", "1000000"],
+        &["quantize", "model", "out", "--method", "mse", "--format", "fp5"],
+        &["quantize", "model", "out", "--method", "mse", "--bits", "9"],
+        &["quantize", "model", "out", "--method", "mse", "--bits", "4", "--layout", "awq"],
+        &["quantize", "model", "out", "--method", "mse", "--format", "fp4", "--group-size", "0"],
+        &["quantize", "model", "out", "--method", "mse", "--format", "fp4", "--threads", "1000000"],
     ] {
         let run = metal_marlin(args);
         assert_eq!(run.code, Some(2), "{args:?}: {}", run.stderr);
     }
-    let error = failure(&["quantize", &tiny(), &out, "--format", "int8", "--bits", "4"]);
+    let error = failure(&["quantize", &tiny(), &out, "--method", "mse", "--format", "int8", "--bits", "4"]);
     assert!(error.contains("int8") && error.contains("--bits"), "{error}");
-    let error = failure(&["quantize", &tiny(), &out, "--format", "mxfp4", "--group-size", "64"]);
+    let error = failure(&["quantize", &tiny(), &out, "--method", "mse", "--format", "mxfp4", "--group-size", "64"]);
     assert!(error.contains("mxfp4") && error.contains("32"), "{error}");
-    let error = failure(&["quantize", &tiny(), &out, "--format", "int8", "--sparse-24"]);
+    let error = failure(&["quantize", &tiny(), &out, "--method", "mse", "--format", "int8", "--sparse-24"]);
     assert!(error.contains("int8 has no variant with 2:4 sparsity; fp4, int4, fp8 have one"), "{error}");
-    let error = failure(&["quantize", "no/such/model", &out, "--format", "fp4"]);
+    let error = failure(&["quantize", "no/such/model", &out, "--method", "mse", "--format", "fp4"]);
     assert!(error.contains("no/such/model"), "{error}");
     assert!(!Path::new(&out).exists());
 
-    metal_marlin(&["quantize", &tiny(), &out, "--format", "fp4"]);
-    let error = failure(&["quantize", &tiny(), &out, "--format", "fp4"]);
+    metal_marlin(&["quantize", &tiny(), &out, "--method", "mse", "--format", "fp4"]);
+    let error = failure(&["quantize", &tiny(), &out, "--method", "mse", "--format", "fp4"]);
     assert!(error.contains(&out) && error.contains("--force"), "{error}");
-    let error = failure(&["quantize", &out, &folder.path("again"), "--format", "fp4"]);
+    let error = failure(&["quantize", &out, &folder.path("again"), "--method", "mse", "--format", "fp4"]);
     assert!(error.contains("quantised already"), "{error}");
-    let error = failure(&["quantize", &tiny(), &tiny(), "--format", "fp4", "--force"]);
+    let error = failure(&["quantize", &tiny(), &tiny(), "--method", "mse", "--format", "fp4", "--force"]);
     assert!(error.contains("is the source itself"), "{error}");
     let mine = folder.path("mine");
     fs::create_dir(&mine).unwrap();
     fs::write(Path::new(&mine).join("thesis.txt"), "all there is").unwrap();
-    let error = failure(&["quantize", &tiny(), &mine, "--format", "fp4", "--force"]);
+    let error = failure(&["quantize", &tiny(), &mine, "--method", "mse", "--format", "fp4", "--force"]);
     assert!(error.contains(&mine), "{error}");
     assert!(Path::new(&mine).join("thesis.txt").exists());
 }
@@ -362,8 +390,30 @@ mod bundled {
         let folder = Folder::new();
         let (model, text) = tiny_with_text(&folder);
         let (ours, theirs) = (folder.path("ours"), folder.path("theirs"));
-        json(&["quantize", &model, &ours, "--format", "mxfp4", "--embedding-format", "bf16", "--json"]);
-        json(&["quantize", &model, &theirs, "--format", "mxfp4", "--layout", "compressed-tensors", "--json"]);
+        json(&[
+            "quantize",
+            &model,
+            &ours,
+            "--method",
+            "mse",
+            "--format",
+            "mxfp4",
+            "--embedding-format",
+            "bf16",
+            "--json",
+        ]);
+        json(&[
+            "quantize",
+            &model,
+            &theirs,
+            "--method",
+            "mse",
+            "--format",
+            "mxfp4",
+            "--layout",
+            "compressed-tensors",
+            "--json",
+        ]);
         let result = json(&["eval", &theirs, "--baseline", &ours, "--text", &text, "--exact", "--json"]);
         assert_eq!((number(&result, "mean_kl"), number(&result, "top1_agreement")), (0.0, 1.0), "{result}");
     }
@@ -372,7 +422,7 @@ mod bundled {
     fn a_sparse_model_is_evaluated() {
         let folder = Folder::new();
         let ((model, text), out) = (tiny_with_text(&folder), folder.path("out"));
-        json(&["quantize", &model, &out, "--format", "fp8", "--sparse-24", "--json"]);
+        json(&["quantize", &model, &out, "--method", "mse", "--format", "fp8", "--sparse-24", "--json"]);
         let result = json(&["eval", &out, "--baseline", &model, "--text", &text, "--json"]);
         assert!(number(&result, "mean_kl") > 1e-6 && number(&result, "perplexity").is_finite(), "{result}");
         assert!(number(&result, "decoder_bits_per_weight") < 6.5, "{result}");

@@ -90,7 +90,7 @@ fn a_mix_is_better_than_its_bytes(model: &Path) {
     let measure = |name: &str, options: &[&str]| {
         let out = folder.path().join(name);
         let out = out.to_str().unwrap();
-        json(&[&["quantize", model, out], options].concat());
+        json(&[&["quantize", model, out, "--method", "mse"], options].concat());
         let total = number(&json(&["plan", out, "--memory", "1GiB", "--context", "1024"]), "total_bytes");
         let kl = eval(Path::new(out), &["--baseline", model, "--context", "256", "--windows", "4"]);
         (total, number(&kl, "mean_kl"))
@@ -108,7 +108,7 @@ fn rounded_activations_cost_nothing(model: &Path) {
     let folder = tempfile::tempdir().unwrap();
     for format in ["fp4", "int4", "int4-sym", "int8", "fp8", "int3", "int2", "mxfp4", "nvfp4", "fp4 --sparse-24"] {
         let out = folder.path().join(format);
-        let mut args = vec!["quantize", model.to_str().unwrap(), out.to_str().unwrap(), "--format"];
+        let mut args = vec!["quantize", model.to_str().unwrap(), out.to_str().unwrap(), "--method", "mse", "--format"];
         args.extend(format.split(' '));
         json(&args);
         let of = |exact: &[&str]| {
@@ -123,7 +123,8 @@ fn the_bundled_model_is_what_quantize_makes_of_it(model: &Path) {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("model");
     let mut command = Command::new(env!("CARGO_BIN_EXE_metal-marlin"));
-    let output = command.arg("quantize").arg(model).arg(&out).args(["--format", "fp4"]).output().unwrap();
+    let output =
+        command.arg("quantize").arg(model).arg(&out).args(["--method", "mse", "--format", "fp4"]).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     for file in std::fs::read_dir(&out).unwrap() {
         let file = file.unwrap().path();

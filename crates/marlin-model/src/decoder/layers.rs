@@ -78,6 +78,22 @@ impl<'a, B: Backend> LayerRunner<'a, B> {
         self.spec.hidden_size
     }
 
+    /// Refuses tokens that are not in the model's vocabulary.
+    ///
+    /// # Errors
+    /// There is one, which is named.
+    pub fn check_tokens(&self, tokens: &[u32]) -> Result<(), ModelError> {
+        let vocabulary = self.spec.vocab_size;
+        match tokens.iter().find(|&&token| token as usize >= vocabulary) {
+            None => Ok(()),
+            Some(&token) => {
+                let (model, option) = (self.model.clone(), "a token of the text");
+                let wanted = format!("below {vocabulary}, the size of the vocabulary");
+                Err(ModelError::Option { model, option, found: token as usize, wanted })
+            }
+        }
+    }
+
     /// Hidden states before the first layer, `[tokens, hidden]`.
     ///
     /// # Errors
@@ -85,13 +101,9 @@ impl<'a, B: Backend> LayerRunner<'a, B> {
     pub fn embed(&self, checkpoint: &Checkpoint, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
         let (vocabulary, hidden) = (self.spec.vocab_size, self.spec.hidden_size);
         let table = checkpoint.matrix(&weight(EMBED_TOKENS), vocabulary, hidden)?;
+        self.check_tokens(tokens)?;
         let mut states = vec![0.0; tokens.len() * hidden];
         for (&token, state) in tokens.iter().zip(states.chunks_exact_mut(hidden)) {
-            if token as usize >= vocabulary {
-                let (model, option) = (checkpoint.name().to_owned(), "a token of the text");
-                let wanted = format!("below {vocabulary}, the size of the vocabulary");
-                return Err(ModelError::Option { model, option, found: token as usize, wanted });
-            }
             table.decode_row(token as usize, state);
             state.iter_mut().for_each(|value| *value *= self.spec.embedding_scale);
         }

@@ -70,7 +70,7 @@ pub(crate) type Finished<'a> = dyn FnMut(usize, Option<ErrorStats>) + 'a;
 
 impl<'a> Calibrator<'a> {
     /// # Errors
-    /// The model cannot be run: its architecture is not supported, or windows are longer than its context.
+    /// The model cannot be run: its architecture is not supported, windows are longer than its context, or a token is not in its vocabulary.
     pub(crate) fn new(
         backend: &'a Observed<CpuBackend>,
         source: &'a Checkpoint,
@@ -80,6 +80,7 @@ impl<'a> Calibrator<'a> {
     ) -> Result<Self, QuantizeError> {
         let longest = calibration.windows.iter().map(<[u32]>::len).max().unwrap_or(0);
         let runner = LayerRunner::new(backend, source, longest)?;
+        calibration.windows.iter().try_for_each(|window| runner.check_tokens(window))?;
         let mut by_layer = vec![Vec::new(); runner.layers()];
         for (index, task) in tasks.iter().enumerate() {
             let is_packed = task.matrix.is_some_and(|(_, scheme)| !scheme.is_dense());

@@ -67,3 +67,38 @@ impl Correction {
         PackedMatrix::from_dense_bytes(Scheme::F32, rows, cols, bytes)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gptq::tests::inputs;
+
+    /// If the inputs that the quantised model sees are a linear function of those of the original, its inverse is found.
+    #[test]
+    fn weights_undo_what_happened_to_their_inputs() {
+        let (tokens, cols) = (20_000, 12);
+        let originals = inputs(tokens, cols, 4);
+        let mut seen = originals.clone();
+        for row in seen.chunks_exact_mut(cols) {
+            row[3] += 0.25 * row[7];
+            row[5] *= 0.5;
+        }
+        let (mut hessian, mut drift) = (Hessian::new(cols), Drift::new(cols));
+        for (originals, seen) in originals.chunks(100 * cols).zip(seen.chunks(100 * cols)) {
+            hessian.add(seen);
+            drift.add(originals, seen);
+        }
+        let weights: Vec<f32> = (0..cols).map(|col| col as f32 - 4.5).collect();
+        let bytes: Vec<u8> = weights.iter().flat_map(|weight| weight.to_le_bytes()).collect();
+        let matrix = PackedMatrix::from_dense_bytes(Scheme::F32, 1, cols, bytes).unwrap();
+        let corrected = drift.correction(&hessian, 1e-6).apply(&matrix).unwrap().decode();
+        for (row, original) in seen.chunks_exact(cols).zip(originals.chunks_exact(cols)).take(100) {
+            let dot = |x: &[f32], w: &[f32]| -> f32 { x.iter().zip(w).map(|(x, w)| x * w).sum() };
+            let (found, wanted) = (dot(row, &corrected), dot(original, &weights));
+            assert!((found - wanted).abs() < 2e-2, "{found}, {wanted}");
+        }
+        // Nothing happened to none.
+        let corrected = Drift::new(cols).correction(&hessian, 0.01).apply(&matrix).unwrap().decode();
+        assert_eq!(corrected, weights);
+    }
+}

@@ -15,7 +15,7 @@ const BLOCK: usize = 64;
 /// Σ x·xᵀ over the inputs x of a linear, `[K, K]`. The squared error of its outputs is `tr(E·H·Eᵀ)` for errors E of its
 /// weights: half of the second derivative by them, the Hessian of GPTQ (Frantar et al. 2022, arXiv:2210.17323).
 #[derive(Debug, Clone)]
-pub struct Hessian {
+pub(crate) struct Hessian {
     /// Only the upper triangle of blocks counts.
     sum: Array2<f32>,
     rows: u64,
@@ -36,17 +36,17 @@ pub(crate) struct Factor {
 
 impl Hessian {
     /// That of no inputs.
-    pub fn new(cols: usize) -> Self {
+    pub(crate) fn new(cols: usize) -> Self {
         Self { sum: Array2::zeros((cols, cols)), rows: 0 }
     }
 
     /// Input features, K.
-    pub fn cols(&self) -> usize {
+    pub(crate) fn cols(&self) -> usize {
         self.sum.nrows()
     }
 
     /// Inputs that were added.
-    pub fn rows(&self) -> u64 {
+    pub(crate) fn rows(&self) -> u64 {
         self.rows
     }
 
@@ -54,7 +54,7 @@ impl Hessian {
     ///
     /// # Panics
     /// They are no whole rows.
-    pub fn add(&mut self, inputs: &[f32]) {
+    pub(crate) fn add(&mut self, inputs: &[f32]) {
         let cols = self.cols();
         let inputs = ArrayView2::from_shape((inputs.len() / cols, cols), inputs).expect("inputs are whole rows");
         self.rows += inputs.nrows() as u64;
@@ -227,10 +227,30 @@ mod tests {
                     let of_factor: f64 = (b..cols)
                         .map(|k| f64::from(feedback[[a, k]]) * f64::from(feedback[[b, k]]) * f64::from(importance[k]))
                         .sum();
-                    let wanted = sum(a, b) + if a == b { 0.01 * mean } else { 0.0 };
+                    let damping = 0.01 * (1.0 + cols as f64 / rows as f64);
+                    let wanted = sum(a, b) + if a == b { damping * mean } else { 0.0 };
                     assert!((of_factor - wanted).abs() < 2e-5 * mean, "{a}, {b} of {cols}: {of_factor}, {wanted}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_row_is_solved_for() {
+        let (rows, cols) = (300, 70);
+        let mut hessian = Hessian::new(cols);
+        let x = inputs(rows, cols, 1);
+        hessian.add(&x);
+        // Whatever the order, r·H gives r back.
+        let order = Order { columns: (0..cols as u32).map(|col| (col * 3 + 1) % cols as u32).collect() };
+        let factor = hessian.factor(order.clone(), 0.0);
+        let wanted: Vec<f32> = (0..cols).map(|col| (col as f32 * 0.7).sin()).collect();
+        let times_h =
+            |a: usize| -> f64 { (0..cols).map(|b| f64::from(wanted[b]) * f64::from(hessian.of_pair(a, b))).sum() };
+        let mut row = order.gather(&(0..cols).map(|a| times_h(a) as f32).collect::<Vec<_>>());
+        factor.solve(&mut row);
+        for (found, wanted) in order.scatter(&row).iter().zip(&wanted) {
+            assert!((found - wanted).abs() < 1e-2, "{found}, {wanted}");
         }
     }
 

@@ -5,51 +5,35 @@ mod feedback;
 mod hessian;
 mod order;
 
-use marlin_format::{EncodeOptions, FormatError, PackedMatrix, Scheme};
-
 pub(crate) use self::drift::Drift;
 pub(crate) use self::feedback::round_matrix;
-pub(crate) use self::hessian::Factor;
-pub use self::hessian::Hessian;
+pub(crate) use self::hessian::{Factor, Hessian};
 pub(crate) use self::order::Order;
-use crate::ErrorStats;
 
 /// What is added to a Hessian's diagonal, as a share of its mean, if nothing else is asked for: enough for errors not to be made up for by
 /// directions that only the few inputs of a calibration lack.
 pub const USUAL_DAMPING: f32 = 0.01;
 
-/// Rounds a matrix `[N, K]` column by column, each after the errors of those before are made up for as well as the inputs of `hessian` allow
-/// (GPTQ: Frantar et al. 2022, arXiv:2210.17323). Scales of groups are chosen when their first column is reached, each weight counting as
-/// much as its error will; those of tiles, of whole matrices and of groups wider than 1024 columns before. Under 2:4 sparsity the two of four weights
-/// whose loss costs least are pruned, and made up for likewise (SparseGPT: Frantar and Alistarh 2023, arXiv:2301.00774).
-///
-/// Works on rayon's current threads; the result does not depend on their number.
-///
-/// # Errors
-/// The scheme has no scales or is not encoded, or a weight is not finite or too large for it.
-///
-/// # Panics
-/// The Hessian is not of K inputs.
-pub fn gptq(
-    source: &PackedMatrix<'_>,
-    scheme: Scheme,
-    options: &EncodeOptions,
-    hessian: &Hessian,
-    damping: f32,
-) -> Result<(PackedMatrix<'static>, ErrorStats), FormatError> {
-    assert_eq!(hessian.cols(), source.cols, "the Hessian is of the matrix's inputs");
-    let order = Order::of(scheme, &hessian.diagonal());
-    round_matrix(source, scheme, options, &hessian.factor(order, damping))
-}
-
 #[cfg(test)]
 mod tests {
-    use marlin_format::{Format, Grouping, ScaleSearch, Sparsity};
+    use marlin_format::{EncodeOptions, Format, FormatError, Grouping, PackedMatrix, ScaleSearch, Scheme, Sparsity};
 
     use super::*;
+    use crate::ErrorStats;
     use crate::encode_matrix::encode_matrix;
 
     const OPTIONS: EncodeOptions = EncodeOptions { search: ScaleSearch::Mse, power_of_two_global: false };
+
+    /// A matrix rounded by this Hessian, in the order that suits it.
+    fn gptq(
+        source: &PackedMatrix<'_>,
+        scheme: Scheme,
+        hessian: &Hessian,
+        damping: f32,
+    ) -> Result<(PackedMatrix<'static>, ErrorStats), FormatError> {
+        let order = Order::of(scheme, &hessian.diagonal());
+        round_matrix(source, scheme, &OPTIONS, &hessian.factor(order, damping))
+    }
 
     /// Reproducible numbers from -0.5 to 0.5.
     fn random(seed: u32) -> impl FnMut() -> f32 {
@@ -118,8 +102,11 @@ mod tests {
             hessian.add(&x);
         }
         for scheme in schemes() {
-            let found = gptq(&source, scheme, &OPTIONS, &hessian, 0.0).unwrap();
-            assert_eq!(found, encode_matrix(&source, scheme, &OPTIONS).unwrap(), "{scheme}");
+            let (_, found) = gptq(&source, scheme, &hessian, 0.0).unwrap();
+            let (_, nearest) = encode_matrix(&source, scheme, &OPTIONS).unwrap();
+            // Scales near the best that the encoder found are tried as well.
+            let ratio = found.noise / nearest.noise;
+            assert!((0.9..1.0 + 1e-6).contains(&ratio), "{scheme}: {ratio}");
         }
     }
 
@@ -131,7 +118,7 @@ mod tests {
         let mut hessian = Hessian::new(cols);
         hessian.add(&x);
         for scheme in schemes() {
-            let (found, error) = gptq(&source, scheme, &OPTIONS, &hessian, USUAL_DAMPING).unwrap();
+            let (found, error) = gptq(&source, scheme, &hessian, USUAL_DAMPING).unwrap();
             found.validate().unwrap();
             let (nearest, nearest_error) = encode_matrix(&source, scheme, &OPTIONS).unwrap();
             let ratio = output_error(&x, &source, &found) / output_error(&x, &source, &nearest);
@@ -151,8 +138,9 @@ mod tests {
         let mut hessian = Hessian::new(cols);
         hessian.add(&x);
         let scheme = Format::Fp4.scheme(Some(Grouping::Row)).unwrap();
-        // One scale a row, chosen before.
-        let (found, _) = gptq(&source, scheme, &OPTIONS, &hessian, USUAL_DAMPING).unwrap();
+        // One scale a row.
+        let factor = hessian.factor(Order::natural(cols), USUAL_DAMPING);
+        let (found, _) = round_matrix(&source, scheme, &OPTIONS, &factor).unwrap();
 
         let mut h = vec![0f64; cols * cols];
         for x in x.chunks(cols) {
@@ -163,7 +151,8 @@ mod tests {
             }
         }
         let mean = (0..cols).map(|col| h[col * cols + col]).sum::<f64>() / cols as f64;
-        (0..cols).for_each(|col| h[col * cols + col] += f64::from(USUAL_DAMPING) * mean);
+        let damping = f64::from(USUAL_DAMPING) * (1.0 + cols as f64 / 400.0);
+        (0..cols).for_each(|col| h[col * cols + col] += damping * mean);
         let mut inverse = inverted(h, cols);
         let (decoded, mut target) = (found.decode(), source.decode().into_iter().map(f64::from).collect::<Vec<_>>());
         let scales: Vec<f64> = (0..rows).map(|row| f64::from(found.scale_at(row, 0))).collect();
@@ -220,7 +209,7 @@ mod tests {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         let source = PackedMatrix::from_dense_bytes(Scheme::F32, rows, cols, bytes).unwrap();
         let scheme = Format::Fp4.scheme(None).unwrap();
-        let error = gptq(&source, scheme, &OPTIONS, &Hessian::new(cols), USUAL_DAMPING).unwrap_err();
+        let error = gptq(&source, scheme, &Hessian::new(cols), USUAL_DAMPING).unwrap_err();
         let FormatError::NonFinite { row: 1, col: 7, .. } = error else { panic!("{error}") };
     }
 }

@@ -8,7 +8,7 @@ use super::feedback::has_static_scales;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Order {
     /// The column at each position.
-    columns: Vec<u32>,
+    pub(super) columns: Vec<u32>,
 }
 
 impl Order {
@@ -56,5 +56,40 @@ impl Order {
             self.columns.iter().zip(values).for_each(|(&col, value)| row[col as usize] = *value);
         }
         by_column
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use marlin_format::{Format, Grouping};
+
+    use super::*;
+
+    fn order(format: Format, grouping: Grouping, sparse: bool, importance: &[f32]) -> Vec<u32> {
+        let scheme = if sparse { format.sparse_24(Some(grouping)) } else { format.scheme(Some(grouping)) };
+        Order::of(scheme.unwrap(), importance).columns
+    }
+
+    #[test]
+    fn groups_and_fours_stay_together() {
+        let mut importance = [1.0; 40];
+        (importance[3], importance[18], importance[21], importance[38]) = (2.0, 9.0, 5.0, 90.0);
+        let columns = order(Format::Int4, Grouping::Columns(16), false, &importance);
+        // The second group first, the narrow one last; in each the largest first.
+        assert_eq!((columns[0], columns[1], columns[16], columns[32]), (18, 21, 3, 38));
+        assert!(columns[..16].iter().all(|col| (16..32).contains(col)));
+        let columns = order(Format::Int4, Grouping::Columns(16), true, &importance);
+        assert_eq!(columns[..8], [16, 17, 18, 19, 20, 21, 22, 23]);
+        // Scales of tiles are chosen before: nothing need stay together.
+        let columns = order(Format::Fp8, Grouping::Block { rows: 8, cols: 8 }, false, &importance);
+        assert_eq!(columns[..5], [38, 18, 21, 3, 0]);
+    }
+
+    #[test]
+    fn what_is_gathered_is_scattered_back() {
+        let order = Order { columns: vec![2, 0, 1] };
+        let gathered = order.gather(&[10, 11, 12, 20, 21, 22]);
+        assert_eq!(gathered, [12, 10, 11, 22, 20, 21]);
+        assert_eq!(order.scatter(&gathered), [10, 11, 12, 20, 21, 22]);
     }
 }

@@ -34,7 +34,8 @@ pub(crate) fn packed() -> super::Files {
         fs::write(path("model").join(name), content).unwrap();
     }
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_metal-marlin"));
-    let command = command.arg("quantize").arg(path("model")).arg(path("out")).args(["--format", "fp4"]);
+    let command =
+        command.arg("quantize").arg(path("model")).arg(path("out")).args(["--method", "mse", "--format", "fp4"]);
     assert!(command.output().unwrap().status.success());
     let files = fs::read_dir(path("out")).unwrap().map(|entry| entry.unwrap());
     files.map(|file| (file.file_name().into_string().unwrap(), fs::read(file.path()).unwrap())).collect()
@@ -74,7 +75,7 @@ fn a_model_is_quantised_once() {
     let made = inode();
 
     // What `quantize` makes of it.
-    home.stdout(&["quantize", ID, "out", "--format", "int4", "--group-size", "32"]);
+    home.stdout(&["quantize", ID, "out", "--method", "mse", "--format", "int4", "--group-size", "32"]);
     for file in ["config.json", WEIGHTS, "tokenizer.json"] {
         assert!(fs::read(home.path("out").join(file)).unwrap() == fs::read(folder.join(file)).unwrap(), "{file}");
     }

@@ -206,7 +206,7 @@ fn all_shards_are_fetched_and_other_commands_know_ids() {
     for args in [
         &["eval", ID, "--text", "text", "--context", "32", "--baseline", ID][..],
         &["bench", ID, "--prefill", "4", "--decode", "2", "--depths", "0", "--repetitions", "1"],
-        &["quantize", ID, "out", "--format", "int4"],
+        &["quantize", ID, "out", "--method", "mse", "--format", "int4"],
     ] {
         let run = home.run(args);
         assert_eq!((run.code, run.stderr.as_str()), (Some(0), ""), "{args:?}");

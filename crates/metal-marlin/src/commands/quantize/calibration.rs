@@ -48,6 +48,11 @@ impl CalibrationOptions {
         self.calibration.as_ref().map_or_else(|| "the calibration text".into(), |text| text.display().to_string())
     }
 
+    /// Whether there are any options.
+    pub(super) fn is_given(&self) -> bool {
+        self.calibration.is_some() || self.calibration_windows.is_some()
+    }
+
     /// What a method runs the model on; `None` if it does not.
     pub(super) fn prepare(
         &self,

@@ -173,6 +173,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         (None, None) => bail!("name a --format, or what to --fit"),
     };
     let method = args.recipe.method.unwrap_or(if recipe.linears.is_dense() { Method::Mse } else { Method::Gptq });
+    if method != Method::Gptq && cold.is_none() && args.calibration.is_given() {
+        bail!("--calibration is for --method gptq and --cold-expert-format; without them no model is run");
+    }
     let calibrated = args.calibration.prepare(method, &checkpoint, &threads)?;
     let licence = card::licence_of(&checkpoint)?;
     let report = in_pool(args.threads, || {
