@@ -97,7 +97,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen3-0.6b", choices=[name for name in random_gguf.SHAPES if name not in random_gguf.MIXTURES], help="sizes of a known model")
     parser.add_argument("--type", default="Q4_0", choices=random_gguf.TYPES, help="llama.cpp's weights")
-    parser.add_argument("--options", default="--format fp4 --group-size 128 --embedding-format fp4", help="of metal-marlin quantize")
+    parser.add_argument("--options", default="--method mse --format fp4 --group-size 128 --embedding-format fp4", help="of metal-marlin quantize")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)

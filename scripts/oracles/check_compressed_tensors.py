@@ -58,7 +58,7 @@ def check(program, decode, model):
         with tempfile.TemporaryDirectory() as scratch:
             packed, dense = Path(scratch, "packed"), Path(scratch, "dense")
             layout = ["--layout", "compressed-tensors", "--format", format, "--group-size", group, "--json"]
-            subprocess.run([program, "quantize", model, packed, *layout], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([program, "quantize", model, packed, "--method", "mse", *layout], check=True, stdout=subprocess.DEVNULL)
             subprocess.run([decode, packed, dense], check=True)
             tensors, wanted = load_file(packed / "model.safetensors"), load_file(dense / "model.safetensors")
             config = QuantizationConfig.model_validate(json.load(open(packed / "config.json"))["quantization_config"])

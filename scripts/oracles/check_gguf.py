@@ -113,9 +113,9 @@ def main(program, decode, model, text):
         with tempfile.TemporaryDirectory() as scratch:
             file, ours, dense = (Path(scratch, name) for name in ("model.gguf", "ours", "dense"))
             groups = ["--group-size", "32", "--embedding-format", "int8", "--embedding-group-size", "32"]
-            command = [program, "quantize", model, file, "--format", format, "--layout", "gguf", "--json"]
+            command = [program, "quantize", model, file, "--method", "mse", "--format", format, "--layout", "gguf", "--json"]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            command = [program, "quantize", model, ours, "--format", format, *groups, "--json"]
+            command = [program, "quantize", model, ours, "--method", "mse", "--format", format, *groups, "--json"]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             subprocess.run([decode, ours, dense], check=True)
             wanted = {}

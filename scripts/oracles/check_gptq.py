@@ -28,7 +28,7 @@ FORMATS = [("int4-sym", "32"), ("int4-sym", "row"), ("int4", "32"), ("int4", "ro
 def quantize(program, model, out, format, group, layout):
     # Embedding and head are kept in both, so that the same matrices are packed.
     options = ["--format", format, "--group-size", group, "--layout", layout, "--embedding-format", "bf16", "--json"]
-    subprocess.run([program, "quantize", model, out, *options], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([program, "quantize", model, out, "--method", "mse", *options], check=True, stdout=subprocess.DEVNULL)
 
 
 def decode(tensors, name, config):

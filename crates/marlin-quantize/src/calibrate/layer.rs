@@ -22,13 +22,7 @@ pub(super) struct LayerWeights<'a> {
 impl<'a> LayerWeights<'a> {
     /// Layer `index` of a model, whose matrices that will be quantised are those of `tasks`.
     pub(super) fn new(source: &'a Checkpoint, index: usize, tasks: &[&'a Task<'a>]) -> Self {
-        let covered: HashSet<&str> = tasks
-            .iter()
-            .flat_map(|task| match task.from {
-                Origin::Same => vec![&*task.name],
-                Origin::Expert(layer, ..) => layer.fused_tensors().into(),
-            })
-            .collect();
+        let covered: HashSet<&str> = tasks.iter().flat_map(|task| source_tensors(task)).collect();
         let kept =
             source.tensor_names().filter(|name| layer_and_kind(name).0 == Some(index) && !covered.contains(name));
         Self { source, tasks: tasks.to_vec(), kept: kept.collect(), quantized: BTreeMap::new() }
@@ -37,6 +31,11 @@ impl<'a> LayerWeights<'a> {
     /// Puts a quantised matrix in the place of the original.
     pub(super) fn replace(&mut self, name: &str, matrix: Arc<PackedMatrix<'static>>) {
         self.quantized.insert(name.to_owned(), matrix);
+    }
+
+    /// The source's tensors that hold the matrices.
+    pub(super) fn source_tensors(&self) -> impl Iterator<Item = &'a str> {
+        self.tasks.iter().flat_map(|task| source_tensors(task))
     }
 
     /// A checkpoint of this layer alone.
@@ -59,5 +58,13 @@ impl<'a> LayerWeights<'a> {
             tensors.push((name.to_owned(), tensor));
         }
         Ok(Checkpoint::from_parts(self.source.name(), self.source.config().clone(), tensors)?)
+    }
+}
+
+/// The tensors of the source that a task is about.
+fn source_tensors<'a>(task: &'a Task<'a>) -> Vec<&'a str> {
+    match task.from {
+        Origin::Same => vec![&*task.name],
+        Origin::Expert(layer, ..) => layer.fused_tensors().into(),
     }
 }

@@ -165,6 +165,8 @@ impl<'a> Calibrator<'a> {
         self.backend.watch().only([]);
         states.windows.iter_mut().try_for_each(|states| self.runner.run(&mut layer, states))?;
         states.originals.iter_mut().try_for_each(|states| self.runner.run(&mut original, states))?;
+        // A model larger than memory must not stay mapped.
+        weights.source_tensors().for_each(|tensor| self.source.release(tensor));
         Ok(())
     }
 

@@ -7,6 +7,7 @@ use marlin_checkpoint::Checkpoint;
 pub(crate) mod bench;
 pub(crate) mod bench_kernels;
 pub(crate) mod cache;
+mod calibration;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod doctor;

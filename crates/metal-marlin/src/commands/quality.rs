@@ -3,10 +3,11 @@
 use std::fs;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::Context;
 use marlin_checkpoint::Checkpoint;
-use marlin_format::{Format, FormatError, Grouping, ScaleSearch, Scheme};
+use marlin_format::{Format, FormatError, Grouping, Scheme};
 use marlin_kernels::KvType;
 use marlin_quantize::{
     Divergence, Footprint, LogitSource, ModelLogits, Quality, QuantizeOptions, Recipe, Windows, embedding_scheme,
@@ -16,9 +17,11 @@ use metal_marlin::device::Device;
 use metal_marlin::memory::{MemoryBudget, MemoryOptions};
 use metal_marlin::{DeviceOptions, LoadError};
 
+use super::calibration::{CalibrationOptions, Rounding};
 use super::in_pool;
 use super::measure::{Subject, name, usual_context, usual_kv, windows};
 use super::model::{self, HubOptions};
+use super::recipe::Method;
 use crate::progress::Bar;
 
 const EXAMPLES: &str = "\
@@ -62,6 +65,9 @@ pub(crate) struct Args {
     windows: Option<NonZeroUsize>,
 
     #[command(flatten)]
+    calibration: CalibrationOptions,
+
+    #[command(flatten)]
     device: DeviceOptions,
 
     #[command(flatten)]
@@ -72,7 +78,7 @@ const fn columns(columns: u32) -> Option<Grouping> {
     Some(Grouping::Columns(columns))
 }
 
-/// The dense formats, each measured with both ways to choose scales; `None` stands for the format's usual groups.
+/// The dense formats, each measured with every method; `None` stands for the format's usual groups.
 const DENSE: [(Format, Option<Grouping>); 17] = [
     (Format::Int8, columns(32)),
     (Format::Int8, columns(128)),
@@ -92,8 +98,6 @@ const DENSE: [(Format, Option<Grouping>); 17] = [
     (Format::Int3, None),
     (Format::Int2, None),
 ];
-const METHODS: [(ScaleSearch, &str); 2] = [(ScaleSearch::AbsMax, "RTN"), (ScaleSearch::Mse, "MSE")];
-
 /// What is measured: the dense formats, then the 2:4 variants in their usual groups.
 fn variants() -> Result<Vec<Scheme>, FormatError> {
     let dense = DENSE.into_iter().map(|(format, grouping)| format.scheme(grouping));
@@ -103,12 +107,14 @@ fn variants() -> Result<Vec<Scheme>, FormatError> {
 /// A line of the table.
 struct Row {
     name: String,
-    method: &'static str,
+    method: Method,
     footprint: Footprint,
+    /// What quantising took.
+    seconds: f64,
     perplexity: f64,
     exact: Divergence,
-    /// With rounded activations; measured for searched scales only, since rounding activations does not depend on how scales were
-    /// chosen.
+    /// With rounded activations; measured for MSE only, since rounding activations does not depend on how weights were
+    /// rounded.
     rounded: Option<Divergence>,
 }
 
@@ -121,7 +127,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let exact = open(true)?;
     let rounding = if args.device.exact { None } else { Some(open(false)?) };
     let memory = args.memory.budget(&exact);
-    let measure = Measure { source: &source, windows: &windows, context, exact, rounding, memory };
+    let gptq = args.calibration.prepare(Method::Gptq, &source, &args.device)?;
+    let measure = Measure { source: &source, windows: &windows, context, exact, rounding, gptq, memory };
     let page = in_pool(args.device.threads, || -> anyhow::Result<String> {
         let measured = measure.all()?;
         Ok(page(&args, &measure, &measured))
@@ -146,6 +153,7 @@ struct Measure<'a> {
     exact: Device,
     /// The same device as it computes by default, for the last column.
     rounding: Option<Device>,
+    gptq: Rounding,
     /// What a model may take of the device's memory, as of before the first was loaded.
     memory: Option<MemoryBudget>,
 }
@@ -155,7 +163,7 @@ impl Measure<'_> {
     fn all(&self) -> anyhow::Result<Measured> {
         let schemes = variants()?;
         let kv_types = KvType::ALL.into_iter().filter(|&kv_type| kv_type != usual_kv(true));
-        let variants = schemes.len() * METHODS.len() + kv_types.clone().count();
+        let variants = schemes.len() * Method::ALL.len() + kv_types.clone().count();
         let mut recorded = self.subject(self.source, &self.exact, usual_kv(true))?.record(self.windows)?;
         let baseline = evaluate(&mut recorded, None, self.windows, |_| {})?;
 
@@ -163,22 +171,26 @@ impl Measure<'_> {
         let mut bar = Bar::counting("Measuring", "variants");
         bar.set(0, variants as u64);
         for linears in schemes {
-            for (search, method) in METHODS {
+            for method in Method::ALL {
                 let embedding = Some(embedding_scheme(Format::Int8, None)?);
-                let recipe = Recipe::uniform(linears, embedding, search);
+                let recipe = Recipe::uniform(linears, embedding, method.search());
                 let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
                 let out = folder.path().join("model");
-                let report = quantize(self.source, &out, &recipe, QuantizeOptions::default())?;
+                let calibration = if method == Method::Gptq { self.gptq.calibration() } else { None };
+                let started = Instant::now();
+                let report =
+                    quantize(self.source, &out, &recipe, QuantizeOptions { calibration, ..Default::default() })?;
+                let seconds = started.elapsed().as_secs_f64();
                 let quantized = Checkpoint::open(&out)?;
                 let (perplexity, exact) = self.compare(&quantized, &self.exact, usual_kv(true), &mut recorded)?;
                 let rounded = match &self.rounding {
-                    Some(device) if search == ScaleSearch::Mse => {
+                    Some(device) if method == Method::Mse => {
                         Some(self.compare(&quantized, device, usual_kv(false), &mut recorded)?.1)
                     }
                     _ => None,
                 };
                 let name = recipe.linears.to_string();
-                rows.push(Row { name, method, footprint: report.after, perplexity, exact, rounded });
+                rows.push(Row { name, method, footprint: report.after, seconds, perplexity, exact, rounded });
                 bar.set(rows.len() as u64, variants as u64);
             }
         }
@@ -218,6 +230,7 @@ impl Measure<'_> {
             if args.device.batch_invariant { " --batch-invariant".into() } else { String::new() },
             args.context.map_or(String::new(), |context| format!(" --context {context}")),
             args.windows.map_or(String::new(), |windows| format!(" --windows {windows}")),
+            args.calibration.to_arguments(),
         ]
         .concat()
     }
@@ -274,17 +287,19 @@ fn page(args: &Args, measure: &Measure<'_>, measured: &Measured) -> String {
          - **g32**, **row**, **128x128**, **tensor**: the weights that share a scale.\n\
          - **2:4** keeps the two largest of every four weights and nothing of the others. The model was not trained for that:\n  \
            these rows show what pruning by magnitude alone costs, which training after it would win back in part.\n\
-         - **RTN** rounds to nearest with the largest weight of a group just fitting, **MSE** searches the scale of least\n  \
-           squared error.\n\
+         - **rtn** rounds to nearest with the largest weight of a group just fitting, **mse** searches the scale of least\n  \
+           squared error, **gptq** rounds with feedback of errors, calibrated on {calibration}.\n\
+         - **MB**: the output's tensors. **s**: what quantising took.\n\
          - **KL**: divergence of the next-token distribution from the unquantised model's, KL(P ‖ Q) in nats a token; its\n  \
            mean and 99th percentile. **top-1**: how often both find the same token most likely.\n\
          - {arithmetic}.\n\n\
-         | format | scales | bits, all | bits, linears | perplexity | mean KL | p99 KL | top-1 |{heading}\n\
-         | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |{rule}\n",
+         | format | method | bits, all | bits, linears | MB | s | perplexity | mean KL | p99 KL | top-1 |{heading}\n\
+         | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |{rule}\n",
         text = name(&args.text),
         tokens = baseline.tokens,
         windows = baseline.window_nll.len(),
         context = measure.context,
+        calibration = measure.gptq.calibrated_on(),
         out = name(&args.out),
         options = measure.options(args),
         arithmetic = match rounding {
@@ -301,19 +316,22 @@ fn page(args: &Args, measure: &Measure<'_>, measured: &Measured) -> String {
         rule = last("---:".into()),
     );
     page += &format!(
-        "| unquantised | | {:.2} | {:.2} | {:.4} | 0 | 0 | 100 % |{}\n",
+        "| unquantised | | {:.2} | {:.2} | {:.1} | | {:.4} | 0 | 0 | 100 % |{}\n",
         before.bits_per_weight(),
         before.linear_bits_per_weight(),
+        before.bytes as f64 / 1e6,
         baseline.perplexity(),
         last(String::new()),
     );
     for row in rows {
         page += &format!(
-            "| {} | {} | {:.2} | {:.3} | {:.3} | {:.5} | {:.4} | {:.2} % |{}\n",
+            "| {} | {} | {:.2} | {:.3} | {:.1} | {:.1} | {:.3} | {:.5} | {:.4} | {:.2} % |{}\n",
             row.name,
-            row.method,
+            row.method.name(),
             row.footprint.bits_per_weight(),
             row.footprint.linear_bits_per_weight(),
+            row.footprint.bytes as f64 / 1e6,
+            row.seconds,
             row.perplexity,
             row.exact.mean_kl,
             row.exact.p99_kl,

@@ -48,13 +48,35 @@ pub(super) struct RecipeOptions {
 
 /// `--method`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub(super) enum Method {
+pub(crate) enum Method {
     /// Each by itself, to nearest: the largest weight of a group just fits
     Rtn,
     /// Each by itself, in groups whose scale is that of the least squared error
     Mse,
     /// So that errors make up for each other on a calibration text (GPTQ): the model is run layer by layer
     Gptq,
+}
+
+impl Method {
+    /// All of them.
+    pub(super) const ALL: [Self; 3] = [Self::Rtn, Self::Mse, Self::Gptq];
+
+    /// Its name.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Rtn => "rtn",
+            Self::Mse => "mse",
+            Self::Gptq => "gptq",
+        }
+    }
+
+    /// How it chooses scales, as far as they are chosen by weights alone.
+    pub(super) fn search(self) -> ScaleSearch {
+        match self {
+            Self::Rtn => ScaleSearch::AbsMax,
+            Self::Mse | Self::Gptq => ScaleSearch::Mse,
+        }
+    }
 }
 
 impl RecipeOptions {
@@ -76,10 +98,7 @@ impl RecipeOptions {
 
     /// How scales are chosen.
     pub(super) fn search(&self) -> ScaleSearch {
-        match self.method {
-            Some(Method::Rtn) => ScaleSearch::AbsMax,
-            Some(Method::Mse | Method::Gptq) | None => ScaleSearch::Mse,
-        }
+        self.method.map_or(ScaleSearch::Mse, Method::search)
     }
 
     /// Refuses a method that a command which quantises at once does not have.

@@ -11,6 +11,7 @@ use metal_marlin::hub::HubId;
 use super::Args;
 use super::measured::Measured;
 use super::report::by_kind;
+use crate::commands::calibration::Rounding;
 
 const CARD_FILE: &str = "README.md";
 /// Fields of the source's card that hold for a copy as well.
@@ -21,6 +22,7 @@ const LICENCE: [&str; 3] = ["license", "license_name", "license_link"];
 pub(super) fn card(
     args: &Args,
     recipe: &Recipe,
+    rounding: &Rounding,
     licence: &str,
     report: &Report,
     measured: Option<&Measured>,
@@ -39,13 +41,14 @@ pub(super) fn card(
     let from = base.map_or_else(|| name_of(&args.model), |base| base.to_string());
     text += &format!(
         "# {from} in {}\n\nQuantised by metal-marlin {} in the layout {layout}. It takes {:.1} MB, \
-         {:.3} bits per weight ({:.3} in the decoder's linears); the source takes {:.1} MB.\n\n",
+         {:.3} bits per weight ({:.3} in the decoder's linears); the source takes {:.1} MB. {}\n\n",
         recipe.linears,
         env!("CARGO_PKG_VERSION"),
         report.after.bytes as f64 / 1e6,
         report.after.bits_per_weight(),
         report.after.linear_bits_per_weight(),
         report.before.bytes as f64 / 1e6,
+        rounding.to_text(),
     );
     text += &measured.map_or(String::new(), Measured::to_markdown);
     text += "## Storage\n\n| matrix | matrices | stored as | bits per weight | rms error | SQNR |\n";

@@ -10,7 +10,7 @@ use marlin_quantize::{ColdExperts, ExpertMatrix, MoeLayer, cold_experts, find_mo
 use metal_marlin::{DeviceOptions, load};
 use serde_json::{Value, json};
 
-use super::calibration::CalibrationOptions;
+use crate::commands::calibration::CalibrationOptions;
 use crate::commands::measure;
 use crate::commands::recipe::quantized_scheme;
 use crate::progress::{self, Bar};

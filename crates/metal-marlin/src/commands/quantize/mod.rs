@@ -1,6 +1,5 @@
 //! `metal-marlin quantize`: a checkpoint in fewer bits.
 
-mod calibration;
 mod card;
 mod cold;
 mod exception;
@@ -23,11 +22,11 @@ use metal_marlin::device::parse_threads;
 use metal_marlin::memory::{Account, MemoryBudget, parse_size, usual_context};
 use metal_marlin::{DeviceOptions, LoadError};
 
-use self::calibration::{CalibrationOptions, calibration};
 use self::cold::{Cold, ColdOptions};
 use self::exception::Exception;
 use self::measured::MeasureOptions;
 use self::report::Summary;
+use super::calibration::CalibrationOptions;
 use super::model::HubOptions;
 use super::recipe::{HEADING, Method, NUMBER_FORMAT, RecipeOptions};
 use super::{in_pool, model};
@@ -55,10 +54,11 @@ OUT.partial; the same command goes on from there. A finished folder has a model 
 it says what quality was kept. All but measuring is done on the CPU: the result is the same whatever device
 it will run on.
 
---method gptq, the default, runs the model over a calibration text, layer by layer, and rounds each weight so that it makes up for
-what those before it were off by (Frantar et al. 2022). It takes about four times as long as the text takes to read, holds one
-layer in memory, and keeps far more quality at four bits and fewer: docs/quality.md has figures. --method mse only
-searches scales, --method rtn not even those; both go at the speed of the disk. Embedding and head are rounded by mse in any case.
+--method gptq, the default, runs the model over a calibration text, layer by layer, and rounds each weight so that it
+makes up for what those before it, and the layers before, were off by. It takes about seven times as long as reading the
+text, has one layer in memory besides the text's activations, and loses a third to a quarter of what rounding to nearest
+loses. --method mse only searches scales, --method rtn not even those: both go at the speed of the disk. Embedding and head are
+rounded by mse. docs/calibration.md says what each keeps.
 
 --sparse-24 keeps two of every four weights, those of largest magnitude. That saves a quarter of fp4's and
 int4's bytes and three eighths of fp8's, and costs much quality unless the model was trained for it.
@@ -176,16 +176,16 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     if method != Method::Gptq && cold.is_none() && args.calibration.is_given() {
         bail!("--calibration is for --method gptq and --cold-expert-format; without them no model is run");
     }
-    let calibrated = args.calibration.prepare(method, &checkpoint, &threads)?;
+    let rounding = args.calibration.prepare(method, &checkpoint, &threads)?;
     let licence = card::licence_of(&checkpoint)?;
     let report = in_pool(args.threads, || {
-        let card = |report: &marlin_quantize::Report| card::card(&args, &recipe, &licence, report, None);
+        let card = |report: &marlin_quantize::Report| card::card(&args, &recipe, &rounding, &licence, report, None);
         let mut bar = Bar::bytes("Quantising");
         let mut progress = |progress: marlin_quantize::Progress<'_>| bar.set(progress.done, progress.total);
         let options = QuantizeOptions {
             force: args.force,
             layout: args.layout,
-            calibration: calibrated.as_ref().map(calibration),
+            calibration: rounding.calibration(),
             progress: Some(&mut progress),
             card: Some(&card),
             ..Default::default()
@@ -200,11 +200,12 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         None => None,
     };
     if measured.is_some() && args.layout != ExportLayout::Gguf {
-        card::replace(&args.out, &card::card(&args, &recipe, &licence, &report, measured.as_ref()))?;
+        card::replace(&args.out, &card::card(&args, &recipe, &rounding, &licence, &report, measured.as_ref()))?;
     }
     let summary = Summary {
         args: &args,
         recipe: &recipe,
+        rounding: &rounding,
         account,
         cold: cold.as_ref(),
         report: &report,

@@ -11,11 +11,13 @@ use serde_json::{Value, json};
 use super::Args;
 use super::cold::Cold;
 use super::measured::Measured;
+use crate::commands::calibration::Rounding;
 
 /// Everything there is to say.
 pub(super) struct Summary<'a> {
     pub(super) args: &'a Args,
     pub(super) recipe: &'a Recipe,
+    pub(super) rounding: &'a Rounding,
     /// Of `--fit`.
     pub(super) account: Option<Account>,
     pub(super) cold: Option<&'a Cold>,
@@ -47,6 +49,8 @@ impl Summary<'_> {
             "embedding_scheme": recipe.embedding.map(|scheme| scheme.to_string()),
             "fit": self.account.map(|account| account.to_json()),
             "cold_experts": self.cold.map(Cold::to_json),
+            "method": self.rounding.method(),
+            "calibration_tokens": self.rounding.tokens(),
             "layout": args.layout.name(),
             "bits_per_weight": report.after.bits_per_weight(),
             "decoder_bits_per_weight": report.after.linear_bits_per_weight(),
@@ -76,6 +80,9 @@ impl Summary<'_> {
             megabytes(after.bytes),
             megabytes(before.bytes),
         );
+        if self.rounding.tokens().is_some() {
+            text += &format!("\n{}\n", self.rounding.to_text());
+        }
         if let Some(account) = &self.account {
             text += &format!("\n{}\n", account.to_text(&self.mix()));
         }
