@@ -134,8 +134,10 @@ impl<'a> Calibrator<'a> {
         let tasks = &self.by_layer[index];
         let of_layer: Vec<&Task<'_>> = tasks.iter().map(|&task| &self.tasks[task]).collect();
         let mut weights = LayerWeights::new(self.source, index, &of_layer);
-        let mut layer = self.runner.load(&weights.checkpoint()?, index)?;
-        let mut original = self.runner.load(&weights.checkpoint()?, index)?;
+        let unquantized = weights.checkpoint()?;
+        let mut layer = self.runner.load(&unquantized, index)?;
+        let mut original = self.runner.load(&unquantized, index)?;
+        drop(unquantized);
         let by_name: HashMap<&str, usize> = tasks.iter().map(|&task| (&*self.tasks[task].name, task)).collect();
         let inputs = layer.inputs().to_vec();
         for stage in stages(&inputs) {
@@ -149,8 +151,7 @@ impl<'a> Calibrator<'a> {
             for input in watched {
                 let seen = &seen[&input.name];
                 let of_input = input.tensors.iter().filter_map(|tensor| by_name.get(tensor.as_str()).copied());
-                let mut rounded = self.round(seen, of_input)?;
-                for (task, matrix, error) in rounded.drain(..) {
+                for (task, matrix, error) in self.round(seen, of_input)? {
                     let name = &self.tasks[task].name;
                     let is_done = output.is_done(name);
                     if !is_done {
@@ -186,9 +187,8 @@ impl<'a> Calibrator<'a> {
                 Some(same) => factor.insert(same),
                 None => factor.insert(seen.hessian.factor(order, damping)),
             };
-            let [rows, cols] = [matrix.rows, matrix.cols];
             // A weight that is not finite is named before it spoils its row.
-            let encoded = largest_weight(&matrix, &slices(rows, cols, 1))
+            let encoded = largest_weight(&matrix, &slices(matrix.rows, matrix.cols, 1))
                 .and_then(|_| correction.apply(&matrix))
                 .and_then(|corrected| round_matrix(&corrected, scheme, self.encode, factor));
             let (encoded, _) = encoded.map_err(|e| encode_error(self.source, &task.name, e))?;
