@@ -17,7 +17,7 @@ mod rope;
 mod spec;
 
 pub use batch::{LogitRows, StepBatch};
-pub use decoder::{LayerRunner, LoadedLayer, SharedInput, load_model, load_model_offloaded};
+pub use decoder::{LayerRunner, LoadedHead, LoadedLayer, SharedInput, load_model, load_model_offloaded};
 pub use error::{ConfigError, ModelError};
 pub use expert_layers::{ExpertLayers, ExpertOffload, LayerRange};
 pub use families::supported_architectures;

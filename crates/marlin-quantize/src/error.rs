@@ -76,6 +76,17 @@ pub enum QuantizeError {
         /// What the model takes in it.
         plan: Box<MemoryPlan>,
     },
+    /// A plan of formats that is none, or of another model.
+    #[error("the plan of formats: {0}")]
+    Plan(String),
+    /// No mix of formats is so small.
+    #[error("no mix of formats has {target:.3} bits per weight; the smallest has {least:.3}")]
+    TargetBits {
+        /// What was asked for.
+        target: f64,
+        /// What there is.
+        least: f64,
+    },
     /// A matrix that cannot be encoded.
     #[error("{model}: tensor `{tensor}`: {source}")]
     Encode {

@@ -12,6 +12,7 @@ mod evaluate;
 mod fit;
 mod footprint;
 mod gptq;
+mod mixed_precision;
 mod moe;
 mod output;
 mod quantize;
@@ -25,10 +26,11 @@ pub use evaluate::{Divergence, LogitSource, ModelLogits, Quality, RecordedLogits
 pub use fit::{Budget, Fit, fit};
 pub use footprint::Footprint;
 pub use gptq::USUAL_DAMPING;
+pub use mixed_precision::{BitPlan, PlannedMatrix, measure_sensitivity};
 pub use moe::{
     ColdExperts, ExpertMatrix, ExpertTensors, MoeLayer, cold_experts, expert_matrix, expert_of, find_moe_layers,
     measure_routing, quantize_moe_experts, replace_moe_layers,
 };
 pub use quantize::{MatrixReport, Progress, QuantizeOptions, Report, quantize, source_fingerprint};
-pub use recipe::{Recipe, embedding_scheme};
+pub use recipe::{Recipe, embedding_scheme, quantized_format, quantized_formats, scheme_by_name};
 pub use role::{TensorRole, kind_of, layer_and_kind};

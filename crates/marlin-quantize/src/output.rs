@@ -12,6 +12,7 @@ use marlin_format::PackedMatrix;
 
 /// What a folder says of itself on the Hub.
 const CARD_FILE: &str = "README.md";
+const PLAN_FILE: &str = "plan.json";
 
 /// A folder, or a GGUF file.
 pub(crate) enum Output {
@@ -120,11 +121,12 @@ impl Complete {
         }
     }
 
-    /// Adds a model card, where there is a folder to hold it, and gives the output its name.
-    pub(crate) fn publish(self, card: Option<String>) -> Result<(), CheckpointError> {
+    /// Adds a model card and a plan of formats, where there is a folder to hold them, and gives the output its name.
+    pub(crate) fn publish(self, card: Option<String>, plan: Option<&str>) -> Result<(), CheckpointError> {
         match self {
             Self::Folder(folder) => {
                 card.iter().try_for_each(|card| folder.add(CARD_FILE, card.as_bytes()))?;
+                plan.iter().try_for_each(|plan| folder.add(PLAN_FILE, plan.as_bytes()))?;
                 folder.publish()
             }
             Self::Gguf(writer) => writer.finish(),

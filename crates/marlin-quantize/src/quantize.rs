@@ -30,12 +30,14 @@ pub struct QuantizeOptions<'a> {
     pub progress: Option<&'a mut dyn FnMut(Progress<'_>)>,
     /// Makes the model card (README.md) that the output folder gets.
     pub card: Option<&'a dyn Fn(&Report) -> String>,
+    /// The plan of formats (plan.json) that the output folder gets.
+    pub plan: Option<&'a str>,
 }
 
 impl Default for QuantizeOptions<'_> {
     fn default() -> Self {
         let WriterOptions { sync_bytes, layout, .. } = WriterOptions::default();
-        Self { force: false, sync_bytes, layout, calibration: None, progress: None, card: None }
+        Self { force: false, sync_bytes, layout, calibration: None, progress: None, card: None, plan: None }
     }
 }
 
@@ -164,7 +166,7 @@ fn run(
 ) -> Result<Report, QuantizeError> {
     let layout = options.layout;
     let moe_layers = find_moe_layers(source)?;
-    let tasks = plan(source, &moe_layers, scheme)?;
+    let tasks = tasks(source, &moe_layers, scheme)?;
     refuse_source_as_output(source, out)?;
     let calibration = options.calibration.as_ref();
     let calibration = calibration.map_or(String::new(), |calibration| format!(", {}", calibration.fingerprint()));
@@ -210,7 +212,7 @@ fn run(
     }
     let complete = writer.complete()?;
     let report = report(source, complete.folder(), &tasks, errors, resumed)?;
-    complete.publish(options.card.map(|card| card(&report)))?;
+    complete.publish(options.card.map(|card| card(&report)), options.plan)?;
     progress("", done);
     Ok(report)
 }
@@ -251,7 +253,7 @@ fn in_layout(recipe: &Recipe, layout: ExportLayout) -> Result<Recipe, QuantizeEr
 }
 
 /// Decides about every tensor.
-fn plan<'a>(
+pub(crate) fn tasks<'a>(
     source: &'a Checkpoint,
     moe_layers: &'a [MoeLayer],
     scheme: &dyn Fn(&str) -> Option<Scheme>,

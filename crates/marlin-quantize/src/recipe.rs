@@ -21,6 +21,33 @@ pub fn embedding_scheme(format: Format, grouping: Option<Grouping>) -> Result<Sc
     format.scheme(grouping.or(usual))
 }
 
+/// Parses `FORMAT[:SIZE]`, a format that quantises and perhaps what shares a scale, as in `int3`, `int4:32` or `fp8:128x128`.
+///
+/// # Errors
+/// There is no such format, or it has no such groups.
+pub fn scheme_by_name(name: &str) -> Result<Scheme, String> {
+    let (format, size) = match name.split_once(':') {
+        Some((format, size)) => (format, Some(size.parse::<Grouping>().map_err(|e| e.to_string())?)),
+        None => (name, None),
+    };
+    quantized_format(format)?.scheme(size).map_err(|e| e.to_string())
+}
+
+/// Parses the name of a format that quantises.
+///
+/// # Errors
+/// There is no such format.
+pub fn quantized_format(name: &str) -> Result<Format, String> {
+    let mut formats = Format::ALL.into_iter().filter(|format| !format.is_dense());
+    formats.find(|format| format.name() == name).ok_or_else(quantized_formats)
+}
+
+/// What formats there are that quantise, in words.
+pub fn quantized_formats() -> String {
+    let formats = Format::ALL.into_iter().filter(|format| !format.is_dense());
+    format!("formats are {}", formats.map(Format::name).collect::<Vec<_>>().join(", "))
+}
+
 /// How to quantise a model: a scheme per role, and per matrix where one differs. Norms, biases and matrices of unknown kind are
 /// kept as they are.
 #[derive(Debug, Clone, PartialEq)]

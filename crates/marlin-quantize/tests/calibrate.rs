@@ -1,18 +1,17 @@
 //! Quantising layer by layer by what linears are given, on small models of random weights.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use common::{backend, divergence, golden, windows};
 use marlin_checkpoint::Checkpoint;
 use marlin_format::{Format, Grouping, ScaleSearch, Scheme};
-use marlin_kernels::KvType;
-use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions};
-use marlin_model::{LoadOptions, load_model};
 use marlin_quantize::{
-    Calibration, ModelLogits, QuantizeError, QuantizeOptions, Recipe, RecordedLogits, Report, TensorRole, Windows,
-    evaluate, layer_and_kind, quantize,
+    Calibration, QuantizeError, QuantizeOptions, Recipe, Report, TensorRole, Windows, layer_and_kind, quantize,
 };
 
 /// Dense models, mixtures of experts in each way they are stored, and latent attention.
@@ -29,44 +28,12 @@ const MODELS: [&str; 10] = [
     "deepseekv3-direct-shared3",
 ];
 
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../marlin-model/tests/goldens").join(name)
-}
-
-fn backend() -> CpuBackend {
-    let options = CpuOptions { threads: Some(2), arithmetic: Arithmetic::Exact, simd: None };
-    CpuBackend::new(options).unwrap()
-}
-
-/// A text in tokens below 60, which all the models have, each of which depends on the one before.
-fn windows(seed: u32, count: usize) -> Windows {
-    let (mut state, mut token) = (seed, 0);
-    let tokens = std::iter::repeat_with(|| {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        token = (token * 3 + (state >> 24) % 7) % 60;
-        token
-    });
-    Windows::new(tokens.take(32 * count).collect(), 32, None).unwrap()
-}
-
 fn recipe(format: Format, group: u32) -> Recipe {
     Recipe::uniform(format.scheme(Some(Grouping::Columns(group))).unwrap(), None, ScaleSearch::Mse)
 }
 
 fn run(source: &Checkpoint, out: &Path, recipe: &Recipe, calibration: Option<Calibration<'_>>) -> Report {
     quantize(source, out, recipe, QuantizeOptions { calibration, ..Default::default() }).unwrap()
-}
-
-/// Mean divergence of the model in a folder from its source, on a text that it was not calibrated on.
-fn divergence(source: &Checkpoint, folder: &Path) -> f64 {
-    let windows = windows(99, 12);
-    let options = LoadOptions { context: Some(32), kv_type: KvType::F32, ..LoadOptions::default() };
-    let load = |checkpoint: &Checkpoint| load_model(&backend(), checkpoint, &options).unwrap();
-    let mut original = load(source);
-    let mut original = RecordedLogits::record(&mut ModelLogits::new(original.as_mut()), &windows, |_| {}).unwrap();
-    let mut model = load(&Checkpoint::open(folder).unwrap());
-    let quality = evaluate(&mut ModelLogits::new(model.as_mut()), Some(&mut original), &windows, |_| {}).unwrap();
-    quality.divergence.unwrap().mean_kl
 }
 
 fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 
 use marlin_checkpoint::Checkpoint;
-use marlin_kernels::{Backend, Encoder, KvLayout, KvType};
+use marlin_kernels::{Backend, Encoder, Input, KvLayout, KvType};
 
 use super::load::{EMBED_TOKENS, Loader, Sizes, load_ropes, weight};
 use super::{FeedForward, Layer, Rope, Workspace};
@@ -33,6 +33,18 @@ pub struct LoadedLayer<B: Backend> {
     kv_cache: B::KvCache,
     pool: KvPool,
     inputs: Vec<SharedInput>,
+}
+
+/// The end of a model on a device: the last norm and the output head.
+pub struct LoadedHead<B: Backend> {
+    norm: B::Vector,
+    lm_head: B::Linear,
+    pool: KvPool,
+    /// `[rows, hidden]`
+    hidden: B::Buffer,
+    /// `[rows, vocabulary]`
+    logits: B::Buffer,
+    rows: usize,
 }
 
 /// Matrices that are multiplied with the same input, since they are one linear or of one vector.
@@ -159,6 +171,64 @@ impl<'a, B: Backend> LayerRunner<'a, B> {
         encoder.read(&work.hidden, states)?;
         layer.pool.release(sequence);
         Ok(())
+    }
+
+    /// Loads the end of the model, to be given at most so many hidden states at once.
+    ///
+    /// # Errors
+    /// A tensor is missing or has another shape than the model's, or the device lacks the memory.
+    pub fn load_head(&self, checkpoint: &Checkpoint, rows: usize) -> Result<LoadedHead<B>, ModelError> {
+        let read = RefCell::default();
+        let loader = Loader { backend: self.backend, checkpoint, spec: &self.spec, read: &read, inputs: None };
+        let rows = rows.min(self.tokens.len());
+        let (norm, lm_head) = loader.end()?;
+        let layout = KvLayout { layers: Vec::new(), ..self.spec.kv_layout() };
+        Ok(LoadedHead {
+            norm,
+            lm_head: lm_head.map_or_else(|| loader.embedding(), Ok)?,
+            pool: KvPool::new(layout, self.sizes.kv_blocks),
+            hidden: self.backend.buffer(rows, self.spec.hidden_size)?,
+            logits: self.backend.buffer(rows, self.spec.vocab_size)?,
+            rows,
+        })
+    }
+
+    /// Logits, `[rows, vocabulary]`, of hidden states after the last layer, `[rows, hidden]`.
+    ///
+    /// # Errors
+    /// They are more than the head was loaded for, or the device failed.
+    pub fn logits(
+        &mut self,
+        head: &mut LoadedHead<B>,
+        states: &[f32],
+        logits: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        let Self { encoder, spec, batch, .. } = self;
+        let rows = states.len() / spec.hidden_size;
+        if rows > head.rows {
+            let (model, option) = (self.model.clone(), "rows of logits");
+            return Err(ModelError::Option { model, option, found: rows, wanted: format!("at most {}", head.rows) });
+        }
+        let mut sequence = head.pool.sequence();
+        head.pool.append(&mut sequence, rows)?;
+        batch.clear();
+        batch.push(&sequence, &self.tokens[..rows], LogitRows::None);
+        encoder.begin(&batch.as_step());
+        encoder.write(&mut head.hidden, rows, states)?;
+        let normed = Input::Normed { x: &head.hidden, weight: &head.norm, eps: spec.rms_norm_eps };
+        encoder.linear(normed, &head.lm_head, &mut head.logits);
+        if let Some(cap) = spec.logit_cap {
+            encoder.soft_cap(&mut head.logits, cap);
+        }
+        logits.resize(rows * spec.vocab_size, 0.0);
+        encoder.read(&head.logits, logits)?;
+        head.pool.release(sequence);
+        Ok(())
+    }
+
+    /// Tokens of the vocabulary.
+    pub fn vocabulary(&self) -> usize {
+        self.spec.vocab_size
     }
 }
 

@@ -65,10 +65,9 @@ pub(super) fn load_decoder<B: Backend>(
     let loader = Loader { backend, checkpoint, spec: &spec, read: &read, inputs: None };
     let host =
         offload.map(|offload| Loader { backend: &offload.host, checkpoint, spec: &spec, read: &read, inputs: None });
-    let embed_tokens = loader.table(EMBED_TOKENS, spec.vocab_size, spec.hidden_size)?;
+    let embed_tokens = loader.embedding()?;
     let layers = (0..spec.layers.len()).map(|index| loader.layer(index, host.as_ref())).collect::<Result<_, _>>()?;
-    let norm = loader.norm("model.norm", spec.hidden_size)?;
-    let lm_head = loader.lm_head()?;
+    let (norm, lm_head) = loader.end()?;
     loader.refuse_unread()?;
     checkpoint.release_all();
 
@@ -212,6 +211,15 @@ impl<B: Backend> Loader<'_, B> {
                 _ => FeedForward::Mlp(self.mlp(&mlp, &spec.mlp, mlp_out_norm)?),
             },
         })
+    }
+
+    pub(super) fn embedding(&self) -> Result<B::Linear, ModelError> {
+        self.table(EMBED_TOKENS, self.spec.vocab_size, self.spec.hidden_size)
+    }
+
+    /// What follows the layers: a norm and a head, unless that is the embedding.
+    pub(super) fn end(&self) -> Result<(B::Vector, Option<B::Linear>), ModelError> {
+        Ok((self.norm("model.norm", self.spec.hidden_size)?, self.lm_head()?))
     }
 
     /// The head's own matrix. A tied model has none; if its checkpoint holds one nevertheless, it is used where it differs from

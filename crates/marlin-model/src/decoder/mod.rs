@@ -15,7 +15,7 @@ mod workspace;
 pub(crate) use experts::{expert_bytes, is_routed, loaded_scheme};
 pub(crate) use host_experts::host_work_bytes;
 pub(crate) use latent::kv_b_bytes;
-pub use layers::{LayerRunner, LoadedLayer, SharedInput};
+pub use layers::{LayerRunner, LoadedHead, LoadedLayer, SharedInput};
 pub(crate) use load::{Sizes, kv_blocks};
 pub use load::{load_model, load_model_offloaded};
 pub(crate) use workspace::{angle_shapes, expert_work_bytes, workspace_shapes};

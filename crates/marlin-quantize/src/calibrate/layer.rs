@@ -11,7 +11,7 @@ use crate::quantize::{Origin, Task};
 use crate::role::layer_and_kind;
 
 /// A layer as it is being quantised.
-pub(super) struct LayerWeights<'a> {
+pub(crate) struct LayerWeights<'a> {
     source: &'a Checkpoint,
     tasks: Vec<&'a Task<'a>>,
     /// Tensors of the layer that no task is about, but those whose parts tasks are about.
@@ -21,7 +21,7 @@ pub(super) struct LayerWeights<'a> {
 
 impl<'a> LayerWeights<'a> {
     /// Layer `index` of a model, whose matrices that will be quantised are those of `tasks`.
-    pub(super) fn new(source: &'a Checkpoint, index: usize, tasks: &[&'a Task<'a>]) -> Self {
+    pub(crate) fn new(source: &'a Checkpoint, index: usize, tasks: &[&'a Task<'a>]) -> Self {
         let covered: HashSet<&str> = tasks.iter().flat_map(|task| source_tensors(task)).collect();
         let kept =
             source.tensor_names().filter(|name| layer_and_kind(name).0 == Some(index) && !covered.contains(name));
@@ -29,17 +29,22 @@ impl<'a> LayerWeights<'a> {
     }
 
     /// Puts a quantised matrix in the place of the original.
-    pub(super) fn replace(&mut self, name: &str, matrix: Arc<PackedMatrix<'static>>) {
+    pub(crate) fn replace(&mut self, name: &str, matrix: Arc<PackedMatrix<'static>>) {
         self.quantized.insert(name.to_owned(), matrix);
     }
 
+    /// Puts the original back.
+    pub(crate) fn restore(&mut self, name: &str) {
+        self.quantized.remove(name);
+    }
+
     /// The source's tensors that hold the matrices.
-    pub(super) fn source_tensors(&self) -> impl Iterator<Item = &'a str> {
+    pub(crate) fn source_tensors(&self) -> impl Iterator<Item = &'a str> {
         self.tasks.iter().flat_map(|task| source_tensors(task))
     }
 
     /// A checkpoint of this layer alone.
-    pub(super) fn checkpoint(&self) -> Result<Checkpoint, QuantizeError> {
+    pub(crate) fn checkpoint(&self) -> Result<Checkpoint, QuantizeError> {
         let mut tensors = Vec::with_capacity(self.tasks.len() + self.kept.len());
         for task in &self.tasks {
             let matrix = match self.quantized.get(&*task.name) {

@@ -17,7 +17,7 @@ use marlin_format::{EncodeOptions, PackedMatrix};
 use marlin_kernels::cpu::CpuBackend;
 use marlin_model::{LayerRunner, LoadedLayer, SharedInput};
 
-use self::layer::LayerWeights;
+pub(crate) use self::layer::LayerWeights;
 use self::seen::Seen;
 use self::states::States;
 use crate::capture::Observed;

@@ -14,7 +14,7 @@ pub(crate) struct ObservedEncoder<B: Backend> {
     watch: Watch,
     /// Tokens of the step.
     tokens: usize,
-    /// Watched linears whose inputs the step has yet to come to.
+    /// Watched linears whose inputs the step has yet to come to; 0 in steps that go on behind them.
     awaited: usize,
     /// They were all there: the rest of the step is of no account to anyone.
     is_over: bool,
@@ -56,8 +56,10 @@ impl<B: Backend> ObservedEncoder<B> {
 
     /// Counts linears whose inputs were seen.
     fn came(&mut self, linears: usize) {
-        self.awaited -= linears;
-        self.is_over = self.awaited == 0;
+        if self.awaited > 0 {
+            self.awaited -= linears;
+            self.is_over = self.awaited == 0;
+        }
     }
 
     /// The watched ones of a group.
@@ -147,7 +149,7 @@ fn rows_by_expert(routing: &Routing, tokens: usize, routes: &HostRoutes) -> Vec<
 impl<B: Backend> Encoder<Observed<B>> for ObservedEncoder<B> {
     fn begin(&mut self, step: &Step<'_>) {
         self.tokens = step.tokens.len();
-        self.awaited = self.watch.len();
+        self.awaited = self.watch.awaited();
         self.is_over = false;
         self.inner.begin(step);
     }

@@ -13,7 +13,14 @@ pub(crate) use self::backend::Observed;
 
 /// The linears that are watched, by their names, and what they were given in a step.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Watch(Arc<Mutex<HashMap<String, Inputs>>>);
+pub(crate) struct Watch(Arc<Mutex<Watched>>);
+
+#[derive(Debug, Default)]
+struct Watched {
+    linears: HashMap<String, Inputs>,
+    /// Steps go on behind the last of them.
+    is_beside: bool,
+}
 
 /// What a linear was given in a step.
 #[derive(Debug, Clone, Default)]
@@ -24,34 +31,55 @@ pub(crate) struct Inputs {
     pub(crate) routes: Vec<(usize, f32)>,
 }
 
+impl Inputs {
+    /// The rows, `cols` wide; those of an expert times the weights that its outputs have in the sum of a token's experts.
+    pub(crate) fn weighted(mut self, cols: usize) -> Vec<f32> {
+        for (row, (_, weight)) in self.rows.chunks_exact_mut(cols).zip(&self.routes) {
+            row.iter_mut().for_each(|value| *value *= weight);
+        }
+        self.rows
+    }
+}
+
 impl Watch {
     /// Watches these linears from now on, and no others. Steps end with the last of them: nothing behind it is computed.
     pub(crate) fn only<'a>(&self, linears: impl IntoIterator<Item = &'a str>) {
-        *self.lock() = linears.into_iter().map(|name| (name.to_owned(), Inputs::default())).collect();
+        self.set(linears, false);
+    }
+
+    /// Watches these linears from now on, and no others, in steps that are run whole.
+    pub(crate) fn beside<'a>(&self, linears: impl IntoIterator<Item = &'a str>) {
+        self.set(linears, true);
+    }
+
+    fn set<'a>(&self, linears: impl IntoIterator<Item = &'a str>, is_beside: bool) {
+        let linears = linears.into_iter().map(|name| (name.to_owned(), Inputs::default())).collect();
+        *self.lock() = Watched { linears, is_beside };
     }
 
     /// Tells each watched linear's inputs, which are forgotten then.
     pub(crate) fn take(&self, mut each: impl FnMut(&str, Inputs)) {
-        self.lock().iter_mut().for_each(|(name, inputs)| each(name, std::mem::take(inputs)));
+        self.lock().linears.iter_mut().for_each(|(name, inputs)| each(name, std::mem::take(inputs)));
     }
 
-    /// Watched linears.
-    fn len(&self) -> usize {
-        self.lock().len()
+    /// The linears with whose inputs a step is over; none if it never is.
+    fn awaited(&self) -> usize {
+        let watched = self.lock();
+        if watched.is_beside { 0 } else { watched.linears.len() }
     }
 
     fn watches(&self, name: &str) -> bool {
-        self.lock().contains_key(name)
+        self.lock().linears.contains_key(name)
     }
 
     fn add(&self, name: &str, rows: &[f32], routes: &[(usize, f32)]) {
-        if let Some(inputs) = self.lock().get_mut(name) {
+        if let Some(inputs) = self.lock().linears.get_mut(name) {
             inputs.rows.extend_from_slice(rows);
             inputs.routes.extend_from_slice(routes);
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Inputs>> {
+    fn lock(&self) -> MutexGuard<'_, Watched> {
         self.0.lock().expect("nothing that holds the lock panics")
     }
 }

@@ -123,3 +123,9 @@ fn score_rows(logits: &[f32], targets: &[u32], baseline: Option<&[f32]>, vocabul
     };
     targets.par_iter().enumerate().map(score).collect()
 }
+
+/// KL(P_baseline ‖ P_model) of each row of logits, in nats; `None` if a logit is not finite.
+pub(crate) fn divergences(baseline: &[f32], model: &[f32], vocabulary: usize) -> Option<Vec<f64>> {
+    let rows = baseline.par_chunks_exact(vocabulary).zip(model.par_chunks_exact(vocabulary));
+    rows.map(|(baseline, model)| Some(score_row(model, 0, Some(baseline))?.agreement?.kl)).collect()
+}

@@ -20,7 +20,7 @@ const BUNDLED: &str = include_str!("../../../../data/text/calibration.txt");
 #[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Calibration")]
 pub(crate) struct CalibrationOptions {
-    /// Text like what the model will read and write, a UTF-8 file, for --method gptq and --cold-expert-format [default: English prose that
+    /// Text like what the model will read and write, a UTF-8 file, for --method gptq, --target-bpw and --cold-expert-format [default: English prose that
     /// comes with the program]
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
@@ -68,15 +68,27 @@ impl CalibrationOptions {
         checkpoint: &Checkpoint,
         threads: &DeviceOptions,
     ) -> anyhow::Result<Rounding> {
-        if method != Method::Gptq {
-            return Ok(Rounding { method, run: None });
-        }
+        let run = match method {
+            Method::Gptq => Some(self.run(checkpoint, threads, "--method gptq", "--method mse does not")?),
+            Method::Rtn | Method::Mse => None,
+        };
+        Ok(Rounding { method, run })
+    }
+
+    /// All that it takes to run a model over the text. Errors say which option asks for it, and what helps.
+    pub(crate) fn run(
+        &self,
+        checkpoint: &Checkpoint,
+        threads: &DeviceOptions,
+        option: &str,
+        otherwise: &str,
+    ) -> anyhow::Result<Run> {
         let options = CpuOptions { arithmetic: Arithmetic::Exact, ..threads.cpu() };
         let backend = CpuBackend::new(options).map_err(LoadError::Device)?;
-        Planner::new(&backend, checkpoint).context("--method gptq runs the model (--method mse does not)")?;
+        Planner::new(&backend, checkpoint).with_context(|| format!("{option} runs the model ({otherwise})"))?;
         let windows = self.windows(checkpoint);
-        let windows = windows.context("--method gptq needs a text in the model's tokens (--method mse does not)")?;
-        Ok(Rounding { method, run: Some(Run { windows, backend, text: self.text_name() }) })
+        let windows = windows.with_context(|| format!("{option} needs a text in the model's tokens ({otherwise})"))?;
+        Ok(Run { windows, backend, text: self.text_name() })
     }
 }
 
@@ -87,15 +99,22 @@ pub(crate) struct Rounding {
     run: Option<Run>,
 }
 
-struct Run {
+/// A text and what runs a model over it.
+pub(crate) struct Run {
     windows: Windows,
     backend: CpuBackend,
     text: String,
 }
 
+impl Run {
+    pub(crate) fn calibration(&self) -> Calibration<'_> {
+        Calibration::new(&self.windows, self.backend.clone())
+    }
+}
+
 impl Rounding {
     pub(crate) fn calibration(&self) -> Option<Calibration<'_>> {
-        self.run.as_ref().map(|run| Calibration::new(&run.windows, run.backend.clone()))
+        self.run.as_ref().map(Run::calibration)
     }
 
     /// Its name among the methods.

@@ -14,7 +14,6 @@ use metal_marlin::{DeviceOptions, LoadError};
 use serde_json::{Value, json};
 
 use super::model::{self, HubOptions};
-use super::recipe;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -57,7 +56,7 @@ pub(crate) struct Args {
     kv: KvFormat,
 
     /// Plan for the model as `quantize --format` would write it
-    #[arg(long, short, value_parser = recipe::quantized_format)]
+    #[arg(long, short, value_parser = marlin_quantize::quantized_format)]
     format: Option<Format>,
 
     #[command(flatten)]

@@ -11,7 +11,7 @@ use marlin_format::{Format, FormatError, Grouping, Scheme};
 use marlin_kernels::KvType;
 use marlin_quantize::{
     Divergence, Footprint, LogitSource, ModelLogits, Quality, QuantizeOptions, Recipe, Windows, embedding_scheme,
-    evaluate, quantize,
+    evaluate, measure_sensitivity, quantize,
 };
 use metal_marlin::device::Device;
 use metal_marlin::memory::{MemoryBudget, MemoryOptions};
@@ -98,7 +98,11 @@ const DENSE: [(Format, Option<Grouping>); 17] = [
     (Format::Int3, None),
     (Format::Int2, None),
 ];
-/// What is measured: the dense formats, then the 2:4 variants in their usual groups.
+
+/// Bits per weight of the mixes of formats that are measured beside them.
+const MIXES: [f64; 6] = [2.5, 3.0, 3.45, 3.5, 4.2, 4.8];
+
+/// The formats that are measured: the dense ones, then the 2:4 variants in their usual groups.
 fn variants() -> Result<Vec<Scheme>, FormatError> {
     let dense = DENSE.into_iter().map(|(format, grouping)| format.scheme(grouping));
     dense.chain(Format::SPARSE.into_iter().map(|format| format.sparse_24(None))).collect()
@@ -163,36 +167,28 @@ impl Measure<'_> {
     fn all(&self) -> anyhow::Result<Measured> {
         let schemes = variants()?;
         let kv_types = KvType::ALL.into_iter().filter(|&kv_type| kv_type != usual_kv(true));
-        let variants = schemes.len() * Method::ALL.len() + kv_types.clone().count();
+        let variants = schemes.len() * Method::ALL.len() + MIXES.len() + kv_types.clone().count();
         let mut recorded = self.subject(self.source, &self.exact, usual_kv(true))?.record(self.windows)?;
         let baseline = evaluate(&mut recorded, None, self.windows, |_| {})?;
 
         let mut rows = Vec::with_capacity(variants);
         let mut bar = Bar::counting("Measuring", "variants");
         bar.set(0, variants as u64);
+        let embedding = Some(embedding_scheme(Format::Int8, None)?);
         for linears in schemes {
             for method in Method::ALL {
-                let embedding = Some(embedding_scheme(Format::Int8, None)?);
                 let recipe = Recipe::uniform(linears, embedding, method.search());
-                let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
-                let out = folder.path().join("model");
-                let calibration = if method == Method::Gptq { self.gptq.calibration() } else { None };
-                let started = Instant::now();
-                let report =
-                    quantize(self.source, &out, &recipe, QuantizeOptions { calibration, ..Default::default() })?;
-                let seconds = started.elapsed().as_secs_f64();
-                let quantized = Checkpoint::open(&out)?;
-                let (perplexity, exact) = self.compare(&quantized, &self.exact, usual_kv(true), &mut recorded)?;
-                let rounded = match &self.rounding {
-                    Some(device) if method == Method::Mse => {
-                        Some(self.compare(&quantized, device, usual_kv(false), &mut recorded)?.1)
-                    }
-                    _ => None,
-                };
-                let name = recipe.linears.to_string();
-                rows.push(Row { name, method, footprint: report.after, seconds, perplexity, exact, rounded });
+                rows.push(self.row(linears.to_string(), method, &recipe, &mut recorded)?);
                 bar.set(rows.len() as u64, variants as u64);
             }
+        }
+        let calibration = self.gptq.calibration().expect("gptq is calibrated");
+        let mut plan = measure_sensitivity(self.source, &calibration, &mut |_, _| {})?;
+        for target in MIXES {
+            plan.allocate(target)?;
+            let recipe = plan.recipe(self.source, embedding, Method::Gptq.search())?;
+            rows.push(self.row(format!("mix of {target}"), Method::Gptq, &recipe, &mut recorded)?);
+            bar.set(rows.len() as u64, variants as u64);
         }
         let head_dim = self.exact.planner(self.source)?.shape().head_dim;
         let mut kv = Vec::new();
@@ -203,6 +199,31 @@ impl Measure<'_> {
             bar.set((rows.len() + kv.len()) as u64, variants as u64);
         }
         Ok(Measured { baseline, rows, kv })
+    }
+
+    /// Quantises the model, and measures what became of it.
+    fn row(
+        &self,
+        name: String,
+        method: Method,
+        recipe: &Recipe,
+        baseline: &mut dyn LogitSource,
+    ) -> anyhow::Result<Row> {
+        let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
+        let out = folder.path().join("model");
+        let calibration = if method == Method::Gptq { self.gptq.calibration() } else { None };
+        let started = Instant::now();
+        let report = quantize(self.source, &out, recipe, QuantizeOptions { calibration, ..Default::default() })?;
+        let seconds = started.elapsed().as_secs_f64();
+        let quantized = Checkpoint::open(&out)?;
+        let (perplexity, exact) = self.compare(&quantized, &self.exact, usual_kv(true), baseline)?;
+        let rounded = match &self.rounding {
+            Some(device) if method == Method::Mse => {
+                Some(self.compare(&quantized, device, usual_kv(false), baseline)?.1)
+            }
+            _ => None,
+        };
+        Ok(Row { name, method, footprint: report.after, seconds, perplexity, exact, rounded })
     }
 
     /// Perplexity and divergence of a variant.
@@ -289,6 +310,7 @@ fn page(args: &Args, measure: &Measure<'_>, measured: &Measured) -> String {
            these rows show what pruning by magnitude alone costs, which training after it would win back in part.\n\
          - **rtn** rounds to nearest with the largest weight of a group just fitting, **mse** searches the scale of least\n  \
            squared error, **gptq** rounds with feedback of errors, calibrated on {calibration}.\n\
+         - **mix of 3.5** has formats chosen by `--target-bpw 3.5`, of which the measuring is not counted in **s**.\n\
          - **MB**: the output's tensors. **s**: what quantising took.\n\
          - **KL**: divergence of the next-token distribution from the unquantised model's, KL(P ‖ Q) in nats a token; its\n  \
            mean and 99th percentile. **top-1**: how often both find the same token most likely.\n\

@@ -3,7 +3,7 @@
 use clap::ArgGroup;
 use marlin_checkpoint::ExportLayout;
 use marlin_format::{Format, Grouping, ScaleSearch, Scheme};
-use marlin_quantize::{Recipe, embedding_scheme};
+use marlin_quantize::{Recipe, embedding_scheme, quantized_formats};
 
 /// Where `--help` has them.
 pub(super) const HEADING: &str = "Quantisation";
@@ -133,26 +133,6 @@ fn grouping(format: Format, given: Option<Grouping>, layout: ExportLayout) -> Op
 /// Storage of the decoder's matrices.
 pub(super) fn linear_scheme(format: Format, grouping: Option<Grouping>, sparse_24: bool) -> anyhow::Result<Scheme> {
     Ok(if sparse_24 { format.sparse_24(grouping)? } else { format.scheme(grouping)? })
-}
-
-/// Parses the name of a format that quantises.
-pub(super) fn quantized_format(name: &str) -> Result<Format, String> {
-    let mut formats = Format::ALL.into_iter().filter(|format| !format.is_dense());
-    formats.find(|format| format.name() == name).ok_or_else(quantized_formats)
-}
-
-/// Parses `FORMAT[:SIZE]`, a format that quantises and perhaps its groups.
-pub(super) fn quantized_scheme(text: &str) -> Result<Scheme, String> {
-    let (format, size) = match text.split_once(':') {
-        Some((format, size)) => (format, Some(size.parse::<Grouping>().map_err(|e| e.to_string())?)),
-        None => (text, None),
-    };
-    quantized_format(format)?.scheme(size).map_err(|e| e.to_string())
-}
-
-fn quantized_formats() -> String {
-    let formats = Format::ALL.into_iter().filter(|format| !format.is_dense());
-    format!("formats are {}", formats.map(Format::name).collect::<Vec<_>>().join(", "))
 }
 
 /// The format that `--format` and `--bits` agree on; clap has seen to it that there is one of them.

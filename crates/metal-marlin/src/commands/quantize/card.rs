@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use marlin_checkpoint::{Checkpoint, ExportLayout};
-use marlin_quantize::{Recipe, Report};
+use marlin_quantize::Report;
 use metal_marlin::hub::HubId;
 
 use super::Args;
@@ -17,11 +17,11 @@ const CARD_FILE: &str = "README.md";
 /// Fields of the source's card that hold for a copy as well.
 const LICENCE: [&str; 3] = ["license", "license_name", "license_link"];
 
-/// The card of a folder: where it comes from, what quality it kept if that was measured, how its matrices are stored, how it is
+/// The card of a folder in these formats: where it comes from, what quality it kept if that was measured, how its matrices are stored, how it is
 /// run.
 pub(super) fn card(
     args: &Args,
-    recipe: &Recipe,
+    formats: &str,
     rounding: &Rounding,
     licence: &str,
     report: &Report,
@@ -42,7 +42,7 @@ pub(super) fn card(
     text += &format!(
         "# {from} in {}\n\nQuantised by metal-marlin {} in the layout {layout}. It takes {:.1} MB, \
          {:.3} bits per weight ({:.3} in the decoder's linears); the source takes {:.1} MB. {}\n\n",
-        recipe.linears,
+        formats,
         env!("CARGO_PKG_VERSION"),
         report.after.bytes as f64 / 1e6,
         report.after.bits_per_weight(),

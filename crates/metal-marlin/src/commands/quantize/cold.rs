@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 
 use crate::commands::calibration::CalibrationOptions;
 use crate::commands::measure;
-use crate::commands::recipe::quantized_scheme;
 use crate::progress::{self, Bar};
+use marlin_quantize::scheme_by_name;
 
 const HEADING: &str = "Cold experts";
 
@@ -25,7 +25,7 @@ pub(super) struct ColdOptions {
     #[arg(
         long,
         value_name = "FORMAT[:SIZE]",
-        value_parser = quantized_scheme,
+        value_parser = scheme_by_name,
         help_heading = HEADING
     )]
     cold_expert_format: Option<Scheme>,

@@ -8,7 +8,7 @@ use marlin_checkpoint::Checkpoint;
 use marlin_format::Scheme;
 use marlin_quantize::{TensorRole, kind_of, layer_and_kind};
 
-use crate::commands::recipe::quantized_scheme;
+use marlin_quantize::scheme_by_name;
 
 /// `NAME=FORMAT[:SIZE]`
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,7 +25,7 @@ impl FromStr for Exception {
         let (name, format) = text.split_once('=').filter(|(name, _)| !name.is_empty()).ok_or_else(|| {
             format!("`{text}` is no NAME=FORMAT, such as v_proj=int8 or layers.0.mlp.down_proj=int4:32")
         })?;
-        Ok(Self { name: name.to_owned(), scheme: quantized_scheme(format)? })
+        Ok(Self { name: name.to_owned(), scheme: scheme_by_name(format)? })
     }
 }
 

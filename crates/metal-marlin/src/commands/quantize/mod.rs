@@ -1,5 +1,6 @@
 //! `metal-marlin quantize`: a checkpoint in fewer bits.
 
+mod bits;
 mod card;
 mod cold;
 mod exception;
@@ -22,6 +23,7 @@ use metal_marlin::device::parse_threads;
 use metal_marlin::memory::{Account, MemoryBudget, parse_size, usual_context};
 use metal_marlin::{DeviceOptions, LoadError};
 
+use self::bits::{BitOptions, Bits};
 use self::cold::{Cold, ColdOptions};
 use self::exception::Exception;
 use self::measured::MeasureOptions;
@@ -44,6 +46,8 @@ Examples:
   metal-marlin quantize path/to/model out.gguf --format int4-sym --layout gguf
   metal-marlin quantize Qwen/Qwen3-4B out --format fp4
   metal-marlin quantize path/to/model out --format int3 --matrix v_proj=int8 --matrix o_proj=int4:32
+  metal-marlin quantize path/to/model out --target-bpw 3.5
+  metal-marlin quantize path/to/model out --plan plan.json
   metal-marlin quantize path/to/model out --fit 16GiB --context 32768
   metal-marlin quantize path/to/model out --format fp4 --cold-expert-format int2 --calibration text.txt
   metal-marlin quantize path/to/model out --format fp4 --method mse
@@ -59,6 +63,11 @@ makes up for what those before it, and the layers before, were off by. It takes 
 text, has one layer in memory besides the text's activations, and loses a third to a quarter of what rounding to nearest
 loses. --method mse only searches scales, --method rtn not even those: both go at the speed of the disk. Embedding and head are
 rounded by mse. docs/calibration.md says what each keeps.
+
+--target-bpw mixes formats. Each matrix alone is rounded to 3 bits and the model run, which tells what it costs; so bits go where
+they save most. It takes about as long again as gptq. The plan that comes of it is kept as OUT/plan.json, and by --save-plan in a
+file of its own: formats in it can be changed, and --plan FILE quantises by it. --plan FILE --target-bpw BITS chooses for another
+size without measuring again.
 
 --sparse-24 keeps two of every four weights, those of largest magnitude. That saves a quarter of fp4's and
 int4's bytes and three eighths of fp8's, and costs much quality unless the model was trained for it.
@@ -84,7 +93,7 @@ const CHOSEN: [&str; 6] = ["format", "bits", "group_size", "sparse_24", "matrix"
 /// Writes a copy of a Hugging Face checkpoint whose matrices are stored in few bits, and reports how much that changes each of
 /// them.
 #[derive(Debug, clap::Args)]
-#[command(after_help = EXAMPLES, mut_group(NUMBER_FORMAT, |formats| formats.arg("fit").required(true)))]
+#[command(after_help = EXAMPLES, mut_group(NUMBER_FORMAT, |formats| formats.args(["fit", "target_bpw", "plan"]).required(true)))]
 pub(crate) struct Args {
     /// Model in bf16, f16 or f32: a folder with config.json, tokenizer.json and *.safetensors, or its id on the Hub
     model: PathBuf,
@@ -109,12 +118,16 @@ pub(crate) struct Args {
     #[command(flatten)]
     cold: ColdOptions,
 
+    #[command(flatten)]
+    bits: BitOptions,
+
     /// Choose the best mix of formats with which the model takes no more than this memory, such as 16GiB
     #[arg(
         long,
         value_name = "SIZE",
         value_parser = parse_size,
         conflicts_with_all = CHOSEN,
+        conflicts_with_all = ["target_bpw", "plan"],
         help_heading = "Fit"
     )]
     fit: Option<u64>,
@@ -159,27 +172,35 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let measurement = args.measure.prepare(&checkpoint, args.threads)?;
     let threads = DeviceOptions { threads: args.threads, ..DeviceOptions::default() };
     let cold = args.cold.measure(&checkpoint, &args.calibration, &threads)?;
-    let (recipe, account) = match (uniform, args.fit) {
-        (Some(mut recipe), _) => {
+    let bits = args.bits.plan(&checkpoint, &args.calibration, args.layout, args.threads)?;
+    let (recipe, account) = match (uniform, args.fit, &bits) {
+        (Some(mut recipe), ..) => {
             recipe.exceptions = cold.as_ref().map_or_else(BTreeMap::new, Cold::schemes);
             recipe.exceptions.extend(exception::resolve(&args.matrix, &checkpoint)?);
             (recipe, None)
         }
-        (None, Some(memory)) => {
+        (None, _, Some(Bits { plan, .. })) => {
+            (plan.recipe(&checkpoint, args.recipe.embedding(args.layout)?, args.recipe.search())?, None)
+        }
+        (None, Some(memory), None) => {
             let (fit, account) = best_mix(&args, &checkpoint, memory)?;
             (fit.recipe, Some(account))
         }
         // clap has seen to it that there is one of them.
-        (None, None) => bail!("name a --format, or what to --fit"),
+        (None, None, None) => bail!("name a --format, a --target-bpw, or what to --fit"),
     };
     let method = args.recipe.method.unwrap_or(if recipe.linears.is_dense() { Method::Mse } else { Method::Gptq });
-    if method != Method::Gptq && cold.is_none() && args.calibration.is_given() {
-        bail!("--calibration is for --method gptq and --cold-expert-format; without them no model is run");
+    if method != Method::Gptq && cold.is_none() && !args.bits.measures() && args.calibration.is_given() {
+        bail!(
+            "--calibration is for --method gptq, --target-bpw and --cold-expert-format; without them no model is run"
+        );
     }
     let rounding = args.calibration.prepare(method, &checkpoint, &threads)?;
     let licence = card::licence_of(&checkpoint)?;
+    let formats = bits.as_ref().map_or_else(|| recipe.linears.to_string(), Bits::name);
+    let plan = bits.as_ref().map(|bits| bits.plan.to_json());
     let report = in_pool(args.threads, || {
-        let card = |report: &marlin_quantize::Report| card::card(&args, &recipe, &rounding, &licence, report, None);
+        let card = |report: &marlin_quantize::Report| card::card(&args, &formats, &rounding, &licence, report, None);
         let mut bar = Bar::bytes("Quantising");
         let mut progress = |progress: marlin_quantize::Progress<'_>| bar.set(progress.done, progress.total);
         let options = QuantizeOptions {
@@ -188,6 +209,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             calibration: rounding.calibration(),
             progress: Some(&mut progress),
             card: Some(&card),
+            plan: plan.as_deref(),
             ..Default::default()
         };
         quantize(&checkpoint, &args.out, &recipe, options)
@@ -200,13 +222,14 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         None => None,
     };
     if measured.is_some() && args.layout != ExportLayout::Gguf {
-        card::replace(&args.out, &card::card(&args, &recipe, &rounding, &licence, &report, measured.as_ref()))?;
+        card::replace(&args.out, &card::card(&args, &formats, &rounding, &licence, &report, measured.as_ref()))?;
     }
     let summary = Summary {
         args: &args,
         recipe: &recipe,
         rounding: &rounding,
         account,
+        bits: bits.as_ref(),
         cold: cold.as_ref(),
         report: &report,
         measured: measured.as_ref(),

@@ -9,6 +9,7 @@ use metal_marlin::memory::Account;
 use serde_json::{Value, json};
 
 use super::Args;
+use super::bits::Bits;
 use super::cold::Cold;
 use super::measured::Measured;
 use crate::commands::calibration::Rounding;
@@ -20,6 +21,8 @@ pub(super) struct Summary<'a> {
     pub(super) rounding: &'a Rounding,
     /// Of `--fit`.
     pub(super) account: Option<Account>,
+    /// Of `--target-bpw` and `--plan`.
+    pub(super) bits: Option<&'a Bits>,
     pub(super) cold: Option<&'a Cold>,
     pub(super) report: &'a Report,
     /// Of `--text`.
@@ -44,10 +47,11 @@ impl Summary<'_> {
         json!({
             "model": args.model,
             "out": args.out,
-            "scheme": recipe.linears.to_string(),
+            "scheme": self.bits.map_or_else(|| recipe.linears.to_string(), |_| "mixed".into()),
             "exceptions": recipe.exceptions.len(),
             "embedding_scheme": recipe.embedding.map(|scheme| scheme.to_string()),
             "fit": self.account.map(|account| account.to_json()),
+            "plan": self.bits.map(Bits::to_json),
             "cold_experts": self.cold.map(Cold::to_json),
             "method": self.rounding.method(),
             "calibration_tokens": self.rounding.tokens(),
@@ -85,6 +89,9 @@ impl Summary<'_> {
         }
         if let Some(account) = &self.account {
             text += &format!("\n{}\n", account.to_text(&self.mix()));
+        }
+        if let Some(bits) = self.bits {
+            text += &format!("\n{}\n", bits.to_text());
         }
         if let Some(cold) = self.cold {
             text += &format!("\n{}\n", cold.to_text());
