@@ -34,8 +34,6 @@ const GROUPED: Routing = Routing {
 const TOKENS: [usize; 4] = [1, 3, 9, 70];
 /// Width of the input and of experts: around the borders of units and tiles of 8 outputs.
 const SIZES: [[usize; 2]; 4] = [[32, 9], [68, 32], [128, 64], [300, 17]];
-/// Those that GPUs are tried with every day.
-const QUICK_SCHEMES: [&str; 5] = ["fp4", "int4", "int3", "bf16", "fp4-2of4"];
 /// Those that meet many tokens, one for each kind of inner loop.
 const MANY_SCHEMES: [&str; 5] = ["fp4", "int4", "fp8", "bf16", "fp4-2of4"];
 
@@ -43,7 +41,7 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
     // A group prepares its input once for all of its linears, and so takes none with an order of columns of its own.
     for (name, scheme) in schemes().into_iter().filter(|(_, scheme)| scheme.order == ColumnOrder::Natural) {
         // Compilers of software devices take minutes for the kernels of all of them.
-        let device = &device.with_slow_rows(B::OVERLAPS && !QUICK_SCHEMES.contains(&name.as_str()));
+        let device = &device.for_scheme(&name, B::OVERLAPS);
         table.add(device, format!("expert-gated/{name}"), move |device| gated(device, &[scheme]));
         table.add(device, format!("expert-combine/{name}"), move |device| combine(device, &[scheme]));
         table.add(device, format!("head-linear/{name}"), move |device| head_linear(device, scheme));

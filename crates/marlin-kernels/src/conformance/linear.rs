@@ -37,6 +37,7 @@ const SUM: f64 = 2e-15;
 
 pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
     for (name, scheme) in schemes() {
+        let device = &device.for_scheme(&name, false);
         table.add(device, format!("linear/{name}"), move |device| all_shapes(device, scheme));
         table.add(device, format!("linear-bias/{name}"), move |device| some_shapes(device, scheme, Epilogue::Store));
         table.add(device, format!("linear-add/{name}"), move |device| some_shapes(device, scheme, Epilogue::Add));

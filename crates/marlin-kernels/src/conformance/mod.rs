@@ -50,6 +50,9 @@ use crate::cpu::{Arithmetic, CpuBackend, CpuOptions, SimdLevel};
 use crate::gpu::{GpuArithmetic, GpuBackend, GpuMatrices, GpuOptions, MatrixSize};
 use crate::{Backend, KernelError};
 
+/// One scheme for each kind of inner loop.
+const QUICK_SCHEMES: [&str; 5] = ["fp4", "int4", "int3", "bf16", "fp4-2of4"];
+
 /// Rows of the devices that were added.
 #[derive(Default)]
 pub struct Table {
@@ -115,11 +118,12 @@ impl Table {
             Arithmetic::Exact => ("", 1e-12),
             Arithmetic::Int8 => ("-int8", 1e-4),
         };
-        let device = Device::new(
-            format!("cpu-{simd}{suffix}"),
-            CpuBackend::new(options)?,
-            Bounds { linear, embed: 1e-13, share: 0.0 },
-        );
+        let bounds = Bounds { linear, embed: 1e-13, share: 0.0 };
+        let device = Device {
+            // These levels differ from the one below in products of integers alone.
+            is_variant: arithmetic == Arithmetic::Exact && matches!(simd, SimdLevel::NeonDotprod | SimdLevel::NeonI8mm),
+            ..Device::new(format!("cpu-{simd}{suffix}"), CpuBackend::new(options)?, bounds)
+        };
         self.add_device(&device, arithmetic == Arithmetic::Exact);
         if arithmetic == Arithmetic::Exact {
             attention::add_odd_rows(self, &device);
@@ -142,6 +146,7 @@ impl Table {
         };
         let device = Device {
             emulates_matrices: matrices != GpuMatrices::Device,
+            is_variant: options.checked,
             ..Device::new(label, GpuBackend::new(options.clone())?, bounds)
         };
         let device = device.with_heavy_rows(options.checked);
@@ -245,7 +250,7 @@ impl Row {
         &self.name
     }
 
-    /// It takes long on a software device or where matrix units are emulated: not for every day.
+    /// It takes long on a software device or where matrix units are emulated, or is one of many that show the same: not for every day.
     pub fn is_slow(&self) -> bool {
         self.is_slow
     }
@@ -285,6 +290,8 @@ struct Device<B> {
     compares: bool,
     /// It plays matrix units by plain arithmetic.
     emulates_matrices: bool,
+    /// Its kernels are those of another device but for details that do not depend on how weights are stored: a few schemes show them.
+    is_variant: bool,
     /// Its rows take minutes each.
     is_slow: bool,
     /// The error nearest to its bound so far.
@@ -299,6 +306,7 @@ impl<B> Device<B> {
             bounds,
             compares: true,
             emulates_matrices: false,
+            is_variant: false,
             is_slow: false,
             error: Cell::default(),
         }
@@ -312,6 +320,11 @@ impl<B> Device<B> {
     /// The same device, for rows that are heavy or not: compilers take minutes for emulated matrices of each scheme, tile and width.
     fn with_heavy_rows(&self, are_heavy: bool) -> Self {
         self.with_slow_rows(self.emulates_matrices && are_heavy)
+    }
+
+    /// The same device, for rows of this scheme: where few schemes show all there is to see, those of others are not for every day.
+    fn for_scheme(&self, name: &str, few_suffice: bool) -> Self {
+        self.with_slow_rows((self.is_variant || few_suffice) && !QUICK_SCHEMES.contains(&name))
     }
 
     /// The same device, for rows that take long or not.
