@@ -140,14 +140,12 @@ impl<'a> Calibrator<'a> {
         drop(unquantized);
         let by_name: HashMap<&str, usize> = tasks.iter().map(|&task| (&*self.tasks[task].name, task)).collect();
         let inputs = layer.inputs().to_vec();
-        for stage in stages(&inputs) {
-            let of_stage =
-                |input: &&SharedInput| input.tensors.iter().any(|tensor| by_name.contains_key(tensor.as_str()));
-            let watched: Vec<&SharedInput> = stage.into_iter().filter(of_stage).collect();
-            if watched.is_empty() {
-                continue;
-            }
-            let seen = self.watch(&watched, &by_name, [&mut original, &mut layer], states)?;
+        let is_watched =
+            |input: &&SharedInput| input.tensors.iter().any(|tensor| by_name.contains_key(tensor.as_str()));
+        let stages = stages(inputs.iter().filter(is_watched));
+        for (stage, watched) in stages.iter().enumerate() {
+            let is_last = stage + 1 == stages.len();
+            let seen = self.watch(watched, &by_name, [&mut original, &mut layer], states, is_last)?;
             for input in watched {
                 let seen = &seen[&input.name];
                 let of_input = input.tensors.iter().filter_map(|tensor| by_name.get(tensor.as_str()).copied());
@@ -165,7 +163,9 @@ impl<'a> Calibrator<'a> {
         }
         self.backend.watch().only([]);
         states.windows.iter_mut().try_for_each(|states| self.runner.run(&mut layer, states))?;
-        states.originals.iter_mut().try_for_each(|states| self.runner.run(&mut original, states))?;
+        if stages.is_empty() {
+            states.originals.iter_mut().try_for_each(|states| self.runner.run(&mut original, states))?;
+        }
         // A model larger than memory must not stay mapped.
         weights.source_tensors().for_each(|tensor| self.source.release(tensor));
         Ok(())
@@ -198,28 +198,37 @@ impl<'a> Calibrator<'a> {
         Ok(rounded)
     }
 
-    /// What these inputs are over the hidden states, by their names, in the original layer and as it is now.
+    /// What these inputs are over the hidden states, by their names, in the original layer and as it is now. The last time that a layer is
+    /// looked at, the original's hidden states become those after it.
     fn watch(
         &mut self,
         inputs: &[&SharedInput],
         by_name: &HashMap<&str, usize>,
         [original, layer]: [&mut LoadedLayer<Observed<CpuBackend>>; 2],
-        states: &States,
+        states: &mut States,
+        is_last: bool,
     ) -> Result<HashMap<String, Seen>, QuantizeError> {
         let seen_of = |input: &&SharedInput| {
             let task = input.tensors.iter().find_map(|tensor| by_name.get(tensor.as_str()))?;
             self.tasks[*task].matrix.map(|([_, cols], _)| (input.name.clone(), Seen::new(cols)))
         };
         let mut seen: HashMap<String, Seen> = inputs.iter().filter_map(seen_of).collect();
-        self.backend.watch().only(inputs.iter().map(|input| input.name.as_str()));
+        let names = || inputs.iter().map(|input| input.name.as_str());
         let mut after = Vec::new();
-        for (states, originals) in states.windows.iter().zip(&states.originals) {
+        for (states, originals) in states.windows.iter().zip(&mut states.originals) {
             let mut unquantized = HashMap::new();
-            originals.clone_into(&mut after);
-            self.runner.run(original, &mut after)?;
+            if is_last {
+                self.backend.watch().beside(names());
+                self.runner.run(original, originals)?;
+            } else {
+                self.backend.watch().only(names());
+                originals.clone_into(&mut after);
+                self.runner.run(original, &mut after)?;
+            }
             self.backend.watch().take(|name, inputs| {
                 unquantized.insert(name.to_owned(), inputs);
             });
+            self.backend.watch().only(names());
             states.clone_into(&mut after);
             self.runner.run(layer, &mut after)?;
             self.backend.watch().take(|name, inputs| {
@@ -236,7 +245,7 @@ impl<'a> Calibrator<'a> {
 type Rounded = (usize, PackedMatrix<'static>, ErrorStats);
 
 /// Inputs in the order in which they come to be; those side by side do not depend on each other's matrices.
-fn stages(inputs: &[SharedInput]) -> Vec<Vec<&SharedInput>> {
+fn stages<'a>(inputs: impl Iterator<Item = &'a SharedInput>) -> Vec<Vec<&'a SharedInput>> {
     let mut stages: BTreeMap<usize, Vec<&SharedInput>> = BTreeMap::new();
     for input in inputs {
         let tensor = input.tensors.first().map_or("", String::as_str);
