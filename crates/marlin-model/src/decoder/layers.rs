@@ -106,6 +106,9 @@ impl<'a, B: Backend> LayerRunner<'a, B> {
         for (&token, state) in tokens.iter().zip(states.chunks_exact_mut(hidden)) {
             table.decode_row(token as usize, state);
             state.iter_mut().for_each(|value| *value *= self.spec.embedding_scale);
+            if let Some(rotation) = &self.spec.rotation {
+                rotation.apply(state);
+            }
         }
         Ok(states)
     }
