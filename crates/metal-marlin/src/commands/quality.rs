@@ -9,6 +9,7 @@ use anyhow::Context;
 use marlin_checkpoint::Checkpoint;
 use marlin_format::{Format, FormatError, Grouping, Scheme};
 use marlin_kernels::KvType;
+use marlin_model::RotationParts;
 use marlin_quantize::{
     Divergence, Footprint, LogitSource, ModelLogits, Quality, QuantizeOptions, Recipe, Windows, embedding_scheme,
     evaluate, quantize,
@@ -98,16 +99,36 @@ const DENSE: [(Format, Option<Grouping>); 17] = [
     (Format::Int3, None),
     (Format::Int2, None),
 ];
-/// What is measured: the dense formats, then the 2:4 variants in their usual groups.
-fn variants() -> Result<Vec<Scheme>, FormatError> {
+
+/// The formats that are measured rotated as well, in their usual groups, and how they are rounded then.
+const ROTATED: ([Format; 2], [Method; 2]) = ([Format::Int3, Format::Int2], [Method::Mse, Method::Gptq]);
+
+/// How a model is quantised for a row of the table.
+struct Variant {
+    linears: Scheme,
+    method: Method,
+    is_rotated: bool,
+}
+
+/// What is measured: the dense formats, then the 2:4 variants in their usual groups, each with every method; then the rotated ones.
+fn variants() -> Result<Vec<Variant>, FormatError> {
     let dense = DENSE.into_iter().map(|(format, grouping)| format.scheme(grouping));
-    dense.chain(Format::SPARSE.into_iter().map(|format| format.sparse_24(None))).collect()
+    let sparse = Format::SPARSE.into_iter().map(|format| format.sparse_24(None));
+    let plain = dense.chain(sparse).map(|linears| (linears, &Method::ALL[..], false));
+    let (formats, methods) = ROTATED;
+    let rotated = formats.into_iter().map(|format| (format.scheme(None), &methods[..], true));
+    let mut variants = Vec::new();
+    for (linears, methods, is_rotated) in plain.chain(rotated) {
+        let linears = linears?;
+        variants.extend(methods.iter().map(|&method| Variant { linears, method, is_rotated }));
+    }
+    Ok(variants)
 }
 
 /// A line of the table.
 struct Row {
     name: String,
-    method: Method,
+    method: String,
     footprint: Footprint,
     /// What quantising took.
     seconds: f64,
@@ -161,38 +182,37 @@ struct Measure<'a> {
 impl Measure<'_> {
     /// The unquantised model, every variant, and every KV cache.
     fn all(&self) -> anyhow::Result<Measured> {
-        let schemes = variants()?;
+        let quantized = variants()?;
         let kv_types = KvType::ALL.into_iter().filter(|&kv_type| kv_type != usual_kv(true));
-        let variants = schemes.len() * Method::ALL.len() + kv_types.clone().count();
+        let variants = quantized.len() + kv_types.clone().count();
         let mut recorded = self.subject(self.source, &self.exact, usual_kv(true))?.record(self.windows)?;
         let baseline = evaluate(&mut recorded, None, self.windows, |_| {})?;
 
         let mut rows = Vec::with_capacity(variants);
         let mut bar = Bar::counting("Measuring", "variants");
         bar.set(0, variants as u64);
-        for linears in schemes {
-            for method in Method::ALL {
-                let embedding = Some(embedding_scheme(Format::Int8, None)?);
-                let recipe = Recipe::uniform(linears, embedding, method.search());
-                let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
-                let out = folder.path().join("model");
-                let calibration = if method == Method::Gptq { self.gptq.calibration() } else { None };
-                let started = Instant::now();
-                let report =
-                    quantize(self.source, &out, &recipe, QuantizeOptions { calibration, ..Default::default() })?;
-                let seconds = started.elapsed().as_secs_f64();
-                let quantized = Checkpoint::open(&out)?;
-                let (perplexity, exact) = self.compare(&quantized, &self.exact, usual_kv(true), &mut recorded)?;
-                let rounded = match &self.rounding {
-                    Some(device) if method == Method::Mse => {
-                        Some(self.compare(&quantized, device, usual_kv(false), &mut recorded)?.1)
-                    }
-                    _ => None,
-                };
-                let name = recipe.linears.to_string();
-                rows.push(Row { name, method, footprint: report.after, seconds, perplexity, exact, rounded });
-                bar.set(rows.len() as u64, variants as u64);
-            }
+        for Variant { linears, method, is_rotated } in quantized {
+            let embedding = Some(embedding_scheme(Format::Int8, None)?);
+            let rotate = if is_rotated { RotationParts::ALL } else { RotationParts::default() };
+            let recipe = Recipe { rotate, ..Recipe::uniform(linears, embedding, method.search()) };
+            let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
+            let out = folder.path().join("model");
+            let calibration = if method == Method::Gptq { self.gptq.calibration() } else { None };
+            let started = Instant::now();
+            let report = quantize(self.source, &out, &recipe, QuantizeOptions { calibration, ..Default::default() })?;
+            let seconds = started.elapsed().as_secs_f64();
+            let quantized = Checkpoint::open(&out)?;
+            let (perplexity, exact) = self.compare(&quantized, &self.exact, usual_kv(true), &mut recorded)?;
+            let rounded = match &self.rounding {
+                Some(device) if method == Method::Mse => {
+                    Some(self.compare(&quantized, device, usual_kv(false), &mut recorded)?.1)
+                }
+                _ => None,
+            };
+            let name = recipe.linears.to_string();
+            let method = format!("{}{}", method.name(), if is_rotated { " rotated" } else { "" });
+            rows.push(Row { name, method, footprint: report.after, seconds, perplexity, exact, rounded });
+            bar.set(rows.len() as u64, variants as u64);
         }
         let head_dim = self.exact.planner(self.source)?.shape().head_dim;
         let mut kv = Vec::new();
@@ -289,6 +309,7 @@ fn page(args: &Args, measure: &Measure<'_>, measured: &Measured) -> String {
            these rows show what pruning by magnitude alone costs, which training after it would win back in part.\n\
          - **rtn** rounds to nearest with the largest weight of a group just fitting, **mse** searches the scale of least\n  \
            squared error, **gptq** rounds with feedback of errors, calibrated on {calibration}.\n\
+         - **rotated** models were rotated before (`quantize --rotate`).\n\
          - **MB**: the output's tensors. **s**: what quantising took.\n\
          - **KL**: divergence of the next-token distribution from the unquantised model's, KL(P ‖ Q) in nats a token; its\n  \
            mean and 99th percentile. **top-1**: how often both find the same token most likely.\n\
@@ -327,7 +348,7 @@ fn page(args: &Args, measure: &Measure<'_>, measured: &Measured) -> String {
         page += &format!(
             "| {} | {} | {:.2} | {:.3} | {:.1} | {:.1} | {:.3} | {:.5} | {:.4} | {:.2} % |{}\n",
             row.name,
-            row.method.name(),
+            row.method,
             row.footprint.bits_per_weight(),
             row.footprint.linear_bits_per_weight(),
             row.footprint.bytes as f64 / 1e6,
