@@ -18,7 +18,7 @@ use crate::shard::{Location, Shard};
 use crate::source::Source;
 use crate::stack::MatrixStack;
 use crate::weights::{self, Weights};
-use crate::{CheckpointError, GenerationConfig, Gguf, QuantizationConfig, Tokenizer, chat_template};
+use crate::{CheckpointError, GenerationConfig, Gguf, QuantizationConfig, Rotations, Tokenizer, chat_template};
 
 /// What a model is.
 pub const CONFIG_FILE: &str = "config.json";
@@ -46,6 +46,7 @@ pub struct Checkpoint {
     pub(crate) config: Value,
     layout: Option<Layout>,
     quantization: Option<QuantizationConfig>,
+    rotations: Rotations,
     notes: Vec<String>,
     pub(crate) shards: Vec<Shard>,
     /// In the order of the files and of the bytes in them.
@@ -122,6 +123,7 @@ impl Checkpoint {
             config,
             layout: Some(Layout::Gguf),
             quantization: None,
+            rotations: Rotations::default(),
             notes: Vec::new(),
             shards,
             tensors,
@@ -165,7 +167,7 @@ impl Checkpoint {
             Storage::Packed(scheme) => Some((tensor.as_str(), scheme, [made.values.rows, made.values.cols])),
             Storage::Plain(_) => None,
         });
-        let described = QuantizationConfig::describe(packed);
+        let described = QuantizationConfig::describe(packed, Rotations::default());
         let quantization = (!described.tensors.is_empty()).then_some(described);
         let tensors = tensors.into_iter().map(|(tensor, made)| (tensor, Entry::Memory(made))).collect();
         Ok(Self {
@@ -174,6 +176,7 @@ impl Checkpoint {
             config,
             layout: quantization.as_ref().map(|_| Layout::MetalMarlin),
             quantization,
+            rotations: Rotations::default(),
             notes: Vec::new(),
             shards: Vec::new(),
             tensors,
@@ -216,8 +219,9 @@ impl Checkpoint {
             Some(Quantization::GptOss) => (Some(Layout::GptOss), None),
             None => (None, None),
         };
-        let index = index(&tensors);
-        Ok(Self { name: source.name(), source, config, layout, quantization, notes, shards, tensors, index })
+        let rotations = quantization.as_ref().map_or(Rotations::default(), |quantization| quantization.rotations);
+        let (name, index) = (source.name(), index(&tensors));
+        Ok(Self { name, source, config, layout, quantization, rotations, notes, shards, tensors, index })
     }
 
     /// The folder, or the name given to the model.
@@ -229,6 +233,16 @@ impl Checkpoint {
     /// files still name their path.
     pub fn with_name(self, name: impl Into<String>) -> Self {
         Self { name: name.into(), ..self }
+    }
+
+    /// The same model with weights that expect these rotations, for one that is made in memory.
+    pub fn with_rotations(self, rotations: Rotations) -> Self {
+        Self { rotations, ..self }
+    }
+
+    /// What its weights expect to be rotated, which only folders in our own layout say.
+    pub fn rotations(&self) -> Rotations {
+        self.rotations
     }
 
     /// The folder or file it was opened from; `None` if its files are embedded or it was made in memory.

@@ -28,7 +28,7 @@ pub use generation_config::GenerationConfig;
 pub use gguf::{Gguf, GgufArray, GgufTensor, GgufType, GgufValue, GgufValueType, GgufWriter};
 pub use layouts::{ExportLayout, Layout};
 pub use memory::MemoryTensor;
-pub use quantization::{QuantizationConfig, QuantizedTensor};
+pub use quantization::{QuantizationConfig, QuantizedTensor, Rotations};
 pub use safetensors::Dtype;
 pub use stack::MatrixStack;
 pub use tokenizer::{TOKENIZER_FILE, Tokenizer, is_panic_caught};

@@ -35,6 +35,29 @@ pub struct QuantizationConfig {
     pub schemes: BTreeMap<String, Scheme>,
     /// The packed matrices; every other tensor is stored as it is.
     pub tensors: BTreeMap<String, QuantizedTensor>,
+    /// What the weights expect to be rotated. Programs that know of none refuse the field.
+    #[serde(default, skip_serializing_if = "Rotations::is_none")]
+    pub rotations: Rotations,
+}
+
+/// Rotations of activations that weights were made for: a decoder that leaves one out computes something else. Each is of blocks of so
+/// many values by a Hadamard matrix.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rotations {
+    /// Of the residual stream: after the embedding, and before the final norm.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hidden: Option<usize>,
+    /// Of what `down_proj` of MLPs is given, not of those of experts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mlp: Option<usize>,
+}
+
+impl Rotations {
+    /// Whether nothing is rotated.
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Storage of one packed matrix.
@@ -48,13 +71,17 @@ pub struct QuantizedTensor {
 }
 
 impl QuantizationConfig {
-    /// Describes packed matrices `(name, scheme, shape)`.
-    pub(crate) fn describe<'a>(matrices: impl Iterator<Item = (&'a str, Scheme, [usize; 2])>) -> Self {
+    /// Describes packed matrices `(name, scheme, shape)`, and what is to be rotated.
+    pub(crate) fn describe<'a>(
+        matrices: impl Iterator<Item = (&'a str, Scheme, [usize; 2])>,
+        rotations: Rotations,
+    ) -> Self {
         let mut config = Self {
             quant_method: METHOD.to_owned(),
             version: VERSION,
             schemes: BTreeMap::new(),
             tensors: BTreeMap::new(),
+            rotations,
         };
         for (name, scheme, shape) in matrices {
             let scheme_name = config.name(scheme);

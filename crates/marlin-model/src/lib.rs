@@ -14,6 +14,7 @@ mod kv;
 mod language_model;
 mod plan;
 mod rope;
+mod rotation;
 mod spec;
 
 pub use batch::{LogitRows, StepBatch};
@@ -24,3 +25,4 @@ pub use families::supported_architectures;
 pub use kv::{KvPool, KvSequence};
 pub use language_model::{HostExpertsInfo, LanguageModel, LayerRouting, LoadOptions, ModelInfo};
 pub use plan::{Conversion, ExpertShape, HostPlan, MemoryPlan, ModelShape, Planner, format_size};
+pub use rotation::{NormWeights, Rotation, RotationBlocks, RotationParts, TensorRotation, WeightRotation};

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use marlin_kernels::{Activation, AttentionShape, KvLayer, KvLayout, LatentShape, RopeLayout, Routing, Values};
+use marlin_kernels::{
+    Activation, AttentionShape, Hadamard, KvLayer, KvLayout, LatentShape, RopeLayout, Routing, Values,
+};
 
 use crate::ConfigError;
 use crate::config::Size;
@@ -26,6 +28,8 @@ pub(crate) struct DecoderSpec {
     pub(crate) norm_offset: f32,
     /// The norms of a layer.
     pub(crate) norms: BlockNorms,
+    /// The residual stream is rotated by this between embedding and final norm. Checkpoints say so, no family does.
+    pub(crate) rotation: Option<Hadamard>,
     /// Factor on embeddings.
     pub(crate) embedding_scale: f32,
     /// Logits are squeezed into ± this.
@@ -140,6 +144,8 @@ pub(crate) struct MlpSpec {
     pub(crate) is_fused: bool,
     /// `gate_proj`, `up_proj` and `down_proj` have biases.
     pub(crate) bias: bool,
+    /// What `down_proj` is given is rotated by this. Checkpoints say so, no family does.
+    pub(crate) rotation: Option<Hadamard>,
 }
 
 /// A mixture of gated MLPs, the experts.
@@ -261,13 +267,18 @@ impl ExpertsSpec {
     pub(crate) fn with_shared_beside(self) -> Self {
         let Self { routing, width, activation, .. } = self;
         let intermediate_size = routing.shared * width;
-        let mlp = MlpSpec { intermediate_size, activation, is_fused: false, bias: false };
+        let mlp = MlpSpec { intermediate_size, activation, is_fused: false, bias: false, rotation: None };
         let beside = self.beside.or((routing.shared > 0).then_some(mlp));
         Self { routing: Routing { shared: 0, ..routing }, beside, ..self }
     }
 }
 
 impl DecoderSpec {
+    /// Whether any layer has a dense MLP.
+    pub(crate) fn has_mlps(&self) -> bool {
+        self.layers.iter().any(|layer| !layer.has_experts)
+    }
+
     /// Layers with experts.
     pub(crate) fn expert_layers(&self) -> impl Iterator<Item = usize> + '_ {
         (0..self.layers.len()).filter(|&layer| self.experts.is_some() && self.layers[layer].has_experts)

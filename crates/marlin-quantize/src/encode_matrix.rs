@@ -84,7 +84,7 @@ fn in_parallel<T: Send>(slices: &[Range<usize>], work: impl Fn(&Range<usize>) ->
     slices.par_iter().map(work).collect()
 }
 
-fn decode_rows(matrix: &PackedMatrix<'_>, rows: Range<usize>) -> Vec<f32> {
+pub(crate) fn decode_rows(matrix: &PackedMatrix<'_>, rows: Range<usize>) -> Vec<f32> {
     let mut weights = vec![0.0; rows.len() * matrix.cols];
     for (row, weights) in rows.zip(weights.chunks_exact_mut(matrix.cols)) {
         matrix.decode_row(row, weights);

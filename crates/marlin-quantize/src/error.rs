@@ -29,6 +29,26 @@ pub enum QuantizeError {
         /// Its storage.
         scheme: String,
     },
+    /// The source's weights are rotated already.
+    #[error("the weights of {model} are rotated already; quantise the original checkpoint instead")]
+    AlreadyRotated {
+        /// The source.
+        model: String,
+    },
+    /// No part of the model can be rotated.
+    #[error(
+        "{model} has no part that can be rotated: no width of it has Hadamard blocks of 16 or more; leave rotation out"
+    )]
+    NothingToRotate {
+        /// The source.
+        model: String,
+    },
+    /// The layout cannot say that a decoder has to rotate.
+    #[error("the layout {layout} cannot say what a decoder has to rotate; only metal-marlin can")]
+    NotRotatedIn {
+        /// The layout.
+        layout: ExportLayout,
+    },
     /// The output would replace the source.
     #[error("the output {} is the source itself; choose another folder", path.display())]
     OutputIsSource {

@@ -6,14 +6,16 @@ use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
-use marlin_checkpoint::{Checkpoint, Dtype, ExportLayout, PlannedTensor, Storage, WriterOptions};
+use marlin_checkpoint::{Checkpoint, ExportLayout, PlannedTensor, Storage, WriterOptions};
 use marlin_format::{EncodeOptions, PackedMatrix, ScaleSearch, Scheme};
+use marlin_model::{RotationBlocks, RotationParts};
 
 use crate::calibrate::{Calibration, Calibrator, Finished};
 use crate::capture::Observed;
 use crate::encode_matrix::{encode_matrix, matrix_error};
-use crate::moe::{ExpertMatrix, ExpertTensors, MoeLayer, expert_matrix, find_moe_layers};
+use crate::moe::{ExpertMatrix, ExpertTensors, MoeLayer, find_moe_layers};
 use crate::output::Output;
+use crate::source::Source;
 use crate::{ErrorStats, Footprint, QuantizeError, Recipe, TensorRole};
 
 /// What a run may do and how it reports.
@@ -61,6 +63,8 @@ pub struct Report {
     pub kept: Vec<String>,
     /// Tensors that an earlier, interrupted run had finished.
     pub resumed: usize,
+    /// What was rotated before, in which blocks.
+    pub rotation: Option<RotationBlocks>,
     /// The source's weights.
     pub before: Footprint,
     /// The output's weights.
@@ -78,7 +82,7 @@ pub struct MatrixReport {
     pub shape: [usize; 2],
     /// How it is stored now.
     pub scheme: Scheme,
-    /// How far it is from the source.
+    /// How far it is from the source, as it is when it is rotated.
     pub error: ErrorStats,
 }
 
@@ -128,7 +132,7 @@ impl Assignment {
 /// the earlier one stopped. (A GGUF file is begun anew.)
 ///
 /// # Errors
-/// The source is quantised already, holds NaN or infinity, has no decoder linears known here; the output cannot be written (see
+/// The source is quantised or rotated already, cannot be rotated as the recipe wants it, holds NaN or infinity, has no decoder linears known here; the output cannot be written (see
 /// [`CheckpointWriter::create`]) or is the source itself. A failed run leaves no output folder.
 pub fn quantize(
     source: &Checkpoint,
@@ -138,7 +142,11 @@ pub fn quantize(
 ) -> Result<Report, QuantizeError> {
     let recipe = in_layout(recipe, options.layout)?;
     let decides = recipe.fingerprint(options.layout);
-    run(source, out, &|name| recipe.scheme(name, 2), recipe.search, decides, options)
+    if recipe.rotate != RotationParts::default() && !options.layout.rotates() {
+        return Err(QuantizeError::NotRotatedIn { layout: options.layout });
+    }
+    let source = Source::new(source, recipe.rotate)?;
+    run(&source, out, &|name| recipe.scheme(name, 2), recipe.search, decides, options)
 }
 
 /// [`quantize`] with a scheme for each matrix that is named, and all else kept.
@@ -152,29 +160,31 @@ pub(crate) fn quantize_as(
     let schemes = assignment.schemes.iter().map(|(name, scheme)| Ok((name.as_str(), layout.scheme(*scheme)?)));
     let schemes: BTreeMap<&str, Scheme> = schemes.collect::<Result<_, QuantizeError>>()?;
     let decides = format!("metal-marlin {}, {layout}, {}", env!("CARGO_PKG_VERSION"), assignment.fingerprint());
-    run(source, out, &|name| schemes.get(name).copied(), assignment.encode.search, decides, options)
+    let source = Source::new(source, RotationParts::default())?;
+    run(&source, out, &|name| schemes.get(name).copied(), assignment.encode.search, decides, options)
 }
 
 /// Writes the output; `decides` is all that it depends on beside the source.
 fn run(
-    source: &Checkpoint,
+    source: &Source<'_>,
     out: &Path,
     scheme: &dyn Fn(&str) -> Option<Scheme>,
     search: ScaleSearch,
     decides: String,
     mut options: QuantizeOptions<'_>,
 ) -> Result<Report, QuantizeError> {
-    let layout = options.layout;
-    let moe_layers = find_moe_layers(source)?;
+    let (layout, checkpoint) = (options.layout, source.checkpoint);
+    let moe_layers = find_moe_layers(checkpoint)?;
     let tasks = tasks(source, &moe_layers, scheme)?;
-    refuse_source_as_output(source, out)?;
+    refuse_source_as_output(checkpoint, out)?;
     let calibration = options.calibration.as_ref();
     let calibration = calibration.map_or(String::new(), |calibration| format!(", {}", calibration.fingerprint()));
     let writer_options = WriterOptions {
-        fingerprint: format!("source {}, {decides}{calibration}", source_fingerprint(source)?),
+        fingerprint: format!("source {}, {decides}{calibration}", source_fingerprint(checkpoint)?),
         force: options.force,
         sync_bytes: options.sync_bytes,
         layout,
+        rotations: source.rotations(),
         ..WriterOptions::default()
     };
     let encode = EncodeOptions { search, power_of_two_global: layout.stores_inverse_globals() };
@@ -186,7 +196,7 @@ fn run(
         .map(|(backend, calibration)| Calibrator::new(backend, source, &tasks, &encode, calibration));
     let calibrator = calibrator.transpose()?;
     let planned = tasks.iter().map(|task| task.planned.clone()).collect();
-    let mut writer = Output::create(out, planned, source, &writer_options)?;
+    let mut writer = Output::create(out, planned, checkpoint, &writer_options)?;
 
     let resumed = writer.resumed();
     let total = tasks.iter().map(|task| task.bytes).sum();
@@ -219,7 +229,7 @@ fn run(
 
 /// Writes every tensor that no earlier run has written. `finished` is told each task, by its index, and the error of the matrix that it encoded.
 fn write_all(
-    source: &Checkpoint,
+    source: &Source<'_>,
     tasks: &[Task<'_>],
     encode: &EncodeOptions,
     calibrator: Option<Calibrator<'_>>,
@@ -229,6 +239,7 @@ fn write_all(
     let calibrated: HashSet<usize> = calibrator.iter().flat_map(Calibrator::tasks).collect();
     for (index, task) in tasks.iter().enumerate().filter(|(index, _)| !calibrated.contains(index)) {
         let error = if writer.is_done(&task.name) { None } else { write(source, task, encode, writer)? };
+        task.release(source.checkpoint);
         finished(index, error);
     }
     calibrator.map_or(Ok(()), |calibrator| calibrator.run(writer, finished))
@@ -249,21 +260,22 @@ fn in_layout(recipe: &Recipe, layout: ExportLayout) -> Result<Recipe, QuantizeEr
         exceptions: exceptions.collect::<Result<_, QuantizeError>>()?,
         embedding,
         search: recipe.search,
+        rotate: recipe.rotate,
     })
 }
 
 /// Decides about every tensor.
 pub(crate) fn tasks<'a>(
-    source: &'a Checkpoint,
+    source: &Source<'a>,
     moe_layers: &'a [MoeLayer],
     scheme: &dyn Fn(&str) -> Option<Scheme>,
 ) -> Result<Vec<Task<'a>>, QuantizeError> {
     let mut tasks = Vec::new();
-    for name in source.tensor_names() {
-        let Some(info) = source.info(name) else { continue };
+    for name in source.checkpoint.tensor_names() {
+        let Some(info) = source.checkpoint.info(name) else { continue };
         let dtype = match info.storage {
             Storage::Plain(dtype) => dtype,
-            Storage::Packed(scheme) => return Err(QuantizeError::already_quantized(source, name, scheme)),
+            Storage::Packed(scheme) => return Err(QuantizeError::already_quantized(source.checkpoint, name, scheme)),
         };
         let of_experts = matrices_of_experts(moe_layers, name, &info.shape, info.bytes, scheme);
         if !of_experts.is_empty() {
@@ -275,13 +287,13 @@ pub(crate) fn tasks<'a>(
             (&[rows, cols], Some(scheme)) => {
                 (Some(([rows, cols], scheme)), PlannedTensor::matrix(name, rows, cols, scheme))
             }
-            _ => (None, PlannedTensor::raw(name, dtype, info.shape.clone())),
+            _ => (None, PlannedTensor::raw(name, source.dtype(name, dtype), info.shape.clone())),
         };
         let weights = info.shape.iter().map(|&n| n as u64).product();
         tasks.push(Task { name: name.into(), role, from: Origin::Same, weights, bytes: info.bytes, matrix, planned });
     }
     if !tasks.iter().any(|task| task.role == TensorRole::DecoderLinear) {
-        return Err(QuantizeError::nothing_to_quantize(source));
+        return Err(QuantizeError::nothing_to_quantize(source.checkpoint));
     }
     Ok(tasks)
 }
@@ -352,7 +364,7 @@ pub fn source_fingerprint(source: &Checkpoint) -> Result<String, QuantizeError> 
 
 /// Writes one tensor; the error of a matrix that was encoded.
 fn write(
-    source: &Checkpoint,
+    source: &Source<'_>,
     task: &Task<'_>,
     encode: &EncodeOptions,
     writer: &mut Output,
@@ -360,17 +372,12 @@ fn write(
     let name = &task.name;
     let Some((_, scheme)) = task.matrix else {
         let tensor = source.tensor(name)?;
-        if let &[len] = tensor.shape
-            && matches!(tensor.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32)
-        {
-            // Refuses what is not finite.
-            source.vector(name, len)?;
-        }
         writer.write_raw(name, tensor.dtype, tensor.shape, &tensor.bytes)?;
         return Ok(None);
     };
     let matrix = task.source(source)?;
-    let (encoded, error) = encode_matrix(&matrix, scheme, encode).map_err(|e| encode_error(source, name, e))?;
+    let encoded = encode_matrix(&matrix, scheme, encode);
+    let (encoded, error) = encoded.map_err(|e| encode_error(source.checkpoint, name, e))?;
     writer.write_matrix(name, &encoded)?;
     Ok(Some(error))
 }
@@ -386,17 +393,29 @@ impl Task<'_> {
         Footprint::of_tensor(self.role, self.weights, packed.map_or(self.bytes, |bytes| bytes as u64))
     }
 
-    /// The matrix before it is encoded.
-    pub(crate) fn source<'a>(&self, source: &'a Checkpoint) -> Result<PackedMatrix<'a>, QuantizeError> {
+    /// Gives back the memory of what was read of the source, so that a model larger than memory does not stay mapped. Of experts that are one
+    /// tensor, with the last of them.
+    fn release(&self, source: &Checkpoint) {
         match self.from {
-            Origin::Same => Ok(source.matrix_any(&self.name)?),
-            Origin::Expert(layer, expert, matrix) => expert_matrix(source, layer, expert, matrix),
+            Origin::Same => source.release(&self.name),
+            Origin::Expert(layer, expert, _) if expert + 1 == layer.experts() => {
+                layer.fused_tensors().into_iter().for_each(|tensor| source.release(tensor));
+            }
+            Origin::Expert(..) => {}
+        }
+    }
+
+    /// The matrix before it is encoded.
+    pub(crate) fn source<'a>(&self, source: &Source<'a>) -> Result<PackedMatrix<'a>, QuantizeError> {
+        match self.from {
+            Origin::Same => source.matrix(&self.name),
+            Origin::Expert(layer, expert, matrix) => source.expert(layer, expert, matrix),
         }
     }
 }
 
 fn report(
-    source: &Checkpoint,
+    source: &Source<'_>,
     output: Option<PathBuf>,
     tasks: &[Task<'_>],
     errors: Vec<Option<ErrorStats>>,
@@ -419,7 +438,8 @@ fn report(
         matrices,
         kept: unknown.map(|task| task.name.to_string()).collect(),
         resumed,
-        before: Footprint::of(source),
+        rotation: source.blocks(),
+        before: Footprint::of(source.checkpoint),
         after: tasks.iter().map(Task::footprint).sum(),
     })
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use marlin_checkpoint::ExportLayout;
 use marlin_format::{Format, FormatError, Grouping, ScaleSearch, Scheme};
-use marlin_model::{LoadOptions, MemoryPlan, ModelError, Planner};
+use marlin_model::{LoadOptions, MemoryPlan, ModelError, Planner, RotationParts};
 
 use crate::TensorRole;
 
@@ -60,12 +60,14 @@ pub struct Recipe {
     pub embedding: Option<Scheme>,
     /// How scales are chosen.
     pub search: ScaleSearch,
+    /// What is rotated before, if it can be; by default nothing.
+    pub rotate: RotationParts,
 }
 
 impl Recipe {
-    /// One scheme for all of the decoder's linears.
+    /// One scheme for all of the decoder's linears, and no rotation.
     pub fn uniform(linears: Scheme, embedding: Option<Scheme>, search: ScaleSearch) -> Self {
-        Self { linears, exceptions: BTreeMap::new(), embedding, search }
+        Self { linears, exceptions: BTreeMap::new(), embedding, search, rotate: RotationParts::default() }
     }
 
     /// The storage of a tensor of `rank` dimensions; `None` keeps it.

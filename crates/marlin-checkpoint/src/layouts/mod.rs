@@ -25,7 +25,7 @@ use serde_json::Value;
 pub(crate) use self::form::Form;
 use self::gptq_export::Transposed;
 use crate::shard::{Location, Shard};
-use crate::{CheckpointError, QuantizationConfig, gguf};
+use crate::{CheckpointError, QuantizationConfig, Rotations, gguf};
 
 /// How the packed matrices of an opened checkpoint are laid out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -118,6 +118,11 @@ impl ExportLayout {
         }
     }
 
+    /// Whether it can say that activations are to be rotated.
+    pub const fn rotates(self) -> bool {
+        matches!(self, Self::MetalMarlin)
+    }
+
     /// Whether embedding and head may be packed as well.
     pub const fn packs_embeddings(self) -> bool {
         matches!(self, Self::MetalMarlin | Self::Gguf)
@@ -140,15 +145,21 @@ impl ExportLayout {
         }
     }
 
-    /// The `quantization_config` of a folder with these packed and these plain matrices; the error says why there is none.
+    /// The `quantization_config` of a folder with these packed and these plain matrices, and these rotations; the error says why there is none.
     pub(crate) fn quantization_config(
         self,
         packed: &[(&str, Scheme, [usize; 2])],
         plain: &[&str],
+        rotations: Rotations,
     ) -> Result<Value, String> {
+        if !rotations.is_none() && !self.rotates() {
+            return Err(format!("the layout {self} cannot say that activations are to be rotated"));
+        }
         match self {
-            Self::MetalMarlin => Ok(serde_json::to_value(QuantizationConfig::describe(packed.iter().copied()))
-                .expect("plain data becomes JSON")),
+            Self::MetalMarlin => {
+                let described = QuantizationConfig::describe(packed.iter().copied(), rotations);
+                Ok(serde_json::to_value(described).expect("plain data becomes JSON"))
+            }
             Self::CompressedTensors => Ok(compressed_tensors::written_config(packed, plain)),
             Self::Gptq => gptq_export::written_config(packed, plain),
             Self::Gguf => Err(NO_FOLDER.to_owned()),

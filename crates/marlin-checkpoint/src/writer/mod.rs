@@ -17,7 +17,7 @@ use self::plan::Plan;
 pub use self::plan::PlannedTensor;
 use self::workspace::Workspace;
 pub(crate) use self::workspace::lock;
-use crate::{CheckpointError, ExportLayout, layouts, weights};
+use crate::{CheckpointError, ExportLayout, Rotations, layouts, weights};
 
 const GIB: u64 = 1 << 30;
 const MIB: u64 = 1 << 20;
@@ -36,6 +36,8 @@ pub struct WriterOptions {
     pub sync_bytes: u64,
     /// How packed matrices are laid out.
     pub layout: ExportLayout,
+    /// What the weights expect to be rotated.
+    pub rotations: Rotations,
 }
 
 impl Default for WriterOptions {
@@ -46,6 +48,7 @@ impl Default for WriterOptions {
             max_shard_bytes: 4 * GIB,
             sync_bytes: 4 * MIB,
             layout: ExportLayout::default(),
+            rotations: Rotations::default(),
         }
     }
 }
@@ -91,7 +94,7 @@ impl CheckpointWriter {
     ) -> Result<Self, CheckpointError> {
         let impossible = |problem| CheckpointError::Plan { path: out.to_path_buf(), problem };
         let plan = Plan::new(tensors, options.layout, options.max_shard_bytes).map_err(impossible)?;
-        let config = plan.config(config, out)?;
+        let config = plan.config(config, options.rotations, out)?;
         check_side_files(&side_files).map_err(impossible)?;
 
         let workspace = Workspace::open(out, options.force)?;

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::layouts::{self, Buffer, Content as PartContent, Form, Part};
 use crate::quantization::QUANTIZATION_FIELDS;
-use crate::{CheckpointError, ExportLayout, weights};
+use crate::{CheckpointError, ExportLayout, Rotations, weights};
 
 /// A tensor that will be written.
 #[derive(Debug, Clone, PartialEq)]
@@ -194,8 +194,13 @@ impl Plan {
         Some(json!({ "metadata": { "total_size": total }, "weight_map": map }))
     }
 
-    /// config.json with the quantization_config that describes the packed matrices, or without one if there are none.
-    pub(super) fn config(&self, mut config: Value, path: &Path) -> Result<Value, CheckpointError> {
+    /// config.json with the quantization_config that describes packed matrices and rotations, or without one if there are none.
+    pub(super) fn config(
+        &self,
+        mut config: Value,
+        rotations: Rotations,
+        path: &Path,
+    ) -> Result<Value, CheckpointError> {
         let Some(object) = config.as_object_mut() else {
             return Err(CheckpointError::Plan {
                 path: path.to_path_buf(),
@@ -204,13 +209,13 @@ impl Plan {
         };
         QUANTIZATION_FIELDS.iter().for_each(|field| drop(object.shift_remove(*field)));
         let packed = |t: &PlannedTensor| t.packed().is_some();
-        if self.tensors.iter().any(packed) {
+        if self.tensors.iter().any(packed) || !rotations.is_none() {
             let described =
                 self.tensors.iter().filter_map(|t| t.packed().map(|(scheme, shape)| (&*t.name, scheme, shape)));
             let plain = self.tensors.iter().filter(|t| t.raw_content().is_some_and(|(_, shape)| shape.len() == 2));
             let described: Vec<_> = described.collect();
             let plain: Vec<&str> = plain.map(|t| t.name.as_str()).collect();
-            let described = self.layout.quantization_config(&described, &plain);
+            let described = self.layout.quantization_config(&described, &plain, rotations);
             let described = described.map_err(|problem| CheckpointError::Plan { path: path.to_path_buf(), problem })?;
             object.insert("quantization_config".to_owned(), described);
         }

@@ -118,6 +118,9 @@ impl<'a, B: Backend> LayerRunner<'a, B> {
         for (&token, state) in tokens.iter().zip(states.chunks_exact_mut(hidden)) {
             table.decode_row(token as usize, state);
             state.iter_mut().for_each(|value| *value *= self.spec.embedding_scale);
+            if let Some(rotation) = &self.spec.rotation {
+                rotation.apply(state);
+            }
         }
         Ok(states)
     }
@@ -215,6 +218,9 @@ impl<'a, B: Backend> LayerRunner<'a, B> {
         batch.push(&sequence, &self.tokens[..rows], LogitRows::None);
         encoder.begin(&batch.as_step());
         encoder.write(&mut head.hidden, rows, states)?;
+        if let Some(rotation) = &spec.rotation {
+            encoder.hadamard(&mut head.hidden, rotation);
+        }
         let normed = Input::Normed { x: &head.hidden, weight: &head.norm, eps: spec.rms_norm_eps };
         encoder.linear(normed, &head.lm_head, &mut head.logits);
         if let Some(cap) = spec.logit_cap {

@@ -78,6 +78,7 @@ pub(super) fn load_decoder<B: Backend>(
     Ok(Decoder {
         rms_norm_eps: spec.rms_norm_eps,
         embedding_scale: spec.embedding_scale,
+        rotation: spec.rotation,
         logit_cap: spec.logit_cap,
         ropes: load_ropes(backend, &spec)?,
         embed_tokens,

@@ -1,6 +1,6 @@
 //! Gated MLPs.
 
-use marlin_kernels::{Activation, Backend, Encoder, Input};
+use marlin_kernels::{Activation, Backend, Encoder, Hadamard, Input};
 
 use super::OutputProjection;
 use super::load::Loader;
@@ -12,6 +12,7 @@ use crate::spec::MlpSpec;
 pub(super) struct Mlp<B: Backend> {
     gate_up_proj: B::Linear,
     activation: Activation,
+    rotation: Option<Hadamard>,
     pub(super) down_proj: OutputProjection<B>,
 }
 
@@ -22,9 +23,12 @@ impl<B: Backend> Mlp<B> {
         self.down_proj.encode(encoder, &work.gated, &mut work.block_output, &mut work.hidden, eps);
     }
 
-    /// The first half, up to where gate and up are joined.
+    /// The first half, up to what `down_proj` is given.
     pub(super) fn encode_gated(&self, encoder: &mut B::Encoder, x: Input<'_, B>, gated: &mut B::Buffer) {
         encoder.linear_gated(x, &self.gate_up_proj, self.activation, gated);
+        if let Some(rotation) = &self.rotation {
+            encoder.hadamard(gated, rotation);
+        }
     }
 }
 
@@ -38,6 +42,7 @@ impl<B: Backend> Loader<'_, B> {
                 self.linear(block, &[("gate_proj", width), ("up_proj", width)], hidden, spec.bias)?
             },
             activation: spec.activation,
+            rotation: spec.rotation,
             down_proj: OutputProjection {
                 linear: self.linear(block, &[("down_proj", hidden)], width, spec.bias)?,
                 norm: out_norm,

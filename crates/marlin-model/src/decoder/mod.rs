@@ -20,7 +20,7 @@ pub(crate) use load::{Sizes, kv_blocks};
 pub use load::{load_model, load_model_offloaded};
 pub(crate) use workspace::{angle_shapes, expert_work_bytes, workspace_shapes};
 
-use marlin_kernels::{Backend, Encoder, HostRoutes, Input, SampleRow, SamplingId, StepLimits};
+use marlin_kernels::{Backend, Encoder, Hadamard, HostRoutes, Input, SampleRow, SamplingId, StepLimits};
 
 use self::attention::GroupedAttention;
 use self::experts::Experts;
@@ -36,6 +36,8 @@ struct Decoder<B: Backend> {
     limits: StepLimits,
     rms_norm_eps: f32,
     embedding_scale: f32,
+    /// Of the residual stream, from the embedding to the final norm.
+    rotation: Option<Hadamard>,
     logit_cap: Option<f32>,
     ropes: Vec<Rope<B>>,
     embed_tokens: B::Linear,
@@ -165,6 +167,9 @@ impl<B: Backend> Decoder<B> {
             encoder.rope_angles(&rope.inv_freq, rope.scaling, angles);
         }
         encoder.embed(&self.embed_tokens, self.embedding_scale, &mut work.hidden);
+        if let Some(rotation) = &self.rotation {
+            encoder.hadamard(&mut work.hidden, rotation);
+        }
         for (index, layer) in self.layers.iter().enumerate() {
             layer.encode_attention(encoder, work, kv_cache, index, *eps);
             match &layer.feed_forward {
@@ -188,6 +193,9 @@ impl<B: Backend> Decoder<B> {
         }
         if batch.logit_rows() > 0 {
             encoder.select_logit_rows(&work.hidden, &mut work.last_hidden);
+            if let Some(rotation) = &self.rotation {
+                encoder.hadamard(&mut work.last_hidden, rotation);
+            }
             let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
             let normed = Input::Normed { x: &work.last_hidden, weight: &self.norm, eps: *eps };
             encoder.linear(normed, head, &mut work.logits);

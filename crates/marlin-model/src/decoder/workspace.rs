@@ -69,7 +69,6 @@ pub(crate) fn workspace_shapes(spec: &DecoderSpec, step_tokens: usize, logit_row
         ),
     };
     let [q, kv, values] = latent;
-    let has_mlps = spec.layers.iter().any(|layer| !layer.has_experts);
     [
         (step_tokens, hidden),
         (rows(spec.norms.outputs.is_some()), hidden),
@@ -78,7 +77,7 @@ pub(crate) fn workspace_shapes(spec: &DecoderSpec, step_tokens: usize, logit_row
         q,
         kv,
         values,
-        (rows(has_mlps), spec.mlp.intermediate_size),
+        (rows(spec.has_mlps()), spec.mlp.intermediate_size),
         spec.shared_mlp().map_or(none, |mlp| (step_tokens, mlp.intermediate_size)),
         (logit_rows, hidden),
         (logit_rows, spec.vocab_size),

@@ -53,7 +53,7 @@ pub(crate) fn spec(checkpoint: &Checkpoint) -> Result<(String, DecoderSpec), Mod
         .and_then(|architecture| {
             let family = FAMILIES.into_iter().find(|(name, _)| *name == architecture);
             let (_, read) = family.ok_or_else(|| unsupported(architecture))?;
-            Ok((architecture.to_owned(), read(config)?))
+            Ok((architecture.to_owned(), read(config)?.rotated(checkpoint.rotations())?))
         })
         .map_err(|source| ModelError::Config { model: checkpoint.name().to_owned(), source })
 }

@@ -9,10 +9,11 @@ use marlin_format::PackedMatrix;
 use crate::QuantizeError;
 use crate::quantize::{Origin, Task};
 use crate::role::layer_and_kind;
+use crate::source::Source;
 
 /// A layer as it is being quantised.
 pub(crate) struct LayerWeights<'a> {
-    source: &'a Checkpoint,
+    source: &'a Source<'a>,
     tasks: Vec<&'a Task<'a>>,
     /// Tensors of the layer that no task is about, but those whose parts tasks are about.
     kept: Vec<&'a str>,
@@ -21,10 +22,12 @@ pub(crate) struct LayerWeights<'a> {
 
 impl<'a> LayerWeights<'a> {
     /// Layer `index` of a model, whose matrices that will be quantised are those of `tasks`.
-    pub(crate) fn new(source: &'a Checkpoint, index: usize, tasks: &[&'a Task<'a>]) -> Self {
+    pub(crate) fn new(source: &'a Source<'a>, index: usize, tasks: &[&'a Task<'a>]) -> Self {
         let covered: HashSet<&str> = tasks.iter().flat_map(|task| source_tensors(task)).collect();
-        let kept =
-            source.tensor_names().filter(|name| layer_and_kind(name).0 == Some(index) && !covered.contains(name));
+        let kept = source
+            .checkpoint
+            .tensor_names()
+            .filter(|name| layer_and_kind(name).0 == Some(index) && !covered.contains(name));
         Self { source, tasks: tasks.to_vec(), kept: kept.collect(), quantized: BTreeMap::new() }
     }
 
@@ -54,15 +57,16 @@ impl<'a> LayerWeights<'a> {
             tensors.push((task.name.to_string(), MemoryTensor::matrix(matrix)));
         }
         for &name in &self.kept {
-            let tensor = match self.source.shape(name).as_deref() {
+            let tensor = match self.source.checkpoint.shape(name).as_deref() {
                 Some(&[len]) => MemoryTensor::vector(&self.source.vector(name, len)?),
-                Some([_, _]) => MemoryTensor::matrix(Arc::new(self.source.matrix_any(name)?.into_owned())),
+                Some([_, _]) => MemoryTensor::matrix(Arc::new(self.source.matrix(name)?.into_owned())),
                 // No layer that can be run has others.
                 _ => continue,
             };
             tensors.push((name.to_owned(), tensor));
         }
-        Ok(Checkpoint::from_parts(self.source.name(), self.source.config().clone(), tensors)?)
+        let (name, config) = (self.source.checkpoint.name(), self.source.checkpoint.config().clone());
+        Ok(Checkpoint::from_parts(name, config, tensors)?)
     }
 }
 

@@ -12,7 +12,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
-use marlin_checkpoint::Checkpoint;
 use marlin_format::{EncodeOptions, PackedMatrix};
 use marlin_kernels::cpu::CpuBackend;
 use marlin_model::{LayerRunner, LoadedLayer, SharedInput};
@@ -26,6 +25,7 @@ use crate::gptq::{Factor, Order, round_matrix};
 use crate::output::Output;
 use crate::quantize::{Task, encode_error};
 use crate::role::layer_and_kind;
+use crate::source::Source;
 use crate::{ErrorStats, QuantizeError, TensorRole, USUAL_DAMPING, Windows};
 
 /// What weights are quantised by.
@@ -55,7 +55,7 @@ impl<'a> Calibration<'a> {
 
 /// Quantises the decoder's linears of a model, layer by layer.
 pub(crate) struct Calibrator<'a> {
-    source: &'a Checkpoint,
+    source: &'a Source<'a>,
     tasks: &'a [Task<'a>],
     encode: &'a EncodeOptions,
     calibration: &'a Calibration<'a>,
@@ -73,13 +73,13 @@ impl<'a> Calibrator<'a> {
     /// The model cannot be run: its architecture is not supported, windows are longer than its context, or a token is not in its vocabulary.
     pub(crate) fn new(
         backend: &'a Observed<CpuBackend>,
-        source: &'a Checkpoint,
+        source: &'a Source<'a>,
         tasks: &'a [Task<'a>],
         encode: &'a EncodeOptions,
         calibration: &'a Calibration<'a>,
     ) -> Result<Self, QuantizeError> {
         let longest = calibration.windows.iter().map(<[u32]>::len).max().unwrap_or(0);
-        let runner = LayerRunner::new(backend, source, longest)?;
+        let runner = LayerRunner::new(backend, &source.without_weights()?, longest)?;
         calibration.windows.iter().try_for_each(|window| runner.check_tokens(window))?;
         let mut by_layer = vec![Vec::new(); runner.layers()];
         for (index, task) in tasks.iter().enumerate() {
@@ -120,7 +120,7 @@ impl<'a> Calibrator<'a> {
             let before = self.by_layer.get(..states.layer);
             before.is_some_and(|before| before.iter().flatten().all(|&task| output.is_done(&tasks[task].name)))
         });
-        kept.map_or_else(|| States::new(&self.runner, self.source, windows), Ok)
+        kept.map_or_else(|| States::new(&self.runner, self.source.checkpoint, windows), Ok)
     }
 
     /// Quantises the matrices of a layer, and carries the hidden states through what it became.
@@ -167,7 +167,7 @@ impl<'a> Calibrator<'a> {
             states.originals.iter_mut().try_for_each(|states| self.runner.run(&mut original, states))?;
         }
         // A model larger than memory must not stay mapped.
-        weights.source_tensors().for_each(|tensor| self.source.release(tensor));
+        weights.source_tensors().for_each(|tensor| self.source.checkpoint.release(tensor));
         Ok(())
     }
 
@@ -191,7 +191,7 @@ impl<'a> Calibrator<'a> {
             let encoded = largest_weight(&matrix, &slices(matrix.rows, matrix.cols, 1))
                 .and_then(|_| correction.apply(&matrix))
                 .and_then(|corrected| round_matrix(&corrected, scheme, self.encode, factor));
-            let (encoded, _) = encoded.map_err(|e| encode_error(self.source, &task.name, e))?;
+            let (encoded, _) = encoded.map_err(|e| encode_error(self.source.checkpoint, &task.name, e))?;
             let error = matrix_error(&matrix, &encoded);
             rounded.push((index, encoded, error));
         }

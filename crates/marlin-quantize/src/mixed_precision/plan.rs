@@ -4,12 +4,14 @@ use std::collections::{BTreeMap, HashMap};
 
 use marlin_checkpoint::Checkpoint;
 use marlin_format::{ScaleSearch, Scheme};
+use marlin_model::RotationParts;
 use serde::{Deserialize, Serialize};
 
 use super::allocate::{Choice, allocate};
 use crate::moe::find_moe_layers;
 use crate::quantize::tasks;
 use crate::role::{kind_of, layer_and_kind};
+use crate::source::Source;
 use crate::{QuantizeError, Recipe, TensorRole, scheme_by_name};
 
 /// A format for each matrix of a model's decoder, and what it was chosen by.
@@ -151,8 +153,10 @@ impl BitPlan {
         let moe_layers = find_moe_layers(source)?;
         let any = self.matrices.first().map(PlannedMatrix::scheme).transpose()?;
         let any = any.ok_or_else(|| QuantizeError::Plan("it has no matrices".into()))?;
-        let linears =
-            tasks(source, &moe_layers, &|name| (TensorRole::of(name, 2) == TensorRole::DecoderLinear).then_some(any))?;
+        let weights = Source::new(source, RotationParts::default())?;
+        let linears = tasks(&weights, &moe_layers, &|name| {
+            (TensorRole::of(name, 2) == TensorRole::DecoderLinear).then_some(any)
+        })?;
         let mut recipe = Recipe::uniform(any, embedding, search);
         for task in linears.iter().filter(|task| task.matrix.is_some()) {
             let name = planned_name(&task.name);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use marlin_checkpoint::Checkpoint;
 use marlin_format::{EncodeOptions, PackedMatrix, ScaleSearch, Scheme};
 use marlin_kernels::cpu::CpuBackend;
-use marlin_model::{LayerRunner, LoadedLayer};
+use marlin_model::{LayerRunner, LoadedLayer, RotationParts};
 use rayon::prelude::*;
 
 use super::plan::planned_name;
@@ -20,6 +20,7 @@ use crate::gptq::{Hessian, Order, round_matrix};
 use crate::moe::find_moe_layers;
 use crate::quantize::{Task, encode_error, tasks};
 use crate::role::layer_and_kind;
+use crate::source::Source;
 use crate::{QuantizeError, TensorRole, scheme_by_name};
 
 /// Tokens whose distributions are compared, about: KL divergence is told exactly for each of them, and differs from token to token.
@@ -47,14 +48,15 @@ pub fn measure_sensitivity(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<BitPlan, QuantizeError> {
     let moe_layers = find_moe_layers(source)?;
+    let weights = Source::new(source, RotationParts::default())?;
     let probe = scheme_by_name(PROBE).expect("a format");
     let tasks =
-        tasks(source, &moe_layers, &|name| (TensorRole::of(name, 2) == TensorRole::DecoderLinear).then_some(probe))?;
+        tasks(&weights, &moe_layers, &|name| (TensorRole::of(name, 2) == TensorRole::DecoderLinear).then_some(probe))?;
     let linears: Vec<&Task<'_>> = tasks.iter().filter(|task| task.matrix.is_some()).collect();
     let backend = Observed::new(calibration.backend.clone());
     let longest = calibration.windows.iter().map(<[u32]>::len).max().unwrap_or(0);
     let runner = LayerRunner::new(&backend, source, longest)?;
-    let measurement = Measurement::new(source, calibration, &backend, runner, progress)?;
+    let measurement = Measurement::new(&weights, calibration, &backend, runner, progress)?;
     let mut matrices = planned(&linears);
     measurement.run(&linears, &mut matrices)?;
     let mut plan = BitPlan { model: source.name().to_owned(), bits_per_weight: 0.0, predicted_kl: 0.0, matrices };
@@ -92,7 +94,7 @@ struct Probe {
 }
 
 struct Measurement<'a> {
-    source: &'a Checkpoint,
+    source: &'a Source<'a>,
     calibration: &'a Calibration<'a>,
     backend: &'a Observed<CpuBackend>,
     runner: LayerRunner<'a, Observed<CpuBackend>>,
@@ -108,15 +110,17 @@ struct Measurement<'a> {
 
 impl<'a> Measurement<'a> {
     fn new(
-        source: &'a Checkpoint,
+        source: &'a Source<'a>,
         calibration: &'a Calibration<'a>,
         backend: &'a Observed<CpuBackend>,
         runner: LayerRunner<'a, Observed<CpuBackend>>,
         progress: &'a mut dyn FnMut(u64, u64),
     ) -> Result<Self, QuantizeError> {
         let windows = calibration.windows;
-        let states: Vec<Vec<f32>> =
-            windows.iter().map(|window| Ok(runner.embed(source, window)?)).collect::<Result<_, QuantizeError>>()?;
+        let states: Vec<Vec<f32>> = windows
+            .iter()
+            .map(|window| Ok(runner.embed(source.checkpoint, window)?))
+            .collect::<Result<_, QuantizeError>>()?;
         let mut tokens = 0;
         let is_probed = |window: &&[u32]| {
             let is_before = tokens < PROBE_TOKENS;
@@ -179,7 +183,7 @@ impl<'a> Measurement<'a> {
         for states in &mut self.rounded {
             self.runner.run(&mut layer, states)?;
         }
-        weights.source_tensors().for_each(|tensor| self.source.release(tensor));
+        weights.source_tensors().for_each(|tensor| self.source.checkpoint.release(tensor));
         Ok(())
     }
 
@@ -222,7 +226,7 @@ impl<'a> Measurement<'a> {
         probe: &mut Probe,
     ) -> Result<PackedMatrix<'static>, QuantizeError> {
         let encode = EncodeOptions { search: ScaleSearch::Mse, ..EncodeOptions::default() };
-        let fail = |e| encode_error(self.source, &task.name, e);
+        let fail = |e| encode_error(self.source.checkpoint, &task.name, e);
         let matrix = task.source(self.source)?;
         let importance = hessian.diagonal();
         let error = |scheme: Scheme| -> Result<f64, QuantizeError> {
@@ -248,7 +252,7 @@ impl<'a> Measurement<'a> {
     fn costs(mut self, matrices: &mut [PlannedMatrix]) -> Result<(), QuantizeError> {
         let changed: Vec<&[Vec<f32>]> =
             self.probes.iter().map(|probe| &probe.states[..]).chain([&self.rounded[..]]).collect();
-        let kl = compare(&mut self.runner, self.source, &self.states[self.probed.clone()], &changed)?;
+        let kl = compare(&mut self.runner, self.source.checkpoint, &self.states[self.probed.clone()], &changed)?;
         // Errors in one matrix come on top of those in others, which are not independent of them.
         let (all, alone) = kl.split_last().expect("of the model in which all are rounded");
         let sum: f64 = alone.iter().sum();

@@ -4,7 +4,7 @@ use std::io::{Write, stdout};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use marlin_checkpoint::{Checkpoint, Layout, Storage, TensorInfo};
+use marlin_checkpoint::{Checkpoint, Layout, Rotations, Storage, TensorInfo};
 use marlin_kernels::KvType;
 use marlin_kernels::cpu::{CpuBackend, CpuOptions};
 use marlin_model::{ExpertShape, MemoryPlan, ModelError, ModelShape, Planner, format_size};
@@ -189,6 +189,7 @@ impl Inspection<'_> {
         let mut json = json!({
             "model": self.checkpoint.name(),
             "layout": self.layout(),
+            "rotations": self.checkpoint.rotations(),
             "parameters": footprint.weights,
             "bytes": footprint.bytes,
             "bits_per_weight": footprint.bits_per_weight(),
@@ -300,7 +301,15 @@ impl Inspection<'_> {
             Some(layout) => layout.name(),
             None => "not quantised",
         };
-        text += &format!("layout        {layout}\n\n{}\n", self.table());
+        text += &format!("layout        {layout}\n");
+        let Rotations { hidden, mlp } = self.checkpoint.rotations();
+        let rotated = [("hidden states", hidden), ("MLPs", mlp)];
+        let blocks = rotated.into_iter().filter_map(|(name, block)| Some(format!("{name} in blocks of {}", block?)));
+        let blocks: Vec<String> = blocks.collect();
+        if !blocks.is_empty() {
+            text += &format!("rotates       {}\n", blocks.join(", "));
+        }
+        text += &format!("\n{}\n", self.table());
         let footprint = Footprint::of(self.checkpoint);
         for (name, bits, weights, bytes) in [
             ("decoder linears", footprint.linear_bits_per_weight(), footprint.linear_weights, footprint.linear_bytes),

@@ -9,6 +9,7 @@ use anyhow::Context;
 use marlin_checkpoint::Checkpoint;
 use marlin_format::{Format, FormatError, Grouping, Scheme};
 use marlin_kernels::KvType;
+use marlin_model::RotationParts;
 use marlin_quantize::{
     Divergence, Footprint, LogitSource, ModelLogits, Quality, QuantizeOptions, Recipe, Windows, embedding_scheme,
     evaluate, measure_sensitivity, quantize,
@@ -102,16 +103,35 @@ const DENSE: [(Format, Option<Grouping>); 17] = [
 /// Bits per weight of the mixes of formats that are measured beside them.
 const MIXES: [f64; 6] = [2.5, 3.0, 3.45, 3.5, 4.2, 4.8];
 
-/// The formats that are measured: the dense ones, then the 2:4 variants in their usual groups.
-fn variants() -> Result<Vec<Scheme>, FormatError> {
+/// The formats that are measured rotated as well, in their usual groups, and how they are rounded then.
+const ROTATED: ([Format; 2], [Method; 2]) = ([Format::Int3, Format::Int2], [Method::Mse, Method::Gptq]);
+
+/// How a model is quantised for a row of the table.
+struct Variant {
+    linears: Scheme,
+    method: Method,
+    is_rotated: bool,
+}
+
+/// What is measured: the dense formats, then the 2:4 variants in their usual groups, each with every method; then the rotated ones.
+fn variants() -> Result<Vec<Variant>, FormatError> {
     let dense = DENSE.into_iter().map(|(format, grouping)| format.scheme(grouping));
-    dense.chain(Format::SPARSE.into_iter().map(|format| format.sparse_24(None))).collect()
+    let sparse = Format::SPARSE.into_iter().map(|format| format.sparse_24(None));
+    let plain = dense.chain(sparse).map(|linears| (linears, &Method::ALL[..], false));
+    let (formats, methods) = ROTATED;
+    let rotated = formats.into_iter().map(|format| (format.scheme(None), &methods[..], true));
+    let mut variants = Vec::new();
+    for (linears, methods, is_rotated) in plain.chain(rotated) {
+        let linears = linears?;
+        variants.extend(methods.iter().map(|&method| Variant { linears, method, is_rotated }));
+    }
+    Ok(variants)
 }
 
 /// A line of the table.
 struct Row {
     name: String,
-    method: Method,
+    method: String,
     footprint: Footprint,
     /// What quantising took.
     seconds: f64,
@@ -165,9 +185,9 @@ struct Measure<'a> {
 impl Measure<'_> {
     /// The unquantised model, every variant, and every KV cache.
     fn all(&self) -> anyhow::Result<Measured> {
-        let schemes = variants()?;
+        let quantized = variants()?;
         let kv_types = KvType::ALL.into_iter().filter(|&kv_type| kv_type != usual_kv(true));
-        let variants = schemes.len() * Method::ALL.len() + MIXES.len() + kv_types.clone().count();
+        let variants = quantized.len() + MIXES.len() + kv_types.clone().count();
         let mut recorded = self.subject(self.source, &self.exact, usual_kv(true))?.record(self.windows)?;
         let baseline = evaluate(&mut recorded, None, self.windows, |_| {})?;
 
@@ -175,12 +195,11 @@ impl Measure<'_> {
         let mut bar = Bar::counting("Measuring", "variants");
         bar.set(0, variants as u64);
         let embedding = Some(embedding_scheme(Format::Int8, None)?);
-        for linears in schemes {
-            for method in Method::ALL {
-                let recipe = Recipe::uniform(linears, embedding, method.search());
-                rows.push(self.row(linears.to_string(), method, &recipe, &mut recorded)?);
-                bar.set(rows.len() as u64, variants as u64);
-            }
+        for Variant { linears, method, is_rotated } in quantized {
+            let rotate = if is_rotated { RotationParts::ALL } else { RotationParts::default() };
+            let recipe = Recipe { rotate, ..Recipe::uniform(linears, embedding, method.search()) };
+            rows.push(self.row(linears.to_string(), method, &recipe, &mut recorded)?);
+            bar.set(rows.len() as u64, variants as u64);
         }
         let calibration = self.gptq.calibration().expect("gptq is calibrated");
         let mut plan = measure_sensitivity(self.source, &calibration, &mut |_, _| {})?;
@@ -223,6 +242,8 @@ impl Measure<'_> {
             }
             _ => None,
         };
+        let is_rotated = recipe.rotate != RotationParts::default();
+        let method = format!("{}{}", method.name(), if is_rotated { " rotated" } else { "" });
         Ok(Row { name, method, footprint: report.after, seconds, perplexity, exact, rounded })
     }
 
@@ -310,6 +331,7 @@ fn page(args: &Args, measure: &Measure<'_>, measured: &Measured) -> String {
            these rows show what pruning by magnitude alone costs, which training after it would win back in part.\n\
          - **rtn** rounds to nearest with the largest weight of a group just fitting, **mse** searches the scale of least\n  \
            squared error, **gptq** rounds with feedback of errors, calibrated on {calibration}.\n\
+         - **rotated** models were rotated before (`quantize --rotate`).\n\
          - **mix of 3.5** has formats chosen by `--target-bpw 3.5`, of which the measuring is not counted in **s**.\n\
          - **MB**: the output's tensors. **s**: what quantising took.\n\
          - **KL**: divergence of the next-token distribution from the unquantised model's, KL(P ‖ Q) in nats a token; its\n  \
@@ -349,7 +371,7 @@ fn page(args: &Args, measure: &Measure<'_>, measured: &Measured) -> String {
         page += &format!(
             "| {} | {} | {:.2} | {:.3} | {:.1} | {:.1} | {:.3} | {:.5} | {:.4} | {:.2} % |{}\n",
             row.name,
-            row.method.name(),
+            row.method,
             row.footprint.bits_per_weight(),
             row.footprint.linear_bits_per_weight(),
             row.footprint.bytes as f64 / 1e6,

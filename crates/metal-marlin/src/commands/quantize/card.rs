@@ -11,6 +11,7 @@ use metal_marlin::hub::HubId;
 use super::Args;
 use super::measured::Measured;
 use super::report::by_kind;
+use super::rotate;
 use crate::commands::calibration::Rounding;
 
 const CARD_FILE: &str = "README.md";
@@ -41,7 +42,7 @@ pub(super) fn card(
     let from = base.map_or_else(|| name_of(&args.model), |base| base.to_string());
     text += &format!(
         "# {from} in {}\n\nQuantised by metal-marlin {} in the layout {layout}. It takes {:.1} MB, \
-         {:.3} bits per weight ({:.3} in the decoder's linears); the source takes {:.1} MB. {}\n\n",
+         {:.3} bits per weight ({:.3} in the decoder's linears); the source takes {:.1} MB. {}{}\n\n",
         formats,
         env!("CARGO_PKG_VERSION"),
         report.after.bytes as f64 / 1e6,
@@ -49,6 +50,7 @@ pub(super) fn card(
         report.after.linear_bits_per_weight(),
         report.before.bytes as f64 / 1e6,
         rounding.to_text(),
+        report.rotation.map_or(String::new(), |blocks| format!(" {}", rotate::to_text(&blocks))),
     );
     text += &measured.map_or(String::new(), Measured::to_markdown);
     text += "## Storage\n\n| matrix | matrices | stored as | bits per weight | rms error | SQNR |\n";
@@ -64,7 +66,12 @@ pub(super) fn card(
             line.error.sqnr_db(),
         );
     }
-    text += "\nErrors are those of the weights, relative to the source's; all other tensors are the source's.\n";
+    text += match report.rotation {
+        None => "\nErrors are those of the weights, relative to the source's; all other tensors are the source's.\n",
+        Some(_) => {
+            "\nErrors are those of the weights, relative to the source's when they are rotated; so are all other tensors.\n"
+        }
+    };
     if measured.is_none() {
         text += "What they cost in quality is measured by `metal-marlin eval FOLDER --baseline SOURCE --text FILE`.\n";
     }

@@ -6,6 +6,7 @@ mod cold;
 mod exception;
 mod measured;
 mod report;
+mod rotate;
 
 use std::collections::BTreeMap;
 use std::io::{Write, stdout};
@@ -28,6 +29,7 @@ use self::cold::{Cold, ColdOptions};
 use self::exception::Exception;
 use self::measured::MeasureOptions;
 use self::report::Summary;
+use self::rotate::RotateOptions;
 use super::calibration::CalibrationOptions;
 use super::model::HubOptions;
 use super::recipe::{HEADING, Method, NUMBER_FORMAT, RecipeOptions};
@@ -51,6 +53,7 @@ Examples:
   metal-marlin quantize path/to/model out --fit 16GiB --context 32768
   metal-marlin quantize path/to/model out --format fp4 --cold-expert-format int2 --calibration text.txt
   metal-marlin quantize path/to/model out --format fp4 --method mse
+  metal-marlin quantize path/to/model out --format int3 --rotate
 
 Group sizes, where they are not given: fp4, int4, int4-sym and int8 128, int3 64, int2 32, fp8 row;
 mxfp4 always has 32 and nvfp4 16. Norms and biases are kept as they are. An interrupted run leaves
@@ -113,6 +116,9 @@ pub(crate) struct Args {
     matrix: Vec<Exception>,
 
     #[command(flatten)]
+    rotate: RotateOptions,
+
+    #[command(flatten)]
     calibration: CalibrationOptions,
 
     #[command(flatten)]
@@ -168,12 +174,13 @@ pub(crate) struct Args {
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let started = Instant::now();
     let uniform = args.recipe.recipe(args.layout)?;
+    let rotate = args.rotate.parts(args.layout)?;
     let checkpoint = model::open(Some(&args.model), &args.hub)?;
     let measurement = args.measure.prepare(&checkpoint, args.threads)?;
     let threads = DeviceOptions { threads: args.threads, ..DeviceOptions::default() };
     let cold = args.cold.measure(&checkpoint, &args.calibration, &threads)?;
     let bits = args.bits.plan(&checkpoint, &args.calibration, args.layout, args.threads)?;
-    let (recipe, account) = match (uniform, args.fit, &bits) {
+    let (mut recipe, account) = match (uniform, args.fit, &bits) {
         (Some(mut recipe), ..) => {
             recipe.exceptions = cold.as_ref().map_or_else(BTreeMap::new, Cold::schemes);
             recipe.exceptions.extend(exception::resolve(&args.matrix, &checkpoint)?);
@@ -189,6 +196,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         // clap has seen to it that there is one of them.
         (None, None, None) => bail!("name a --format, a --target-bpw, or what to --fit"),
     };
+    recipe.rotate = rotate;
     let method = args.recipe.method.unwrap_or(if recipe.linears.is_dense() { Method::Mse } else { Method::Gptq });
     if method != Method::Gptq && cold.is_none() && !args.bits.measures() && args.calibration.is_given() {
         bail!(

@@ -12,6 +12,7 @@ use super::Args;
 use super::bits::Bits;
 use super::cold::Cold;
 use super::measured::Measured;
+use super::rotate;
 use crate::commands::calibration::Rounding;
 
 /// Everything there is to say.
@@ -55,6 +56,7 @@ impl Summary<'_> {
             "cold_experts": self.cold.map(Cold::to_json),
             "method": self.rounding.method(),
             "calibration_tokens": self.rounding.tokens(),
+            "rotation": report.rotation.map(|blocks| rotate::to_json(&blocks)),
             "layout": args.layout.name(),
             "bits_per_weight": report.after.bits_per_weight(),
             "decoder_bits_per_weight": report.after.linear_bits_per_weight(),
@@ -86,6 +88,9 @@ impl Summary<'_> {
         );
         if self.rounding.tokens().is_some() {
             text += &format!("\n{}\n", self.rounding.to_text());
+        }
+        if let Some(blocks) = &report.rotation {
+            text += &format!("\n{}\n", rotate::to_text(blocks));
         }
         if let Some(account) = &self.account {
             text += &format!("\n{}\n", account.to_text(&self.mix()));

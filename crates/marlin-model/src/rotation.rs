@@ -1,0 +1,243 @@
+//! Rotations of activations that leave what a model computes as it is: QuaRot (Ashkboos et al., arXiv:2404.00456).
+//!
+//! Activations have outliers in few dimensions, and rows of weights have them. A Hadamard matrix spreads them over all. With H·H = 1
+//! between any two linears, `W · x = (W·H) · (H·x)`: the second factor is made by the linear before, or while the model runs.
+//!
+//! - The residual stream. A norm without its weights, which move into the matrices behind it, gives rotated values for rotated ones. So all
+//!   that reads it takes `W · diag(norm) · H`, and all that is added to it comes from `H · W`. The decoder rotates it after the embedding and
+//!   back before the final norm, so that embedding and head stay what they are. What is normalised before it is added would not be
+//!   rotated: families with such norms keep their stream.
+//! - Values. Attention sums them as they are: rows of `v_proj` and columns of `o_proj` are rotated, head by head.
+//! - MLPs. `down_proj` is rotated along its columns, and the decoder rotates what it is given.
+
+use std::ops::Range;
+
+use marlin_checkpoint::{Checkpoint, Rotations};
+use marlin_kernels::{Hadamard, KernelError};
+
+use crate::families;
+use crate::spec::{AttentionSpec, DecoderSpec};
+use crate::{ConfigError, ModelError};
+
+/// The smallest block that is worth it.
+const SMALLEST_BLOCK: usize = 16;
+
+/// What of a model may be rotated.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RotationParts {
+    /// The residual stream; the decoder rotates it twice a step.
+    pub hidden: bool,
+    /// Values of attention; costs nothing when the model runs.
+    pub values: bool,
+    /// What is between the linears of MLPs; the decoder rotates it in each layer.
+    pub mlp: bool,
+}
+
+impl RotationParts {
+    /// All of it.
+    pub const ALL: Self = Self { hidden: true, values: true, mlp: true };
+}
+
+/// The blocks that parts of a model are rotated in; `None` for one that is not.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RotationBlocks {
+    /// Of the residual stream.
+    pub hidden: Option<usize>,
+    /// Of values of attention.
+    pub values: Option<usize>,
+    /// Of what is between the linears of MLPs.
+    pub mlp: Option<usize>,
+}
+
+/// How the weights of a model become those of its rotated one.
+#[derive(Debug, Clone)]
+pub struct Rotation {
+    spec: DecoderSpec,
+    hidden: Option<Hadamard>,
+    values: Option<Hadamard>,
+    mlp: Option<Hadamard>,
+}
+
+/// What becomes of a tensor.
+#[derive(Debug, Clone, PartialEq)]
+pub enum TensorRotation {
+    /// All weights of a norm become this: matrices have taken them over.
+    Norm(f32),
+    /// A matrix, or a bias.
+    Weights(WeightRotation),
+}
+
+/// What becomes of a matrix `[rows, cols]`, or of a bias of so many rows, in this order.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WeightRotation {
+    /// Columns are multiplied by the weights of this norm.
+    pub norm: Option<NormWeights>,
+    /// Each row is rotated.
+    pub columns: Option<Hadamard>,
+    /// Each column is rotated within these rows.
+    pub rows: Option<(Hadamard, Vec<Range<usize>>)>,
+}
+
+/// The weights of a norm: what is stored, and what is added to it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NormWeights {
+    /// The vector's name.
+    pub tensor: String,
+    /// Added to each.
+    pub offset: f32,
+}
+
+impl Rotation {
+    /// Rotates those parts of a model that have large enough blocks, in the largest that there are.
+    ///
+    /// # Errors
+    /// The architecture is not supported, or config.json cannot be used.
+    pub fn new(checkpoint: &Checkpoint, parts: RotationParts) -> Result<Self, ModelError> {
+        let (_, spec) = families::spec(checkpoint)?;
+        let largest = |width| Some(Hadamard::largest(width)).filter(|found| found.block() >= SMALLEST_BLOCK);
+        // MLX has a matrix for each head instead of `kv_b_proj`.
+        let has_value_rows = !checkpoint.contains("model.layers.0.self_attn.embed_q.0.weight");
+        let value_dim = match spec.attention {
+            AttentionSpec::Grouped(attention) => attention.head_dim,
+            AttentionSpec::Latent(attention) => attention.value_dim,
+        };
+        Ok(Self {
+            hidden: largest(spec.hidden_size).filter(|_| parts.hidden && spec.norms.outputs.is_none()),
+            values: largest(value_dim).filter(|_| parts.values && has_value_rows),
+            mlp: largest(spec.mlp.intermediate_size).filter(|_| parts.mlp && spec.has_mlps()),
+            spec,
+        })
+    }
+
+    /// What is rotated.
+    pub fn blocks(&self) -> RotationBlocks {
+        let [hidden, values, mlp] =
+            [self.hidden, self.values, self.mlp].map(|rotation| rotation.map(|rotation| rotation.block()));
+        RotationBlocks { hidden, values, mlp }
+    }
+
+    /// What the decoder has to rotate.
+    pub fn of_decoder(&self) -> Rotations {
+        let RotationBlocks { hidden, mlp, .. } = self.blocks();
+        Rotations { hidden, mlp }
+    }
+
+    /// What becomes of a tensor; `None` if it stays as it is. Matrices of experts go by the names that single ones have.
+    pub fn of(&self, tensor: &str) -> Option<TensorRotation> {
+        let (layer, path) = tensor.strip_prefix("model.layers.")?.split_once('.')?;
+        // Layers for multi-token prediction have a stream of their own.
+        let layer = layer.parse().ok().filter(|&layer: &usize| layer < self.spec.layers.len())?;
+        let (block, path) = path.split_once('.')?;
+        let rotation = match block {
+            "self_attn" => self.of_attention(layer, path)?,
+            "mlp" | "block_sparse_moe" => self.of_feed_forward(layer, path)?,
+            "input_layernorm" => return self.of_norm(),
+            norm if norm == self.spec.norms.mlp => return self.of_norm(),
+            _ => return None,
+        };
+        let is_changed = rotation.norm.is_some() || rotation.columns.is_some() || rotation.rows.is_some();
+        is_changed.then_some(TensorRotation::Weights(rotation))
+    }
+
+    fn of_norm(&self) -> Option<TensorRotation> {
+        self.hidden.map(|_| TensorRotation::Norm(1.0 - self.spec.norm_offset))
+    }
+
+    fn of_attention(&self, layer: usize, path: &str) -> Option<WeightRotation> {
+        let reads = || self.reads(layer, "input_layernorm");
+        Some(match path {
+            "q_proj.weight" | "k_proj.weight" | "q_a_proj.weight" | "kv_a_proj_with_mqa.weight" => reads(),
+            "v_proj.weight" | "qkv_proj.weight" => WeightRotation { rows: self.value_rows(path), ..reads() },
+            "v_proj.bias" | "qkv_proj.bias" | "kv_b_proj.weight" => {
+                WeightRotation { norm: None, columns: None, rows: self.value_rows(path) }
+            }
+            "o_proj.weight" => self.writes(self.values),
+            "o_proj.bias" => self.writes(None),
+            _ => return None,
+        })
+    }
+
+    fn of_feed_forward(&self, layer: usize, path: &str) -> Option<WeightRotation> {
+        let reads = || self.reads(layer, self.spec.norms.mlp);
+        if !self.spec.layers[layer].has_experts || self.spec.experts.is_none() {
+            return Some(match path {
+                "gate_proj.weight" | "up_proj.weight" | "gate_up_proj.weight" => reads(),
+                "down_proj.weight" => self.writes(self.mlp),
+                "down_proj.bias" => self.writes(None),
+                _ => return None,
+            });
+        }
+        match path {
+            "gate.weight" | "router.weight" => return Some(reads()),
+            // A row for each expert.
+            "experts.down_proj_bias" | "experts.down_proj.bias" => {
+                return Some(WeightRotation { norm: None, columns: self.hidden, rows: None });
+            }
+            _ => {}
+        }
+        let module = path.strip_suffix(".weight").filter(|module| module.contains("expert"))?;
+        match module.rsplit_once('.')?.1 {
+            "gate_proj" | "up_proj" | "w1" | "w3" => Some(reads()),
+            "down_proj" | "w2" => Some(self.writes(None)),
+            _ => None,
+        }
+    }
+
+    /// Of a matrix that is multiplied with the normalised stream.
+    fn reads(&self, layer: usize, norm: &str) -> WeightRotation {
+        let offset = self.spec.norm_offset;
+        let norm = NormWeights { tensor: format!("model.layers.{layer}.{norm}.weight"), offset };
+        WeightRotation { norm: self.hidden.map(|_| norm), columns: self.hidden, rows: None }
+    }
+
+    /// Of a matrix, or its bias, whose product is added to the stream.
+    fn writes(&self, columns: Option<Hadamard>) -> WeightRotation {
+        let rows = self.hidden.map(|rotation| (rotation, vec![0..self.spec.hidden_size]));
+        WeightRotation { norm: None, columns, rows }
+    }
+
+    /// The rows of values in a matrix or bias that makes them.
+    fn value_rows(&self, path: &str) -> Option<(Hadamard, Vec<Range<usize>>)> {
+        let rows = match self.spec.attention {
+            AttentionSpec::Grouped(spec) if path.starts_with("qkv_proj") => {
+                let before = spec.q_width() + spec.kv_width();
+                vec![before..before + spec.kv_width()]
+            }
+            AttentionSpec::Grouped(spec) => vec![0..spec.kv_width()],
+            AttentionSpec::Latent(spec) => {
+                let rows = spec.nope_dim + spec.value_dim;
+                (0..spec.heads).map(|head| head * rows + spec.nope_dim..(head + 1) * rows).collect()
+            }
+        };
+        Some((self.values?, rows))
+    }
+}
+
+impl DecoderSpec {
+    /// The decoder of weights that expect these rotations.
+    pub(crate) fn rotated(mut self, rotations: Rotations) -> Result<Self, ConfigError> {
+        if let Some(block) = rotations.hidden {
+            let error = |problem| ConfigError::new("quantization_config.rotations.hidden", problem);
+            if self.norms.outputs.is_some() {
+                return Err(error(
+                    "must not be there: this family normalises what is added to the residual stream".into(),
+                ));
+            }
+            self.rotation = Some(rotation(block, self.hidden_size, "hidden_size").map_err(error)?);
+        }
+        if let Some(block) = rotations.mlp {
+            let error = |problem| ConfigError::new("quantization_config.rotations.mlp", problem);
+            if !self.has_mlps() {
+                return Err(error("must not be there: all layers have experts, whose inputs are not rotated".into()));
+            }
+            self.mlp.rotation = Some(rotation(block, self.mlp.intermediate_size, "intermediate_size").map_err(error)?);
+        }
+        Ok(self)
+    }
+}
+
+/// The rotation of rows of so many values by blocks, or why there is none.
+fn rotation(block: usize, width: usize, name: &str) -> Result<Hadamard, String> {
+    let found = Hadamard::new(block).map_err(|error: KernelError| error.to_string())?;
+    if width.is_multiple_of(block) { Ok(found) } else { Err(format!("must divide {name} = {width}, found {block}")) }
+}

@@ -1,0 +1,169 @@
+//! The weights that are quantised: a checkpoint's, or those of its rotated equal.
+
+use std::borrow::Cow;
+
+use marlin_checkpoint::{Checkpoint, Dtype, Rotations, Tensor};
+use marlin_format::{EncodeOptions, PackedMatrix, Scheme, encode};
+use marlin_kernels::Hadamard;
+use marlin_model::{NormWeights, Rotation, RotationBlocks, RotationParts, TensorRotation, WeightRotation};
+use rayon::prelude::*;
+
+use crate::QuantizeError;
+use crate::encode_matrix::{decode_rows, largest_weight, slices};
+use crate::moe::{ExpertMatrix, MoeLayer, expert_matrix};
+use crate::quantize::encode_error;
+
+/// A checkpoint, and how its weights are rotated before they are quantised, if they are. Tensors are rotated one at a time, as they are read.
+pub(crate) struct Source<'a> {
+    pub(crate) checkpoint: &'a Checkpoint,
+    rotation: Option<Rotation>,
+}
+
+impl<'a> Source<'a> {
+    /// # Errors
+    /// Weights are rotated already, or they are to be and cannot: the architecture is not known, or has no part that can be.
+    pub(crate) fn new(checkpoint: &'a Checkpoint, parts: RotationParts) -> Result<Self, QuantizeError> {
+        let model = || checkpoint.name().to_owned();
+        if !checkpoint.rotations().is_none() {
+            return Err(QuantizeError::AlreadyRotated { model: model() });
+        }
+        if parts == RotationParts::default() {
+            return Ok(Self { checkpoint, rotation: None });
+        }
+        let rotation = Rotation::new(checkpoint, parts)?;
+        if rotation.blocks() == RotationBlocks::default() {
+            return Err(QuantizeError::NothingToRotate { model: model() });
+        }
+        Ok(Self { checkpoint, rotation: Some(rotation) })
+    }
+
+    /// What is rotated, if anything is.
+    pub(crate) fn blocks(&self) -> Option<RotationBlocks> {
+        self.rotation.as_ref().map(Rotation::blocks)
+    }
+
+    /// What a decoder of these weights has to rotate.
+    pub(crate) fn rotations(&self) -> Rotations {
+        self.rotation.as_ref().map(Rotation::of_decoder).unwrap_or_default()
+    }
+
+    /// A checkpoint of the same model without any weight.
+    pub(crate) fn without_weights(&self) -> Result<Checkpoint, QuantizeError> {
+        let (name, config) = (self.checkpoint.name(), self.checkpoint.config().clone());
+        Ok(Checkpoint::from_parts(name, config, Vec::new())?.with_rotations(self.rotations()))
+    }
+
+    /// The type of a tensor that is not quantised, which is `stored` in the checkpoint.
+    pub(crate) fn dtype(&self, name: &str, stored: Dtype) -> Dtype {
+        match self.rotation_of(name) {
+            Some(TensorRotation::Weights(_)) => Dtype::F32,
+            Some(TensorRotation::Norm(_)) | None => stored,
+        }
+    }
+
+    /// A matrix.
+    pub(crate) fn matrix(&self, name: &str) -> Result<PackedMatrix<'a>, QuantizeError> {
+        self.rotated(name, self.checkpoint.matrix_any(name)?)
+    }
+
+    /// A matrix of an expert.
+    pub(crate) fn expert(
+        &self,
+        layer: &MoeLayer,
+        expert: usize,
+        matrix: ExpertMatrix,
+    ) -> Result<PackedMatrix<'a>, QuantizeError> {
+        self.rotated(&layer.expert_name(expert, matrix), expert_matrix(self.checkpoint, layer, expert, matrix)?)
+    }
+
+    /// A vector of finite values.
+    pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, QuantizeError> {
+        let mut values = self.checkpoint.vector(name, len)?;
+        match self.rotation_of(name) {
+            Some(TensorRotation::Norm(weight)) => values.fill(weight),
+            Some(TensorRotation::Weights(WeightRotation { rows: Some((rotation, ranges)), .. })) => {
+                ranges.into_iter().for_each(|rows| rotation.apply(&mut values[rows]));
+            }
+            _ => {}
+        }
+        Ok(values)
+    }
+
+    /// A tensor that is not quantised, in the type that [`Source::dtype`] says.
+    pub(crate) fn tensor(&self, name: &str) -> Result<Tensor<'a>, QuantizeError> {
+        let tensor = self.checkpoint.tensor(name)?;
+        let len = tensor.shape.iter().product();
+        let bytes = match self.rotation_of(name) {
+            None => {
+                let is_float = matches!(tensor.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32);
+                if tensor.shape.len() == 1 && is_float {
+                    // Refuses what is not finite.
+                    self.vector(name, len)?;
+                }
+                return Ok(tensor);
+            }
+            Some(TensorRotation::Norm(_)) => {
+                let values = self.vector(name, len)?;
+                let scheme = self.checkpoint.info(name).and_then(|info| info.scheme()).unwrap_or(Scheme::F32);
+                let stored = encode(&values, 1, len, &scheme, &EncodeOptions::default());
+                stored.map_err(|error| encode_error(self.checkpoint, name, error))?.codes.into_owned()
+            }
+            Some(TensorRotation::Weights(_)) if tensor.shape.len() == 1 => bytes_of(&self.vector(name, len)?),
+            Some(TensorRotation::Weights(_)) => self.matrix(name)?.codes.into_owned(),
+        };
+        Ok(Tensor { dtype: self.dtype(name, tensor.dtype), shape: tensor.shape, bytes: Cow::Owned(bytes) })
+    }
+
+    fn rotation_of(&self, name: &str) -> Option<TensorRotation> {
+        self.rotation.as_ref()?.of(name)
+    }
+
+    /// The matrix of this name, rotated if it is to be.
+    fn rotated(&self, name: &str, matrix: PackedMatrix<'a>) -> Result<PackedMatrix<'a>, QuantizeError> {
+        let Some(TensorRotation::Weights(rotation)) = self.rotation_of(name) else { return Ok(matrix) };
+        let slices = slices(matrix.rows, matrix.cols, 1);
+        // A weight that is not finite is named before it spoils its block.
+        largest_weight(&matrix, &slices).map_err(|error| encode_error(self.checkpoint, name, error))?;
+        let norm = rotation.norm.as_ref().map(|norm| self.norm(norm, matrix.cols)).transpose()?;
+        let mut weights = decode_rows(&matrix, 0..matrix.rows);
+        weights.par_chunks_exact_mut(matrix.cols).for_each(|row| {
+            if let Some(norm) = &norm {
+                row.iter_mut().zip(norm).for_each(|(weight, factor)| *weight *= factor);
+            }
+            if let Some(columns) = &rotation.columns {
+                columns.apply(row);
+            }
+        });
+        if let Some((rotation, ranges)) = &rotation.rows {
+            let cols = matrix.cols;
+            ranges
+                .iter()
+                .for_each(|rows| rotate_rows(&mut weights[rows.start * cols..rows.end * cols], cols, rotation));
+        }
+        let rotated = PackedMatrix::from_dense_bytes(Scheme::F32, matrix.rows, matrix.cols, bytes_of(&weights));
+        rotated.map_err(|error| encode_error(self.checkpoint, name, error))
+    }
+
+    fn norm(&self, norm: &NormWeights, len: usize) -> Result<Vec<f32>, QuantizeError> {
+        let mut weights = self.checkpoint.vector(&norm.tensor, len)?;
+        weights.iter_mut().for_each(|weight| *weight += norm.offset);
+        Ok(weights)
+    }
+}
+
+/// Rotates each of the columns.
+fn rotate_rows(weights: &mut [f32], cols: usize, rotation: &Hadamard) {
+    let rows = weights.len() / cols;
+    let mut columns = vec![0.0; weights.len()];
+    columns.par_chunks_exact_mut(rows).enumerate().for_each(|(col, column)| {
+        column.iter_mut().zip(weights[col..].iter().step_by(cols)).for_each(|(value, weight)| *value = *weight);
+        rotation.apply(column);
+    });
+    weights.par_chunks_exact_mut(cols).enumerate().for_each(|(row, weights)| {
+        weights.iter_mut().zip(columns[row..].iter().step_by(rows)).for_each(|(weight, value)| *weight = *value);
+    });
+}
+
+fn bytes_of(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
