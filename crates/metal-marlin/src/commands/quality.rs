@@ -193,7 +193,7 @@ impl Measure<'_> {
         bar.set(0, variants as u64);
         for Variant { linears, method, is_rotated } in quantized {
             let embedding = Some(embedding_scheme(Format::Int8, None)?);
-            let rotate = if is_rotated { RotationParts::ALL } else { RotationParts::default() };
+            let rotate = if is_rotated { RotationParts::USUAL } else { RotationParts::default() };
             let recipe = Recipe { rotate, ..Recipe::uniform(linears, embedding, method.search()) };
             let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
             let out = folder.path().join("model");
