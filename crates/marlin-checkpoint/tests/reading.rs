@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use common::{assert_says, folder, message, safetensors, safetensors_by_hand};
-use marlin_checkpoint::{Checkpoint, Dtype, Storage};
+use marlin_checkpoint::{Checkpoint, Dtype, Rotations, Storage};
 use marlin_format::Scheme;
 
 fn open_error(path: &Path) -> String {
@@ -243,6 +243,18 @@ fn quantised_folder_made_by_hand() {
     says(&format!("{version}, {INT8}, {ONE}"), &[codes, wide], &["`w_scale` is F32 [1, 1]", "wanted F16 [1, 1]"]);
     let short: common::Raw = ("w", Dtype::U8, &[1, 3], &[0; 3]);
     says(&format!("{version}, {INT8}, {ONE}"), &[short, scale], &["`w` is U8 [1, 3]", "wanted U8 [1, 4]"]);
+
+    // Rotations that a program does not know would be left out, so none of them is passed over.
+    let rotated = |rotations: &str| format!("{version}, {INT8}, {ONE}, \"rotations\": {rotations}");
+    let found =
+        |rotations: &str| Checkpoint::open(ours(&rotated(rotations), &[codes, scale]).path()).unwrap().rotations();
+    assert_eq!(checkpoint.rotations(), Rotations::default());
+    assert_eq!(found(r#"{"hidden": 512}"#), Rotations { hidden: Some(512), mlp: None });
+    assert_eq!(found(r#"{"mlp": 96, "hidden": 64}"#), Rotations { hidden: Some(64), mlp: Some(96) });
+    says(&rotated(r#"{"values": 64}"#), &[codes, scale], &["config.json", "`values`", "`hidden`"]);
+    for absurd in ["-1", "1.5", "\"512\"", "[512]"] {
+        says(&rotated(&format!("{{\"mlp\": {absurd}}}")), &[codes, scale], &["config.json", "quantization_config"]);
+    }
 
     let infinite: common::Raw = ("w_scale", Dtype::F16, &[1, 1], &[0x00, 0x7c]);
     let folder = ours(&format!("{version}, {INT8}, {ONE}"), &[codes, infinite]);

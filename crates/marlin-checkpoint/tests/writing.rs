@@ -8,7 +8,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use common::{assert_says, message};
-use marlin_checkpoint::{Checkpoint, CheckpointError, CheckpointWriter, Dtype, PlannedTensor, Storage, WriterOptions};
+use marlin_checkpoint::{
+    Checkpoint, CheckpointError, CheckpointWriter, Dtype, ExportLayout, PlannedTensor, Rotations, Storage,
+    WriterOptions,
+};
 use marlin_format::{ColumnOrder, Element, Format, Grouping, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind};
 use serde_json::{Value, json};
 
@@ -169,6 +172,28 @@ fn unquantised_output_has_no_quantization_config() {
     let checkpoint = Checkpoint::open(&out).unwrap();
     assert!(checkpoint.quantization().is_none());
     assert_eq!(checkpoint.config(), &json!({"model_type": "test"}));
+}
+
+/// What is to be rotated is said even where nothing is packed, and by our own layout alone.
+#[test]
+fn rotations_are_written() {
+    let temporary = tempfile::tempdir().unwrap();
+    let out = temporary.path().join("out");
+    let rotations = Rotations { hidden: Some(64), mlp: None };
+    let create = |layout, plan: Vec<PlannedTensor>| {
+        CheckpointWriter::create(&out, plan, config(), vec![], &WriterOptions { layout, rotations, ..options() })
+    };
+    let plan = || vec![PlannedTensor::matrix("w", 2, 2, Scheme::F16)];
+    for layout in [ExportLayout::CompressedTensors, ExportLayout::Gptq] {
+        let error = create(layout, plan()).unwrap_err().to_string();
+        assert!(error.contains(layout.name()) && error.contains("rotated"), "{error}");
+    }
+    let mut writer = create(ExportLayout::MetalMarlin, plan()).unwrap();
+    writer.write_matrix("w", &matrix(Scheme::F16, 2, 2, 0)).unwrap();
+    writer.finish().unwrap();
+    let checkpoint = Checkpoint::open(&out).unwrap();
+    assert_eq!((checkpoint.rotations(), checkpoint.is_quantized()), (rotations, false));
+    assert_eq!(checkpoint.config()["quantization_config"]["rotations"], json!({"hidden": 64}));
 }
 
 /// A small model over several shards.

@@ -36,6 +36,9 @@ pub struct RotationParts {
 impl RotationParts {
     /// All of it.
     pub const ALL: Self = Self { hidden: true, values: true, mlp: true };
+
+    /// What serves rounding most where it is measured (`docs/calibration.md`).
+    pub const USUAL: Self = Self { mlp: false, ..Self::ALL };
 }
 
 /// The blocks that parts of a model are rotated in; `None` for one that is not.

@@ -305,6 +305,28 @@ fn prediction_layers_are_counted() {
 }
 
 #[test]
+fn rotations_must_suit_the_model() {
+    let rotated = |name: &str, rotations: Value| {
+        let said =
+            json!({"quant_method": "metal-marlin", "version": 1, "schemes": {}, "tensors": {}, "rotations": rotations});
+        refusal(name, with("quantization_config", said))
+    };
+    let name = "qwen3-gqa2-tied";
+    let hidden = "quantization_config.rotations.hidden";
+    assert_says(&rotated(name, json!({"hidden": 128})), &[hidden, "must divide hidden_size = 64, found 128"]);
+    assert_says(&rotated(name, json!({"hidden": 48})), &[hidden, "must divide"]);
+    assert_says(&rotated(name, json!({"hidden": 0})), &[hidden, "power of two", "found 0"]);
+    let mlp = "quantization_config.rotations.mlp";
+    assert_says(
+        &rotated(name, json!({"hidden": 64, "mlp": 64})),
+        &[mlp, "must divide intermediate_size = 96, found 64"],
+    );
+    assert_says(&rotated(name, json!({"mlp": 52})), &[mlp, "12, 20, 28 or 36", "found 52"]);
+    assert_says(&rotated("gemma3-mha-bias", json!({"hidden": 40})), &[hidden, "normalises"]);
+    assert_says(&rotated("mixtral-top2", json!({"mlp": 48})), &[mlp, "experts"]);
+}
+
+#[test]
 fn options_must_suit_the_model() {
     let error = |options: LoadOptions| load_error(&golden("qwen3-gqa2-tied"), &options);
     let default = LoadOptions::default();

@@ -166,6 +166,49 @@ fn a_quantised_folder_has_a_model_card() {
     assert!(card.contains("# source in fp4 g128\n"), "{card}");
 }
 
+#[test]
+fn a_rotated_model_says_so() {
+    let folder = Folder::new();
+    let out = folder.path("rotated");
+    let quantize = ["quantize", &tiny(), &out, "--method", "mse", "--format", "int4"];
+    let report = json(&[&quantize[..], &["--rotate=hidden,values,mlp", "--json"]].concat());
+    assert_eq!(report["rotation"], serde_json::json!({"hidden": 64, "values": 32, "mlp": 96}));
+    let config = fs::read_to_string(Path::new(&out).join("config.json")).unwrap();
+    let config: Value = serde_json::from_str(&config).unwrap();
+    assert_eq!(config["quantization_config"]["rotations"], serde_json::json!({"hidden": 64, "mlp": 96}));
+    let sentence = "Weights are rotated in Hadamard blocks: hidden 64, values 32, mlp 96.";
+    let card = fs::read_to_string(Path::new(&out).join("README.md")).unwrap();
+    assert!(card.contains(sentence) && card.contains("rotated likewise"), "{card}");
+    assert_eq!(json(&["inspect", &out, "--json"])["rotations"], config["quantization_config"]["rotations"]);
+    let run = metal_marlin(&["inspect", &out]);
+    assert!(
+        run.stdout.contains("rotates       hidden states in blocks of 64, MLPs in blocks of 96\n"),
+        "{}",
+        run.stdout
+    );
+
+    let run = metal_marlin(&[&quantize[..], &["--force", "--rotate=values"]].concat());
+    assert!(run.stdout.contains("Weights are rotated in Hadamard blocks: values 32."), "{} {}", run.stdout, run.stderr);
+    let config = fs::read_to_string(Path::new(&out).join("config.json")).unwrap();
+    assert!(!config.contains("rotations"), "{config}");
+    let usual = json(&[&quantize[..], &["--force", "--rotate", "--json"]].concat());
+    assert_eq!(usual["rotation"], serde_json::json!({"hidden": 64, "values": 32, "mlp": null}));
+    let plain = json(&[&quantize[..], &["--force", "--json"]].concat());
+    assert_eq!(plain["rotation"], Value::Null);
+
+    // What cannot be rotated.
+    let error = metal_marlin(&[&quantize[..], &["--force", "--rotate=norms"]].concat());
+    assert!(error.code == Some(2) && error.stderr.contains("parts are hidden, values, mlp"), "{}", error.stderr);
+    for layout in ["gptq", "gguf", "compressed-tensors"] {
+        let error = failure(&[&quantize[..], &["--force", "--rotate", "--layout", layout]].concat());
+        assert!(error.contains("--rotate is for the layout metal-marlin") && error.contains(layout), "{error}");
+    }
+    for command in ["run", "eval"] {
+        let run = metal_marlin(&[command, "--format", "int4", "--rotate"]);
+        assert!(run.code == Some(2) && run.stderr.contains("--rotate"), "{command}: {}", run.stderr);
+    }
+}
+
 /// What calibration cannot do, it says before it begins, with what needs no calibration.
 #[test]
 fn calibration_needs_a_model_that_runs_and_a_text() {
@@ -470,13 +513,16 @@ mod bundled {
             "| fp4 g128 | rtn |",
             "| nvfp4 | mse |",
             "| int2 g32 | gptq |",
+            "| int3 g64 | mse rotated |",
+            "| int2 g32 | gptq rotated |",
             "| fp4 g128, 2:4 | gptq |",
             "| fp8 | 8.",
         ] {
             assert!(page.contains(row), "{row}: {page}");
         }
-        // A heading, a rule, the original, and three rows for each of 17 dense and 3 sparse variants; and a table of five KV caches.
-        assert_eq!(page.lines().filter(|line| line.starts_with('|')).count(), 3 + 3 * 20 + 2 + 5);
+        // A heading, a rule, the original, three rows for each of 17 dense and 3 sparse variants, two for each of 2 rotated ones; and a table of
+        // five KV caches.
+        assert_eq!(page.lines().filter(|line| line.starts_with('|')).count(), 3 + 3 * 20 + 4 + 2 + 5);
     }
 
     #[test]

@@ -196,7 +196,7 @@ impl Measure<'_> {
         bar.set(0, variants as u64);
         let embedding = Some(embedding_scheme(Format::Int8, None)?);
         for Variant { linears, method, is_rotated } in quantized {
-            let rotate = if is_rotated { RotationParts::ALL } else { RotationParts::default() };
+            let rotate = if is_rotated { RotationParts::USUAL } else { RotationParts::default() };
             let recipe = Recipe { rotate, ..Recipe::uniform(linears, embedding, method.search()) };
             rows.push(self.row(linears.to_string(), method, &recipe, &mut recorded)?);
             bar.set(rows.len() as u64, variants as u64);

@@ -66,12 +66,11 @@ pub(super) fn card(
             line.error.sqnr_db(),
         );
     }
-    text += match report.rotation {
-        None => "\nErrors are those of the weights, relative to the source's; all other tensors are the source's.\n",
-        Some(_) => {
-            "\nErrors are those of the weights, relative to the source's when they are rotated; so are all other tensors.\n"
-        }
+    let rest = match report.rotation {
+        None => "source's; all other tensors are the source's",
+        Some(_) => "source's rotated likewise; all other tensors are the source's, rotated where they must be",
     };
+    text += &format!("\nErrors are those of the weights, relative to the {rest}.\n");
     if measured.is_none() {
         text += "What they cost in quality is measured by `metal-marlin eval FOLDER --baseline SOURCE --text FILE`.\n";
     }

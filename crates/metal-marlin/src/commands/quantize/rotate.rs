@@ -9,17 +9,21 @@ use crate::commands::recipe::HEADING;
 /// The parts of a model, as `--rotate` names them.
 const PARTS: [&str; 3] = ["hidden", "values", "mlp"];
 
+/// [`RotationParts::USUAL`].
+const USUAL: &str = "hidden,values";
+
 /// What is rotated.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct RotateOptions {
-    /// Rotate the model by Hadamard matrices before it is rounded, which spreads outliers: all that can be, or some of hidden, values
-    /// and mlp. What it computes stays the same; it runs in this program only, and hidden and mlp cost a little of its speed
+    /// Rotate the model by Hadamard matrices before it is rounded, which spreads outliers: one or more of hidden, values and mlp
+    /// [default of `--rotate` alone: hidden,values]. It then runs in this program only, which rotates hidden states twice a step and
+    /// inputs of down_proj (mlp) in each layer
     #[arg(
         long,
         value_name = "PARTS",
         num_args = 0..=1,
         require_equals = true,
-        default_missing_value = "hidden,values,mlp",
+        default_missing_value = USUAL,
         value_parser = parts,
         help_heading = HEADING
     )]
@@ -76,6 +80,7 @@ mod tests {
     #[test]
     fn parts_are_named() {
         assert_eq!(parts("hidden,values,mlp"), Ok(RotationParts::ALL));
+        assert_eq!(parts(USUAL), Ok(RotationParts::USUAL));
         assert_eq!(parts("values"), Ok(RotationParts { values: true, ..RotationParts::default() }));
         for text in ["", "hidden,", "all", "hidden mlp"] {
             assert_eq!(parts(text), Err("parts are hidden, values, mlp".to_owned()), "{text}");
