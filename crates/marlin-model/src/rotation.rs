@@ -10,8 +10,6 @@
 //! - Values. Attention sums them as they are: rows of `v_proj` and columns of `o_proj` are rotated, head by head.
 //! - MLPs. `down_proj` is rotated along its columns, and the decoder rotates what it is given.
 
-use std::ops::Range;
-
 use marlin_checkpoint::{Checkpoint, Rotations};
 use marlin_kernels::{Hadamard, KernelError};
 
@@ -77,8 +75,19 @@ pub struct WeightRotation {
     pub norm: Option<NormWeights>,
     /// Each row is rotated.
     pub columns: Option<Hadamard>,
-    /// Each column is rotated within these rows.
-    pub rows: Option<(Hadamard, Vec<Range<usize>>)>,
+    /// Each column is rotated within some rows.
+    pub rows: Option<RowRotation>,
+}
+
+/// A rotation down the columns: rows come in runs of so many that stay and so many that are rotated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RowRotation {
+    /// Of blocks of rows.
+    pub rotation: Hadamard,
+    /// Rows at the beginning of a run that stay.
+    pub kept: usize,
+    /// Rows after them that are rotated, whole blocks.
+    pub rotated: usize,
 }
 
 /// The weights of a norm: what is stored, and what is added to it.
@@ -195,24 +204,21 @@ impl Rotation {
 
     /// Of a matrix, or its bias, whose product is added to the stream.
     fn writes(&self, columns: Option<Hadamard>) -> WeightRotation {
-        let rows = self.hidden.map(|rotation| (rotation, vec![0..self.spec.hidden_size]));
+        let rows = self.hidden.map(|rotation| RowRotation { rotation, kept: 0, rotated: self.spec.hidden_size });
         WeightRotation { norm: None, columns, rows }
     }
 
     /// The rows of values in a matrix or bias that makes them.
-    fn value_rows(&self, path: &str) -> Option<(Hadamard, Vec<Range<usize>>)> {
-        let rows = match self.spec.attention {
+    fn value_rows(&self, path: &str) -> Option<RowRotation> {
+        let (kept, rotated) = match self.spec.attention {
             AttentionSpec::Grouped(spec) if path.starts_with("qkv_proj") => {
-                let before = spec.q_width() + spec.kv_width();
-                vec![before..before + spec.kv_width()]
+                (spec.q_width() + spec.kv_width(), spec.kv_width())
             }
-            AttentionSpec::Grouped(spec) => vec![0..spec.kv_width()],
-            AttentionSpec::Latent(spec) => {
-                let rows = spec.nope_dim + spec.value_dim;
-                (0..spec.heads).map(|head| head * rows + spec.nope_dim..(head + 1) * rows).collect()
-            }
+            AttentionSpec::Grouped(spec) => (0, spec.kv_width()),
+            // Head by head.
+            AttentionSpec::Latent(spec) => (spec.nope_dim, spec.value_dim),
         };
-        Some((self.values?, rows))
+        Some(RowRotation { rotation: self.values?, kept, rotated })
     }
 }
 

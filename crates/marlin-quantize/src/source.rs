@@ -2,10 +2,10 @@
 
 use std::borrow::Cow;
 
-use marlin_checkpoint::{Checkpoint, Dtype, Rotations, Tensor};
+use marlin_checkpoint::{Checkpoint, CheckpointError, Dtype, Rotations, Tensor};
 use marlin_format::{EncodeOptions, PackedMatrix, Scheme, encode};
 use marlin_kernels::Hadamard;
-use marlin_model::{NormWeights, Rotation, RotationBlocks, RotationParts, TensorRotation, WeightRotation};
+use marlin_model::{NormWeights, Rotation, RotationBlocks, RotationParts, RowRotation, TensorRotation, WeightRotation};
 use rayon::prelude::*;
 
 use crate::QuantizeError;
@@ -81,10 +81,11 @@ impl<'a> Source<'a> {
         let mut values = self.checkpoint.vector(name, len)?;
         match self.rotation_of(name) {
             Some(TensorRotation::Norm(weight)) => values.fill(weight),
-            Some(TensorRotation::Weights(WeightRotation { rows: Some((rotation, ranges)), .. })) => {
-                ranges.into_iter().for_each(|rows| rotation.apply(&mut values[rows]));
+            Some(TensorRotation::Weights(WeightRotation { rows: Some(rows), .. })) => {
+                self.check_shape(name, &[len], None, Some(&rows))?;
+                runs(&mut values, 1, &rows).for_each(|run| rows.rotation.apply(run));
             }
-            _ => {}
+            Some(TensorRotation::Weights(_)) | None => {}
         }
         Ok(values)
     }
@@ -121,6 +122,7 @@ impl<'a> Source<'a> {
     /// The matrix of this name, rotated if it is to be.
     fn rotated(&self, name: &str, matrix: PackedMatrix<'a>) -> Result<PackedMatrix<'a>, QuantizeError> {
         let Some(TensorRotation::Weights(rotation)) = self.rotation_of(name) else { return Ok(matrix) };
+        self.check_shape(name, &[matrix.rows, matrix.cols], rotation.columns.as_ref(), rotation.rows.as_ref())?;
         let slices = slices(matrix.rows, matrix.cols, 1);
         // A weight that is not finite is named before it spoils its block.
         largest_weight(&matrix, &slices).map_err(|error| encode_error(self.checkpoint, name, error))?;
@@ -134,14 +136,29 @@ impl<'a> Source<'a> {
                 columns.apply(row);
             }
         });
-        if let Some((rotation, ranges)) = &rotation.rows {
-            let cols = matrix.cols;
-            ranges
-                .iter()
-                .for_each(|rows| rotate_rows(&mut weights[rows.start * cols..rows.end * cols], cols, rotation));
+        if let Some(rows) = &rotation.rows {
+            runs(&mut weights, matrix.cols, rows).for_each(|run| rotate_rows(run, matrix.cols, &rows.rotation));
         }
         let rotated = PackedMatrix::from_dense_bytes(Scheme::F32, matrix.rows, matrix.cols, bytes_of(&weights));
         rotated.map_err(|error| encode_error(self.checkpoint, name, error))
+    }
+
+    /// Refuses what is of another shape than config.json lets one expect.
+    fn check_shape(
+        &self,
+        tensor: &str,
+        found: &[usize],
+        columns: Option<&Hadamard>,
+        rows: Option<&RowRotation>,
+    ) -> Result<(), QuantizeError> {
+        let (columns, rows) = (columns.map_or(1, Hadamard::block), rows.map_or(1, |rows| rows.kept + rows.rotated));
+        let multiples = [rows, columns];
+        if found.iter().zip(multiples).all(|(&size, multiple)| size > 0 && size.is_multiple_of(multiple)) {
+            return Ok(());
+        }
+        let (file, tensor, found) = (self.checkpoint.name().to_owned(), tensor.to_owned(), found.to_vec());
+        let wanted = format!("multiples of {:?}, as config.json says", &multiples[..found.len()]);
+        Err(CheckpointError::Shape { file, tensor, found, wanted }.into())
     }
 
     fn norm(&self, norm: &NormWeights, len: usize) -> Result<Vec<f32>, QuantizeError> {
@@ -149,6 +166,12 @@ impl<'a> Source<'a> {
         weights.iter_mut().for_each(|weight| *weight += norm.offset);
         Ok(weights)
     }
+}
+
+/// The rows that are rotated, run by run.
+fn runs<'w>(weights: &'w mut [f32], cols: usize, rows: &RowRotation) -> impl Iterator<Item = &'w mut [f32]> {
+    let kept = rows.kept * cols;
+    weights.chunks_exact_mut((rows.kept + rows.rotated) * cols).map(move |run| &mut run[kept..])
 }
 
 /// Rotates each of the columns.

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use marlin_checkpoint::{Checkpoint, ExportLayout, Rotations};
+use marlin_checkpoint::{Checkpoint, CheckpointError, ExportLayout, MemoryTensor, Rotations};
 use marlin_format::{Format, Grouping, ScaleSearch, Scheme};
 use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions};
 use marlin_kernels::gpu::{GpuArithmetic, GpuBackend, GpuOptions};
@@ -242,6 +243,36 @@ fn what_cannot_be_rotated_is_refused() {
     let twice =
         quantize(&Checkpoint::open(&out).unwrap(), &folder.path().join("twice"), &all, QuantizeOptions::default());
     assert!(matches!(twice, Err(QuantizeError::AlreadyRotated { .. })), "{twice:?}");
+}
+
+/// Weights that are not what config.json says.
+#[test]
+fn other_shapes_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let original = Checkpoint::open(&golden("qwen3-gqa2-tied")).unwrap();
+    let tensors: Vec<_> = original
+        .tensor_names()
+        .map(|name| {
+            let tensor = match *original.shape(name).unwrap() {
+                [len] => MemoryTensor::vector(&original.vector(name, len).unwrap()),
+                _ => MemoryTensor::matrix(Arc::new(original.matrix_any(name).unwrap().into_owned())),
+            };
+            (name.to_owned(), tensor)
+        })
+        .collect();
+    for (field, size, tensor) in [
+        ("hidden_size", 96, "model.layers.0."),
+        ("head_dim", 96, "model.layers.0.self_attn."),
+        ("intermediate_size", 80, "model.layers.0.mlp.down_proj.weight"),
+    ] {
+        let mut config = original.config().clone();
+        config[field] = size.into();
+        let source = Checkpoint::from_parts("memory", config, tensors.clone()).unwrap();
+        let recipe = rotated(Scheme::F32, RotationParts::ALL);
+        let error = quantize(&source, &folder.path().join(field), &recipe, QuantizeOptions::default()).unwrap_err();
+        assert!(matches!(error, QuantizeError::Checkpoint(CheckpointError::Shape { .. })), "{field}: {error}");
+        assert!(error.to_string().contains("memory") && error.to_string().contains(tensor), "{field}: {error}");
+    }
 }
 
 /// A weight that is not finite is named by its own place.
