@@ -25,4 +25,6 @@ pub use families::supported_architectures;
 pub use kv::{KvPool, KvSequence};
 pub use language_model::{HostExpertsInfo, LanguageModel, LayerRouting, LoadOptions, ModelInfo};
 pub use plan::{Conversion, ExpertShape, HostPlan, MemoryPlan, ModelShape, Planner, format_size};
-pub use rotation::{NormWeights, Rotation, RotationBlocks, RotationParts, RowRotation, TensorRotation, WeightRotation};
+pub use rotation::{
+    InputNorms, NormWeights, Rotation, RotationBlocks, RotationParts, RowRotation, TensorRotation, WeightRotation,
+};

@@ -11,7 +11,7 @@
 //! - MLPs. `down_proj` is rotated along its columns, and the decoder rotates what it is given.
 
 use marlin_checkpoint::{Checkpoint, Rotations};
-use marlin_kernels::{Hadamard, KernelError};
+use marlin_kernels::{Activation, Hadamard, KernelError};
 
 use crate::families;
 use crate::spec::{AttentionSpec, DecoderSpec};
@@ -69,7 +69,7 @@ pub enum TensorRotation {
 }
 
 /// What becomes of a matrix `[rows, cols]`, or of a bias of so many rows, in this order.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct WeightRotation {
     /// Columns are multiplied by the weights of this norm.
     pub norm: Option<NormWeights>,
@@ -141,11 +141,10 @@ impl Rotation {
         let layer = layer.parse().ok().filter(|&layer: &usize| layer < self.spec.layers.len())?;
         let (block, path) = path.split_once('.')?;
         let rotation = match block {
-            "self_attn" => self.of_attention(layer, path)?,
-            "mlp" | "block_sparse_moe" => self.of_feed_forward(layer, path)?,
+            "self_attn" => self.of_attention(layer, path),
             "input_layernorm" => return self.of_norm(),
             norm if norm == self.spec.norms.mlp => return self.of_norm(),
-            _ => return None,
+            block => self.of_feed_forward(layer, block, path),
         };
         let is_changed = rotation.norm.is_some() || rotation.columns.is_some() || rotation.rows.is_some();
         is_changed.then_some(TensorRotation::Weights(rotation))
@@ -155,51 +154,39 @@ impl Rotation {
         self.hidden.map(|_| TensorRotation::Norm(1.0 - self.spec.norm_offset))
     }
 
-    fn of_attention(&self, layer: usize, path: &str) -> Option<WeightRotation> {
-        let reads = || self.reads(layer, "input_layernorm");
-        Some(match path {
-            "q_proj.weight" | "k_proj.weight" | "q_a_proj.weight" | "kv_a_proj_with_mqa.weight" => reads(),
-            "v_proj.weight" | "qkv_proj.weight" => WeightRotation { rows: self.value_rows(path), ..reads() },
-            "v_proj.bias" | "qkv_proj.bias" | "kv_b_proj.weight" => {
-                WeightRotation { norm: None, columns: None, rows: self.value_rows(path) }
+    fn of_attention(&self, layer: usize, path: &str) -> WeightRotation {
+        match path {
+            "v_proj.weight" | "qkv_proj.weight" | "v_proj.bias" | "qkv_proj.bias" | "kv_b_proj.weight" => {
+                WeightRotation { rows: self.value_rows(path), ..self.reads(layer, "self_attn", path) }
             }
             "o_proj.weight" => self.writes(self.values),
             "o_proj.bias" => self.writes(None),
-            _ => return None,
-        })
+            _ => self.reads(layer, "self_attn", path),
+        }
     }
 
-    fn of_feed_forward(&self, layer: usize, path: &str) -> Option<WeightRotation> {
-        let reads = || self.reads(layer, self.spec.norms.mlp);
-        if !self.spec.layers[layer].has_experts || self.spec.experts.is_none() {
-            return Some(match path {
-                "gate_proj.weight" | "up_proj.weight" | "gate_up_proj.weight" => reads(),
-                "down_proj.weight" => self.writes(self.mlp),
-                "down_proj.bias" => self.writes(None),
-                _ => return None,
-            });
-        }
+    fn of_feed_forward(&self, layer: usize, block: &str, path: &str) -> WeightRotation {
+        let is_feed_forward = FEED_FORWARD.contains(&block);
         match path {
-            "gate.weight" | "router.weight" => return Some(reads()),
+            "down_proj.weight" if is_feed_forward && !self.spec.is_mixture(layer) => self.writes(self.mlp),
+            "down_proj.bias" if is_feed_forward && !self.spec.is_mixture(layer) => self.writes(None),
             // A row for each expert.
-            "experts.down_proj_bias" | "experts.down_proj.bias" => {
-                return Some(WeightRotation { norm: None, columns: self.hidden, rows: None });
+            "experts.down_proj_bias" | "experts.down_proj.bias" if is_feed_forward => {
+                WeightRotation { columns: self.hidden, ..WeightRotation::default() }
             }
-            _ => {}
-        }
-        let module = path.strip_suffix(".weight").filter(|module| module.contains("expert"))?;
-        match module.rsplit_once('.')?.1 {
-            "gate_proj" | "up_proj" | "w1" | "w3" => Some(reads()),
-            "down_proj" | "w2" => Some(self.writes(None)),
-            _ => None,
+            _ => match expert_module(path).filter(|_| is_feed_forward && self.spec.is_mixture(layer)) {
+                Some("down_proj" | "w2") => self.writes(None),
+                _ => self.reads(layer, block, path),
+            },
         }
     }
 
-    /// Of a matrix that is multiplied with the normalised stream.
-    fn reads(&self, layer: usize, norm: &str) -> WeightRotation {
-        let offset = self.spec.norm_offset;
-        let norm = NormWeights { tensor: format!("model.layers.{layer}.{norm}.weight"), offset };
-        WeightRotation { norm: self.hidden.map(|_| norm), columns: self.hidden, rows: None }
+    /// Of a matrix that is multiplied with the normalised stream; nothing, if it is not.
+    fn reads(&self, layer: usize, block: &str, path: &str) -> WeightRotation {
+        match self.spec.input_norm(layer, block, path).filter(|_| self.hidden.is_some()) {
+            Some(norm) => WeightRotation { norm: Some(norm), columns: self.hidden, rows: None },
+            None => WeightRotation::default(),
+        }
     }
 
     /// Of a matrix, or its bias, whose product is added to the stream.
@@ -222,7 +209,78 @@ impl Rotation {
     }
 }
 
+/// The modules that a layer's feed-forward block goes by.
+const FEED_FORWARD: [&str; 2] = ["mlp", "block_sparse_moe"];
+
+/// The last module of a matrix of an expert, shared ones among them.
+fn expert_module(path: &str) -> Option<&str> {
+    let module = path.strip_suffix(".weight").filter(|module| module.contains("expert"))?;
+    Some(module.rsplit_once('.')?.1)
+}
+
+/// Which norm's output each matrix of a model is multiplied with.
+#[derive(Debug, Clone)]
+pub struct InputNorms(DecoderSpec);
+
+impl InputNorms {
+    /// # Errors
+    /// The architecture is not supported, or config.json cannot be used.
+    pub fn new(checkpoint: &Checkpoint) -> Result<Self, ModelError> {
+        Ok(Self(families::spec(checkpoint)?.1))
+    }
+
+    /// That of a matrix; `None` if its input is something else. Matrices of experts go by the names that single ones have.
+    pub fn of(&self, tensor: &str) -> Option<NormWeights> {
+        let (layer, path) = tensor.strip_prefix("model.layers.")?.split_once('.')?;
+        let layer = layer.parse().ok().filter(|&layer: &usize| layer < self.0.layers.len())?;
+        let (block, path) = path.split_once('.')?;
+        self.0.input_norm(layer, block, path)
+    }
+
+    /// Whether what the down projections of a layer's MLPs, or of its experts, are given is proportional to what the up projections give.
+    pub fn is_proportional_to_up(&self, layer: usize) -> bool {
+        let experts = self.0.experts.filter(|_| self.0.is_mixture(layer));
+        let activation = experts.map_or(self.0.mlp.activation, |experts| experts.activation);
+        match activation {
+            Activation::Silu | Activation::GeluTanh => true,
+            Activation::ClampedSwiglu => false,
+        }
+    }
+}
+
 impl DecoderSpec {
+    /// The norm whose output a matrix of a layer is multiplied with.
+    fn input_norm(&self, layer: usize, block: &str, path: &str) -> Option<NormWeights> {
+        let reads_stream = match block {
+            "self_attn" => matches!(
+                path,
+                "q_proj.weight"
+                    | "k_proj.weight"
+                    | "v_proj.weight"
+                    | "qkv_proj.weight"
+                    | "q_a_proj.weight"
+                    | "kv_a_proj_with_mqa.weight"
+            ),
+            block if FEED_FORWARD.contains(&block) && self.is_mixture(layer) => {
+                let of_expert = expert_module(path);
+                matches!(path, "gate.weight" | "router.weight")
+                    || matches!(of_expert, Some("gate_proj" | "up_proj" | "w1" | "w3"))
+            }
+            block if FEED_FORWARD.contains(&block) => {
+                matches!(path, "gate_proj.weight" | "up_proj.weight" | "gate_up_proj.weight")
+            }
+            _ => false,
+        };
+        let norm = if block == "self_attn" { "input_layernorm" } else { self.norms.mlp };
+        reads_stream
+            .then(|| NormWeights { tensor: format!("model.layers.{layer}.{norm}.weight"), offset: self.norm_offset })
+    }
+
+    /// Whether a layer is a mixture of experts.
+    fn is_mixture(&self, layer: usize) -> bool {
+        self.layers[layer].has_experts && self.experts.is_some()
+    }
+
     /// The decoder of weights that expect these rotations.
     pub(crate) fn rotated(mut self, rotations: Rotations) -> Result<Self, ConfigError> {
         if let Some(block) = rotations.hidden {

@@ -63,6 +63,19 @@ pub(crate) fn matrix_error(source: &PackedMatrix<'_>, encoded: &PackedMatrix<'_>
     total(errors.into_iter().flatten())
 }
 
+/// Σ over weights of the square of what they are off by, times what their column counts.
+pub(crate) fn weighted_error(matrix: &PackedMatrix<'_>, rounded: &PackedMatrix<'_>, importance: &[f32]) -> f64 {
+    let of_row = |row: usize| {
+        let (mut weights, mut values) = (vec![0.0; matrix.cols], vec![0.0; matrix.cols]);
+        matrix.decode_row(row, &mut weights);
+        rounded.decode_row(row, &mut values);
+        let errors = weights.iter().zip(&values).zip(importance);
+        errors.map(|((weight, value), importance)| f64::from(importance * (weight - value) * (weight - value))).sum()
+    };
+    // In the order of the rows, so that the sum does not depend on the number of threads.
+    (0..matrix.rows).into_par_iter().map(of_row).collect::<Vec<f64>>().iter().sum()
+}
+
 /// Errors row by row, so that their sum does not depend on how rows are sliced.
 fn row_errors(source: &[f32], decoded: &[f32], cols: usize) -> Vec<ErrorStats> {
     source.chunks_exact(cols).zip(decoded.chunks_exact(cols)).map(|(w, d)| ErrorStats::of(w, d)).collect()

@@ -18,6 +18,7 @@ mod output;
 mod quantize;
 mod recipe;
 mod role;
+mod scaling;
 mod source;
 
 pub use calibrate::Calibration;

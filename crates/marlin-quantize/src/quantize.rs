@@ -15,6 +15,7 @@ use crate::capture::Observed;
 use crate::encode_matrix::{encode_matrix, matrix_error};
 use crate::moe::{ExpertMatrix, ExpertTensors, MoeLayer, find_moe_layers};
 use crate::output::Output;
+use crate::scaling::find_scales;
 use crate::source::Source;
 use crate::{ErrorStats, Footprint, QuantizeError, Recipe, TensorRole};
 
@@ -28,6 +29,8 @@ pub struct QuantizeOptions<'a> {
     pub layout: ExportLayout,
     /// Round weights by what they are multiplied with; each by itself if there is none.
     pub calibration: Option<Calibration<'a>>,
+    /// Scale the channels of linears first, as this text asks for (AWQ): an equal model, whose channels that matter are larger, is rounded.
+    pub scaling: Option<Calibration<'a>>,
     /// Called after each tensor and once at the end.
     pub progress: Option<&'a mut dyn FnMut(Progress<'_>)>,
     /// Makes the model card (README.md) that the output folder gets.
@@ -39,7 +42,16 @@ pub struct QuantizeOptions<'a> {
 impl Default for QuantizeOptions<'_> {
     fn default() -> Self {
         let WriterOptions { sync_bytes, layout, .. } = WriterOptions::default();
-        Self { force: false, sync_bytes, layout, calibration: None, progress: None, card: None, plan: None }
+        Self {
+            force: false,
+            sync_bytes,
+            layout,
+            calibration: None,
+            scaling: None,
+            progress: None,
+            card: None,
+            plan: None,
+        }
     }
 }
 
@@ -63,6 +75,8 @@ pub struct Report {
     pub kept: Vec<String>,
     /// Tensors that an earlier, interrupted run had finished.
     pub resumed: usize,
+    /// Inputs of linears whose channels were scaled; `None` if that was not asked for.
+    pub scaled_inputs: Option<usize>,
     /// What was rotated before, in which blocks.
     pub rotation: Option<RotationBlocks>,
     /// The source's weights.
@@ -146,7 +160,7 @@ pub fn quantize(
         return Err(QuantizeError::NotRotatedIn { layout: options.layout });
     }
     let source = Source::new(source, recipe.rotate)?;
-    run(&source, out, &|name| recipe.scheme(name, 2), recipe.search, decides, options)
+    run(source, out, &|name| recipe.scheme(name, 2), recipe.search, decides, options)
 }
 
 /// [`quantize`] with a scheme for each matrix that is named, and all else kept.
@@ -161,12 +175,12 @@ pub(crate) fn quantize_as(
     let schemes: BTreeMap<&str, Scheme> = schemes.collect::<Result<_, QuantizeError>>()?;
     let decides = format!("metal-marlin {}, {layout}, {}", env!("CARGO_PKG_VERSION"), assignment.fingerprint());
     let source = Source::new(source, RotationParts::default())?;
-    run(&source, out, &|name| schemes.get(name).copied(), assignment.encode.search, decides, options)
+    run(source, out, &|name| schemes.get(name).copied(), assignment.encode.search, decides, options)
 }
 
 /// Writes the output; `decides` is all that it depends on beside the source.
 fn run(
-    source: &Source<'_>,
+    source: Source<'_>,
     out: &Path,
     scheme: &dyn Fn(&str) -> Option<Scheme>,
     search: ScaleSearch,
@@ -175,19 +189,28 @@ fn run(
 ) -> Result<Report, QuantizeError> {
     let (layout, checkpoint) = (options.layout, source.checkpoint);
     let moe_layers = find_moe_layers(checkpoint)?;
-    let tasks = tasks(source, &moe_layers, scheme)?;
     refuse_source_as_output(checkpoint, out)?;
-    let calibration = options.calibration.as_ref();
-    let calibration = calibration.map_or(String::new(), |calibration| format!(", {}", calibration.fingerprint()));
+    let encode = EncodeOptions { search, power_of_two_global: layout.stores_inverse_globals() };
+    let text = |calibration: &Option<Calibration<'_>>| calibration.as_ref().map(Calibration::fingerprint);
+    let calibration = text(&options.calibration).map_or(String::new(), |text| format!(", {text}"));
+    let scaling = text(&options.scaling).map_or(String::new(), |text| format!(", channels scaled, {text}"));
+    let source = match &options.scaling {
+        None => source,
+        Some(scaling) => {
+            let scales = find_scales(&source, &tasks(&source, &moe_layers, scheme)?, &encode, scaling)?;
+            source.scaled(scales)
+        }
+    };
+    let source = &source;
+    let tasks = tasks(source, &moe_layers, scheme)?;
     let writer_options = WriterOptions {
-        fingerprint: format!("source {}, {decides}{calibration}", source_fingerprint(checkpoint)?),
+        fingerprint: format!("source {}, {decides}{scaling}{calibration}", source_fingerprint(checkpoint)?),
         force: options.force,
         sync_bytes: options.sync_bytes,
         layout,
         rotations: source.rotations(),
         ..WriterOptions::default()
     };
-    let encode = EncodeOptions { search, power_of_two_global: layout.stores_inverse_globals() };
     // What stands against running the model is said before anything is written.
     let backend = options.calibration.as_ref().map(|calibration| Observed::new(calibration.backend.clone()));
     let calibrator = backend
@@ -438,6 +461,7 @@ fn report(
         matrices,
         kept: unknown.map(|task| task.name.to_string()).collect(),
         resumed,
+        scaled_inputs: source.scaled_inputs(),
         rotation: source.blocks(),
         before: Footprint::of(source.checkpoint),
         after: tasks.iter().map(Task::footprint).sum(),

@@ -1,4 +1,4 @@
-//! The weights that are quantised: a checkpoint's, or those of its rotated equal.
+//! The weights that are quantised: a checkpoint's, or those of its equal that is rotated, or whose channels are scaled.
 
 use std::borrow::Cow;
 
@@ -12,11 +12,13 @@ use crate::QuantizeError;
 use crate::encode_matrix::{decode_rows, largest_weight, slices};
 use crate::moe::{ExpertMatrix, MoeLayer, expert_matrix};
 use crate::quantize::encode_error;
+use crate::scaling::ChannelScales;
 
 /// A checkpoint, and how its weights are rotated before they are quantised, if they are. Tensors are rotated one at a time, as they are read.
 pub(crate) struct Source<'a> {
     pub(crate) checkpoint: &'a Checkpoint,
     rotation: Option<Rotation>,
+    scales: Option<ChannelScales>,
 }
 
 impl<'a> Source<'a> {
@@ -28,13 +30,23 @@ impl<'a> Source<'a> {
             return Err(QuantizeError::AlreadyRotated { model: model() });
         }
         if parts == RotationParts::default() {
-            return Ok(Self { checkpoint, rotation: None });
+            return Ok(Self { checkpoint, rotation: None, scales: None });
         }
         let rotation = Rotation::new(checkpoint, parts)?;
         if rotation.blocks() == RotationBlocks::default() {
             return Err(QuantizeError::NothingToRotate { model: model() });
         }
-        Ok(Self { checkpoint, rotation: Some(rotation) })
+        Ok(Self { checkpoint, rotation: Some(rotation), scales: None })
+    }
+
+    /// The same with channels scaled.
+    pub(crate) fn scaled(self, scales: ChannelScales) -> Self {
+        Self { scales: Some(scales), ..self }
+    }
+
+    /// Inputs of linears whose channels are scaled, if any were to be.
+    pub(crate) fn scaled_inputs(&self) -> Option<usize> {
+        self.scales.as_ref().map(ChannelScales::inputs)
     }
 
     /// What is rotated, if anything is.
@@ -57,13 +69,14 @@ impl<'a> Source<'a> {
     pub(crate) fn dtype(&self, name: &str, stored: Dtype) -> Dtype {
         match self.rotation_of(name) {
             Some(TensorRotation::Weights(_)) => Dtype::F32,
+            _ if self.is_scaled(name) => Dtype::F32,
             Some(TensorRotation::Norm(_)) | None => stored,
         }
     }
 
     /// A matrix.
     pub(crate) fn matrix(&self, name: &str) -> Result<PackedMatrix<'a>, QuantizeError> {
-        self.rotated(name, self.checkpoint.matrix_any(name)?)
+        self.changed(name, self.checkpoint.matrix_any(name)?)
     }
 
     /// A matrix of an expert.
@@ -73,12 +86,16 @@ impl<'a> Source<'a> {
         expert: usize,
         matrix: ExpertMatrix,
     ) -> Result<PackedMatrix<'a>, QuantizeError> {
-        self.rotated(&layer.expert_name(expert, matrix), expert_matrix(self.checkpoint, layer, expert, matrix)?)
+        let name = layer.expert_name(expert, matrix);
+        self.changed(&name, expert_matrix(self.checkpoint, layer, expert, matrix)?)
     }
 
     /// A vector of finite values.
     pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, QuantizeError> {
         let mut values = self.checkpoint.vector(name, len)?;
+        if let Some(norm) = self.scaled_norm(name) {
+            return Ok(norm.to_vec());
+        }
         match self.rotation_of(name) {
             Some(TensorRotation::Norm(weight)) => values.fill(weight),
             Some(TensorRotation::Weights(WeightRotation { rows: Some(rows), .. })) => {
@@ -94,8 +111,10 @@ impl<'a> Source<'a> {
     pub(crate) fn tensor(&self, name: &str) -> Result<Tensor<'a>, QuantizeError> {
         let tensor = self.checkpoint.tensor(name)?;
         let len = tensor.shape.iter().product();
+        let is_norm = self.scaled_norm(name).is_some();
         let bytes = match self.rotation_of(name) {
-            None => {
+            None if self.is_scaled(name) => self.matrix(name)?.codes.into_owned(),
+            None if !is_norm => {
                 let is_float = matches!(tensor.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32);
                 if tensor.shape.len() == 1 && is_float {
                     // Refuses what is not finite.
@@ -103,7 +122,7 @@ impl<'a> Source<'a> {
                 }
                 return Ok(tensor);
             }
-            Some(TensorRotation::Norm(_)) => {
+            Some(TensorRotation::Norm(_)) | None => {
                 let values = self.vector(name, len)?;
                 let scheme = self.checkpoint.info(name).and_then(|info| info.scheme()).unwrap_or(Scheme::F32);
                 let stored = encode(&values, 1, len, &scheme, &EncodeOptions::default());
@@ -113,6 +132,23 @@ impl<'a> Source<'a> {
             Some(TensorRotation::Weights(_)) => self.matrix(name)?.codes.into_owned(),
         };
         Ok(Tensor { dtype: self.dtype(name, tensor.dtype), shape: tensor.shape, bytes: Cow::Owned(bytes) })
+    }
+
+    fn is_scaled(&self, name: &str) -> bool {
+        self.scales.as_ref().is_some_and(|scales| scales.changes_matrix(name))
+    }
+
+    fn scaled_norm(&self, name: &str) -> Option<&[f32]> {
+        self.scales.as_ref()?.norm(name)
+    }
+
+    /// The matrix of this name as it is to be quantised.
+    fn changed(&self, name: &str, matrix: PackedMatrix<'a>) -> Result<PackedMatrix<'a>, QuantizeError> {
+        let rotated = self.rotated(name, matrix)?;
+        match &self.scales {
+            Some(scales) => scales.apply(name, rotated, self.checkpoint),
+            None => Ok(rotated),
+        }
     }
 
     fn rotation_of(&self, name: &str) -> Option<TensorRotation> {
@@ -187,6 +223,6 @@ fn rotate_rows(weights: &mut [f32], cols: usize, rotation: &Hadamard) {
     });
 }
 
-fn bytes_of(values: &[f32]) -> Vec<u8> {
+pub(crate) fn bytes_of(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }

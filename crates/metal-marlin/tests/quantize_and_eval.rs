@@ -209,6 +209,24 @@ fn a_rotated_model_says_so() {
     }
 }
 
+#[test]
+fn a_model_with_scaled_channels_says_so() {
+    let folder = Folder::new();
+    let (source, out) = (tiny_with_tokenizer(&folder), folder.path("scaled"));
+    let quantize = ["quantize", &source, &out, "--format", "int3", "--method", "mse", "--calibration-windows", "2"];
+    let report = json(&[&quantize[..], &["--scale-channels", "--json"]].concat());
+    let inputs = report["scaled_inputs"].as_u64().unwrap();
+    // At most three in each of two layers: those of attention, of the MLP and of its last matrix.
+    assert!((1..=6).contains(&inputs), "{report}");
+    let card = fs::read_to_string(Path::new(&out).join("README.md")).unwrap();
+    assert!(card.contains(&format!("Channels of {inputs} inputs of linears are scaled (AWQ).")), "{card}");
+    let plain = json(&[&quantize[..7], &["--force", "--json"]].concat());
+    assert_eq!(plain["scaled_inputs"], Value::Null);
+    fs::remove_file(Path::new(&source).join("tokenizer.json")).unwrap();
+    let error = failure(&[&quantize[..7], &["--force", "--scale-channels"]].concat());
+    assert!(error.contains("--scale-channels needs a text in the model's tokens"), "{error}");
+}
+
 /// What calibration cannot do, it says before it begins, with what needs no calibration.
 #[test]
 fn calibration_needs_a_model_that_runs_and_a_text() {
@@ -513,16 +531,18 @@ mod bundled {
             "| fp4 g128 | rtn |",
             "| nvfp4 | mse |",
             "| int2 g32 | gptq |",
+            "| int4 g128 | mse scaled |",
             "| int3 g64 | mse rotated |",
+            "| mix of 4.8 | gptq |",
             "| int2 g32 | gptq rotated |",
             "| fp4 g128, 2:4 | gptq |",
             "| fp8 | 8.",
         ] {
             assert!(page.contains(row), "{row}: {page}");
         }
-        // A heading, a rule, the original, three rows for each of 17 dense and 3 sparse variants, two for each of 2 rotated ones; and a table of
-        // five KV caches.
-        assert_eq!(page.lines().filter(|line| line.starts_with('|')).count(), 3 + 3 * 20 + 4 + 2 + 5);
+        // A heading, a rule, the original, three rows for each of 17 dense and 3 sparse variants, 7 rotated and scaled ones,
+        // and 6 mixes; and a table of five KV caches.
+        assert_eq!(page.lines().filter(|line| line.starts_with('|')).count(), 3 + 3 * 20 + 7 + 6 + 2 + 5);
     }
 
     #[test]

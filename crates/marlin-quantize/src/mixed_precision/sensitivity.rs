@@ -8,13 +8,12 @@ use marlin_checkpoint::Checkpoint;
 use marlin_format::{EncodeOptions, PackedMatrix, ScaleSearch, Scheme};
 use marlin_kernels::cpu::CpuBackend;
 use marlin_model::{LayerRunner, LoadedLayer, RotationParts};
-use rayon::prelude::*;
 
 use super::plan::planned_name;
 use super::{BitPlan, PROBE, PlannedMatrix, candidates};
 use crate::calibrate::{Calibration, LayerWeights};
 use crate::capture::Observed;
-use crate::encode_matrix::encode_matrix;
+use crate::encode_matrix::{encode_matrix, weighted_error};
 use crate::evaluate::divergences;
 use crate::gptq::{Hessian, Order, round_matrix};
 use crate::moe::find_moe_layers;
@@ -294,19 +293,6 @@ fn compare(
         }
     }
     Ok(sums.into_iter().map(|sum| sum / rows.max(1) as f64).collect())
-}
-
-/// Σ over weights of the square of what they are off by, times what their column counts.
-fn weighted_error(matrix: &PackedMatrix<'_>, rounded: &PackedMatrix<'_>, importance: &[f32]) -> f64 {
-    let of_row = |row: usize| {
-        let (mut weights, mut values) = (vec![0.0; matrix.cols], vec![0.0; matrix.cols]);
-        matrix.decode_row(row, &mut weights);
-        rounded.decode_row(row, &mut values);
-        let errors = weights.iter().zip(&values).zip(importance);
-        errors.map(|((weight, value), importance)| f64::from(importance * (weight - value) * (weight - value))).sum()
-    };
-    // In the order of the rows, so that the sum does not depend on the number of threads.
-    (0..matrix.rows).into_par_iter().map(of_row).collect::<Vec<f64>>().iter().sum()
 }
 
 /// Four digits of a number: more would say nothing.

@@ -20,7 +20,7 @@ const BUNDLED: &str = include_str!("../../../../data/text/calibration.txt");
 #[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Calibration")]
 pub(crate) struct CalibrationOptions {
-    /// Text like what the model will read and write, a UTF-8 file, for --method gptq, --target-bpw and --cold-expert-format [default: English prose that
+    /// Text like what the model will read and write, a UTF-8 file, for --method gptq, --scale-channels, --target-bpw and --cold-expert-format [default: English prose that
     /// comes with the program]
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,

@@ -11,8 +11,8 @@ use marlin_format::{Format, FormatError, Grouping, Scheme};
 use marlin_kernels::KvType;
 use marlin_model::RotationParts;
 use marlin_quantize::{
-    Divergence, Footprint, LogitSource, ModelLogits, Quality, QuantizeOptions, Recipe, Windows, embedding_scheme,
-    evaluate, measure_sensitivity, quantize,
+    Divergence, Footprint, LogitSource, ModelLogits, Quality, QuantizeError, QuantizeOptions, Recipe, Windows,
+    embedding_scheme, evaluate, measure_sensitivity, quantize,
 };
 use metal_marlin::device::Device;
 use metal_marlin::memory::{MemoryBudget, MemoryOptions};
@@ -103,27 +103,43 @@ const DENSE: [(Format, Option<Grouping>); 17] = [
 /// Bits per weight of the mixes of formats that are measured beside them.
 const MIXES: [f64; 6] = [2.5, 3.0, 3.45, 3.5, 4.2, 4.8];
 
-/// The formats that are measured rotated as well, in their usual groups, and how they are rounded then.
-const ROTATED: ([Format; 2], [Method; 2]) = ([Format::Int3, Format::Int2], [Method::Mse, Method::Gptq]);
+/// The formats, in their usual groups, that are measured rotated as well, or with scaled channels, and how they are rounded then.
+const CHANGED: [(Change, Format, Method); 7] = [
+    (Change::Scaled, Format::Int4, Method::Mse),
+    (Change::Scaled, Format::Int3, Method::Mse),
+    (Change::Scaled, Format::Int2, Method::Mse),
+    (Change::Rotated, Format::Int3, Method::Mse),
+    (Change::Rotated, Format::Int3, Method::Gptq),
+    (Change::Rotated, Format::Int2, Method::Mse),
+    (Change::Rotated, Format::Int2, Method::Gptq),
+];
+
+/// What becomes of a model before it is rounded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Change {
+    Nothing,
+    Rotated,
+    Scaled,
+}
 
 /// How a model is quantised for a row of the table.
 struct Variant {
+    change: Change,
     linears: Scheme,
     method: Method,
-    is_rotated: bool,
 }
 
-/// What is measured: the dense formats, then the 2:4 variants in their usual groups, each with every method; then the rotated ones.
+/// What is measured: the dense formats, then the 2:4 variants in their usual groups, each with every method; then the changed ones.
 fn variants() -> Result<Vec<Variant>, FormatError> {
     let dense = DENSE.into_iter().map(|(format, grouping)| format.scheme(grouping));
     let sparse = Format::SPARSE.into_iter().map(|format| format.sparse_24(None));
-    let plain = dense.chain(sparse).map(|linears| (linears, &Method::ALL[..], false));
-    let (formats, methods) = ROTATED;
-    let rotated = formats.into_iter().map(|format| (format.scheme(None), &methods[..], true));
     let mut variants = Vec::new();
-    for (linears, methods, is_rotated) in plain.chain(rotated) {
+    for linears in dense.chain(sparse) {
         let linears = linears?;
-        variants.extend(methods.iter().map(|&method| Variant { linears, method, is_rotated }));
+        variants.extend(Method::ALL.map(|method| Variant { change: Change::Nothing, linears, method }));
+    }
+    for (change, format, method) in CHANGED {
+        variants.push(Variant { change, linears: format.scheme(None)?, method });
     }
     Ok(variants)
 }
@@ -195,18 +211,21 @@ impl Measure<'_> {
         let mut bar = Bar::counting("Measuring", "variants");
         bar.set(0, variants as u64);
         let embedding = Some(embedding_scheme(Format::Int8, None)?);
-        for Variant { linears, method, is_rotated } in quantized {
-            let rotate = if is_rotated { RotationParts::USUAL } else { RotationParts::default() };
-            let recipe = Recipe { rotate, ..Recipe::uniform(linears, embedding, method.search()) };
-            rows.push(self.row(linears.to_string(), method, &recipe, &mut recorded)?);
+        for Variant { change, linears, method } in quantized {
+            let recipe = Recipe::uniform(linears, embedding, method.search());
+            rows.push(self.row(linears.to_string(), change, method, recipe, &mut recorded)?);
             bar.set(rows.len() as u64, variants as u64);
         }
         let calibration = self.gptq.calibration().expect("gptq is calibrated");
         let mut plan = measure_sensitivity(self.source, &calibration, &mut |_, _| {})?;
         for target in MIXES {
-            plan.allocate(target)?;
+            match plan.allocate(target) {
+                // Scales weigh more where matrices are small.
+                Err(QuantizeError::TargetBits { .. }) => continue,
+                other => other?,
+            }
             let recipe = plan.recipe(self.source, embedding, Method::Gptq.search())?;
-            rows.push(self.row(format!("mix of {target}"), Method::Gptq, &recipe, &mut recorded)?);
+            rows.push(self.row(format!("mix of {target}"), Change::Nothing, Method::Gptq, recipe, &mut recorded)?);
             bar.set(rows.len() as u64, variants as u64);
         }
         let head_dim = self.exact.planner(self.source)?.shape().head_dim;
@@ -224,15 +243,22 @@ impl Measure<'_> {
     fn row(
         &self,
         name: String,
+        change: Change,
         method: Method,
-        recipe: &Recipe,
+        recipe: Recipe,
         baseline: &mut dyn LogitSource,
     ) -> anyhow::Result<Row> {
         let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
         let out = folder.path().join("model");
-        let calibration = if method == Method::Gptq { self.gptq.calibration() } else { None };
+        let text = |is_needed: bool| self.gptq.calibration().filter(|_| is_needed);
+        let options = QuantizeOptions {
+            calibration: text(method == Method::Gptq),
+            scaling: text(change == Change::Scaled),
+            ..Default::default()
+        };
+        let rotate = if change == Change::Rotated { RotationParts::USUAL } else { RotationParts::default() };
         let started = Instant::now();
-        let report = quantize(self.source, &out, recipe, QuantizeOptions { calibration, ..Default::default() })?;
+        let report = quantize(self.source, &out, &Recipe { rotate, ..recipe }, options)?;
         let seconds = started.elapsed().as_secs_f64();
         let quantized = Checkpoint::open(&out)?;
         let (perplexity, exact) = self.compare(&quantized, &self.exact, usual_kv(true), baseline)?;
@@ -242,8 +268,11 @@ impl Measure<'_> {
             }
             _ => None,
         };
-        let is_rotated = recipe.rotate != RotationParts::default();
-        let method = format!("{}{}", method.name(), if is_rotated { " rotated" } else { "" });
+        let method = match change {
+            Change::Nothing => method.name().to_owned(),
+            Change::Rotated => format!("{} rotated", method.name()),
+            Change::Scaled => format!("{} scaled", method.name()),
+        };
         Ok(Row { name, method, footprint: report.after, seconds, perplexity, exact, rounded })
     }
 
@@ -331,7 +360,8 @@ fn page(args: &Args, measure: &Measure<'_>, measured: &Measured) -> String {
            these rows show what pruning by magnitude alone costs, which training after it would win back in part.\n\
          - **rtn** rounds to nearest with the largest weight of a group just fitting, **mse** searches the scale of least\n  \
            squared error, **gptq** rounds with feedback of errors, calibrated on {calibration}.\n\
-         - **rotated** models were rotated before (`quantize --rotate`).\n\
+         - **rotated** models were rotated before (`quantize --rotate`), **scaled** ones had their channels scaled\n  \
+           (`quantize --scale-channels`).\n\
          - **mix of 3.5** has formats chosen by `--target-bpw 3.5`, of which the measuring is not counted in **s**.\n\
          - **MB**: the output's tensors. **s**: what quantising took.\n\
          - **KL**: divergence of the next-token distribution from the unquantised model's, KL(P ‖ Q) in nats a token; its\n  \

@@ -42,7 +42,7 @@ pub(super) fn card(
     let from = base.map_or_else(|| name_of(&args.model), |base| base.to_string());
     text += &format!(
         "# {from} in {}\n\nQuantised by metal-marlin {} in the layout {layout}. It takes {:.1} MB, \
-         {:.3} bits per weight ({:.3} in the decoder's linears); the source takes {:.1} MB. {}{}\n\n",
+         {:.3} bits per weight ({:.3} in the decoder's linears); the source takes {:.1} MB. {}{}{}\n\n",
         formats,
         env!("CARGO_PKG_VERSION"),
         report.after.bytes as f64 / 1e6,
@@ -51,6 +51,7 @@ pub(super) fn card(
         report.before.bytes as f64 / 1e6,
         rounding.to_text(),
         report.rotation.map_or(String::new(), |blocks| format!(" {}", rotate::to_text(&blocks))),
+        report.scaled_inputs.map_or(String::new(), |inputs| format!(" {}", scaled(inputs))),
     );
     text += &measured.map_or(String::new(), Measured::to_markdown);
     text += "## Storage\n\n| matrix | matrices | stored as | bits per weight | rms error | SQNR |\n";
@@ -80,6 +81,11 @@ pub(super) fn card(
     }
     text += "```\n";
     text
+}
+
+/// A sentence about `--scale-channels`.
+pub(super) fn scaled(inputs: usize) -> String {
+    format!("Channels of {inputs} inputs of linears are scaled (AWQ).")
 }
 
 /// Puts a card in the place of a folder's: beside it first, so that there always is a whole one.

@@ -30,7 +30,7 @@ use self::exception::Exception;
 use self::measured::MeasureOptions;
 use self::report::Summary;
 use self::rotate::RotateOptions;
-use super::calibration::CalibrationOptions;
+use super::calibration::{CalibrationOptions, Run};
 use super::model::HubOptions;
 use super::recipe::{HEADING, Method, NUMBER_FORMAT, RecipeOptions};
 use super::{in_pool, model};
@@ -54,6 +54,7 @@ Examples:
   metal-marlin quantize path/to/model out --format fp4 --cold-expert-format int2 --calibration text.txt
   metal-marlin quantize path/to/model out --format fp4 --method mse
   metal-marlin quantize path/to/model out --format int3 --rotate
+  metal-marlin quantize path/to/model out --format int4 --method mse --scale-channels
 
 Group sizes, where they are not given: fp4, int4, int4-sym and int8 128, int3 64, int2 32, fp8 row;
 mxfp4 always has 32 and nvfp4 16. Norms and biases are kept as they are. An interrupted run leaves
@@ -66,6 +67,10 @@ makes up for what those before it, and the layers before, were off by. It takes 
 text, has one layer in memory besides the text's activations, and loses a third to a quarter of what rounding to nearest
 loses. --method mse only searches scales, --method rtn not even those: both go at the speed of the disk. Embedding and head are
 rounded by mse. docs/calibration.md says what each keeps.
+
+--rotate and --scale-channels turn the model into an equal one that is easier to round. Neither is needed with gptq, which gains little
+or nothing by them where it was measured (docs/calibration.md); --scale-channels serves --method mse where some channels are much larger
+than others.
 
 --target-bpw mixes formats. Each matrix alone is rounded to 3 bits and the model run, which tells what it costs; so bits go where
 they save most. It takes about as long again as gptq. The plan that comes of it is kept as OUT/plan.json, and by --save-plan in a
@@ -117,6 +122,11 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     rotate: RotateOptions,
+
+    /// Make channels larger whose inputs are large, as far as rounding then loses less on the calibration text (AWQ). What makes the inputs
+    /// is made smaller, so that the model stays what it is in any layout
+    #[arg(long, help_heading = HEADING)]
+    scale_channels: bool,
 
     #[command(flatten)]
     calibration: CalibrationOptions,
@@ -198,12 +208,21 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     };
     recipe.rotate = rotate;
     let method = args.recipe.method.unwrap_or(if recipe.linears.is_dense() { Method::Mse } else { Method::Gptq });
-    if method != Method::Gptq && cold.is_none() && !args.bits.measures() && args.calibration.is_given() {
+    if method != Method::Gptq
+        && cold.is_none()
+        && !args.bits.measures()
+        && !args.scale_channels
+        && args.calibration.is_given()
+    {
         bail!(
-            "--calibration is for --method gptq, --target-bpw and --cold-expert-format; without them no model is run"
+            "--calibration is for --method gptq, --scale-channels, --target-bpw and --cold-expert-format; without them no model is run"
         );
     }
     let rounding = args.calibration.prepare(method, &checkpoint, &threads)?;
+    let scaling = match args.scale_channels {
+        true => Some(args.calibration.run(&checkpoint, &threads, "--scale-channels", "leave it out")?),
+        false => None,
+    };
     let licence = card::licence_of(&checkpoint)?;
     let formats = bits.as_ref().map_or_else(|| recipe.linears.to_string(), Bits::name);
     let plan = bits.as_ref().map(|bits| bits.plan.to_json());
@@ -215,6 +234,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             force: args.force,
             layout: args.layout,
             calibration: rounding.calibration(),
+            scaling: scaling.as_ref().map(Run::calibration),
             progress: Some(&mut progress),
             card: Some(&card),
             plan: plan.as_deref(),

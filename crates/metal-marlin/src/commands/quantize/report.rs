@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::Args;
 use super::bits::Bits;
+use super::card;
 use super::cold::Cold;
 use super::measured::Measured;
 use super::rotate;
@@ -56,6 +57,7 @@ impl Summary<'_> {
             "cold_experts": self.cold.map(Cold::to_json),
             "method": self.rounding.method(),
             "calibration_tokens": self.rounding.tokens(),
+            "scaled_inputs": report.scaled_inputs,
             "rotation": report.rotation.map(|blocks| rotate::to_json(&blocks)),
             "layout": args.layout.name(),
             "bits_per_weight": report.after.bits_per_weight(),
@@ -88,6 +90,9 @@ impl Summary<'_> {
         );
         if self.rounding.tokens().is_some() {
             text += &format!("\n{}\n", self.rounding.to_text());
+        }
+        if let Some(inputs) = report.scaled_inputs {
+            text += &format!("\n{}\n", card::scaled(inputs));
         }
         if let Some(blocks) = &report.rotation {
             text += &format!("\n{}\n", rotate::to_text(blocks));
