@@ -21,7 +21,7 @@ mod role;
 mod scaling;
 mod source;
 
-pub use calibrate::Calibration;
+pub use calibrate::{Calibration, Kept};
 pub use error::QuantizeError;
 pub use error_stats::ErrorStats;
 pub use evaluate::{Divergence, LogitSource, ModelLogits, Quality, RecordedLogits, Windows, evaluate};

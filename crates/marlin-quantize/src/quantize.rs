@@ -10,7 +10,7 @@ use marlin_checkpoint::{Checkpoint, ExportLayout, PlannedTensor, Storage, Writer
 use marlin_format::{EncodeOptions, PackedMatrix, ScaleSearch, Scheme};
 use marlin_model::{RotationBlocks, RotationParts};
 
-use crate::calibrate::{Calibration, Calibrator, Finished};
+use crate::calibrate::{Calibration, Calibrator, Finished, HeldOut, Kept};
 use crate::capture::Observed;
 use crate::encode_matrix::{encode_matrix, matrix_error};
 use crate::moe::{ExpertMatrix, ExpertTensors, MoeLayer, find_moe_layers};
@@ -75,6 +75,8 @@ pub struct Report {
     pub kept: Vec<String>,
     /// Tensors that an earlier, interrupted run had finished.
     pub resumed: usize,
+    /// What was kept on the calibration's held-out text, if there was one.
+    pub kept_quality: Option<Kept>,
     /// Inputs of linears whose channels were scaled; `None` if that was not asked for.
     pub scaled_inputs: Option<usize>,
     /// What was rotated before, in which blocks.
@@ -237,35 +239,43 @@ fn run(
         progress(&tasks[task].name, done);
     });
     // The same weights would fail again, and the half-written folder would be in the way of other settings.
-    if let Err(e) = written {
-        if e.is_in_the_weights() {
-            writer.discard()?;
+    let held_out = match written {
+        Ok(held_out) => held_out,
+        Err(e) => {
+            if e.is_in_the_weights() {
+                writer.discard()?;
+            }
+            return Err(e);
         }
-        return Err(e);
-    }
+    };
     let complete = writer.complete()?;
-    let report = report(source, complete.folder(), &tasks, errors, resumed)?;
+    // A GGUF file can be read under its name only.
+    let kept = match (held_out, complete.folder()) {
+        (Some(held_out), Some(folder)) => Some(held_out.measure(checkpoint, &Checkpoint::open(&folder)?)?),
+        _ => None,
+    };
+    let report = Report { kept_quality: kept, ..report(source, complete.folder(), &tasks, errors, resumed)? };
     complete.publish(options.card.map(|card| card(&report)), options.plan)?;
     progress("", done);
     Ok(report)
 }
 
 /// Writes every tensor that no earlier run has written. `finished` is told each task, by its index, and the error of the matrix that it encoded.
-fn write_all(
+fn write_all<'a>(
     source: &Source<'_>,
     tasks: &[Task<'_>],
     encode: &EncodeOptions,
-    calibrator: Option<Calibrator<'_>>,
+    calibrator: Option<Calibrator<'a>>,
     writer: &mut Output,
     finished: &mut Finished<'_>,
-) -> Result<(), QuantizeError> {
+) -> Result<Option<HeldOut<'a>>, QuantizeError> {
     let calibrated: HashSet<usize> = calibrator.iter().flat_map(Calibrator::tasks).collect();
     for (index, task) in tasks.iter().enumerate().filter(|(index, _)| !calibrated.contains(index)) {
         let error = if writer.is_done(&task.name) { None } else { write(source, task, encode, writer)? };
         task.release(source.checkpoint);
         finished(index, error);
     }
-    calibrator.map_or(Ok(()), |calibrator| calibrator.run(writer, finished))
+    calibrator.map_or(Ok(None), |calibrator| calibrator.run(writer, finished))
 }
 
 /// The recipe with schemes as the layout stores them.
@@ -461,6 +471,7 @@ fn report(
         matrices,
         kept: unknown.map(|task| task.name.to_string()).collect(),
         resumed,
+        kept_quality: None,
         scaled_inputs: source.scaled_inputs(),
         rotation: source.blocks(),
         before: Footprint::of(source.checkpoint),

@@ -69,6 +69,27 @@ fn every_architecture_keeps_more_than_by_rounding_to_nearest() {
     }
 }
 
+/// What a run says of the text that it held out is what the folder does on it, and costs nothing: the bytes are the same.
+#[test]
+fn what_is_said_to_be_kept_is_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let (text, held_out) = (windows(1, 16), windows(99, 12));
+    for name in ["qwen3-gqa2-tied", "gemma3-gqa2-linear-softcap-sharded", "glm4moelite-shared-mtp"] {
+        let source = Checkpoint::open(&golden(name)).unwrap();
+        let [plain, measured] = ["plain", "measured"].map(|run| folder.path().join(format!("{name}-{run}")));
+        let recipe = recipe(Format::Int3, 16);
+        let calibration = Calibration::new(&text, backend());
+        assert_eq!(run(&source, &plain, &recipe, Some(calibration.clone())).kept_quality, None);
+        let calibration = Calibration { held_out: Some(&held_out), ..calibration };
+        let kept = run(&source, &measured, &recipe, Some(calibration)).kept_quality.unwrap();
+        assert!(contents(&plain) == contents(&measured), "{name}");
+        let (said, found) = (kept.quantized.divergence.unwrap().mean_kl, divergence(&source, &measured));
+        assert!((said - found).abs() < 1e-3 * found, "{name}: {said} is said, {found} found");
+        assert_eq!((kept.original.tokens, kept.quantized.tokens), (12 * 31, 12 * 31));
+        assert!(kept.original.divergence.is_none() && kept.original.perplexity() > 1.0);
+    }
+}
+
 #[test]
 fn an_interrupted_calibration_goes_on_and_gives_the_same_bytes() {
     let folder = tempfile::tempdir().unwrap();

@@ -250,6 +250,22 @@ fn calibration_needs_a_model_that_runs_and_a_text() {
     assert_eq!(left, ["source"]);
 }
 
+#[test]
+fn calibration_says_what_was_kept() {
+    let folder = Folder::new();
+    let (source, out) = (tiny_with_tokenizer(&folder), folder.path("out"));
+    let report = json(&["quantize", &source, &out, "--format", "int4", "--calibration-windows", "2", "--json"]);
+    let quality = &report["quality"];
+    assert_eq!(quality["text"], "bundled text that weights are not fitted to");
+    // Two windows of 64 tokens.
+    assert_eq!((&quality["windows"], &quality["tokens"]), (&2.into(), &126.into()), "{quality}");
+    let kl = quality["mean_kl"].as_f64().unwrap();
+    assert!(kl > 0.0 && kl < 1.0, "{quality}");
+    let card = fs::read_to_string(Path::new(&out).join("README.md")).unwrap();
+    assert!(card.contains("Measured on bundled text that weights are not fitted to: 126 predicted tokens"), "{card}");
+    assert!(card.contains(&format!("{kl:.5}")), "{card}");
+}
+
 /// Figures of the report and of the card are those of `eval`.
 #[test]
 fn quantize_measures_what_was_kept() {

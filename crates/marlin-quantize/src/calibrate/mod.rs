@@ -4,6 +4,7 @@
 //! In a layer, linears are quantised in the order in which they run, each by inputs that those before it make when they are quantised: what
 //! one rounds off, the next can make up for. In memory are one layer, the hidden states, and the Hessians of linears that run side by side.
 
+mod held_out;
 mod layer;
 mod seen;
 mod states;
@@ -16,6 +17,8 @@ use marlin_format::{EncodeOptions, PackedMatrix};
 use marlin_kernels::cpu::CpuBackend;
 use marlin_model::{LayerRunner, LoadedLayer, SharedInput};
 
+pub(crate) use self::held_out::HeldOut;
+pub use self::held_out::Kept;
 pub(crate) use self::layer::LayerWeights;
 use self::seen::Seen;
 use self::states::States;
@@ -37,12 +40,14 @@ pub struct Calibration<'a> {
     pub backend: CpuBackend,
     /// What is added to the diagonal of Hessians, as a share of its mean.
     pub damping: f32,
+    /// A text that weights are not fitted to, on which is measured what they keep.
+    pub held_out: Option<&'a Windows>,
 }
 
 impl<'a> Calibration<'a> {
     /// A calibration with the usual damping.
     pub fn new(windows: &'a Windows, backend: CpuBackend) -> Self {
-        Self { windows, backend, damping: USUAL_DAMPING }
+        Self { windows, backend, damping: USUAL_DAMPING, held_out: None }
     }
 
     /// All that decides what becomes of a given model and recipe.
@@ -78,9 +83,10 @@ impl<'a> Calibrator<'a> {
         encode: &'a EncodeOptions,
         calibration: &'a Calibration<'a>,
     ) -> Result<Self, QuantizeError> {
-        let longest = calibration.windows.iter().map(<[u32]>::len).max().unwrap_or(0);
+        let texts = || [Some(calibration.windows), calibration.held_out].into_iter().flatten().flat_map(Windows::iter);
+        let longest = texts().map(<[u32]>::len).max().unwrap_or(0);
         let runner = LayerRunner::new(backend, &source.without_weights()?, longest)?;
-        calibration.windows.iter().try_for_each(|window| runner.check_tokens(window))?;
+        texts().try_for_each(|window| runner.check_tokens(window))?;
         let mut by_layer = vec![Vec::new(); runner.layers()];
         for (index, task) in tasks.iter().enumerate() {
             let is_packed = task.matrix.is_some_and(|(_, scheme)| !scheme.is_dense());
@@ -98,11 +104,15 @@ impl<'a> Calibrator<'a> {
         self.by_layer.iter().flatten().copied()
     }
 
-    /// Quantises and writes the matrices of its tasks.
+    /// Quantises and writes the matrices of its tasks, and gives what became of the held-out text.
     ///
     /// # Errors
     /// A weight is not finite or too large for its format, the model cannot be run, or the output cannot be written.
-    pub(crate) fn run(mut self, output: &mut Output, finished: &mut Finished<'_>) -> Result<(), QuantizeError> {
+    pub(crate) fn run(
+        mut self,
+        output: &mut Output,
+        finished: &mut Finished<'_>,
+    ) -> Result<Option<HeldOut<'a>>, QuantizeError> {
         let mut states = self.states(output)?;
         self.by_layer[..states.layer].iter().flatten().for_each(|&task| finished(task, None));
         for layer in states.layer..self.by_layer.len() {
@@ -110,17 +120,18 @@ impl<'a> Calibrator<'a> {
             states.layer = layer + 1;
             output.save_state(|file| states.write(file))?;
         }
-        Ok(())
+        let windows = self.calibration.held_out;
+        Ok(windows.map(|windows| HeldOut { runner: self.runner, windows, states: states.held_out }))
     }
 
     /// The hidden states that an earlier run kept, or else those before the first layer.
     fn states(&self, output: &Output) -> Result<States, QuantizeError> {
-        let (tasks, windows) = (&self.tasks, self.calibration.windows);
-        let kept = States::read(output.state()?, windows, self.runner.hidden_size())?.filter(|states| {
+        let (tasks, Calibration { windows, held_out, .. }) = (&self.tasks, self.calibration);
+        let kept = States::read(output.state()?, windows, *held_out, self.runner.hidden_size())?.filter(|states| {
             let before = self.by_layer.get(..states.layer);
             before.is_some_and(|before| before.iter().flatten().all(|&task| output.is_done(&tasks[task].name)))
         });
-        kept.map_or_else(|| States::new(&self.runner, self.source.checkpoint, windows), Ok)
+        kept.map_or_else(|| States::new(&self.runner, self.source.checkpoint, windows, *held_out), Ok)
     }
 
     /// Quantises the matrices of a layer, and carries the hidden states through what it became.
@@ -166,6 +177,9 @@ impl<'a> Calibrator<'a> {
         if stages.is_empty() {
             states.originals.iter_mut().try_for_each(|states| self.runner.run(&mut original, states))?;
         }
+        let [quantized, originals] = &mut states.held_out;
+        quantized.iter_mut().try_for_each(|states| self.runner.run(&mut layer, states))?;
+        originals.iter_mut().try_for_each(|states| self.runner.run(&mut original, states))?;
         // A model larger than memory must not stay mapped.
         weights.source_tensors().for_each(|tensor| self.source.checkpoint.release(tensor));
         Ok(())

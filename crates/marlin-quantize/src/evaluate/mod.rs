@@ -86,12 +86,12 @@ pub fn evaluate(
         chunk = chunk.min(baseline.max_tokens());
     }
 
-    let mut scores = Vec::with_capacity(windows.len());
+    let mut scores = Scores::default();
     let mut done = 0;
     let (mut logits, mut baseline_logits) = (Vec::new(), Vec::new());
     for (index, window) in windows.iter().enumerate() {
         let (inputs, targets) = (&window[..window.len() - 1], &window[1..]);
-        let mut window_scores = Vec::with_capacity(targets.len());
+        scores.start();
         model.start(index)?;
         if let Some(baseline) = &mut baseline {
             baseline.start(index)?;
@@ -105,23 +105,48 @@ pub fn evaluate(
                 }
                 None => None,
             };
-            let rows = score_rows(&logits, targets, compared, vocabulary);
-            window_scores.extend(rows.ok_or(QuantizeError::Logits { window: index })?);
+            let scored = scores.add(&logits, targets, compared, vocabulary);
+            scored.ok_or(QuantizeError::Logits { window: index })?;
             done += targets.len();
             progress(done);
         }
-        scores.push(window_scores);
     }
-    Ok(Quality::of(&scores))
+    Ok(scores.quality())
 }
 
-/// Scores the rows `[targets, vocabulary]` in parallel; `None` if one of them cannot be.
-fn score_rows(logits: &[f32], targets: &[u32], baseline: Option<&[f32]>, vocabulary: usize) -> Option<Vec<RowScore>> {
-    let score = |(index, &target): (usize, &u32)| {
-        let row = index * vocabulary..(index + 1) * vocabulary;
-        score_row(&logits[row.clone()], target, baseline.map(|baseline| &baseline[row]))
-    };
-    targets.par_iter().enumerate().map(score).collect()
+/// Scores of predicted tokens, window by window.
+#[derive(Default)]
+pub(crate) struct Scores(Vec<Vec<RowScore>>);
+
+impl Scores {
+    /// Begins a window.
+    pub(crate) fn start(&mut self) {
+        self.0.push(Vec::new());
+    }
+
+    /// Scores the rows `[targets, vocabulary]` in parallel; `None` if one of them cannot be.
+    ///
+    /// # Panics
+    /// No window was begun.
+    pub(crate) fn add(
+        &mut self,
+        logits: &[f32],
+        targets: &[u32],
+        baseline: Option<&[f32]>,
+        vocabulary: usize,
+    ) -> Option<()> {
+        let score = |(index, &target): (usize, &u32)| {
+            let row = index * vocabulary..(index + 1) * vocabulary;
+            score_row(&logits[row.clone()], target, baseline.map(|baseline| &baseline[row]))
+        };
+        let scores: Option<Vec<RowScore>> = targets.par_iter().enumerate().map(score).collect();
+        self.0.last_mut().expect("a window was begun").extend(scores?);
+        Some(())
+    }
+
+    pub(crate) fn quality(&self) -> Quality {
+        Quality::of(&self.0)
+    }
 }
 
 /// KL(P_baseline ‖ P_model) of each row of logits, in nats; `None` if a logit is not finite.

@@ -16,6 +16,15 @@ use super::recipe::Method;
 /// Stories and book excerpts; its SOURCES.md says whose.
 const BUNDLED: &str = include_str!("../../../../data/text/calibration.txt");
 
+/// More of the same, none of which is in the other text.
+const HELD_OUT: &str = include_str!("../../../../data/text/validation.txt");
+
+/// Windows of the held-out text that are looked at.
+const HELD_OUT_WINDOWS: usize = 2;
+
+/// What the held-out text is called in messages.
+pub(crate) const HELD_OUT_NAME: &str = "bundled text that weights are not fitted to";
+
 /// What a model is run on before it is quantised.
 #[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Calibration")]
@@ -88,7 +97,9 @@ impl CalibrationOptions {
         Planner::new(&backend, checkpoint).with_context(|| format!("{option} runs the model ({otherwise})"))?;
         let windows = self.windows(checkpoint);
         let windows = windows.with_context(|| format!("{option} needs a text in the model's tokens ({otherwise})"))?;
-        Ok(Run { windows, backend, text: self.text_name() })
+        let context = measure::usual_context(&[checkpoint]);
+        let held_out = Windows::new(checkpoint.tokenizer()?.encode(HELD_OUT, false)?, context, Some(HELD_OUT_WINDOWS))?;
+        Ok(Run { windows, held_out, backend, text: self.text_name() })
     }
 }
 
@@ -102,6 +113,8 @@ pub(crate) struct Rounding {
 /// A text and what runs a model over it.
 pub(crate) struct Run {
     windows: Windows,
+    /// A text on which is measured what was kept.
+    held_out: Windows,
     backend: CpuBackend,
     text: String,
 }
@@ -114,7 +127,12 @@ impl Run {
 
 impl Rounding {
     pub(crate) fn calibration(&self) -> Option<Calibration<'_>> {
-        self.run.as_ref().map(Run::calibration)
+        self.run.as_ref().map(|run| Calibration { held_out: Some(&run.held_out), ..run.calibration() })
+    }
+
+    /// Tokens of a window.
+    pub(crate) fn context(&self) -> Option<usize> {
+        self.run.as_ref()?.held_out.iter().map(<[u32]>::len).next()
     }
 
     /// Its name among the methods.

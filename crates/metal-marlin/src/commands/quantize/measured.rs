@@ -4,12 +4,13 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use marlin_checkpoint::Checkpoint;
-use marlin_quantize::{Divergence, ModelLogits, Quality, Windows, evaluate};
+use marlin_quantize::{Divergence, Kept, ModelLogits, Quality, Windows, evaluate};
 use metal_marlin::device::Device;
 use metal_marlin::memory::MemoryOptions;
 use metal_marlin::{DeviceOptions, LoadError, load};
 use serde_json::{Value, json};
 
+use crate::commands::calibration::HELD_OUT_NAME;
 use crate::commands::measure::{Subject, name, usual_context, usual_kv, windows};
 use crate::progress::Bar;
 
@@ -42,13 +43,17 @@ pub(super) struct Measurement<'a> {
 
 /// What was measured.
 pub(super) struct Measured {
-    /// The text's file.
+    /// The text's file, or what else it is called.
     text: String,
+    /// The same in Markdown.
+    text_in_card: String,
     /// Tokens of a window.
     context: usize,
     original: Quality,
     quantized: Quality,
     divergence: Divergence,
+    /// How the quantised model was computed.
+    arithmetic: &'static str,
 }
 
 impl MeasureOptions {
@@ -87,7 +92,10 @@ impl Measurement<'_> {
         let mut logits = ModelLogits::new(model.as_mut());
         let quantized = evaluate(&mut logits, Some(&mut recorded), &self.windows, |done| bar.set(done as u64, total))?;
         let divergence = quantized.divergence.expect("there is a baseline");
-        Ok(Measured { text: name(self.text), context: self.context, original, quantized, divergence })
+        let arithmetic = "the quantised model with the arithmetic it runs in";
+        let text = name(self.text);
+        let text_in_card = format!("`{text}`");
+        Ok(Measured { text, text_in_card, context: self.context, original, quantized, divergence, arithmetic })
     }
 
     fn original(&self) -> Subject<'_> {
@@ -98,6 +106,20 @@ impl Measurement<'_> {
 }
 
 impl Measured {
+    /// What calibration kept on the text that it held out, in windows of so many tokens.
+    pub(super) fn held_out(kept: &Kept, context: usize) -> Option<Self> {
+        let Kept { original, quantized } = kept.clone();
+        Some(Self {
+            text: HELD_OUT_NAME.into(),
+            text_in_card: HELD_OUT_NAME.into(),
+            context,
+            divergence: quantized.divergence?,
+            original,
+            quantized,
+            arithmetic: "and so was the quantised model, but for its embedding",
+        })
+    }
+
     pub(super) fn to_json(&self) -> Value {
         json!({
             "text": self.text,
@@ -131,17 +153,18 @@ impl Measured {
         let Divergence { mean_kl, p99_kl, top1_agreement } = self.divergence;
         format!(
             "## Quality\n\n\
-             Measured on `{}`: {} predicted tokens in {} windows of {}. KL is the divergence of the next token's\n\
+             Measured on {}: {} predicted tokens in {} windows of {}. KL is the divergence of the next token's\n\
              distribution from the source's, in nats a token; top-1 is how often both find the same token most likely.\n\
-             The source was computed in f32, the quantised model with the arithmetic it runs in.\n\n\
+             The source was computed in f32, {}.\n\n\
              | | perplexity | mean KL | p99 KL | top-1 |\n\
              | --- | ---: | ---: | ---: | ---: |\n\
              | source | {:.4} | 0 | 0 | 100 % |\n\
              | quantised | {:.4} | {mean_kl:.5} | {p99_kl:.4} | {:.2} % |\n\n",
-            self.text,
+            self.text_in_card,
             self.quantized.tokens,
             self.quantized.window_nll.len(),
             self.context,
+            self.arithmetic,
             self.original.perplexity(),
             self.quantized.perplexity(),
             top1_agreement * 100.0,

@@ -27,10 +27,10 @@ use metal_marlin::{DeviceOptions, LoadError};
 use self::bits::{BitOptions, Bits};
 use self::cold::{Cold, ColdOptions};
 use self::exception::Exception;
-use self::measured::MeasureOptions;
+use self::measured::{MeasureOptions, Measured};
 use self::report::Summary;
 use self::rotate::RotateOptions;
-use super::calibration::{CalibrationOptions, Run};
+use super::calibration::{CalibrationOptions, Rounding, Run};
 use super::model::HubOptions;
 use super::recipe::{HEADING, Method, NUMBER_FORMAT, RecipeOptions};
 use super::{in_pool, model};
@@ -58,9 +58,9 @@ Examples:
 
 Group sizes, where they are not given: fp4, int4, int4-sym and int8 128, int3 64, int2 32, fp8 row;
 mxfp4 always has 32 and nvfp4 16. Norms and biases are kept as they are. An interrupted run leaves
-OUT.partial; the same command goes on from there. A finished folder has a model card, README.md; with --text
-it says what quality was kept. All but measuring is done on the CPU: the result is the same whatever device
-it will run on.
+OUT.partial; the same command goes on from there. A finished folder has a model card, README.md, which
+says what quality was kept: on 2,048 tokens that weights were not fitted to (--method gptq), or on a --text
+of your own. All but measuring is done on the CPU: the result is the same whatever device it will run on.
 
 --method gptq, the default, runs the model over a calibration text, layer by layer, and rounds each weight so that it
 makes up for what those before it, and the layers before, were off by. It takes about seven times as long as reading the
@@ -227,7 +227,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let formats = bits.as_ref().map_or_else(|| recipe.linears.to_string(), Bits::name);
     let plan = bits.as_ref().map(|bits| bits.plan.to_json());
     let report = in_pool(args.threads, || {
-        let card = |report: &marlin_quantize::Report| card::card(&args, &formats, &rounding, &licence, report, None);
+        let card = |report: &marlin_quantize::Report| {
+            card::card(&args, &formats, &rounding, &licence, report, held_out(report, &rounding).as_ref())
+        };
         let mut bar = Bar::bytes("Quantising");
         let mut progress = |progress: marlin_quantize::Progress<'_>| bar.set(progress.done, progress.total);
         let options = QuantizeOptions {
@@ -247,9 +249,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             in_pool(args.threads, || measurement.measure(&Checkpoint::open(&args.out)?))?
                 .with_context(|| format!("{} is written, but its quality cannot be measured", args.out.display()))?,
         ),
-        None => None,
+        None => held_out(&report, &rounding),
     };
-    if measured.is_some() && args.layout != ExportLayout::Gguf {
+    if measurement.is_some() && args.layout != ExportLayout::Gguf {
         card::replace(&args.out, &card::card(&args, &formats, &rounding, &licence, &report, measured.as_ref()))?;
     }
     let summary = Summary {
@@ -266,6 +268,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let text = if args.json { format!("{}\n", summary.to_json()) } else { summary.to_text() };
     stdout().write_all(text.as_bytes())?;
     Ok(())
+}
+
+/// What calibration measured by itself.
+fn held_out(report: &marlin_quantize::Report, rounding: &Rounding) -> Option<Measured> {
+    Measured::held_out(report.kept_quality.as_ref()?, rounding.context()?)
 }
 
 /// The mix of `--fit`, and what it takes.
