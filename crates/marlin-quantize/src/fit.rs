@@ -221,7 +221,7 @@ mod tests {
         let page = include_str!("../../../docs/quality.md");
         let row = |line: &str| {
             let cells: Vec<&str> = line.split('|').map(str::trim).collect();
-            let &["", format, "MSE", _, bits, _, kl, ..] = cells.as_slice() else { return None };
+            let &["", format, "mse", _, bits, _, _, _, kl, ..] = cells.as_slice() else { return None };
             Some(Measured { format: format.to_owned(), bits: bits.parse().ok()?, kl: kl.parse().ok()? })
         };
         let mut rows: Vec<Measured> = page.lines().filter_map(row).collect();

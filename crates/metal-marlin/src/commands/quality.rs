@@ -11,8 +11,8 @@ use marlin_format::{Format, FormatError, Grouping, Scheme};
 use marlin_kernels::KvType;
 use marlin_model::RotationParts;
 use marlin_quantize::{
-    Divergence, Footprint, LogitSource, ModelLogits, Quality, QuantizeError, QuantizeOptions, Recipe, Windows,
-    embedding_scheme, evaluate, measure_sensitivity, quantize,
+    Calibration, Divergence, Footprint, LogitSource, ModelLogits, Quality, QuantizeError, QuantizeOptions, Recipe,
+    Windows, embedding_scheme, evaluate, measure_sensitivity, quantize,
 };
 use metal_marlin::device::Device;
 use metal_marlin::memory::{MemoryBudget, MemoryOptions};
@@ -250,7 +250,11 @@ impl Measure<'_> {
     ) -> anyhow::Result<Row> {
         let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
         let out = folder.path().join("model");
-        let text = |is_needed: bool| self.gptq.calibration().filter(|_| is_needed);
+        // What is kept is measured here.
+        let text = |is_needed: bool| {
+            let calibration = self.gptq.calibration().filter(|_| is_needed);
+            calibration.map(|calibration| Calibration { held_out: None, ..calibration })
+        };
         let options = QuantizeOptions {
             calibration: text(method == Method::Gptq),
             scaling: text(change == Change::Scaled),
