@@ -69,6 +69,23 @@ fn every_architecture_keeps_more_than_by_rounding_to_nearest() {
     }
 }
 
+/// Experts learn from as many runs of a layer as memory asks for, and learn the same.
+#[test]
+fn memory_does_not_change_the_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = windows(1, 8);
+    for name in ["mixtral-window-fused-sharded", "glm4moelite-shared-mtp"] {
+        let source = Checkpoint::open(&golden(name)).unwrap();
+        let calibration = Calibration::new(&text, backend());
+        let outputs = [1, 3 * 2 * 48 * 48 * 4, calibration.memory].map(|memory| {
+            let out = folder.path().join(format!("{name}-{memory}"));
+            run(&source, &out, &recipe(Format::Int4, 16), Some(Calibration { memory, ..calibration.clone() }));
+            contents(&out)
+        });
+        assert!(outputs[0] == outputs[2] && outputs[1] == outputs[2], "{name}");
+    }
+}
+
 /// What a run says of the text that it held out is what the folder does on it, and costs nothing: the bytes are the same.
 #[test]
 fn what_is_said_to_be_kept_is_kept() {

@@ -31,6 +31,9 @@ use crate::role::layer_and_kind;
 use crate::source::Source;
 use crate::{ErrorStats, QuantizeError, TensorRole, USUAL_DAMPING, Windows};
 
+/// [`Calibration::memory`], if nothing else is asked for.
+const USUAL_MEMORY: usize = 1 << 30;
+
 /// What weights are quantised by.
 #[derive(Clone)]
 pub struct Calibration<'a> {
@@ -40,6 +43,9 @@ pub struct Calibration<'a> {
     pub backend: CpuBackend,
     /// What is added to the diagonal of Hessians, as a share of its mean.
     pub damping: f32,
+    /// Memory for what is learnt of inputs at once, in bytes: two matrices of K x K in f32 for an input of K features. A layer of many experts
+    /// is run the more often, the less there is.
+    pub memory: usize,
     /// A text that weights are not fitted to, on which is measured what they keep.
     pub held_out: Option<&'a Windows>,
 }
@@ -47,7 +53,7 @@ pub struct Calibration<'a> {
 impl<'a> Calibration<'a> {
     /// A calibration with the usual damping.
     pub fn new(windows: &'a Windows, backend: CpuBackend) -> Self {
-        Self { windows, backend, damping: USUAL_DAMPING, held_out: None }
+        Self { windows, backend, damping: USUAL_DAMPING, memory: USUAL_MEMORY, held_out: None }
     }
 
     /// All that decides what becomes of a given model and recipe.
@@ -155,19 +161,22 @@ impl<'a> Calibrator<'a> {
             |input: &&SharedInput| input.tensors.iter().any(|tensor| by_name.contains_key(tensor.as_str()));
         let stages = stages(inputs.iter().filter(is_watched));
         for (stage, watched) in stages.iter().enumerate() {
-            let is_last = stage + 1 == stages.len();
-            let seen = self.watch(watched, &by_name, [&mut original, &mut layer], states, is_last)?;
-            for input in watched {
-                let seen = &seen[&input.name];
-                let of_input = input.tensors.iter().filter_map(|tensor| by_name.get(tensor.as_str()).copied());
-                for (task, matrix, error) in self.round(seen, of_input)? {
-                    let name = &self.tasks[task].name;
-                    let is_done = output.is_done(name);
-                    if !is_done {
-                        output.write_matrix(name, &matrix)?;
+            let portions = self.portions(watched, &by_name);
+            for (portion, watched) in portions.iter().enumerate() {
+                let is_last = stage + 1 == stages.len() && portion + 1 == portions.len();
+                let seen = self.watch(watched, &by_name, [&mut original, &mut layer], states, is_last)?;
+                for input in *watched {
+                    let seen = &seen[&input.name];
+                    let of_input = input.tensors.iter().filter_map(|tensor| by_name.get(tensor.as_str()).copied());
+                    for (task, matrix, error) in self.round(seen, of_input)? {
+                        let name = &self.tasks[task].name;
+                        let is_done = output.is_done(name);
+                        if !is_done {
+                            output.write_matrix(name, &matrix)?;
+                        }
+                        finished(task, (!is_done).then_some(error));
+                        weights.replace(name, Arc::new(matrix));
                     }
-                    finished(task, (!is_done).then_some(error));
-                    weights.replace(name, Arc::new(matrix));
                 }
             }
             layer = self.runner.load(&weights.checkpoint()?, index)?;
@@ -183,6 +192,21 @@ impl<'a> Calibrator<'a> {
         // A model larger than memory must not stay mapped.
         weights.source_tensors().for_each(|tensor| self.source.checkpoint.release(tensor));
         Ok(())
+    }
+
+    /// Inputs of a stage in portions of which all is learnt at once.
+    fn portions<'i>(
+        &self,
+        inputs: &'i [&'i SharedInput],
+        by_name: &HashMap<&str, usize>,
+    ) -> Vec<&'i [&'i SharedInput]> {
+        let bytes = |input: &&SharedInput| {
+            let task = input.tensors.iter().find_map(|tensor| by_name.get(tensor.as_str()));
+            let cols = task.and_then(|&task| self.tasks[task].matrix).map_or(0, |([_, cols], _)| cols);
+            2 * cols * cols * size_of::<f32>()
+        };
+        let largest = inputs.iter().map(bytes).max().unwrap_or(0).max(1);
+        inputs.chunks((self.calibration.memory / largest).max(1)).collect()
     }
 
     /// Rounds the matrices of tasks that share an input.
