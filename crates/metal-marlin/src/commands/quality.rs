@@ -232,7 +232,7 @@ impl Measure<'_> {
         let mut kv = Vec::new();
         for kv_type in kv_types {
             let (perplexity, divergence) = self.compare(self.source, &self.exact, kv_type, &mut recorded)?;
-            let bits = (8 * kv_type.head_bytes(head_dim)) as f64 / head_dim as f64;
+            let bits = (8000 * kv_type.head_bytes(head_dim) / head_dim) as f64 / 1000.0;
             kv.push((kv_type, bits, perplexity, divergence));
             bar.set((rows.len() + kv.len()) as u64, variants as u64);
         }
