@@ -6,6 +6,7 @@
 
 mod held_out;
 mod layer;
+mod learn;
 mod seen;
 mod states;
 
@@ -20,6 +21,7 @@ use marlin_model::{LayerRunner, LoadedLayer, SharedInput};
 pub(crate) use self::held_out::HeldOut;
 pub use self::held_out::Kept;
 pub(crate) use self::layer::LayerWeights;
+pub(crate) use self::learn::learn;
 use self::seen::Seen;
 use self::states::States;
 use crate::capture::Observed;
@@ -56,6 +58,22 @@ impl<'a> Calibration<'a> {
         Self { windows, backend, damping: USUAL_DAMPING, memory: USUAL_MEMORY, held_out: None }
     }
 
+    /// What runs the layers of a model over the texts.
+    ///
+    /// # Errors
+    /// The architecture is not supported, windows are longer than its context, or a token is not in its vocabulary.
+    pub(crate) fn runner<'b>(
+        &self,
+        backend: &'b Observed<CpuBackend>,
+        source: &Source<'_>,
+    ) -> Result<LayerRunner<'b, Observed<CpuBackend>>, QuantizeError> {
+        let texts = || [Some(self.windows), self.held_out].into_iter().flatten().flat_map(Windows::iter);
+        let longest = texts().map(<[u32]>::len).max().unwrap_or(0);
+        let runner = LayerRunner::new(backend, &source.without_weights()?, longest)?;
+        texts().try_for_each(|window| runner.check_tokens(window))?;
+        Ok(runner)
+    }
+
     /// All that decides what becomes of a given model and recipe.
     pub(crate) fn fingerprint(&self) -> String {
         let mut hasher = DefaultHasher::new();
@@ -89,10 +107,7 @@ impl<'a> Calibrator<'a> {
         encode: &'a EncodeOptions,
         calibration: &'a Calibration<'a>,
     ) -> Result<Self, QuantizeError> {
-        let texts = || [Some(calibration.windows), calibration.held_out].into_iter().flatten().flat_map(Windows::iter);
-        let longest = texts().map(<[u32]>::len).max().unwrap_or(0);
-        let runner = LayerRunner::new(backend, &source.without_weights()?, longest)?;
-        texts().try_for_each(|window| runner.check_tokens(window))?;
+        let runner = calibration.runner(backend, source)?;
         let mut by_layer = vec![Vec::new(); runner.layers()];
         for (index, task) in tasks.iter().enumerate() {
             let is_packed = task.matrix.is_some_and(|(_, scheme)| !scheme.is_dense());
@@ -194,6 +209,12 @@ impl<'a> Calibrator<'a> {
         Ok(())
     }
 
+    /// Features of an input, if a matrix that is quantised is multiplied with it.
+    fn cols(&self, input: &SharedInput, by_name: &HashMap<&str, usize>) -> Option<usize> {
+        let task = input.tensors.iter().find_map(|tensor| by_name.get(tensor.as_str()))?;
+        self.tasks[*task].matrix.map(|([_, cols], _)| cols)
+    }
+
     /// Inputs of a stage in portions of which all is learnt at once.
     fn portions<'i>(
         &self,
@@ -201,8 +222,7 @@ impl<'a> Calibrator<'a> {
         by_name: &HashMap<&str, usize>,
     ) -> Vec<&'i [&'i SharedInput]> {
         let bytes = |input: &&SharedInput| {
-            let task = input.tensors.iter().find_map(|tensor| by_name.get(tensor.as_str()));
-            let cols = task.and_then(|&task| self.tasks[task].matrix).map_or(0, |([_, cols], _)| cols);
+            let cols = self.cols(input, by_name).unwrap_or(0);
             2 * cols * cols * size_of::<f32>()
         };
         let largest = inputs.iter().map(bytes).max().unwrap_or(0).max(1);
@@ -246,10 +266,7 @@ impl<'a> Calibrator<'a> {
         states: &mut States,
         is_last: bool,
     ) -> Result<HashMap<String, Seen>, QuantizeError> {
-        let seen_of = |input: &&SharedInput| {
-            let task = input.tensors.iter().find_map(|tensor| by_name.get(tensor.as_str()))?;
-            self.tasks[*task].matrix.map(|([_, cols], _)| (input.name.clone(), Seen::new(cols)))
-        };
+        let seen_of = |input: &&SharedInput| Some((input.name.clone(), Seen::new(self.cols(input, by_name)?)));
         let mut seen: HashMap<String, Seen> = inputs.iter().filter_map(seen_of).collect();
         let names = || inputs.iter().map(|input| input.name.as_str());
         let mut after = Vec::new();

@@ -1,6 +1,6 @@
 //! What is known of a linear's inputs.
 
-use crate::capture::Inputs;
+use crate::capture::{Inputs, weigh};
 use crate::gptq::{Drift, Hessian};
 
 /// The inputs of a linear in the quantised model, and how far they are from those in the original.
@@ -26,9 +26,7 @@ impl Seen {
                 }
             }
             for rows in [&mut aligned, &mut inputs.rows] {
-                for (row, (_, weight)) in rows.chunks_exact_mut(cols).zip(&inputs.routes) {
-                    row.iter_mut().for_each(|value| *value *= weight);
-                }
+                weigh(rows, cols, &inputs.routes);
             }
             originals.rows = aligned;
         }

@@ -34,10 +34,15 @@ pub(crate) struct Inputs {
 impl Inputs {
     /// The rows, `cols` wide; those of an expert times the weights that its outputs have in the sum of a token's experts.
     pub(crate) fn weighted(mut self, cols: usize) -> Vec<f32> {
-        for (row, (_, weight)) in self.rows.chunks_exact_mut(cols).zip(&self.routes) {
-            row.iter_mut().for_each(|value| *value *= weight);
-        }
+        weigh(&mut self.rows, cols, &self.routes);
         self.rows
+    }
+}
+
+/// Multiplies rows, `cols` wide, by the weights of their routes; those of no expert stay as they are.
+pub(crate) fn weigh(rows: &mut [f32], cols: usize, routes: &[(usize, f32)]) {
+    for (row, (_, weight)) in rows.chunks_exact_mut(cols).zip(routes) {
+        row.iter_mut().for_each(|value| *value *= weight);
     }
 }
 

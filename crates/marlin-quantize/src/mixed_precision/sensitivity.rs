@@ -11,7 +11,7 @@ use marlin_model::{LayerRunner, LoadedLayer, RotationParts};
 
 use super::plan::planned_name;
 use super::{BitPlan, PROBE, PlannedMatrix, candidates};
-use crate::calibrate::{Calibration, LayerWeights};
+use crate::calibrate::{Calibration, LayerWeights, learn};
 use crate::capture::Observed;
 use crate::encode_matrix::{encode_matrix, weighted_error};
 use crate::evaluate::divergences;
@@ -53,8 +53,7 @@ pub fn measure_sensitivity(
         tasks(&weights, &moe_layers, &|name| (TensorRole::of(name, 2) == TensorRole::DecoderLinear).then_some(probe))?;
     let linears: Vec<&Task<'_>> = tasks.iter().filter(|task| task.matrix.is_some()).collect();
     let backend = Observed::new(calibration.backend.clone());
-    let longest = calibration.windows.iter().map(<[u32]>::len).max().unwrap_or(0);
-    let runner = LayerRunner::new(&backend, source, longest)?;
+    let runner = calibration.runner(&backend, &weights)?;
     let measurement = Measurement::new(&weights, calibration, &backend, runner, progress)?;
     let mut matrices = planned(&linears);
     measurement.run(&linears, &mut matrices)?;
@@ -192,29 +191,15 @@ impl<'a> Measurement<'a> {
         layer: &mut Layer,
         tasks: &[&Task<'_>],
     ) -> Result<HashMap<String, Arc<Hessian>>, QuantizeError> {
-        let shapes: HashMap<&str, [usize; 2]> =
-            tasks.iter().filter_map(|task| task.matrix.map(|(shape, _)| (&*task.name, shape))).collect();
-        let inputs = layer.inputs().to_vec();
-        let cols = |tensors: &[String]| tensors.iter().find_map(|tensor| Some(shapes.get(tensor.as_str())?[1]));
-        let mut hessians: HashMap<String, Hessian> =
-            inputs.iter().filter_map(|input| Some((input.name.clone(), Hessian::new(cols(&input.tensors)?)))).collect();
-        self.backend.watch().beside(hessians.keys().map(String::as_str));
         // Weights fit the text that Hessians are made of better than any other: what is compared is another one, if there is enough.
         let is_short = self.states.len() < 2 * self.probed.len();
-        for (window, states) in self.states.iter_mut().enumerate() {
-            self.runner.run(layer, states)?;
-            let counts = is_short || !self.probed.contains(&window);
-            self.backend.watch().take(|name, inputs| {
-                if let Some(hessian) = hessians.get_mut(name).filter(|_| counts) {
-                    hessian.add(&inputs.weighted(hessian.cols()));
-                }
-            });
-        }
-        self.backend.watch().only([]);
-        let hessians: HashMap<String, Arc<Hessian>> =
-            hessians.into_iter().map(|(name, hessian)| (name, Arc::new(hessian))).collect();
-        let of_tensors = inputs.iter().filter_map(|input| Some((hessians.get(&input.name)?, &input.tensors)));
-        Ok(of_tensors.flat_map(|(hessian, tensors)| tensors.iter().map(|t| (t.clone(), hessian.clone()))).collect())
+        let probed = self.probed.clone();
+        let add = |hessian: &mut Hessian, window: usize, rows: &[f32]| {
+            if is_short || !probed.contains(&window) {
+                hessian.add(rows);
+            }
+        };
+        learn(&mut self.runner, self.backend, layer, tasks, &mut self.states, Hessian::new, add)
     }
 
     /// Rounds a matrix to the probe's format, and notes its errors in all candidates.

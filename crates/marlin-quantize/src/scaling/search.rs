@@ -9,10 +9,10 @@ use marlin_model::{InputNorms, LayerRunner, LoadedLayer, NormWeights};
 
 use super::{ChannelScales, scaled};
 use crate::QuantizeError;
-use crate::calibrate::{Calibration, LayerWeights};
+use crate::calibrate::{Calibration, LayerWeights, learn};
 use crate::capture::Observed;
 use crate::encode_matrix::{encode_matrix, weighted_error};
-use crate::quantize::{Origin, Task, encode_error};
+use crate::quantize::{Task, encode_error};
 use crate::role::layer_and_kind;
 use crate::source::Source;
 
@@ -31,12 +31,9 @@ pub(crate) fn find_scales(
     calibration: &Calibration<'_>,
 ) -> Result<ChannelScales, QuantizeError> {
     let backend = Observed::new(calibration.backend.clone());
-    let windows = calibration.windows;
-    let longest = windows.iter().map(<[u32]>::len).max().unwrap_or(0);
-    let mut runner = LayerRunner::new(&backend, &source.without_weights()?, longest)?;
-    windows.iter().try_for_each(|window| runner.check_tokens(window))?;
+    let mut runner = calibration.runner(&backend, source)?;
     let embed = |window: &[u32]| Ok(runner.embed(source.checkpoint, window)?);
-    let mut states: Vec<Vec<f32>> = windows.iter().map(embed).collect::<Result<_, QuantizeError>>()?;
+    let mut states: Vec<Vec<f32>> = calibration.windows.iter().map(embed).collect::<Result<_, QuantizeError>>()?;
     let mut search =
         Search { source, encode, norms: InputNorms::new(source.checkpoint)?, found: ChannelScales::default() };
     for index in 0..runner.layers() {
@@ -62,30 +59,14 @@ fn sizes(
     matrices: &[&Task<'_>],
     states: &mut [Vec<f32>],
 ) -> Result<HashMap<String, Arc<[f32]>>, QuantizeError> {
-    let cols: HashMap<&str, usize> =
-        matrices.iter().filter_map(|task| task.matrix.map(|([_, cols], _)| (&*task.name, cols))).collect();
-    let inputs = layer.inputs().to_vec();
-    let width = |tensors: &[String]| tensors.iter().find_map(|tensor| cols.get(tensor.as_str()).copied());
-    let mut sums: HashMap<String, Vec<f64>> =
-        inputs.iter().filter_map(|input| Some((input.name.clone(), vec![0.0; width(&input.tensors)?]))).collect();
-    backend.watch().beside(sums.keys().map(String::as_str));
-    for states in states {
-        runner.run(layer, states)?;
-        backend.watch().take(|name, inputs| {
-            let Some(sums) = sums.get_mut(name) else { return };
-            for row in inputs.weighted(sums.len()).chunks_exact(sums.len()) {
-                sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(x * x));
-            }
-        });
-    }
-    backend.watch().only([]);
-    let mut by_tensor = HashMap::new();
-    for input in &inputs {
-        let Some(sums) = sums.get(&input.name) else { continue };
-        let sums: Arc<[f32]> = sums.iter().map(|&sum| sum as f32).collect();
-        by_tensor.extend(input.tensors.iter().map(|tensor| (tensor.clone(), sums.clone())));
-    }
-    Ok(by_tensor)
+    let add = |sums: &mut Vec<f64>, _window: usize, rows: &[f32]| {
+        for row in rows.chunks_exact(sums.len()) {
+            sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(x * x));
+        }
+    };
+    let sums = learn(runner, backend, layer, matrices, states, |cols| vec![0.0; cols], add)?;
+    let single = |sums: &Vec<f64>| sums.iter().map(|&sum| sum as f32).collect();
+    Ok(sums.into_iter().map(|(tensor, sums)| (tensor, single(&sums))).collect())
 }
 
 struct Search<'a> {
@@ -170,7 +151,6 @@ impl Search<'_> {
             if after == 0.0 { 1.0 } else { before / after }
         });
         let exact: Arc<[f32]> = exact.collect();
-        drop(candidates);
         for task in readers {
             self.found.columns.insert(task.name.to_string(), exact.clone());
         }
@@ -182,12 +162,9 @@ impl Search<'_> {
     where
         Self: 'a,
     {
-        let matrix = match task.from {
-            Origin::Same if task.matrix.is_none() => self.source.matrix(&task.name)?,
-            _ => task.source(self.source)?,
-        };
+        let matrix = task.source(self.source)?;
         let scheme = task.matrix.map(|(_, scheme)| scheme).filter(|scheme| !scheme.is_dense());
-        Ok(Candidate { name: &task.name, matrix: matrix.into_owned(), scheme, sizes })
+        Ok(Candidate { name: &task.name, matrix, scheme, sizes })
     }
 
     /// The scales with which matrices of a common input lose least; `None` if that is without any. Channels are of the sizes whose squares

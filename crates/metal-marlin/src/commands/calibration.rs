@@ -81,7 +81,11 @@ impl CalibrationOptions {
             Method::Gptq => Some(self.run(checkpoint, threads, "--method gptq", "--method mse does not")?),
             Method::Rtn | Method::Mse => None,
         };
-        Ok(Rounding { method, run })
+        let held_out = match &run {
+            Some(_) => Some(held_out(checkpoint)?),
+            None => None,
+        };
+        Ok(Rounding { method, run, held_out })
     }
 
     /// All that it takes to run a model over the text. Errors say which option asks for it, and what helps.
@@ -97,9 +101,7 @@ impl CalibrationOptions {
         Planner::new(&backend, checkpoint).with_context(|| format!("{option} runs the model ({otherwise})"))?;
         let windows = self.windows(checkpoint);
         let windows = windows.with_context(|| format!("{option} needs a text in the model's tokens ({otherwise})"))?;
-        let context = measure::usual_context(&[checkpoint]);
-        let held_out = Windows::new(checkpoint.tokenizer()?.encode(HELD_OUT, false)?, context, Some(HELD_OUT_WINDOWS))?;
-        Ok(Run { windows, held_out, backend, text: self.text_name() })
+        Ok(Run { windows, backend, text: self.text_name() })
     }
 }
 
@@ -108,13 +110,19 @@ pub(crate) struct Rounding {
     method: Method,
     /// What the model is run on, if it is run.
     run: Option<Run>,
+    /// A text on which is measured what was kept, if the model is run.
+    held_out: Option<Windows>,
+}
+
+/// The windows of the held-out text in the model's tokens.
+fn held_out(checkpoint: &Checkpoint) -> anyhow::Result<Windows> {
+    let tokens = checkpoint.tokenizer()?.encode(HELD_OUT, false)?;
+    Ok(Windows::new(tokens, measure::usual_context(&[checkpoint]), Some(HELD_OUT_WINDOWS))?)
 }
 
 /// A text and what runs a model over it.
 pub(crate) struct Run {
     windows: Windows,
-    /// A text on which is measured what was kept.
-    held_out: Windows,
     backend: CpuBackend,
     text: String,
 }
@@ -127,12 +135,12 @@ impl Run {
 
 impl Rounding {
     pub(crate) fn calibration(&self) -> Option<Calibration<'_>> {
-        self.run.as_ref().map(|run| Calibration { held_out: Some(&run.held_out), ..run.calibration() })
+        self.run.as_ref().map(|run| Calibration { held_out: self.held_out.as_ref(), ..run.calibration() })
     }
 
     /// Tokens of a window.
     pub(crate) fn context(&self) -> Option<usize> {
-        self.run.as_ref()?.held_out.iter().map(<[u32]>::len).next()
+        self.held_out.as_ref()?.iter().map(<[u32]>::len).next()
     }
 
     /// Its name among the methods.

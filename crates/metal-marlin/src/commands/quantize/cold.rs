@@ -6,14 +6,15 @@ use anyhow::{Context, ensure};
 use marlin_checkpoint::Checkpoint;
 use marlin_format::Scheme;
 use marlin_model::LoadOptions;
-use marlin_quantize::{ColdExperts, ExpertMatrix, MoeLayer, cold_experts, find_moe_layers, measure_routing};
+use marlin_quantize::{
+    ColdExperts, ExpertMatrix, MoeLayer, cold_experts, find_moe_layers, measure_routing, scheme_by_name,
+};
 use metal_marlin::{DeviceOptions, load};
 use serde_json::{Value, json};
 
 use crate::commands::calibration::CalibrationOptions;
 use crate::commands::measure;
 use crate::progress::{self, Bar};
-use marlin_quantize::scheme_by_name;
 
 const HEADING: &str = "Cold experts";
 

@@ -6,9 +6,7 @@ use std::str::FromStr;
 use anyhow::bail;
 use marlin_checkpoint::Checkpoint;
 use marlin_format::Scheme;
-use marlin_quantize::{TensorRole, kind_of, layer_and_kind};
-
-use marlin_quantize::scheme_by_name;
+use marlin_quantize::{TensorRole, kind_of, layer_and_kind, scheme_by_name};
 
 /// `NAME=FORMAT[:SIZE]`
 #[derive(Debug, Clone, PartialEq, Eq)]
