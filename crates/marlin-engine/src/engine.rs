@@ -8,77 +8,55 @@ use marlin_checkpoint::Tokenizer;
 use marlin_kernels::{SampleRow, SamplingId};
 use marlin_model::{LanguageModel, ModelInfo, StepBatch};
 
-use crate::scheduler::{Part, Scheduler};
-use crate::sequence::{Room, Sequence};
-use crate::{EngineError, FinishReason, SamplingParams, StopConditions};
+use crate::prefix::BlockNames;
+use crate::scheduler::{Limits, Scheduled, Scheduler};
+use crate::sequence::{Part, Room, Sequence};
+use crate::{EngineError, Event, Request, RequestId};
 
-/// A text to continue.
-#[derive(Debug, Clone, Default)]
-pub struct Request {
-    /// Tokens of the prompt; at least one.
-    pub prompt: Vec<u32>,
-    /// How to choose tokens.
-    pub sampling: SamplingParams,
-    /// When to stop.
-    pub stop: StopConditions,
+/// Tokens of prompts beside answers that are being generated, on a device that works by itself and on the host's processor: a small part of
+/// what the device computes in a second.
+const PREFILL_TOKENS: [usize; 2] = [256, 32];
+
+/// How an engine serves requests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineOptions {
+    /// Keep what the KV cache holds for prompts that begin alike.
+    pub prefix_cache: bool,
+    /// Most tokens of prompts in a step beside answers that are being generated; `None` suits the device.
+    pub prefill_tokens: Option<usize>,
 }
 
-impl Request {
-    /// Checks the request against a model of so many tokens of vocabulary and of context, which need not be loaded yet.
-    ///
-    /// # Errors
-    /// A parameter is out of range, the prompt is empty or too long, or a token id is unknown to the model.
-    pub fn check(&self, vocabulary: usize, context: usize) -> Result<(), EngineError> {
-        self.sampling.validate()?;
-        self.stop.validate()?;
-        let prompt = self.prompt.len();
-        if prompt == 0 {
-            return Err(EngineError::EmptyPrompt);
-        }
-        let biased = self.sampling.logit_bias.iter().map(|&(token, _)| ("logit_bias", token));
-        let mut tokens = self.prompt.iter().map(|&token| ("prompt", token)).chain(biased);
-        if let Some((place, token)) = tokens.find(|&(_, token)| token as usize >= vocabulary) {
-            return Err(EngineError::Token { place, token, vocabulary });
-        }
-        if prompt >= context {
-            return Err(EngineError::PromptTooLong { prompt, context });
-        }
-        Ok(())
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self { prefix_cache: true, prefill_tokens: None }
     }
 }
 
-/// Names a request of one engine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct RequestId(u64);
-
-impl fmt::Display for RequestId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-/// A request got a token, or failed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Event {
-    /// The request.
-    pub request: RequestId,
-    /// Its token; `None` if it failed, see [`FinishReason::error`].
-    pub token: Option<u32>,
-    /// The text that is certain by now; empty while a character or a stop string may be incomplete.
-    pub text: String,
-    /// Set on the last event of a request.
-    pub finish: Option<Finish>,
-}
-
-/// How a request ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Finish {
-    /// Why.
-    pub reason: FinishReason,
-    /// Tokens of the prompt.
-    pub prompt_tokens: usize,
-    /// Tokens generated, a stop token included.
-    pub generated_tokens: usize,
+/// What an engine does at the moment, and has done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct EngineStats {
+    /// Answers that wait for their turn.
+    pub waiting: usize,
+    /// Answers that are computed.
+    pub running: usize,
+    /// KV blocks.
+    pub kv_blocks: usize,
+    /// Those that belong to an answer.
+    pub used_kv_blocks: usize,
+    /// Those that belong to none, and hold what another may begin with.
+    pub cached_kv_blocks: usize,
+    /// Tokens that were looked for in the prefix cache since the engine was made.
+    pub prefix_queries: u64,
+    /// Those that were found.
+    pub prefix_hits: u64,
+    /// Tokens of prompts that were computed.
+    pub prompt_tokens: u64,
+    /// Tokens generated.
+    pub generated_tokens: u64,
+    /// How often an answer gave its blocks back to others.
+    pub preemptions: u64,
+    /// Steps.
+    pub steps: u64,
 }
 
 /// Runs many requests on one model.
@@ -90,7 +68,9 @@ pub struct Engine {
     tokenizer: Arc<Tokenizer>,
     eos_tokens: Vec<u32>,
     scheduler: Scheduler,
-    kv_blocks: usize,
+    /// Tells models apart in the names of KV blocks.
+    fingerprint: String,
+    stats: EngineStats,
     next_id: u64,
     /// Steps under way, the oldest first.
     started: VecDeque<Started>,
@@ -98,33 +78,56 @@ pub struct Engine {
     batch: StepBatch,
     rows: Vec<SampleRow<'static>>,
     sampled: Vec<u32>,
-    spare_parts: Vec<Part>,
+    spare: Vec<Started>,
 }
 
 /// A step that was started and whose tokens were not read yet.
+#[derive(Debug, Default)]
 struct Started {
-    /// `None` if no sequence gets a token.
+    /// `None` if no answer gets a token.
     sampling: Option<SamplingId>,
+    /// Rows of logits.
+    rows: usize,
     parts: Vec<Part>,
+    /// If one of the parts wants them.
+    logits: Vec<f32>,
 }
 
 impl Engine {
     /// An engine that owns `model` and all its KV blocks; requests end at any of `eos_tokens` unless they ask not to.
-    pub fn new(mut model: Box<dyn LanguageModel>, tokenizer: Arc<Tokenizer>, eos_tokens: Vec<u32>) -> Self {
+    pub fn new(model: Box<dyn LanguageModel>, tokenizer: Arc<Tokenizer>, eos_tokens: Vec<u32>) -> Self {
+        Self::with_options(model, tokenizer, eos_tokens, &EngineOptions::default())
+    }
+
+    /// The same, with options.
+    pub fn with_options(
+        mut model: Box<dyn LanguageModel>,
+        tokenizer: Arc<Tokenizer>,
+        eos_tokens: Vec<u32>,
+        options: &EngineOptions,
+    ) -> Self {
         let kv_blocks = model.kv().free_blocks();
-        let scheduler = Scheduler::new(model.info().step_tokens, model.info().logit_rows, kv_blocks);
+        let info = model.info();
+        let scheduler = Scheduler::new(Limits {
+            step_tokens: info.step_tokens,
+            prefill_tokens: options.prefill_tokens.unwrap_or(PREFILL_TOKENS[usize::from(!info.overlaps)]).max(1),
+            logit_rows: info.logit_rows,
+            prefix_cache: options.prefix_cache,
+        });
+        let fingerprint = format!("{} {} {:?}", info.architecture, info.weight_bytes, info.kv_type);
         Self {
             model,
             tokenizer,
             eos_tokens,
             scheduler,
-            kv_blocks,
+            fingerprint,
+            stats: EngineStats { kv_blocks, ..EngineStats::default() },
             next_id: 0,
             started: VecDeque::new(),
             batch: StepBatch::default(),
             rows: Vec::new(),
             sampled: Vec::new(),
-            spare_parts: Vec::new(),
+            spare: Vec::new(),
         }
     }
 
@@ -138,9 +141,21 @@ impl Engine {
         &self.tokenizer
     }
 
-    /// KV blocks in use.
+    /// KV blocks that belong to an answer.
     pub fn used_kv_blocks(&mut self) -> usize {
-        self.kv_blocks - self.model.kv().free_blocks()
+        self.stats.kv_blocks - self.model.kv().free_blocks()
+    }
+
+    /// What it does at the moment, and has done.
+    pub fn stats(&mut self) -> EngineStats {
+        EngineStats {
+            waiting: self.scheduler.waiting(),
+            running: self.scheduler.running(),
+            used_kv_blocks: self.used_kv_blocks(),
+            cached_kv_blocks: self.model.kv().cached_blocks(),
+            preemptions: self.scheduler.preemptions(),
+            ..self.stats
+        }
     }
 
     /// Whether there is nothing to do.
@@ -153,7 +168,8 @@ impl Engine {
         let room = self.check(&request)?;
         let id = RequestId(self.next_id);
         let kv = self.model.kv().sequence();
-        let sequence = Sequence::new(id, request, kv, room, &self.tokenizer)?;
+        let names = BlockNames::new(&self.fingerprint, &request.cache_salt, self.model.kv().block_tokens());
+        let sequence = Sequence::new(id, request, kv, room, names, &self.eos_tokens, &self.tokenizer)?;
         self.scheduler.add(sequence);
         self.next_id += 1;
         Ok(id)
@@ -162,7 +178,13 @@ impl Engine {
     /// Ends a request at once and frees its memory; there are no further events of it. Tells whether there was such a
     /// request.
     pub fn cancel(&mut self, request: RequestId) -> bool {
-        self.scheduler.remove(request, self.model.kv())
+        self.scheduler.remove(self.model.kv(), |id| id == request) > 0
+    }
+
+    /// Ends all requests.
+    pub fn cancel_all(&mut self) {
+        self.scheduler.remove(self.model.kv(), |_| true);
+        self.started.clear();
     }
 
     /// Starts the next step, and appends an event for each token of the last one that has come to an end.
@@ -173,7 +195,9 @@ impl Engine {
     /// If the model fails, the steps under way are forgotten, and no request has advanced. If it gives one request logits that are
     /// not finite, that request ends with an event that says so, and the others go on.
     pub fn step(&mut self, events: &mut Vec<Event>) -> Result<(), EngineError> {
-        self.scheduler.admit();
+        let (looked_for, found) = self.scheduler.admit(self.model.kv());
+        self.stats.prefix_queries += looked_for as u64;
+        self.stats.prefix_hits += found as u64;
         let result = self.advance(events);
         if self.scheduler.is_idle() {
             self.started.clear();
@@ -182,12 +206,12 @@ impl Engine {
     }
 
     fn advance(&mut self, events: &mut Vec<Event>) -> Result<(), EngineError> {
-        let tokens = self.start_step().and_then(|has_started| {
+        let step = self.start_step().and_then(|has_started| {
             let under_way = usize::from(has_started && self.model.info().overlaps);
-            if self.started.len() > under_way { self.finish_step().map(Some) } else { Ok(None) }
+            if self.started.len() > under_way { self.finish_step() } else { Ok(None) }
         });
-        match tokens {
-            Ok(Some(parts)) => self.deliver(parts, events),
+        match step {
+            Ok(Some(step)) => self.deliver(step, events),
             Ok(None) => Ok(()),
             Err(error) => {
                 self.started.clear();
@@ -197,46 +221,66 @@ impl Engine {
         }
     }
 
-    /// Schedules a step and starts it: the model, and the choice of a token for each sequence that is complete. Tells whether there was
-    /// anything to do.
+    /// Schedules a step and starts it: the model, and the choice of a token for each answer that is complete. Tells whether it has: it has not
+    /// if there is nothing to do, or if a step under way must be finished first.
     fn start_step(&mut self) -> Result<bool, EngineError> {
-        let mut parts = std::mem::take(&mut self.spare_parts);
-        self.scheduler.schedule(self.model.kv(), &mut self.batch, &mut parts)?;
-        if parts.is_empty() {
-            self.spare_parts = parts;
+        let mut step = self.spare.pop().unwrap_or_default();
+        let may_preempt = self.started.is_empty();
+        let scheduled = self.scheduler.schedule(self.model.kv(), &mut self.batch, &mut step.parts, may_preempt)?;
+        if scheduled == Scheduled::BlocksShort || step.parts.is_empty() {
+            self.spare.push(step);
             return Ok(false);
         }
         self.model.forward(&self.batch)?;
+        self.stats.steps += 1;
 
-        let mut rows = recycle(std::mem::take(&mut self.rows));
-        let members = self.scheduler.members(&parts);
-        rows.extend(members.filter_map(|(sequence, part)| Some(sequence.choose(part.row?))));
-        let sampling = if rows.is_empty() { None } else { Some(self.model.sample(&rows)) };
-        self.rows = recycle(rows);
-        self.started.push_back(Started { sampling: sampling.transpose()?, parts });
+        step.rows = self.batch.logit_rows();
+        step.sampling = None;
+        step.logits.clear();
+        if self.scheduler.members(&step.parts).any(|(sequence, part)| sequence.wants_logits(part)) {
+            self.model.read_logits(&mut step.logits)?;
+        }
+        if step.parts.iter().any(|part| part.is_sampled) {
+            let mut rows = recycle(std::mem::take(&mut self.rows));
+            for (sequence, part) in self.scheduler.members(&step.parts) {
+                // Rows of a prompt that is scored are not looked at.
+                let unused = part.rows.len() - usize::from(part.is_sampled);
+                rows.extend(std::iter::repeat_n(SampleRow::GREEDY, unused));
+                if part.is_sampled {
+                    rows.push(sequence.choose(part.rows.end - 1));
+                }
+            }
+            let sampling = self.model.sample(&rows);
+            self.rows = recycle(rows);
+            step.sampling = Some(sampling?);
+        }
+        self.started.push_back(step);
         Ok(true)
     }
 
     /// Waits for the oldest step under way and reads its tokens.
-    fn finish_step(&mut self) -> Result<Vec<Part>, EngineError> {
-        let Some(Started { sampling, parts }) = self.started.pop_front() else { return Ok(Vec::new()) };
+    fn finish_step(&mut self) -> Result<Option<Started>, EngineError> {
+        let Some(step) = self.started.pop_front() else { return Ok(None) };
         self.sampled.clear();
-        self.sampled.resize(parts.iter().filter(|part| part.row.is_some()).count(), SampleRow::NOT_FINITE);
-        if let Some(sampling) = sampling {
+        self.sampled.resize(step.rows, SampleRow::NOT_FINITE);
+        if let Some(sampling) = step.sampling {
             self.model.sampled(sampling, &mut self.sampled)?;
         }
-        Ok(parts)
+        Ok(Some(step))
     }
 
-    /// Hands every token that was read to its sequence; finished sequences leave.
-    fn deliver(&mut self, parts: Vec<Part>, events: &mut Vec<Event>) -> Result<(), EngineError> {
+    /// Hands every answer what the step computed for it; finished answers leave.
+    fn deliver(&mut self, step: Started, events: &mut Vec<Event>) -> Result<(), EngineError> {
         let mut failure = None;
-        self.scheduler.end_step(self.model.kv(), &parts, |sequence, part| {
-            sequence.commit(part.computed);
-            let Some(row) = part.row else { return false };
-            match sequence.accept(self.sampled[row as usize], &self.eos_tokens, &self.tokenizer) {
-                Ok(event) => {
+        let vocabulary = self.model.info().vocabulary;
+        let (sampled, logits, tokenizer, stats) = (&self.sampled, &step.logits, &self.tokenizer, &mut self.stats);
+        self.scheduler.end_step(self.model.kv(), &step.parts, |sequence, part, kv| {
+            stats.prompt_tokens += sequence.prompt_tokens_of(part) as u64;
+            match sequence.finish_part(part, logits, sampled, vocabulary, kv, tokenizer) {
+                Ok(None) => false,
+                Ok(Some(event)) => {
                     let is_finished = event.finish.is_some();
+                    stats.generated_tokens += u64::from(event.token.is_some());
                     events.push(event);
                     is_finished
                 }
@@ -247,20 +291,30 @@ impl Engine {
                 }
             }
         });
-        self.spare_parts = parts;
+        self.spare.push(step);
         failure.map_or(Ok(()), Err)
     }
 
-    /// Checks a request and says how much room it may need.
+    /// Checks a request and says how much room each of its answers may need.
     fn check(&self, request: &Request) -> Result<Room, EngineError> {
         let info = self.model.info();
+        let (block_tokens, blocks) = (info.kv_layout.block_tokens, self.stats.kv_blocks);
         request.check(info.vocabulary, info.context)?;
         let (prompt, max_tokens) = (request.prompt.len(), request.stop.max_tokens);
-        let block_tokens = info.kv_layout.block_tokens;
-        let room = Room::new(prompt, max_tokens, info.context, block_tokens);
-        if room.kv_blocks > self.kv_blocks {
-            let (needed, blocks) = (room.kv_blocks, self.kv_blocks);
-            return Err(EngineError::CacheTooSmall { prompt, max_tokens, needed, block_tokens, blocks });
+        // Who names no number is content with what there is room for.
+        let context = if max_tokens == usize::MAX { info.context.min(blocks * block_tokens + 1) } else { info.context };
+        if prompt >= context && max_tokens > 0 {
+            return Err(EngineError::PromptTooLong { prompt, context });
+        }
+        let room = Room::new(prompt, max_tokens, context, block_tokens);
+        if room.kv_blocks > blocks {
+            return Err(EngineError::CacheTooSmall {
+                prompt,
+                max_tokens,
+                needed: room.kv_blocks,
+                block_tokens,
+                blocks,
+            });
         }
         Ok(room)
     }

@@ -78,3 +78,9 @@ pub enum EngineError {
     #[error("the model failed")]
     Model(#[from] ModelError),
 }
+
+impl EngineError {
+    pub(crate) fn parameter(name: &'static str, wanted: &'static str, found: impl ToString) -> Self {
+        Self::Parameter { name, wanted, found: found.to_string() }
+    }
+}

@@ -10,6 +10,9 @@
 mod chat_template;
 mod engine;
 mod error;
+mod logprobs;
+mod prefix;
+mod request;
 mod sampling;
 mod scheduler;
 mod sequence;
@@ -19,8 +22,9 @@ mod tests;
 mod text;
 
 pub use chat_template::{ChatOptions, ChatTemplate, Message};
-pub use engine::{Engine, Event, Finish, Request, RequestId};
+pub use engine::{Engine, EngineOptions, EngineStats};
 pub use error::EngineError;
+pub use request::{Event, Finish, Request, RequestId, TokenLogprobs};
 pub use sampling::SamplingParams;
 pub use stop::{FinishReason, StopConditions};
 pub use text::TextStream;

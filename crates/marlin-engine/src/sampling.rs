@@ -100,12 +100,16 @@ fn check(name: &'static str, value: f32, wanted: &'static str, valid: fn(f32) ->
 #[derive(Debug)]
 pub(crate) struct Sampler {
     params: SamplingParams,
+    /// The bias while the sequence must not end.
+    early_bias: Vec<(u32, f32)>,
+    seed: u64,
     random: ChaCha8Rng,
     counts: TokenCounts,
 }
 
 impl Sampler {
-    pub(crate) fn new(mut params: SamplingParams, prompt: &[u32]) -> Result<Self, EngineError> {
+    /// For the first answer to `prompt`; `end_tokens` end it.
+    pub(crate) fn new(mut params: SamplingParams, prompt: &[u32], end_tokens: &[u32]) -> Result<Self, EngineError> {
         let seed = params.seed.map_or_else(getrandom::u64, Ok)?;
         let mut counts = TokenCounts::default();
         if params.has_penalties() {
@@ -113,15 +117,26 @@ impl Sampler {
                 counts.saw(token);
             }
         }
-        params.logit_bias = summed(&params.logit_bias);
-        // The key is spelt out, so that a seed means the same in every version of rand_chacha.
-        let mut key = [0; 32];
-        key[..8].copy_from_slice(&seed.to_le_bytes());
-        Ok(Self { params, random: ChaCha8Rng::from_seed(key), counts })
+        let never = end_tokens.iter().map(|&token| (token, f32::NEG_INFINITY));
+        let early_bias = summed(params.logit_bias.iter().copied().chain(never));
+        params.logit_bias = summed(params.logit_bias.iter().copied());
+        Ok(Self { params, early_bias, seed, random: random(seed, 0), counts })
     }
 
-    /// How to choose the token after `generated` others, the last of which may be known as a row of the last sampling only.
-    pub(crate) fn row(&mut self, generated: usize, last_sampled: Option<u32>) -> SampleRow<'_> {
+    /// For another answer to the same prompt: with the same seed it has random numbers of its own.
+    pub(crate) fn fork(&self, choice: u32) -> Self {
+        Self {
+            params: self.params.clone(),
+            early_bias: self.early_bias.clone(),
+            seed: self.seed,
+            random: random(self.seed, choice),
+            counts: self.counts.clone(),
+        }
+    }
+
+    /// How to choose the token after `generated` others, the last of which may be known as a row of the last sampling only; if it is too
+    /// early for the end, none that ends the sequence.
+    pub(crate) fn row(&mut self, generated: usize, last_sampled: Option<u32>, is_early: bool) -> SampleRow<'_> {
         let last_sampled = last_sampled.filter(|_| self.params.has_penalties());
         let params = &self.params;
         SampleRow {
@@ -135,7 +150,7 @@ impl Sampler {
             frequency_penalty: params.frequency_penalty,
             counts: &self.counts.counts,
             last_sampled,
-            bias: &params.logit_bias,
+            bias: if is_early { &self.early_bias } else { &params.logit_bias },
         }
     }
 
@@ -147,11 +162,20 @@ impl Sampler {
     }
 }
 
+/// The stream of random numbers of one answer.
+fn random(seed: u64, choice: u32) -> ChaCha8Rng {
+    // The key is spelt out, so that a seed means the same in every version of rand_chacha.
+    let mut key = [0; 32];
+    key[..8].copy_from_slice(&seed.to_le_bytes());
+    key[8..12].copy_from_slice(&choice.to_le_bytes());
+    ChaCha8Rng::from_seed(key)
+}
+
 /// Biases with each token once.
-fn summed(biases: &[(u32, f32)]) -> Vec<(u32, f32)> {
-    let mut sums: Vec<(u32, f32)> = Vec::with_capacity(biases.len());
+fn summed(biases: impl Iterator<Item = (u32, f32)>) -> Vec<(u32, f32)> {
+    let mut sums: Vec<(u32, f32)> = Vec::new();
     let mut places: HashMap<u32, usize> = HashMap::new();
-    for &(token, bias) in biases {
+    for (token, bias) in biases {
         match places.entry(token) {
             Entry::Occupied(place) => sums[*place.get()].1 += bias,
             Entry::Vacant(place) => {
@@ -172,7 +196,7 @@ fn uniform(random: &mut ChaCha8Rng, index: usize) -> f32 {
 }
 
 /// Tokens seen, each id once, with its number of occurrences.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct TokenCounts {
     counts: Vec<TokenCount>,
     places: HashMap<u32, usize>,
@@ -230,41 +254,62 @@ mod tests {
     #[test]
     fn random_numbers_depend_on_seed_and_index_only() {
         let seeded = |seed| SamplingParams { seed: Some(seed), ..SamplingParams::default() };
-        let mut first = Sampler::new(seeded(1), &[]).unwrap();
-        let mut again = Sampler::new(seeded(1), &[5]).unwrap();
-        let forwards: Vec<f32> = (0..100).map(|i| first.row(i, None).uniform).collect();
-        let backwards: Vec<f32> = (0..100).rev().map(|i| again.row(i, None).uniform).collect();
+        let mut first = Sampler::new(seeded(1), &[], &[]).unwrap();
+        let mut again = Sampler::new(seeded(1), &[5], &[]).unwrap();
+        let forwards: Vec<f32> = (0..100).map(|i| first.row(i, None, false).uniform).collect();
+        let backwards: Vec<f32> = (0..100).rev().map(|i| again.row(i, None, false).uniform).collect();
         assert!(forwards.iter().eq(backwards.iter().rev()));
         assert!(forwards.iter().all(|u| (0.0..1.0).contains(u)));
         let mean = forwards.iter().sum::<f32>() / 100.0;
         assert!((mean - 0.5).abs() < 0.15, "{mean}");
 
-        let mut other = Sampler::new(seeded(2), &[]).unwrap();
-        assert_ne!(other.row(0, None).uniform, forwards[0]);
+        let mut other = Sampler::new(seeded(2), &[], &[]).unwrap();
+        assert_ne!(other.row(0, None, false).uniform, forwards[0]);
     }
 
     #[test]
     fn a_seed_means_the_same_in_every_version() {
         // Key stream of ChaCha8 for the all-zero key and nonce (Strombergson's test vectors, TC1): 3e00ef2f 895f40d6 …
-        let mut sampler = Sampler::new(SamplingParams { seed: Some(0), ..SamplingParams::default() }, &[]).unwrap();
-        assert_eq!(sampler.row(0, None).uniform, (0x2fef_003e >> 8) as f32 / 16_777_216.0);
-        assert_eq!(sampler.row(1, None).uniform, (0xd640_5f89_u32 >> 8) as f32 / 16_777_216.0);
+        let mut sampler =
+            Sampler::new(SamplingParams { seed: Some(0), ..SamplingParams::default() }, &[], &[]).unwrap();
+        assert_eq!(sampler.row(0, None, false).uniform, (0x2fef_003e >> 8) as f32 / 16_777_216.0);
+        assert_eq!(sampler.row(1, None, false).uniform, (0xd640_5f89_u32 >> 8) as f32 / 16_777_216.0);
+    }
+
+    #[test]
+    fn answers_to_one_prompt_have_random_numbers_of_their_own() {
+        let params = SamplingParams { seed: Some(1), ..SamplingParams::default() };
+        let mut first = Sampler::new(params, &[], &[]).unwrap();
+        let uniforms = |sampler: &mut Sampler| (0..10).map(|i| sampler.row(i, None, false).uniform).collect::<Vec<_>>();
+        let (mut same, mut other) = (first.fork(0), first.fork(1));
+        assert_eq!(uniforms(&mut same), uniforms(&mut first));
+        assert_ne!(uniforms(&mut other), uniforms(&mut first));
+    }
+
+    #[test]
+    fn early_on_no_token_ends_the_answer() {
+        let logit_bias = vec![(7, 1.0), (3, 0.5)];
+        let params = SamplingParams { logit_bias, ..SamplingParams::default() };
+        let mut sampler = Sampler::new(params, &[], &[9, 7]).unwrap();
+        let never = f32::NEG_INFINITY;
+        assert_eq!(sampler.row(0, None, true).bias, [(7, never), (3, 0.5), (9, never)]);
+        assert_eq!(sampler.row(0, None, false).bias, [(7, 1.0), (3, 0.5)]);
     }
 
     #[test]
     fn biases_of_one_token_add_up() {
         let logit_bias = vec![(7, 1.0), (3, 0.5), (7, -4.0)];
-        let mut sampler = Sampler::new(SamplingParams { logit_bias, ..SamplingParams::default() }, &[]).unwrap();
-        assert_eq!(sampler.row(0, None).bias, [(7, -3.0), (3, 0.5)]);
+        let mut sampler = Sampler::new(SamplingParams { logit_bias, ..SamplingParams::default() }, &[], &[]).unwrap();
+        assert_eq!(sampler.row(0, None, false).bias, [(7, -3.0), (3, 0.5)]);
     }
 
     #[test]
     fn counts_tell_prompt_from_generated() {
-        let mut sampler = Sampler::new(SamplingParams::default(), &[3, 4, 3]).unwrap();
+        let mut sampler = Sampler::new(SamplingParams::default(), &[3, 4, 3], &[]).unwrap();
         sampler.accept(4);
         sampler.accept(9);
         sampler.accept(9);
         let count = |token, generated| TokenCount { token, generated };
-        assert_eq!(sampler.row(3, None).counts, [count(3, 0), count(4, 1), count(9, 2)]);
+        assert_eq!(sampler.row(3, None, false).counts, [count(3, 0), count(4, 1), count(9, 2)]);
     }
 }

@@ -1,112 +1,208 @@
-//! Which sequences take part in a step, and with how many tokens.
+//! Which answers take part in a step, and with how many tokens.
 
 use std::collections::VecDeque;
 
 use marlin_model::{KvPool, ModelError, StepBatch};
 
-use crate::engine::RequestId;
-use crate::sequence::Sequence;
+use crate::RequestId;
+use crate::sequence::{Part, Rank, Sequence};
 
-/// A sequence's part in a step.
+/// What bounds a step.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Part {
-    pub(crate) request: RequestId,
-    /// Tokens that it has computed when the step is done.
-    pub(crate) computed: usize,
-    /// The row of the step's logits that its next token comes from, if one does.
-    pub(crate) row: Option<u32>,
+pub(crate) struct Limits {
+    /// Most tokens.
+    pub(crate) step_tokens: usize,
+    /// Most tokens of prompts beside answers that are being generated, so that these do not wait for a long prompt.
+    pub(crate) prefill_tokens: usize,
+    /// Most rows of logits, so also most answers that run at a time.
+    pub(crate) logit_rows: usize,
+    /// Answers begin with what the KV cache holds already.
+    pub(crate) prefix_cache: bool,
 }
 
-/// The part of a request among those that are left; parts and those who ask come in the order of arrival.
-fn part_of<'a>(parts: &mut std::slice::Iter<'a, Part>, request: RequestId) -> Option<&'a Part> {
-    while let Some(part) = parts.as_slice().first().filter(|part| part.request <= request) {
-        parts.next();
-        if part.request == request {
-            return Some(part);
-        }
-    }
-    None
+/// What came of scheduling.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scheduled {
+    /// A step; nothing, if there is nothing to do.
+    Step,
+    /// KV blocks are short: an answer must give way, and none may while steps are under way.
+    BlocksShort,
 }
 
-/// Sequences in order of arrival.
+/// Answers in line, by rank.
 ///
-/// A sequence waits until the blocks it may come to need are free; from then on it never lacks any.
+/// An answer waits until there are KV blocks for its prompt, and takes others as it grows. When none are left, the last in line gives its
+/// blocks back and waits again; what it has generated is then computed again as if it belonged to the prompt.
 #[derive(Debug)]
 pub(crate) struct Scheduler {
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
-    /// Most tokens of a step.
-    step_tokens: usize,
-    /// Most sequences that run at a time, so that each can bring a token to a step and get its logits.
-    most_running: usize,
-    /// Blocks of the pool that no running sequence may come to need.
-    unreserved_blocks: usize,
+    limits: Limits,
+    preemptions: u64,
 }
 
 impl Scheduler {
-    pub(crate) fn new(step_tokens: usize, logit_rows: usize, blocks: usize) -> Self {
-        Self {
-            waiting: VecDeque::new(),
-            running: Vec::new(),
-            step_tokens,
-            most_running: step_tokens.min(logit_rows),
-            unreserved_blocks: blocks,
-        }
+    pub(crate) fn new(limits: Limits) -> Self {
+        Self { waiting: VecDeque::new(), running: Vec::new(), limits, preemptions: 0 }
     }
 
     pub(crate) fn is_idle(&self) -> bool {
         self.waiting.is_empty() && self.running.is_empty()
     }
 
-    /// Queues a sequence behind all others.
+    /// Answers that wait.
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Answers that run.
+    pub(crate) fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// How often an answer had to give way.
+    pub(crate) fn preemptions(&self) -> u64 {
+        self.preemptions
+    }
+
+    fn most_running(&self) -> usize {
+        self.limits.step_tokens.min(self.limits.logit_rows)
+    }
+
+    /// Queues an answer behind all of its priority.
     pub(crate) fn add(&mut self, sequence: Sequence) {
-        self.waiting.push_back(sequence);
+        let place = self.waiting.partition_point(|other| other.rank < sequence.rank);
+        self.waiting.insert(place, sequence);
     }
 
-    /// Lets waiting sequences run, first come first served, while there is room for them.
-    pub(crate) fn admit(&mut self) {
-        while let Some(next) = self.waiting.front()
-            && next.kv_blocks <= self.unreserved_blocks
-            && self.running.len() < self.most_running
+    fn run(&mut self, sequence: Sequence) {
+        let place = self.running.partition_point(|other| other.rank < sequence.rank);
+        self.running.insert(place, sequence);
+    }
+
+    /// Lets waiting answers run, the first in line first, while there is room for what they begin with. Gives how many tokens of their
+    /// prompts were looked for in the cache, and how many were found.
+    pub(crate) fn admit(&mut self, kv: &mut KvPool) -> (usize, usize) {
+        let (mut looked_for, mut found) = (0, 0);
+        let mut promised: usize = self.running.iter().map(|s| kv.needed_blocks(&s.kv, s.pending())).sum();
+        while self.running.len() < self.most_running()
+            && let Some(mut next) = self.waiting.pop_front()
         {
-            self.unreserved_blocks -= next.kv_blocks;
-            self.running.extend(self.waiting.pop_front());
+            if self.limits.prefix_cache {
+                next.take_cached_prefix(kv);
+            }
+            let cached = next.kv.len();
+            let needed = kv.needed_blocks(&next.kv, next.pending());
+            // Each of those that run has a block to grow into. One that runs alone finds all it may come to need.
+            let spare = kv.free_blocks().saturating_sub(promised + self.running.len());
+            if needed > spare && !self.running.is_empty() {
+                next.leave(kv);
+                self.waiting.push_front(next);
+                break;
+            }
+            promised += needed;
+            looked_for += cached + next.pending();
+            found += cached;
+            self.run(next);
         }
+        (looked_for, found)
     }
 
-    /// Fills a step: every decoding sequence brings its one token, and what is left goes to prompts, in chunks if
-    /// need be.
+    /// Fills a step: every answer that is being generated brings its one token, and prompts bring theirs, in chunks if need be.
     pub(crate) fn schedule(
         &mut self,
         kv: &mut KvPool,
         batch: &mut StepBatch,
         parts: &mut Vec<Part>,
+        may_preempt: bool,
+    ) -> Result<Scheduled, ModelError> {
+        self.fork(kv);
+        loop {
+            batch.clear();
+            parts.clear();
+            let decode_blocks: usize = decoding(&self.running).map(|s| kv.needed_blocks(&s.kv, 1)).sum();
+            if decode_blocks <= kv.free_blocks() || self.running.len() == 1 {
+                self.fill(decode_blocks, kv, batch, parts)?;
+                if !parts.is_empty() || self.running.iter().all(|s| s.pending() == 0) {
+                    return Ok(Scheduled::Step);
+                }
+            }
+            if !may_preempt {
+                return Ok(Scheduled::BlocksShort);
+            }
+            self.preempt_last(kv);
+        }
+    }
+
+    /// Answers whose prompt another one has computed branch off.
+    fn fork(&mut self, kv: &mut KvPool) {
+        let mut index = 0;
+        while index < self.running.len() {
+            let mut choice = 1;
+            while self.running[index].is_fork_due() {
+                let can_run = self.running.len() < self.most_running();
+                let sequence = self.running[index].fork(choice, kv, can_run);
+                choice += 1;
+                if can_run { self.run(sequence) } else { self.add(sequence) }
+            }
+            index += 1;
+        }
+    }
+
+    /// Gives each answer its part. `decode_blocks` are kept for those that are being generated.
+    fn fill(
+        &mut self,
+        mut decode_blocks: usize,
+        kv: &mut KvPool,
+        batch: &mut StepBatch,
+        parts: &mut Vec<Part>,
     ) -> Result<(), ModelError> {
-        batch.clear();
-        parts.clear();
-        let mut prefill_tokens = self.step_tokens - self.running.iter().filter(|s| s.pending() == 1).count();
+        let decodes = decoding(&self.running).count();
+        let mut prefill_tokens = self.limits.step_tokens - decodes;
+        if decodes > 0 {
+            prefill_tokens = prefill_tokens.min(self.limits.prefill_tokens);
+        }
+        // Each answer may need a row, and a scored prompt takes what they leave.
+        let mut scored_rows = (self.limits.logit_rows + 1).saturating_sub(self.running.len()).max(1);
         for sequence in &mut self.running {
-            let tokens = match sequence.pending() {
-                tokens @ (0 | 1) => tokens,
-                tokens => {
-                    let tokens = tokens.min(prefill_tokens);
-                    prefill_tokens -= tokens;
-                    tokens
+            let count = match sequence.pending() {
+                0 => continue,
+                1 if !sequence.is_scored() => {
+                    decode_blocks = decode_blocks.saturating_sub(kv.needed_blocks(&sequence.kv, 1));
+                    1
+                }
+                pending => {
+                    let free = kv.free_blocks().saturating_sub(decode_blocks);
+                    let mut count = pending.min(prefill_tokens).min(kv.room(&sequence.kv, free));
+                    if sequence.is_scored() {
+                        count = count.min(scored_rows);
+                        scored_rows -= count;
+                    }
+                    prefill_tokens -= count;
+                    count
                 }
             };
-            if tokens > 0 {
-                let row = sequence.take_part(tokens, kv, batch)?;
-                parts.push(Part { request: sequence.id, computed: sequence.kv.len(), row });
+            if count > 0 {
+                parts.push(sequence.take_part(count, kv, batch)?);
             }
         }
         Ok(())
     }
 
-    /// The running sequences that have a part in a step, with their parts.
+    /// The last in line of those that run gives its blocks back.
+    fn preempt_last(&mut self, kv: &mut KvPool) {
+        if let Some(mut sequence) = self.running.pop() {
+            sequence.leave(kv);
+            self.add(sequence);
+            self.preemptions += 1;
+        }
+    }
+
+    /// The running answers that have a part in a step, with their parts: both are in the order of their ranks.
     pub(crate) fn members<'a>(&'a mut self, parts: &'a [Part]) -> impl Iterator<Item = (&'a mut Sequence, &'a Part)> {
         let mut parts = parts.iter();
         self.running.iter_mut().filter_map(move |sequence| {
-            let part = part_of(&mut parts, sequence.id)?;
+            let part = part_of(&mut parts, sequence.rank)?;
             Some((sequence, part))
         })
     }
@@ -116,35 +212,51 @@ impl Scheduler {
         self.running.iter_mut().for_each(|sequence| sequence.roll_back(kv));
     }
 
-    /// Ends a step: `is_finished` is asked once for every running sequence that has a part in it, and those that are leave.
+    /// Ends a step: `is_finished` is asked once for every running answer that has a part in it, and those that are leave.
     pub(crate) fn end_step(
         &mut self,
         kv: &mut KvPool,
         parts: &[Part],
-        mut is_finished: impl FnMut(&mut Sequence, &Part) -> bool,
+        mut is_finished: impl FnMut(&mut Sequence, &Part, &mut KvPool) -> bool,
     ) {
         let mut parts = parts.iter();
-        self.retire(kv, |sequence| part_of(&mut parts, sequence.id).is_some_and(|part| is_finished(sequence, part)));
+        self.running.retain_mut(|sequence| {
+            let is_finished = part_of(&mut parts, sequence.rank).is_some_and(|part| is_finished(sequence, part, kv));
+            if is_finished {
+                sequence.leave(kv);
+            }
+            !is_finished
+        });
     }
 
-    /// Running sequences for which `is_finished` leave.
-    fn retire(&mut self, kv: &mut KvPool, is_finished: impl FnMut(&mut Sequence) -> bool) {
-        for sequence in self.running.extract_if(.., is_finished) {
-            self.unreserved_blocks += sequence.kv_blocks;
-            kv.release(sequence.kv);
-        }
+    /// Drops the answers of which `is_dropped` is true, waiting or running, and frees their blocks; tells how many there were.
+    pub(crate) fn remove(&mut self, kv: &mut KvPool, is_dropped: impl Fn(RequestId) -> bool) -> usize {
+        let before = self.running.len() + self.waiting.len();
+        let mut keep = |sequence: &mut Sequence| {
+            let is_dropped = is_dropped(sequence.rank.request);
+            if is_dropped {
+                sequence.leave(kv);
+            }
+            !is_dropped
+        };
+        self.running.retain_mut(&mut keep);
+        self.waiting.retain_mut(&mut keep);
+        before - self.running.len() - self.waiting.len()
     }
+}
 
-    /// Drops a request, waiting or running, and frees its blocks; tells whether there was one.
-    pub(crate) fn remove(&mut self, id: RequestId, kv: &mut KvPool) -> bool {
-        let running = self.running.len();
-        self.retire(kv, |sequence| sequence.id == id);
-        if self.running.len() < running {
-            return true;
+/// Answers that bring one token.
+fn decoding(running: &[Sequence]) -> impl Iterator<Item = &Sequence> {
+    running.iter().filter(|sequence| sequence.pending() == 1 && !sequence.is_scored())
+}
+
+/// The part of an answer among those that are left; parts and those who ask come in the order of their ranks.
+fn part_of<'a>(parts: &mut std::slice::Iter<'a, Part>, rank: Rank) -> Option<&'a Part> {
+    while let Some(part) = parts.as_slice().first().filter(|part| part.rank <= rank) {
+        parts.next();
+        if part.rank == rank {
+            return Some(part);
         }
-        let place = self.waiting.iter().position(|sequence| sequence.id == id);
-        let Some(sequence) = place.and_then(|place| self.waiting.remove(place)) else { return false };
-        kv.release(sequence.kv);
-        true
     }
+    None
 }

@@ -1,21 +1,44 @@
-//! One request on its way: its tokens, their place in the KV cache, and what is still to come.
+//! One answer on its way: its tokens, their place in the KV cache, and what is still to come.
+
+use std::ops::Range;
 
 use marlin_checkpoint::Tokenizer;
 use marlin_kernels::{SampleRow, Step};
 use marlin_model::{KvPool, KvSequence, LogitRows, ModelError, StepBatch};
 
-use crate::engine::{Event, Finish, Request, RequestId};
+use crate::logprobs::token_logprobs;
+use crate::prefix::BlockNames;
 use crate::sampling::Sampler;
-use crate::{EngineError, FinishReason, StopConditions, TextStream};
+use crate::{EngineError, Event, Finish, FinishReason, Request, RequestId, StopConditions, TextStream, TokenLogprobs};
 
-/// A request's state from admission to its last token.
+/// Where an answer stands in line: by the priority of its request, then by when that came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Rank {
+    pub(crate) priority: i32,
+    pub(crate) request: RequestId,
+    pub(crate) choice: u32,
+}
+
+/// An answer's part in a step.
+#[derive(Debug, Clone)]
+pub(crate) struct Part {
+    pub(crate) rank: Rank,
+    /// Tokens that it has computed when the step is done.
+    computed: usize,
+    /// Its rows of the step's logits.
+    pub(crate) rows: Range<usize>,
+    /// The step computes the last of its tokens.
+    is_complete: bool,
+    /// Its next token comes from the last of the rows.
+    pub(crate) is_sampled: bool,
+}
+
+/// The state of an answer from the request to its last token.
 #[derive(Debug)]
 pub(crate) struct Sequence {
-    pub(crate) id: RequestId,
+    pub(crate) rank: Rank,
     pub(crate) kv: KvSequence,
-    /// KV blocks it may come to need, set aside when it is admitted.
-    pub(crate) kv_blocks: usize,
-    pub(crate) sampler: Sampler,
+    sampler: Sampler,
     /// The prompt, then what was generated.
     tokens: Vec<u32>,
     prompt_tokens: usize,
@@ -27,7 +50,20 @@ pub(crate) struct Sequence {
     unread: usize,
     /// Row of the last of them in the last sampling.
     unread_row: u32,
+    /// Names of its blocks, and how many of them the pool has been told.
+    names: BlockNames,
+    named: usize,
+    /// Tokens of the prompt that the KV cache held when it was first looked at.
+    cached_tokens: Option<usize>,
+    /// Other answers to the same prompt, which branch off before its last token.
+    to_fork: u32,
+    logprobs: Option<usize>,
+    /// Until they are delivered.
+    prompt_logprobs: Option<usize>,
+    scored: Vec<TokenLogprobs>,
     stop: StopConditions,
+    /// Tokens that end it: its own, and the model's unless it ignores them.
+    end_tokens: Vec<u32>,
     text: TextStream,
 }
 
@@ -37,27 +73,94 @@ impl Sequence {
         request: Request,
         kv: KvSequence,
         room: Room,
+        names: BlockNames,
+        eos_tokens: &[u32],
         tokenizer: &Tokenizer,
     ) -> Result<Self, EngineError> {
-        let Request { prompt, sampling, mut stop } = request;
+        let Request {
+            prompt, sampling, mut stop, choices, logprobs, prompt_logprobs, special_tokens, priority, ..
+        } = request;
+        let mut end_tokens = std::mem::take(&mut stop.tokens);
+        if !stop.ignore_eos {
+            end_tokens.extend_from_slice(eos_tokens);
+        }
+        let text = if special_tokens { TextStream::with_special } else { TextStream::new };
         Ok(Self {
-            id,
+            rank: Rank { priority, request: id, choice: 0 },
             kv,
-            kv_blocks: room.kv_blocks,
-            sampler: Sampler::new(sampling, &prompt)?,
+            sampler: Sampler::new(sampling, &prompt, &end_tokens)?,
             prompt_tokens: prompt.len(),
             most_tokens: room.tokens,
             computed: 0,
             unread: 0,
             unread_row: 0,
-            text: TextStream::new(tokenizer, &prompt, std::mem::take(&mut stop.strings))?,
+            names,
+            named: 0,
+            cached_tokens: None,
+            to_fork: choices - 1,
+            logprobs,
+            prompt_logprobs,
+            scored: Vec::new(),
+            text: text(tokenizer, &prompt, std::mem::take(&mut stop.strings))?,
             stop,
+            end_tokens,
             tokens: prompt,
         })
     }
 
+    /// Begins with the tokens that are cached already, but for the last: its logits are wanted.
+    pub(crate) fn take_cached_prefix(&mut self, kv: &mut KvPool) {
+        if !self.kv.is_empty() || self.prompt_logprobs.is_some() {
+            self.cached_tokens.get_or_insert(0);
+            return;
+        }
+        let before_last = self.tokens.len() - 1;
+        self.kv = kv.cached_prefix(self.names.of(&self.tokens[..before_last]).iter().copied());
+        self.computed = self.kv.len();
+        self.named = self.kv.blocks().len();
+        self.cached_tokens.get_or_insert(self.kv.len());
+    }
+
+    /// Gives its blocks back: what they hold will be computed again, or found in the cache.
+    pub(crate) fn leave(&mut self, kv: &mut KvPool) {
+        let empty = kv.sequence();
+        kv.release(std::mem::replace(&mut self.kv, empty));
+        (self.computed, self.unread, self.named) = (0, 0, 0);
+        self.scored.clear();
+    }
+
+    /// Whether it is time for the other answers to branch off.
+    pub(crate) fn is_fork_due(&self) -> bool {
+        self.to_fork > 0 && self.kv.len() == self.prompt_tokens - 1
+    }
+
+    /// Branches the next of the other answers off. It shares the blocks of the prompt if it can run at once, and otherwise waits without any.
+    pub(crate) fn fork(&mut self, choice: u32, kv: &mut KvPool, can_run: bool) -> Self {
+        self.to_fork -= 1;
+        let shared = if can_run { kv.fork(&self.kv) } else { kv.sequence() };
+        Self {
+            rank: Rank { choice, ..self.rank },
+            sampler: self.sampler.fork(choice),
+            tokens: self.tokens.clone(),
+            computed: self.computed.min(shared.len()),
+            named: self.named.min(shared.blocks().len()),
+            kv: shared,
+            names: self.names.clone(),
+            to_fork: 0,
+            prompt_logprobs: None,
+            scored: Vec::new(),
+            stop: self.stop.clone(),
+            end_tokens: self.end_tokens.clone(),
+            text: self.text.clone(),
+            ..*self
+        }
+    }
+
     /// How many tokens no step has taken up yet: what is left of the prompt, or the last token, which need not be read for that.
     pub(crate) fn pending(&self) -> usize {
+        if self.to_fork > 0 {
+            return self.prompt_tokens - 1 - self.kv.len();
+        }
         let is_last = self.chosen() == self.stop.max_tokens || self.tokens.len() + self.unread == self.most_tokens;
         if self.unread > 0 && is_last {
             return 0;
@@ -65,35 +168,44 @@ impl Sequence {
         self.tokens.len() + self.unread - self.kv.len()
     }
 
-    /// Adds the next `count` of its pending tokens to a step. Gives the row of the step's logits that its next token comes from, if the
-    /// step completes it.
+    /// Whether each token of the prompt takes a row of logits.
+    pub(crate) fn is_scored(&self) -> bool {
+        self.prompt_logprobs.is_some()
+    }
+
+    /// Whether the host must see its logits.
+    pub(crate) fn wants_logits(&self, part: &Part) -> bool {
+        self.is_scored() || (self.logprobs.is_some() && part.is_sampled)
+    }
+
+    /// Adds the next `count` of its pending tokens to a step.
     pub(crate) fn take_part(
         &mut self,
         count: usize,
         kv: &mut KvPool,
         batch: &mut StepBatch,
-    ) -> Result<Option<u32>, ModelError> {
+    ) -> Result<Part, ModelError> {
         let start = self.kv.len();
         kv.append(&mut self.kv, count)?;
         let is_complete = self.kv.len() == self.tokens.len() + self.unread;
-        let logits = if is_complete { LogitRows::Last } else { LogitRows::None };
+        let is_sampled = is_complete && self.stop.max_tokens > 0;
+        let logits = match (self.is_scored(), is_sampled) {
+            (true, _) => LogitRows::All,
+            (false, true) => LogitRows::Last,
+            (false, false) => LogitRows::None,
+        };
         let unread = [Step::SAMPLED + self.unread_row];
         let tokens = self.tokens.get(start..start + count).unwrap_or(&unread);
         let rows = batch.push(&self.kv, tokens, logits);
-        Ok(is_complete.then_some(rows.start as u32))
+        Ok(Part { rank: self.rank, computed: self.kv.len(), rows, is_complete, is_sampled })
     }
 
     /// How its next token is chosen. It is row `row` of the sampling that is about to start.
-    pub(crate) fn choose(&mut self, row: u32) -> SampleRow<'_> {
+    pub(crate) fn choose(&mut self, row: usize) -> SampleRow<'_> {
         let last_sampled = (self.unread > 0).then_some(self.unread_row);
         let index = self.chosen();
-        (self.unread, self.unread_row) = (self.unread + 1, row);
-        self.sampler.row(index, last_sampled)
-    }
-
-    /// The oldest step under way, which had brought it to `computed` tokens, has succeeded.
-    pub(crate) fn commit(&mut self, computed: usize) {
-        self.computed = computed;
+        (self.unread, self.unread_row) = (self.unread + 1, row as u32);
+        self.sampler.row(index, last_sampled, index < self.stop.min_tokens)
     }
 
     /// Forgets the steps under way.
@@ -112,58 +224,110 @@ impl Sequence {
         self.generated() + self.unread
     }
 
-    /// Takes what was sampled for it in the oldest step under way: its next token, or that there is none.
-    pub(crate) fn accept(
-        &mut self,
-        sampled: u32,
-        eos_tokens: &[u32],
-        tokenizer: &Tokenizer,
-    ) -> Result<Event, EngineError> {
-        self.unread -= 1;
-        let token = Some(sampled).filter(|&token| token != SampleRow::NOT_FINITE);
-        let mut text = String::new();
-        let reason = if let Some(token) = token {
-            self.tokens.push(token);
-            self.sampler.accept(token);
-            self.finish_reason(token, eos_tokens, tokenizer, &mut text)?
-        } else {
-            self.text.finish(tokenizer, &mut text)?;
-            Some(FinishReason::NotFinite)
-        };
-        let finish = reason.map(|reason| Finish {
-            reason,
-            prompt_tokens: self.prompt_tokens,
-            generated_tokens: self.generated(),
-        });
-        Ok(Event { request: self.id, token, text, finish })
+    /// Tokens of the prompt that a step has computed for the first time.
+    pub(crate) fn prompt_tokens_of(&self, part: &Part) -> usize {
+        part.computed.min(self.prompt_tokens).saturating_sub(self.computed)
     }
 
-    /// Appends the token's text and tells whether it was the last one.
-    fn finish_reason(
+    /// The oldest step under way has succeeded: takes note of what it computed, of its logits if they were read (`vocabulary` to a row), and
+    /// of the tokens sampled.
+    pub(crate) fn finish_part(
         &mut self,
-        token: u32,
-        eos_tokens: &[u32],
+        part: &Part,
+        logits: &[f32],
+        sampled: &[u32],
+        vocabulary: usize,
+        kv: &mut KvPool,
+        tokenizer: &Tokenizer,
+    ) -> Result<Option<Event>, EngineError> {
+        let start = self.computed;
+        self.computed = part.computed;
+        self.name_blocks(kv);
+        let row = |row: usize| &logits[row * vocabulary..(row + 1) * vocabulary];
+        if let Some(alternatives) = self.prompt_logprobs {
+            // The logits of a token tell how likely the next one was.
+            for (place, index) in (start + 1..self.prompt_tokens.min(part.computed + 1)).zip(part.rows.clone()) {
+                self.scored.push(token_logprobs(row(index), self.tokens[place], alternatives));
+            }
+        }
+        if !part.is_complete {
+            return Ok(None);
+        }
+        let mut event = Event {
+            request: self.rank.request,
+            choice: self.rank.choice,
+            token: None,
+            text: String::new(),
+            logprobs: None,
+            prompt_logprobs: std::mem::take(&mut self.scored),
+            finish: None,
+        };
+        self.prompt_logprobs = None;
+        let reason = if part.is_sampled {
+            let index = part.rows.end - 1;
+            self.unread -= 1;
+            event.token = Some(sampled[index]).filter(|&token| token != SampleRow::NOT_FINITE);
+            event.logprobs =
+                self.logprobs.zip(event.token).map(|(count, token)| token_logprobs(row(index), token, count));
+            self.accept(event.token, tokenizer, &mut event.text)?
+        } else {
+            Some(FinishReason::Length)
+        };
+        event.finish = reason.map(|reason| Finish {
+            reason,
+            prompt_tokens: self.prompt_tokens,
+            cached_tokens: self.cached_tokens.unwrap_or(0),
+            generated_tokens: self.generated(),
+        });
+        Ok(Some(event))
+    }
+
+    /// Tells the pool what the blocks hold that are full by now.
+    fn name_blocks(&mut self, kv: &mut KvPool) {
+        if self.computed < (self.named + 1) * kv.block_tokens() {
+            return;
+        }
+        for &name in &self.names.of(&self.tokens[..self.computed])[self.named..] {
+            kv.remember(&self.kv, self.named, name);
+            self.named += 1;
+        }
+    }
+
+    /// Takes its next token, or that there is none; appends its text and tells whether it was the last one.
+    fn accept(
+        &mut self,
+        token: Option<u32>,
         tokenizer: &Tokenizer,
         text: &mut String,
     ) -> Result<Option<FinishReason>, EngineError> {
-        let is_eos = !self.stop.ignore_eos && eos_tokens.contains(&token);
-        let reason = if is_eos || self.stop.tokens.contains(&token) {
+        let Some(token) = token else {
+            self.text.finish(tokenizer, text)?;
+            return Ok(Some(FinishReason::NotFinite));
+        };
+        self.tokens.push(token);
+        self.sampler.accept(token);
+        let reason = if self.end_tokens.contains(&token) {
             FinishReason::StopToken(token)
-        } else if let Some(stop) = self.text.push(tokenizer, token, text)? {
-            return Ok(Some(FinishReason::StopString(stop.to_owned())));
-        } else if self.generated() == self.stop.max_tokens {
-            FinishReason::Length
-        } else if self.tokens.len() == self.most_tokens {
-            FinishReason::Context
         } else {
-            return Ok(None);
+            if self.generated() < self.stop.min_tokens {
+                self.text.push_unstopped(tokenizer, token, text)?;
+            } else if let Some(stop) = self.text.push(tokenizer, token, text)? {
+                return Ok(Some(FinishReason::StopString(stop.to_owned())));
+            }
+            if self.generated() == self.stop.max_tokens {
+                FinishReason::Length
+            } else if self.tokens.len() == self.most_tokens {
+                FinishReason::Context
+            } else {
+                return Ok(None);
+            }
         };
         let stopped = self.text.finish(tokenizer, text)?.map(|stop| FinishReason::StopString(stop.to_owned()));
         Ok(Some(stopped.unwrap_or(reason)))
     }
 }
 
-/// The room a request takes at worst.
+/// The room an answer takes at worst.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Room {
     /// Tokens, prompt included.
@@ -175,7 +339,8 @@ pub(crate) struct Room {
 impl Room {
     pub(crate) fn new(prompt: usize, max_tokens: usize, context: usize, block_tokens: usize) -> Self {
         let tokens = prompt.saturating_add(max_tokens).min(context);
-        // The last token is never fed back.
-        Self { tokens, kv_blocks: (tokens - 1).div_ceil(block_tokens) }
+        // The last generated token is never fed back.
+        let computed = prompt.max(tokens - 1);
+        Self { tokens, kv_blocks: computed.div_ceil(block_tokens) }
     }
 }

@@ -5,8 +5,11 @@ use crate::EngineError;
 /// What ends a request, whichever comes first.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StopConditions {
-    /// Generate at most this many tokens; at least 1.
+    /// Generate at most this many tokens; `usize::MAX` is as many as the context has room for. 0 generates nothing, for a prompt that is
+    /// only scored.
     pub max_tokens: usize,
+    /// Until so many tokens are generated, end-of-sequence and stop tokens are not chosen, and stop strings not heeded.
+    pub min_tokens: usize,
     /// End before the first of these texts that is completed; they may span tokens.
     pub strings: Vec<String>,
     /// End at any of these tokens, besides the model's own end-of-sequence tokens.
@@ -17,19 +20,18 @@ pub struct StopConditions {
 
 impl Default for StopConditions {
     fn default() -> Self {
-        Self { max_tokens: 256, strings: Vec::new(), tokens: Vec::new(), ignore_eos: false }
+        Self { max_tokens: 256, min_tokens: 0, strings: Vec::new(), tokens: Vec::new(), ignore_eos: false }
     }
 }
 
 impl StopConditions {
     /// Checks what can be wrong with them.
     pub fn validate(&self) -> Result<(), EngineError> {
-        let parameter = |name, wanted, found: &str| Err(EngineError::Parameter { name, wanted, found: found.into() });
-        if self.max_tokens == 0 {
-            return parameter("max_tokens", "at least 1", "0");
+        if self.min_tokens > self.max_tokens {
+            return Err(EngineError::parameter("min_tokens", "at most max_tokens", self.min_tokens));
         }
         if self.strings.iter().any(String::is_empty) {
-            return parameter("stop", "a text", "an empty one");
+            return Err(EngineError::parameter("stop", "a text", "an empty one"));
         }
         Ok(())
     }

@@ -12,16 +12,21 @@ const REPLACEMENT: char = char::REPLACEMENT_CHARACTER;
 ///
 /// The pieces together are the decoded sequence, cut before the first stop string to be completed. Text is held back
 /// while it may still change: an incomplete character, and whatever could be the beginning of a stop string.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct TextStream {
     detokenizer: Detokenizer,
     stops: StopStrings,
 }
 
 impl TextStream {
-    /// A stream that continues `prompt` and ends before any of `stops`.
+    /// A stream that continues `prompt` and ends before any of `stops`; special tokens are left out.
     pub fn new(tokenizer: &Tokenizer, prompt: &[u32], stops: Vec<String>) -> Result<Self, CheckpointError> {
-        Ok(Self { detokenizer: Detokenizer::new(tokenizer, prompt)?, stops: StopStrings::new(stops) })
+        Ok(Self { detokenizer: Detokenizer::new(tokenizer, prompt, true)?, stops: StopStrings::new(stops) })
+    }
+
+    /// The same, with special tokens as they are spelled.
+    pub fn with_special(tokenizer: &Tokenizer, prompt: &[u32], stops: Vec<String>) -> Result<Self, CheckpointError> {
+        Ok(Self { detokenizer: Detokenizer::new(tokenizer, prompt, false)?, stops: StopStrings::new(stops) })
     }
 
     /// Takes the next token and appends what is certain by now to `out`. Returns the stop string that was reached, if
@@ -34,6 +39,19 @@ impl TextStream {
     ) -> Result<Option<&str>, CheckpointError> {
         self.detokenizer.push(tokenizer, token, &mut self.stops.held)?;
         Ok(self.stops.release(out))
+    }
+
+    /// Takes a token whose text no stop string ends, nor together with what comes later.
+    pub(crate) fn push_unstopped(
+        &mut self,
+        tokenizer: &Tokenizer,
+        token: u32,
+        out: &mut String,
+    ) -> Result<(), CheckpointError> {
+        self.detokenizer.push(tokenizer, token, &mut self.stops.held)?;
+        out.push_str(&self.stops.held);
+        self.stops.held.clear();
+        Ok(())
     }
 
     /// Appends what was held back: no more tokens will come. Returns the stop string that this completed, if any.
@@ -56,8 +74,10 @@ impl TextStream {
 
 /// Decodes a sliding window of tokens: the last piece already delivered, since how a token decodes can depend on what
 /// stands before it (SentencePiece drops the space of a first token), and what has come since.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Detokenizer {
+    /// Special tokens are left out.
+    skip_special: bool,
     window: Vec<u32>,
     /// Tokens of `window` that came since it was last cut.
     pending: usize,
@@ -66,22 +86,22 @@ struct Detokenizer {
 }
 
 impl Detokenizer {
-    fn new(tokenizer: &Tokenizer, prompt: &[u32]) -> Result<Self, CheckpointError> {
-        let mut window: Vec<u32> =
-            prompt.iter().rev().copied().filter(|&t| !tokenizer.is_special(t)).take(CHARACTER_TOKENS).collect();
+    fn new(tokenizer: &Tokenizer, prompt: &[u32], skip_special: bool) -> Result<Self, CheckpointError> {
+        let is_shown = |token: &u32| !(skip_special && tokenizer.is_special(*token));
+        let mut window: Vec<u32> = prompt.iter().rev().copied().filter(is_shown).take(CHARACTER_TOKENS).collect();
         window.reverse();
-        let delivered = tokenizer.decode(&window, true)?.len();
-        Ok(Self { window, pending: 0, delivered })
+        let delivered = tokenizer.decode(&window, skip_special)?.len();
+        Ok(Self { skip_special, window, pending: 0, delivered })
     }
 
     fn push(&mut self, tokenizer: &Tokenizer, token: u32, out: &mut String) -> Result<(), CheckpointError> {
         // Special tokens have no text and are as if they were not there.
-        if tokenizer.is_special(token) {
+        if self.skip_special && tokenizer.is_special(token) {
             return Ok(());
         }
         self.window.push(token);
         self.pending += 1;
-        let text = tokenizer.decode(&self.window, true)?;
+        let text = tokenizer.decode(&self.window, self.skip_special)?;
         let whole = text.trim_end_matches(REPLACEMENT).len();
         if whole == text.len() {
             if self.deliver(&text, whole, out) {
@@ -103,7 +123,7 @@ impl Detokenizer {
     }
 
     fn finish(&mut self, tokenizer: &Tokenizer, out: &mut String) -> Result<(), CheckpointError> {
-        let text = tokenizer.decode(&self.window, true)?;
+        let text = tokenizer.decode(&self.window, self.skip_special)?;
         self.deliver(&text, text.len(), out);
         Ok(())
     }
@@ -121,13 +141,13 @@ impl Detokenizer {
     fn cut(&mut self, tokenizer: &Tokenizer, keep: usize) -> Result<(), CheckpointError> {
         self.window.drain(..self.window.len() - keep);
         self.pending = 0;
-        self.delivered = tokenizer.decode(&self.window, true)?.len();
+        self.delivered = tokenizer.decode(&self.window, self.skip_special)?.len();
         Ok(())
     }
 }
 
 /// Holds text back until it cannot be the beginning of a stop string.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct StopStrings {
     stops: Vec<String>,
     held: String,

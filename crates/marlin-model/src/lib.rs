@@ -22,7 +22,7 @@ pub use decoder::{LayerRunner, LoadedHead, LoadedLayer, SharedInput, load_model,
 pub use error::{ConfigError, ModelError};
 pub use expert_layers::{ExpertLayers, ExpertOffload, LayerRange};
 pub use families::supported_architectures;
-pub use kv::{KvPool, KvSequence};
+pub use kv::{BlockHash, KvPool, KvSequence};
 pub use language_model::{HostExpertsInfo, LanguageModel, LayerRouting, LoadOptions, ModelInfo};
 pub use plan::{Conversion, ExpertShape, HostPlan, MemoryPlan, ModelShape, Planner, format_size};
 pub use rotation::{

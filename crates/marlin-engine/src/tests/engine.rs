@@ -4,11 +4,15 @@ use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex};
 
 use marlin_checkpoint::Tokenizer;
+use marlin_kernels::SampleRow;
 use proptest::prelude::*;
 
-use super::fake_model::{FakeModel, Sizes, VOCABULARY, Wire, next_token};
+use super::fake_model::{FakeModel, Sizes, VOCABULARY, Wire, logits, next_token};
 use super::tokenizers::byte_level;
-use crate::{Engine, EngineError, Event, FinishReason, Request, RequestId, SamplingParams, StopConditions};
+use crate::{
+    Engine, EngineError, EngineOptions, Event, FinishReason, Request, RequestId, SamplingParams, StopConditions,
+    TokenLogprobs,
+};
 
 const ROOMY: Sizes =
     Sizes { context: 64, step_tokens: 16, logit_rows: 8, block_tokens: 4, blocks: 64, overlaps: false };
@@ -29,6 +33,7 @@ fn greedy(prompt: &[u32], max_tokens: usize) -> Request {
         prompt: prompt.to_vec(),
         sampling: SamplingParams::greedy(),
         stop: StopConditions { max_tokens, ignore_eos: true, ..StopConditions::default() },
+        ..Request::default()
     }
 }
 
@@ -37,26 +42,55 @@ fn greedy(prompt: &[u32], max_tokens: usize) -> Request {
 struct Output {
     tokens: Vec<u32>,
     text: String,
+    logprobs: Vec<TokenLogprobs>,
+    prompt_logprobs: Vec<TokenLogprobs>,
     reason: Option<FinishReason>,
+    /// Not compared: they depend on what was cached.
+    cached: Cached,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Cached(usize);
+
+impl PartialEq for Cached {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
 }
 
 /// Steps until idle.
 fn finish(engine: &mut Engine) -> HashMap<RequestId, Output> {
+    gather(&finish_events(engine))
+}
+
+fn finish_events(engine: &mut Engine) -> Vec<Event> {
     let mut events = Vec::new();
     while !engine.is_idle() {
         engine.step(&mut events).unwrap();
     }
-    gather(&events)
+    events
 }
 
+/// The first answers.
 fn gather(events: &[Event]) -> HashMap<RequestId, Output> {
-    let mut outputs: HashMap<RequestId, Output> = HashMap::new();
+    let first = gather_choices(events).into_iter().filter(|((_, choice), _)| *choice == 0);
+    first.map(|((request, _), output)| (request, output)).collect()
+}
+
+fn gather_choices(events: &[Event]) -> HashMap<(RequestId, u32), Output> {
+    let mut outputs: HashMap<_, Output> = HashMap::new();
     for event in events {
-        let output = outputs.entry(event.request).or_default();
+        let output = outputs.entry((event.request, event.choice)).or_default();
         assert_eq!(output.reason, None, "an event after the last");
         output.tokens.extend(event.token);
         output.text += &event.text;
-        output.reason = event.finish.as_ref().map(|finish| finish.reason.clone());
+        output.logprobs.extend(event.logprobs.clone());
+        output.prompt_logprobs.extend(event.prompt_logprobs.clone());
+        if let Some(finish) = &event.finish {
+            output.reason = Some(finish.reason.clone());
+            output.cached.0 = finish.cached_tokens;
+            assert_eq!(finish.generated_tokens, output.tokens.len());
+        }
     }
     outputs
 }
@@ -64,9 +98,8 @@ fn gather(events: &[Event]) -> HashMap<RequestId, Output> {
 /// What the fake model makes of a greedy request without penalties.
 fn expected(prompt: &[u32], count: usize) -> Vec<u32> {
     let mut history = prompt.to_vec();
-    let mut sampler = crate::sampling::Sampler::new(SamplingParams::greedy(), &[]).unwrap();
-    for index in 0..count {
-        history.push(next_token(&history, &sampler.row(index, None), None));
+    for _ in 0..count {
+        history.push(next_token(&history, &SampleRow::GREEDY, None));
     }
     history.split_off(prompt.len())
 }
@@ -121,9 +154,9 @@ fn a_device_that_overlaps_gets_the_next_step_before_the_last_one_is_read() {
 
 #[test]
 fn requests_wait_in_line_for_blocks() {
-    // Each needs (4 + 5 − 1) / 4 = 2 of 5 blocks, so two run at a time.
+    // Each needs two of five blocks at once and no others later, so two run at a time.
     let (mut engine, wire) = engine(Sizes { blocks: 5, ..ROOMY });
-    let ids: Vec<RequestId> = (0..5).map(|i| engine.add(greedy(&[i, 1, 2, 3], 5)).unwrap()).collect();
+    let ids: Vec<RequestId> = (0..5).map(|i| engine.add(greedy(&[i, 1, 2, 3, 4], 4)).unwrap()).collect();
     let mut finished = Vec::new();
     let mut events = Vec::new();
     while !engine.is_idle() {
@@ -132,7 +165,172 @@ fn requests_wait_in_line_for_blocks() {
     }
     assert_eq!(finished, ids);
     assert!(wire.lock().unwrap().steps.iter().all(|&(_, sequences, _)| sequences <= 2));
+    assert_eq!((engine.used_kv_blocks(), engine.stats().preemptions), (0, 0));
+}
+
+#[test]
+fn when_blocks_run_out_the_last_in_line_waits_again_and_goes_on() {
+    for overlaps in [false, true] {
+        let (mut engine, _) = engine(Sizes { blocks: 6, overlaps, ..ROOMY });
+        let prompts: Vec<Vec<u32>> = (0..3).map(|i| vec![i, 1, 2]).collect();
+        let ids: Vec<RequestId> = prompts.iter().map(|prompt| engine.add(greedy(prompt, 14)).unwrap()).collect();
+        let events = finish_events(&mut engine);
+        let finished = events.iter().filter(|event| event.finish.is_some()).map(|event| event.request);
+        assert_eq!(finished.collect::<Vec<_>>(), ids, "who came first ends first");
+        let outputs = gather(&events);
+        for (prompt, id) in prompts.iter().zip(&ids) {
+            assert_eq!(outputs[id].tokens, expected(prompt, 14));
+        }
+        assert!(engine.stats().preemptions > 0);
+        assert_eq!(engine.used_kv_blocks(), 0);
+    }
+}
+
+#[test]
+fn a_lower_priority_is_served_first() {
+    let (mut engine, _) = engine(Sizes { logit_rows: 1, ..ROOMY });
+    let with_priority = |priority| Request { priority, ..greedy(&[1, 2], 2) };
+    let ids: Vec<RequestId> = [0, 5, -1, 0].map(|p| engine.add(with_priority(p)).unwrap()).into();
+    let events = finish_events(&mut engine);
+    let finished: Vec<_> = events.iter().filter(|event| event.finish.is_some()).map(|event| event.request).collect();
+    assert_eq!(finished, [ids[2], ids[0], ids[3], ids[1]]);
+}
+
+#[test]
+fn prompts_that_begin_alike_are_computed_once() {
+    let (mut engine, wire) = engine(ROOMY);
+    let prompt: Vec<u32> = (0..16).collect();
+    let first = engine.add(greedy(&prompt, 6)).unwrap();
+    let output = finish(&mut engine).remove(&first).unwrap();
+    assert_eq!((output.tokens.clone(), output.cached.0), (expected(&prompt, 6), 0));
+
+    // Of four full blocks the last has to be computed: the logits of its last token are wanted.
+    wire.lock().unwrap().steps.clear();
+    let again = engine.add(greedy(&prompt, 6)).unwrap();
+    let output = finish(&mut engine).remove(&again).unwrap();
+    assert_eq!((output.tokens, output.cached.0), (expected(&prompt, 6), 12));
+    assert_eq!(wire.lock().unwrap().steps[0], (4, 1, 1));
+
+    // A conversation that goes on finds its answers, too: of 16 + 6 tokens 20 fill blocks.
+    let mut longer = [prompt.clone(), expected(&prompt, 6), vec![99; 5]].concat();
+    let continued = engine.add(greedy(&longer, 2)).unwrap();
+    let output = finish(&mut engine).remove(&continued).unwrap();
+    assert_eq!((output.tokens, output.cached.0), (expected(&longer, 2), 20));
+
+    // Another beginning, another salt, or a prompt that is scored: nothing is found.
+    longer[0] = 77;
+    let strangers = [
+        greedy(&longer, 2),
+        Request { cache_salt: "mine".into(), ..greedy(&prompt, 2) },
+        Request { prompt_logprobs: Some(0), ..greedy(&prompt, 2) },
+    ];
+    for stranger in strangers {
+        let id = engine.add(stranger.clone()).unwrap();
+        let output = finish(&mut engine).remove(&id).unwrap();
+        assert_eq!((output.tokens, output.cached.0), (expected(&stranger.prompt, 2), 0));
+    }
+    let stats = engine.stats();
+    assert_eq!((stats.used_kv_blocks, stats.prefix_hits), (0, 32));
+    assert!(stats.cached_kv_blocks > 0);
+
+    let (model, _) = FakeModel::new(ROOMY);
+    let options = EngineOptions { prefix_cache: false, ..EngineOptions::default() };
+    let mut engine = Engine::with_options(Box::new(model), TOKENIZER.clone(), vec![EOS], &options);
+    for _ in 0..2 {
+        let id = engine.add(greedy(&prompt, 6)).unwrap();
+        assert_eq!(finish(&mut engine)[&id].cached.0, 0);
+    }
+}
+
+#[test]
+fn long_prompts_leave_room_for_answers_under_way() {
+    let (model, wire) = FakeModel::new(ROOMY);
+    let options = EngineOptions { prefill_tokens: Some(5), ..EngineOptions::default() };
+    let mut engine = Engine::with_options(Box::new(model), TOKENIZER.clone(), vec![EOS], &options);
+    engine.add(greedy(&[1, 2, 3], 3)).unwrap();
+    engine.step(&mut Vec::new()).unwrap();
+    engine.add(greedy(&[4; 30], 1)).unwrap();
+    finish_events(&mut engine);
+    let steps: Vec<usize> = wire.lock().unwrap().steps.iter().map(|step| step.0).collect();
+    assert_eq!(steps, [3, 6, 6, 16, 4]);
+}
+
+#[test]
+fn several_answers_share_a_prompt() {
+    for (overlaps, logit_rows) in [(false, 8), (true, 8), (false, 2)] {
+        let (mut engine, wire) = engine(Sizes { overlaps, logit_rows, ..ROOMY });
+        let prompt: Vec<u32> = (0..10).collect();
+        let sampling = SamplingParams { seed: Some(3), ..SamplingParams::default() };
+        let request = Request { choices: 4, sampling, ..greedy(&prompt, 5) };
+        let id = engine.add(request.clone()).unwrap();
+        let outputs = gather_choices(&finish_events(&mut engine));
+        assert_eq!(outputs.len(), 4);
+        // The prompt but for its last token is computed once.
+        if logit_rows == 8 {
+            assert_eq!(wire.lock().unwrap().steps[..2], [(9, 1, 0), (4, 4, 4)]);
+        }
+        // The first is the answer to a request for one, and the others differ.
+        let alone = engine.add(Request { choices: 1, ..request }).unwrap();
+        assert_eq!(finish(&mut engine)[&alone], outputs[&(id, 0)]);
+        assert!((1..4).all(|choice| outputs[&(id, choice)].tokens != outputs[&(id, 0)].tokens));
+        assert_eq!(engine.used_kv_blocks(), 0);
+    }
+}
+
+#[test]
+fn tokens_come_with_their_probabilities() {
+    for overlaps in [false, true] {
+        let (mut engine, _) = engine(Sizes { overlaps, ..ROOMY });
+        let prompt: Vec<u32> = (0..20).collect();
+        let request = Request { logprobs: Some(3), prompt_logprobs: Some(1), ..greedy(&prompt, 4) };
+        let (id, _other) = (engine.add(request).unwrap(), engine.add(greedy(&[5, 6], 6)).unwrap());
+        let output = finish(&mut engine).remove(&id).unwrap();
+        assert_eq!(output.tokens, expected(&prompt, 4));
+        let all = [prompt.clone(), output.tokens.clone()].concat();
+        let scored = |place: usize, top| crate::logprobs::token_logprobs(&logits(&all[..place]), all[place], top);
+        assert_eq!(output.prompt_logprobs, (1..20).map(|place| scored(place, 1)).collect::<Vec<_>>());
+        assert_eq!(output.logprobs, (20..24).map(|place| scored(place, 3)).collect::<Vec<_>>());
+        assert_eq!((output.logprobs[0].top.len(), output.logprobs[0].top[0].0), (3, output.tokens[0]));
+    }
+}
+
+#[test]
+fn a_prompt_can_be_scored_without_an_answer() {
+    // It may fill the context.
+    let (mut engine, _) = engine(ROOMY);
+    let prompt: Vec<u32> = (0..64).collect();
+    let request = Request { prompt_logprobs: Some(0), ..greedy(&prompt, 0) };
+    let id = engine.add(request).unwrap();
+    let output = finish(&mut engine).remove(&id).unwrap();
+    assert_eq!((output.tokens.len(), output.prompt_logprobs.len()), (0, 63));
+    assert_eq!(output.reason, Some(FinishReason::Length));
     assert_eq!(engine.used_kv_blocks(), 0);
+}
+
+#[test]
+fn an_answer_has_its_least_length() {
+    let prompt = (0..200).map(|i| [i]).find(|prompt| expected(prompt, 9).contains(&EOS)).unwrap();
+    let (mut engine, _) = engine(ROOMY);
+    let mut request = greedy(&prompt, 20);
+    (request.stop.ignore_eos, request.stop.min_tokens) = (false, 12);
+    // No string ends it before that, either.
+    request.stop.strings = vec![engine.tokenizer().decode(&expected(&prompt, 1), true).unwrap()];
+    let id = engine.add(request).unwrap();
+    let output = finish(&mut engine).remove(&id).unwrap();
+    assert!(output.tokens.len() >= 12 && !output.tokens[..12].contains(&EOS), "{:?}", output.tokens);
+    let text = engine.tokenizer().decode(&output.tokens[..12], true).unwrap();
+    assert!(output.text.starts_with(text.trim_end_matches(char::REPLACEMENT_CHARACTER)));
+}
+
+#[test]
+fn special_tokens_are_spelled_out_if_asked() {
+    let prompt = (0..200).map(|i| [i]).find(|prompt| expected(prompt, 9).contains(&EOS)).unwrap();
+    let (mut engine, _) = engine(ROOMY);
+    let spelled = engine.add(Request { special_tokens: true, ..greedy(&prompt, 9) }).unwrap();
+    let left_out = engine.add(greedy(&prompt, 9)).unwrap();
+    let outputs = finish(&mut engine);
+    assert!(outputs[&spelled].text.contains("<|end|>"));
+    assert_eq!(outputs[&spelled].text.replace("<|end|>", ""), outputs[&left_out].text);
 }
 
 #[test]
@@ -144,6 +342,11 @@ fn a_request_that_can_never_fit_is_refused_with_the_numbers() {
     let too_big = refusal(&mut engine, greedy(&[0; 10], 12));
     assert!(too_big.contains("needs 6 KV blocks of 4 tokens, and the cache has 5"), "{too_big}");
     engine.add(greedy(&[0; 10], 11)).expect("5 blocks are enough for 20 tokens");
+    // Who does not say how much is given what there is.
+    let open = engine.add(greedy(&[0; 18], usize::MAX)).unwrap();
+    assert!(engine.add(greedy(&[0; 21], usize::MAX)).unwrap_err().to_string().contains("context of 21 tokens"));
+    let output = finish(&mut engine).remove(&open).unwrap();
+    assert_eq!((output.tokens.len(), output.reason), (3, Some(FinishReason::Context)));
 
     assert!(matches!(engine.add(greedy(&[], 1)), Err(EngineError::EmptyPrompt)));
     assert!(matches!(engine.add(greedy(&[1, 260], 1)), Err(EngineError::Token { token: 260, .. })));
@@ -151,6 +354,11 @@ fn a_request_that_can_never_fit_is_refused_with_the_numbers() {
     biased.sampling.logit_bias = vec![(259, 1.0), (300, 1.0)];
     assert!(matches!(engine.add(biased), Err(EngineError::Token { place: "logit_bias", token: 300, .. })));
     assert!(matches!(engine.add(greedy(&[1], 0)), Err(EngineError::Parameter { name: "max_tokens", .. })));
+    let none = Request { choices: 0, ..greedy(&[1], 1) };
+    assert!(matches!(engine.add(none), Err(EngineError::Parameter { name: "n", .. })));
+    let mut endless = greedy(&[1], 4);
+    endless.stop.min_tokens = 5;
+    assert!(matches!(engine.add(endless), Err(EngineError::Parameter { name: "min_tokens", .. })));
     let mut nameless = greedy(&[1], 1);
     nameless.stop.strings.push(String::new());
     assert!(matches!(engine.add(nameless), Err(EngineError::Parameter { name: "stop", .. })));
@@ -210,12 +418,12 @@ fn a_stop_string_ends_the_text_before_it() {
 #[test]
 fn cancelling_frees_blocks_at_once() {
     let (mut engine, _) = engine(Sizes { blocks: 5, ..ROOMY });
-    let running = engine.add(greedy(&[1; 8], 10)).unwrap();
+    let running = engine.add(greedy(&[1; 12], 6)).unwrap();
     let waiting = engine.add(greedy(&[2; 8], 10)).unwrap();
     let last = engine.add(greedy(&[3; 8], 10)).unwrap();
     let mut events = Vec::new();
     engine.step(&mut events).unwrap();
-    assert_eq!(engine.used_kv_blocks(), 2);
+    assert_eq!(engine.used_kv_blocks(), 3);
     assert!(engine.cancel(running) && engine.cancel(waiting));
     assert!(!engine.cancel(running), "it is already gone");
     assert_eq!(engine.used_kv_blocks(), 0);
@@ -296,26 +504,56 @@ struct Visit {
 }
 
 fn visit() -> impl Strategy<Value = Visit> {
-    let prompt = prop::collection::vec(0..VOCABULARY as u32, 1..30);
+    // Few different tokens, so that prompts begin alike.
+    let prompt = prop_oneof![
+        prop::collection::vec(0..VOCABULARY as u32, 1..30),
+        (0..3usize, 1..30usize).prop_map(|(kind, len)| (0..len as u32).map(|i| i * kind as u32 % 7).collect()),
+    ];
     let sampling =
         (any::<bool>(), any::<u64>(), prop::sample::select(vec![0.0, 0.5])).prop_map(|(greedy, seed, penalty)| {
             let base = if greedy { SamplingParams::greedy() } else { SamplingParams::default() };
             SamplingParams { seed: Some(seed), frequency_penalty: penalty, ..base }
         });
-    let stop =
-        (1..50usize, prop::collection::vec("[a-d]", 0..2), prop::collection::vec(0..256u32, 0..3), any::<bool>())
-            .prop_map(|(max_tokens, strings, tokens, ignore_eos)| StopConditions {
-                max_tokens,
-                strings,
-                tokens,
-                ignore_eos,
-            });
+    let stop = (
+        1..50usize,
+        0..8usize,
+        prop::collection::vec("[a-d]", 0..2),
+        prop::collection::vec(0..256u32, 0..3),
+        any::<bool>(),
+    )
+        .prop_map(|(max_tokens, min_tokens, strings, tokens, ignore_eos)| StopConditions {
+            max_tokens,
+            min_tokens: min_tokens.min(max_tokens),
+            strings,
+            tokens,
+            ignore_eos,
+        });
+    let extras =
+        (1..4u32, prop::option::of(0..4usize), prop::option::weighted(0.2, 0..2usize), any::<bool>(), -1..2i32);
     let patience = prop::option::weighted(0.2, 0..20usize);
-    (prompt, sampling, stop, 0..40usize, patience).prop_map(|(prompt, sampling, stop, arrival, patience)| Visit {
-        request: Request { prompt, sampling, stop },
-        arrival,
-        patience,
-    })
+    (prompt, sampling, stop, extras, 0..40usize, patience).prop_map(
+        |(
+            prompt,
+            sampling,
+            stop,
+            (choices, logprobs, prompt_logprobs, special_tokens, priority),
+            arrival,
+            patience,
+        )| {
+            let request = Request {
+                prompt,
+                sampling,
+                stop,
+                choices,
+                logprobs,
+                prompt_logprobs,
+                special_tokens,
+                priority,
+                ..Request::default()
+            };
+            Visit { request, arrival, patience }
+        },
+    )
 }
 
 proptest! {
@@ -354,21 +592,23 @@ proptest! {
         }
         prop_assert_eq!(together.used_kv_blocks(), 0);
 
-        let outputs = gather(&events);
+        let outputs = gather_choices(&events);
         for ((visit, id), cancelled) in visits.iter().zip(ids).zip(cancelled) {
             let (mut alone, _) = engine(ROOMY_ALONE);
             let own = alone.add(visit.request.clone()).unwrap();
-            let alone = finish(&mut alone).remove(&own).unwrap();
-            let output = outputs.get(&id.unwrap()).cloned().unwrap_or_default();
-            if cancelled {
-                prop_assert_eq!(output.reason, None);
-                prop_assert!(alone.tokens.starts_with(&output.tokens) && alone.text.starts_with(&output.text));
-            } else {
-                prop_assert_eq!(output, alone);
+            let mut alone = gather_choices(&finish_events(&mut alone));
+            for choice in 0..visit.request.choices {
+                let alone = alone.remove(&(own, choice)).unwrap();
+                let output = outputs.get(&(id.unwrap(), choice)).cloned().unwrap_or_default();
+                if cancelled {
+                    prop_assert!(alone.tokens.starts_with(&output.tokens) && alone.text.starts_with(&output.text));
+                } else {
+                    prop_assert_eq!(output, alone);
+                }
             }
         }
     }
 }
 
 const ROOMY_ALONE: Sizes =
-    Sizes { context: 48, step_tokens: 1000, logit_rows: 1, block_tokens: 1000, blocks: 1, overlaps: false };
+    Sizes { context: 48, step_tokens: 1000, logit_rows: 100, block_tokens: 1000, blocks: 4, overlaps: false };

@@ -148,7 +148,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     } else {
         tokens_of(&prompt, &tokenizer, &generation)?
     };
-    let request = Request { prompt, sampling: args.sampling.params(&generation), stop };
+    let request = Request { prompt, sampling: args.sampling.params(&generation), stop, ..Request::default() };
     // Before a large model is loaded for nothing.
     let settings = || format!("the options, or generation_config.json of {}, are out of range", checkpoint.name());
     request.sampling.validate().with_context(settings)?;
@@ -247,8 +247,8 @@ impl StopOptions {
         StopConditions {
             max_tokens: max_tokens.unwrap_or(DEFAULT_MAX_TOKENS),
             strings: self.stop.clone(),
-            tokens: Vec::new(),
             ignore_eos: self.ignore_eos,
+            ..StopConditions::default()
         }
     }
 }
@@ -303,7 +303,7 @@ fn generate(engine: &mut Engine, stream: bool) -> anyhow::Result<Output> {
 
 impl Output {
     fn to_json(&self, model: &str, timings: &Timings) -> serde_json::Value {
-        let Finish { reason, prompt_tokens, generated_tokens } = &self.finish;
+        let Finish { reason, prompt_tokens, generated_tokens, .. } = &self.finish;
         let stopped_at = match reason {
             FinishReason::StopToken(token) => json!(token),
             FinishReason::StopString(text) => json!(text),

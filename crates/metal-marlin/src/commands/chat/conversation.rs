@@ -81,7 +81,8 @@ impl Conversation {
         said: &mut String,
     ) -> anyhow::Result<Answer> {
         let prompt = self.prompter.tokens(&self.messages, self.engine.tokenizer())?;
-        let request = Request { prompt, sampling: self.sampling.clone(), stop: self.stop.clone() };
+        let request =
+            Request { prompt, sampling: self.sampling.clone(), stop: self.stop.clone(), ..Request::default() };
         let id = self.engine.add(request).map_err(explain)?;
         let result = self.run(id, interrupted, write, said);
         // Unless it is finished, nobody waits for the rest.

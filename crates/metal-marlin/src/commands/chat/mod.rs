@@ -106,7 +106,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         max_tokens: args.max_tokens.map(NonZeroUsize::get).or(generation.max_new_tokens).unwrap_or(usize::MAX),
         strings: args.stop,
         tokens: prompter.end_of_turn.into_iter().collect(),
-        ignore_eos: false,
+        ..StopConditions::default()
     };
     // Before a large model is loaded for nothing.
     sampling.validate()?;
