@@ -193,7 +193,7 @@ impl Engine {
     /// turns out to have ended takes part in that step in vain.
     ///
     /// If the model fails, the steps under way are forgotten, and no request has advanced. If it gives one request logits that are
-    /// not finite, that request ends with an event that says so, and the others go on.
+    /// not finite, or its tokens cannot be decoded, that request ends with an event that says so, and the others go on.
     pub fn step(&mut self, events: &mut Vec<Event>) -> Result<(), EngineError> {
         let (looked_for, found) = self.scheduler.admit(self.model.kv());
         self.stats.prefix_queries += looked_for as u64;
@@ -211,7 +211,10 @@ impl Engine {
             if self.started.len() > under_way { self.finish_step() } else { Ok(None) }
         });
         match step {
-            Ok(Some(step)) => self.deliver(step, events),
+            Ok(Some(step)) => {
+                self.deliver(step, events);
+                Ok(())
+            }
             Ok(None) => Ok(()),
             Err(error) => {
                 self.started.clear();
@@ -270,8 +273,7 @@ impl Engine {
     }
 
     /// Hands every answer what the step computed for it; finished answers leave.
-    fn deliver(&mut self, step: Started, events: &mut Vec<Event>) -> Result<(), EngineError> {
-        let mut failure = None;
+    fn deliver(&mut self, step: Started, events: &mut Vec<Event>) {
         let vocabulary = self.model.info().vocabulary;
         let (sampled, logits, tokenizer, stats) = (&self.sampled, &step.logits, &self.tokenizer, &mut self.stats);
         self.scheduler.end_step(self.model.kv(), &step.parts, |sequence, part, kv| {
@@ -284,15 +286,14 @@ impl Engine {
                     events.push(event);
                     is_finished
                 }
-                // Its text is lost, but the others go on.
+                // The others go on.
                 Err(error) => {
-                    failure = Some(error);
+                    events.push(sequence.fail(&error));
                     true
                 }
             }
         });
         self.spare.push(step);
-        failure.map_or(Ok(()), Err)
     }
 
     /// Checks a request and says how much room each of its answers may need.

@@ -74,6 +74,12 @@ pub enum EngineError {
         "the model's logits are not finite: its weights are damaged, or its keys and values exceed f16 (try --kv f32)"
     )]
     NotFinite,
+    /// An answer cannot go on.
+    #[error("the answer cannot go on: {problem}")]
+    Answer {
+        /// Why.
+        problem: String,
+    },
     /// The model failed.
     #[error("the model failed")]
     Model(#[from] ModelError),

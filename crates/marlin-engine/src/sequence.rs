@@ -253,15 +253,7 @@ impl Sequence {
         if !part.is_complete {
             return Ok(None);
         }
-        let mut event = Event {
-            request: self.rank.request,
-            choice: self.rank.choice,
-            token: None,
-            text: String::new(),
-            logprobs: None,
-            prompt_logprobs: std::mem::take(&mut self.scored),
-            finish: None,
-        };
+        let mut event = Event { prompt_logprobs: std::mem::take(&mut self.scored), ..self.event() };
         self.prompt_logprobs = None;
         let reason = if part.is_sampled {
             let index = part.rows.end - 1;
@@ -273,13 +265,36 @@ impl Sequence {
         } else {
             Some(FinishReason::Length)
         };
-        event.finish = reason.map(|reason| Finish {
+        event.finish = reason.map(|reason| self.finish(reason));
+        Ok(Some(event))
+    }
+
+    /// Its last event, when it cannot go on.
+    pub(crate) fn fail(&self, error: &EngineError) -> Event {
+        let reason = FinishReason::Failed(error.to_string());
+        Event { finish: Some(self.finish(reason)), ..self.event() }
+    }
+
+    /// An event of nothing.
+    fn event(&self) -> Event {
+        Event {
+            request: self.rank.request,
+            choice: self.rank.choice,
+            token: None,
+            text: String::new(),
+            logprobs: None,
+            prompt_logprobs: Vec::new(),
+            finish: None,
+        }
+    }
+
+    fn finish(&self, reason: FinishReason) -> Finish {
+        Finish {
             reason,
             prompt_tokens: self.prompt_tokens,
             cached_tokens: self.cached_tokens.unwrap_or(0),
             generated_tokens: self.generated(),
-        });
-        Ok(Some(event))
+        }
     }
 
     /// Tells the pool what the blocks hold that are full by now.

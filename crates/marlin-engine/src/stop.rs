@@ -50,10 +50,12 @@ pub enum FinishReason {
     Context,
     /// The request failed: the model's logits were not finite, so there is no next token.
     NotFinite,
+    /// The request failed, for this reason.
+    Failed(String),
 }
 
 impl FinishReason {
-    /// Its name in reports: `stop_token`, `stop_string`, `length`, `context` or `not_finite`.
+    /// Its name in reports: `stop_token`, `stop_string`, `length`, `context`, `not_finite` or `failed`.
     pub fn name(&self) -> &'static str {
         match self {
             Self::StopToken(_) => "stop_token",
@@ -61,6 +63,7 @@ impl FinishReason {
             Self::Length => "length",
             Self::Context => "context",
             Self::NotFinite => "not_finite",
+            Self::Failed(_) => "failed",
         }
     }
 
@@ -68,6 +71,7 @@ impl FinishReason {
     pub fn error(&self) -> Option<EngineError> {
         match self {
             Self::NotFinite => Some(EngineError::NotFinite),
+            Self::Failed(problem) => Some(EngineError::Answer { problem: problem.clone() }),
             Self::StopToken(_) | Self::StopString(_) | Self::Length | Self::Context => None,
         }
     }

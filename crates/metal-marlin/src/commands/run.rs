@@ -307,7 +307,9 @@ impl Output {
         let stopped_at = match reason {
             FinishReason::StopToken(token) => json!(token),
             FinishReason::StopString(text) => json!(text),
-            FinishReason::Length | FinishReason::Context | FinishReason::NotFinite => json!(null),
+            FinishReason::Length | FinishReason::Context | FinishReason::NotFinite | FinishReason::Failed(_) => {
+                json!(null)
+            }
         };
         json!({
             "model": model,
@@ -372,7 +374,7 @@ fn report(name: &str, model: &ModelInfo, finish: &Finish, timings: &Timings, ver
         FinishReason::StopString(text) => format!("reached the stop string {text:?}"),
         FinishReason::Length => "reached --max-tokens".to_owned(),
         FinishReason::Context => format!("filled the context of {} tokens", model.context),
-        FinishReason::NotFinite => "the model failed".to_owned(),
+        FinishReason::NotFinite | FinishReason::Failed(_) => "the model failed".to_owned(),
     };
     // Nobody is helped by an error about a report that cannot be written.
     let _ = writeln!(stderr(), "{lines}; {ended}");
