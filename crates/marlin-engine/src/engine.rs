@@ -103,11 +103,13 @@ impl Engine {
     pub fn with_options(
         mut model: Box<dyn LanguageModel>,
         tokenizer: Arc<Tokenizer>,
-        eos_tokens: Vec<u32>,
+        mut eos_tokens: Vec<u32>,
         options: &EngineOptions,
     ) -> Self {
         let kv_blocks = model.kv().free_blocks();
         let info = model.info();
+        // Tokens that the model does not have are never chosen.
+        eos_tokens.retain(|&token| (token as usize) < info.vocabulary);
         let scheduler = Scheduler::new(Limits {
             step_tokens: info.step_tokens,
             prefill_tokens: options.prefill_tokens.unwrap_or(PREFILL_TOKENS[usize::from(!info.overlaps)]).max(1),

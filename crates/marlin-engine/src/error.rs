@@ -22,7 +22,7 @@ pub enum EngineError {
     /// A token id that the model does not have.
     #[error("token {token} of the {place} is outside the vocabulary of {vocabulary} tokens")]
     Token {
-        /// `prompt` or `logit_bias`.
+        /// `prompt`, `logit_bias` or `stop_token_ids`.
         place: &'static str,
         /// The id.
         token: u32,

@@ -62,7 +62,8 @@ impl Request {
             return Err(EngineError::EmptyPrompt);
         }
         let biased = self.sampling.logit_bias.iter().map(|&(token, _)| ("logit_bias", token));
-        let mut tokens = self.prompt.iter().map(|&token| ("prompt", token)).chain(biased);
+        let stopping = self.stop.tokens.iter().map(|&token| ("stop_token_ids", token));
+        let mut tokens = self.prompt.iter().map(|&token| ("prompt", token)).chain(biased).chain(stopping);
         if let Some((place, token)) = tokens.find(|&(_, token)| token as usize >= vocabulary) {
             return Err(EngineError::Token { place, token, vocabulary });
         }

@@ -1,4 +1,5 @@
 //! Many requests at a time on the bundled model: each gets, to the bit, what it gets alone.
+#![cfg(feature = "bundled-model")]
 
 use std::collections::HashMap;
 

@@ -22,6 +22,7 @@ pub(crate) mod quantize;
 mod recipe;
 pub(crate) mod run;
 mod sampling;
+pub(crate) mod serve;
 mod template;
 pub(crate) mod verify_kernels;
 
@@ -30,6 +31,7 @@ pub(crate) mod verify_kernels;
 pub(crate) enum Command {
     Run(run::Args),
     Chat(chat::Args),
+    Serve(serve::Args),
     Quantize(quantize::Args),
     Plan(plan::Args),
     Inspect(inspect::Args),
@@ -50,6 +52,7 @@ impl Command {
         match self {
             Self::Run(args) => run::run(args),
             Self::Chat(args) => chat::run(args),
+            Self::Serve(args) => serve::run(args),
             Self::Quantize(args) => quantize::run(args),
             Self::Plan(args) => plan::run(args),
             Self::Inspect(args) => inspect::run(args),

@@ -1,7 +1,7 @@
 //! Options that turn messages into a prompt.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use marlin_checkpoint::{Checkpoint, Tokenizer};
@@ -41,13 +41,7 @@ impl TemplateOptions {
 
     /// The model's template, or the one asked for.
     pub(crate) fn prompter(&self, checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> anyhow::Result<Prompter> {
-        let source = match &self.chat_template {
-            Some(path) => Some(
-                fs::read_to_string(path)
-                    .with_context(|| format!("cannot read the chat template {}", path.display()))?,
-            ),
-            None => checkpoint.chat_template()?,
-        };
+        let source = source(self.chat_template.as_deref(), checkpoint)?;
         let Some(source) = source else {
             bail!(
                 "the model {} has no chat template (neither chat_template.jinja nor `chat_template` in \
@@ -68,6 +62,17 @@ impl TemplateOptions {
     /// The beginning of every conversation.
     pub(crate) fn first_messages(&self) -> Vec<Message> {
         self.system.iter().map(|text| Message::new("system", text)).collect()
+    }
+}
+
+/// The template in `file`, or the model's own if it has one.
+pub(crate) fn source(file: Option<&Path>, checkpoint: &Checkpoint) -> anyhow::Result<Option<String>> {
+    match file {
+        Some(path) => {
+            let read = fs::read_to_string(path);
+            Ok(Some(read.with_context(|| format!("cannot read the chat template {}", path.display()))?))
+        }
+        None => Ok(checkpoint.chat_template()?),
     }
 }
 

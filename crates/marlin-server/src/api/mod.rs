@@ -1,0 +1,17 @@
+//! One file per endpoint.
+
+pub(crate) mod answer;
+pub(crate) mod chat;
+pub(crate) mod completions;
+pub(crate) mod generation;
+pub(crate) mod models;
+pub(crate) mod perplexity;
+pub(crate) mod status;
+pub(crate) mod tokens;
+
+use crate::error::ApiError;
+
+/// Does work that takes more than a moment away from the threads that serve connections.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ApiError> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::server("a bug in the server (its log says more)"))
+}

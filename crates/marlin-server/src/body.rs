@@ -1,0 +1,104 @@
+//! Bodies of requests.
+
+use axum::body::Bytes;
+use axum::extract::{FromRequest, Request};
+use axum::http::header::CONTENT_TYPE;
+use serde::de::DeserializeOwned;
+
+use crate::error::ApiError;
+
+/// A body of JSON. What is wrong with it is said with the place: fields that are not known, too.
+pub(crate) struct Body<T>(pub(crate) T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        let media_type = request.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("");
+        let essence = media_type.split(';').next().unwrap_or("").trim();
+        if !essence.eq_ignore_ascii_case("application/json") {
+            return Err(ApiError::media_type(format!(
+                "the body must be JSON: send the header Content-Type: application/json (found {media_type:?})"
+            )));
+        }
+        let bytes = Bytes::from_request(request, state).await.map_err(|rejection| {
+            let message = rejection.body_text();
+            if rejection.status() == axum::http::StatusCode::PAYLOAD_TOO_LARGE {
+                ApiError::too_large(format!("{message} (the server's --max-body says how much it takes)"))
+            } else {
+                ApiError::invalid(message)
+            }
+        })?;
+        parse(&bytes).map(Self)
+    }
+}
+
+/// Reads a body.
+fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    let mut json = serde_json::Deserializer::from_slice(bytes);
+    let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+        let path = error.path().to_string();
+        let problem = error.into_inner();
+        // Serde names the field and those there are.
+        let unknown = problem
+            .to_string()
+            .strip_prefix("unknown field `")
+            .and_then(|rest| Some(rest.split_once('`')?.0.to_owned()));
+        match unknown {
+            Some(field) if problem.is_data() => {
+                let parent = path.rsplit_once('.').map_or_else(String::new, |(parent, _)| format!("{parent}."));
+                let name = if path.ends_with(&field) { path } else { format!("{parent}{field}") };
+                ApiError::parameter(name.clone(), format!("{name} is not supported: {problem}"))
+                    .with_code("unsupported_parameter")
+            }
+            _ if problem.is_data() && path != "." => ApiError::parameter(path.clone(), format!("{path}: {problem}")),
+            _ => ApiError::invalid(format!("the body is not what it should be: {problem}")),
+        }
+    })?;
+    json.end()
+        .map_err(|error| ApiError::invalid(format!("there is something behind the JSON of the body: {error}")))?;
+    Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::StatusCode;
+    use axum::response::IntoResponse;
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    #[allow(dead_code)]
+    struct Inner {
+        deep: Option<f32>,
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    #[allow(dead_code)]
+    struct Outer {
+        name: String,
+        inner: Option<Inner>,
+    }
+
+    fn refusal(body: &str) -> String {
+        let error = parse::<Outer>(body.as_bytes()).unwrap_err();
+        serde_json::to_string(&error.into_body()).unwrap()
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_with_its_place() {
+        assert!(refusal(r#"{"name": "a", "nam": 1}"#).contains(r#""param":"nam","code":"unsupported_parameter""#));
+        assert!(refusal(r#"{"name": "a", "inner": {"deeper": 1}}"#).contains(r#""param":"inner.deeper""#));
+        assert!(refusal(r#"{"name": "a", "inner": {"deep": "x"}}"#).contains(r#""param":"inner.deep""#));
+        assert!(refusal(r#"{"name": "a"} x"#).contains("behind the JSON"));
+        assert!(refusal(r#"{"name": "#).contains("EOF"));
+        assert!(parse::<Outer>(b"{\"name\": \"\xff\"}").is_err());
+        let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
+        assert!(refusal(&deep).contains("error"));
+        let status = ApiError::media_type("").into_response().status();
+        assert_eq!(status, StatusCode::UNSUPPORTED_MEDIA_TYPE);
+    }
+}

@@ -1,0 +1,18 @@
+//! The OpenAI API over HTTP.
+//!
+//! One thread owns the engine ([`worker`]); handlers send it requests and get events. A handler that is dropped, because its client is
+//! gone, takes its request with it.
+
+mod api;
+mod body;
+mod dialect;
+mod error;
+mod metrics;
+mod model;
+mod openapi;
+mod server;
+mod worker;
+
+pub use dialect::Dialect;
+pub use model::{ChatFormat, ServedModel};
+pub use server::{Server, ServerError, ServerOptions};

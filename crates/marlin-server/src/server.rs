@@ -1,0 +1,300 @@
+//! Connections, routes, and what is done to every request.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use axum::extract::{DefaultBodyLimit, FromRef, MatchedPath, Request, State};
+use axum::http::header::AUTHORIZATION;
+use axum::http::{HeaderValue, Method, Uri};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use marlin_engine::Engine;
+use sha2::{Digest, Sha256};
+use subtle::ConstantTimeEq;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::cors::{Any, CorsLayer};
+use tower_http::timeout::RequestBodyTimeoutLayer;
+
+use crate::api::answer::now;
+use crate::api::{chat, completions, models, perplexity, status, tokens};
+use crate::error::ApiError;
+use crate::metrics::{Metrics, SharedStats};
+use crate::model::{Served, ServedModel};
+use crate::openapi;
+use crate::worker::Worker;
+
+/// Longest wait for the headers of a request, and for each further piece of its body.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How long to wait when no connection can be taken: others may end in the meantime.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// How a server serves.
+#[derive(Debug, Clone)]
+pub struct ServerOptions {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Requests must show one of these keys; none are asked for if there are none.
+    pub api_keys: Vec<String>,
+    /// Largest body of a request, in bytes.
+    pub max_body: usize,
+    /// Most answers that wait for their turn.
+    pub max_waiting: usize,
+    /// Most connections at a time.
+    pub max_connections: usize,
+    /// Longest time for an answer.
+    pub timeout: Option<Duration>,
+    /// Longest time for answers under way when the server is told to end.
+    pub drain: Duration,
+    /// Pages of these origins may use it from a browser; `*` stands for all.
+    pub cors_origins: Vec<String>,
+    /// Write prompts to the log.
+    pub log_prompts: bool,
+}
+
+impl ServerOptions {
+    /// Listens at `address`; as careful as can be otherwise.
+    pub fn new(address: SocketAddr) -> Self {
+        Self {
+            address,
+            api_keys: Vec::new(),
+            max_body: 16 << 20,
+            max_waiting: 256,
+            max_connections: 1024,
+            timeout: None,
+            drain: Duration::from_secs(30),
+            cors_origins: Vec::new(),
+            log_prompts: false,
+        }
+    }
+}
+
+/// Why a server cannot be started, or ends.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// It cannot listen there.
+    #[error("cannot listen at {address}")]
+    Bind {
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        source: io::Error,
+    },
+    /// An origin that no browser can name.
+    #[error("{origin:?} is no origin; one looks like https://example.org, and * stands for all")]
+    Origin {
+        /// What was given.
+        origin: String,
+    },
+    /// The engine's thread cannot be started.
+    #[error("cannot start a thread for the engine")]
+    Thread(#[source] io::Error),
+}
+
+/// What all handlers share.
+#[derive(Debug, Clone)]
+pub(crate) struct App {
+    pub(crate) served: Arc<Served>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) is_draining: Arc<AtomicBool>,
+    /// Hashes of the keys: of one length, so that comparing them tells nothing.
+    keys: Arc<[[u8; 32]]>,
+}
+
+impl FromRef<App> for Arc<Served> {
+    fn from_ref(app: &App) -> Self {
+        app.served.clone()
+    }
+}
+
+/// A server that listens already, and serves once it is [run](Server::run).
+#[derive(Debug)]
+pub struct Server {
+    listener: TcpListener,
+    app: App,
+    router: Router,
+    engine: JoinHandle<()>,
+    max_connections: usize,
+    drain: Duration,
+}
+
+impl Server {
+    /// Listens, and starts the engine's thread.
+    ///
+    /// # Errors
+    /// The address cannot be had, or an option is wrong.
+    pub async fn bind(engine: Engine, model: ServedModel, options: ServerOptions) -> Result<Self, ServerError> {
+        let cors = cors(&options.cors_origins)?;
+        let address = options.address;
+        let listener = TcpListener::bind(address).await.map_err(|source| ServerError::Bind { address, source })?;
+        let stats = SharedStats::default();
+        let metrics = Arc::new(Metrics::new(stats.clone()));
+        let (tokenizer, context) = (engine.tokenizer().clone(), engine.info().context);
+        let most_choices = engine.info().logit_rows.min(engine.info().step_tokens) as u32;
+        let (worker, thread) =
+            Worker::start(engine, options.max_waiting, stats, metrics.clone()).map_err(ServerError::Thread)?;
+        let served = Arc::new(Served {
+            model,
+            tokenizer,
+            context,
+            worker,
+            timeout: options.timeout,
+            most_choices,
+            created: now(),
+            log_prompts: options.log_prompts,
+        });
+        let keys = options.api_keys.iter().map(|key| Sha256::digest(key).into()).collect();
+        let app = App { served, metrics, is_draining: Arc::default(), keys };
+        let router = router(&app, options.max_body, cors);
+        let (max_connections, drain) = (options.max_connections, options.drain);
+        Ok(Self { listener, app, router, engine: thread, max_connections, drain })
+    }
+
+    /// Where it listens.
+    ///
+    /// # Errors
+    /// The system does not say.
+    pub fn address(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Serves until `shutdown` is there; then takes nothing new, and ends when the answers under way are finished, or the time for them is
+    /// over.
+    pub async fn run(self, shutdown: impl Future<Output = ()>) {
+        let mut http = http1::Builder::new();
+        http.timer(TokioTimer::new()).header_read_timeout(PATIENCE);
+        let graceful = GracefulShutdown::new();
+        let permits = Arc::new(Semaphore::new(self.max_connections));
+        let mut shutdown = std::pin::pin!(shutdown);
+        loop {
+            let accept = async {
+                let permit = permits.clone().acquire_owned().await;
+                (self.listener.accept().await, permit)
+            };
+            let (accepted, permit) = tokio::select! {
+                () = &mut shutdown => break,
+                accepted = accept => accepted,
+            };
+            let stream = match accepted {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot take a connection");
+                    tokio::time::sleep(PAUSE).await;
+                    continue;
+                }
+            };
+            // Tokens are small and wanted at once. A system that cannot send them so still sends them.
+            let _ = stream.set_nodelay(true);
+            let service = TowerToHyperService::new(self.router.clone());
+            let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
+            tokio::spawn(async move {
+                // A client that breaks off is its own business.
+                let _ = connection.await;
+                drop(permit);
+            });
+        }
+        self.app.is_draining.store(true, Ordering::Relaxed);
+        drop(self.listener);
+        tracing::info!("draining");
+        if tokio::time::timeout(self.drain, graceful.shutdown()).await.is_err() {
+            tracing::warn!("answers under way were given up after {} s", self.drain.as_secs());
+        }
+        self.app.served.worker.stop();
+        let _ = tokio::task::spawn_blocking(move || self.engine.join()).await;
+    }
+}
+
+/// Browsers are let in from these origins only.
+fn cors(origins: &[String]) -> Result<Option<CorsLayer>, ServerError> {
+    if origins.is_empty() {
+        return Ok(None);
+    }
+    let layer = CorsLayer::new().allow_methods([Method::GET, Method::POST]).allow_headers(Any);
+    if origins.iter().any(|origin| origin == "*") {
+        return Ok(Some(layer.allow_origin(Any)));
+    }
+    let parse = |origin: &String| {
+        let value = HeaderValue::from_str(origin).ok().filter(|_| origin.contains("://") && !origin.ends_with('/'));
+        value.ok_or_else(|| ServerError::Origin { origin: origin.clone() })
+    };
+    let origins: Vec<HeaderValue> = origins.iter().map(parse).collect::<Result<_, _>>()?;
+    Ok(Some(layer.allow_origin(origins)))
+}
+
+fn router(app: &App, max_body: usize, cors: Option<CorsLayer>) -> Router {
+    let router = Router::new()
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{model}", get(models::retrieve))
+        .route("/v1/chat/completions", post(chat::chat_completions))
+        .route("/v1/completions", post(completions::completions))
+        .route("/v1/perplexity", post(perplexity::perplexity))
+        .route("/tokenize", post(tokens::tokenize))
+        .route("/detokenize", post(tokens::detokenize))
+        .route("/metrics", get(status::metrics))
+        .route("/openapi.json", get(|| async { Json(openapi::document()) }))
+        .route_layer(from_fn_with_state(app.clone(), authorize))
+        .route("/health", get(status::health))
+        .fallback(|method: Method, uri: Uri| async move {
+            ApiError::not_found(format!(
+                "there is nothing at {method} {}; /openapi.json lists what there is",
+                uri.path()
+            ))
+        })
+        .method_not_allowed_fallback(|method: Method, uri: Uri| async move {
+            ApiError::method_not_allowed(format!(
+                "{} does not take {method}; /openapi.json lists what it takes",
+                uri.path()
+            ))
+        })
+        .layer(DefaultBodyLimit::max(max_body))
+        .layer(RequestBodyTimeoutLayer::new(PATIENCE))
+        .layer(CatchPanicLayer::custom(|_| {
+            ApiError::server("a bug in the server (its log says more)").into_response()
+        }));
+    let router = match cors {
+        Some(cors) => router.layer(cors),
+        None => router,
+    };
+    router.layer(from_fn_with_state(app.clone(), log)).with_state(app.clone())
+}
+
+/// Lets nobody in without a key, if there are any.
+async fn authorize(State(app): State<App>, request: Request, next: Next) -> Response {
+    if app.keys.is_empty() {
+        return next.run(request).await;
+    }
+    let header = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let shown =
+        header.and_then(|value| value.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+    let Some((_, key)) = shown else {
+        return ApiError::unauthorized("this server wants a key: send the header Authorization: Bearer KEY")
+            .into_response();
+    };
+    let shown: [u8; 32] = Sha256::digest(key.trim()).into();
+    let is_known = app.keys.iter().fold(false, |known, key| known | bool::from(key.ct_eq(&shown)));
+    if is_known { next.run(request).await } else { ApiError::unauthorized("the key is wrong").into_response() }
+}
+
+/// Writes a line of the access log, without anything that was said.
+async fn log(State(app): State<App>, request: Request, next: Next) -> Response {
+    let started = Instant::now();
+    let method = request.method().clone();
+    let path = request.extensions().get::<MatchedPath>().map_or("other", MatchedPath::as_str).to_owned();
+    let response = next.run(request).await;
+    let status = response.status().as_u16();
+    app.metrics.answered(&path, status);
+    tracing::info!(target: "access", %method, path, status, ms = started.elapsed().as_millis() as u64);
+    response
+}
