@@ -18,6 +18,7 @@ mod quantization;
 mod shard;
 mod source;
 mod stack;
+mod token_bytes;
 mod tokenizer;
 mod weights;
 mod writer;

@@ -7,6 +7,7 @@ use std::panic::{self, AssertUnwindSafe};
 use serde::Deserialize;
 
 use crate::source::Source;
+use crate::token_bytes::TokenBytes;
 use crate::{CheckpointError, Gguf};
 
 /// The tokenizer of a model folder.
@@ -152,6 +153,21 @@ impl Tokenizer {
     /// A token as it is spelled in tokenizer.json.
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
+    }
+
+    /// The bytes that each token adds to a text that it does not begin, by id: the text of tokens is their bytes put together,
+    /// but for what decoders do to a first token (SentencePiece drops its space). Special tokens and ids that stand for none
+    /// have no bytes.
+    ///
+    /// Fails if what a token stands for depends on the tokens around it: WordPiece and BPE with ends of words are so.
+    pub fn token_bytes(&self) -> Result<Vec<Vec<u8>>, CheckpointError> {
+        let what = "tokens have no bytes of their own";
+        let bytes = TokenBytes::of(&self.inner).map_err(|reason| self.error(what, &reason.into()))?;
+        let of = |id: u32| match self.id_to_token(id).filter(|_| !self.is_special(id)) {
+            Some(token) => bytes.bytes(&token),
+            None => Ok(Vec::new()),
+        };
+        guarded(|| (0..self.vocabulary_size as u32).map(of).collect()).map_err(|e| self.error(what, &e))
     }
 
     /// Whether a token stands for no text (`<|im_end|>` and its like).

@@ -208,22 +208,20 @@ impl Engine {
     }
 
     fn advance(&mut self, events: &mut Vec<Event>) -> Result<(), EngineError> {
-        let step = self.start_step().and_then(|has_started| {
-            let under_way = usize::from(has_started && self.model.info().overlaps);
-            if self.started.len() > under_way { self.finish_step() } else { Ok(None) }
+        let result = self.start_step().and_then(|has_started| {
+            // An answer with a form waits for its last token; nobody else overtakes it.
+            let may_overlap = self.model.info().overlaps && !self.scheduler.has_constrained();
+            let under_way = usize::from(has_started && may_overlap);
+            while self.started.len() > under_way {
+                self.finish_step(events)?;
+            }
+            Ok(())
         });
-        match step {
-            Ok(Some(step)) => {
-                self.deliver(step, events);
-                Ok(())
-            }
-            Ok(None) => Ok(()),
-            Err(error) => {
-                self.started.clear();
-                self.scheduler.roll_back(self.model.kv());
-                Err(error)
-            }
+        if result.is_err() {
+            self.started.clear();
+            self.scheduler.roll_back(self.model.kv());
         }
+        result
     }
 
     /// Schedules a step and starts it: the model, and the choice of a token for each answer that is complete. Tells whether it has: it has not
@@ -246,6 +244,9 @@ impl Engine {
             self.model.read_logits(&mut step.logits)?;
         }
         if step.parts.iter().any(|part| part.is_sampled) {
+            for (sequence, _) in self.scheduler.members(&step.parts).filter(|(_, part)| part.is_sampled) {
+                sequence.compute_constraint();
+            }
             let mut rows = recycle(std::mem::take(&mut self.rows));
             for (sequence, part) in self.scheduler.members(&step.parts) {
                 // Rows of a prompt that is scored are not looked at.
@@ -263,15 +264,16 @@ impl Engine {
         Ok(true)
     }
 
-    /// Waits for the oldest step under way and reads its tokens.
-    fn finish_step(&mut self) -> Result<Option<Started>, EngineError> {
-        let Some(step) = self.started.pop_front() else { return Ok(None) };
+    /// Waits for the oldest step under way, and hands out its tokens.
+    fn finish_step(&mut self, events: &mut Vec<Event>) -> Result<(), EngineError> {
+        let Some(step) = self.started.pop_front() else { return Ok(()) };
         self.sampled.clear();
         self.sampled.resize(step.rows, SampleRow::NOT_FINITE);
         if let Some(sampling) = step.sampling {
             self.model.sampled(sampling, &mut self.sampled)?;
         }
-        Ok(Some(step))
+        self.deliver(step, events);
+        Ok(())
     }
 
     /// Hands every answer what the step computed for it; finished answers leave.

@@ -74,6 +74,12 @@ pub enum EngineError {
         "the model's logits are not finite: its weights are damaged, or its keys and values exceed f16 (try --kv f32)"
     )]
     NotFinite,
+    /// A grammar that cannot be compiled, or cannot be honoured.
+    #[error("the grammar of the answer cannot be used: {problem}")]
+    Grammar {
+        /// What is wrong with it.
+        problem: String,
+    },
     /// An answer cannot go on.
     #[error("the answer cannot go on: {problem}")]
     Answer {

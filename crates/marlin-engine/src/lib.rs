@@ -8,6 +8,7 @@
 //! [`ChatTemplate`] turns a conversation into the text of a prompt.
 
 mod chat_template;
+mod constraint;
 mod engine;
 mod error;
 mod logprobs;
@@ -22,6 +23,7 @@ mod tests;
 mod text;
 
 pub use chat_template::{ChatOptions, ChatTemplate, Message};
+pub use constraint::{Constraint, Grammar, GrammarCompiler};
 pub use engine::{Engine, EngineOptions, EngineStats};
 pub use error::EngineError;
 pub use request::{Event, Finish, Request, RequestId, TokenLogprobs};

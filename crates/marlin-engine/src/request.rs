@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::{EngineError, FinishReason, SamplingParams, StopConditions};
+use crate::{Constraint, EngineError, FinishReason, SamplingParams, StopConditions};
 
 /// A text to continue.
 #[derive(Debug, Clone)]
@@ -19,6 +19,8 @@ pub struct Request {
     pub logprobs: Option<usize>,
     /// The same of each token of the prompt but the first. Such a prompt is computed whole, whatever is cached.
     pub prompt_logprobs: Option<usize>,
+    /// What each answer must look like.
+    pub constraint: Option<Constraint>,
     /// Texts hold special tokens as they are spelled, instead of leaving them out. (A token that ends the request is never part of them.)
     pub special_tokens: bool,
     /// The lower, the sooner it is served; requests of one priority are served in the order in which they come.
@@ -36,6 +38,7 @@ impl Default for Request {
             choices: 1,
             logprobs: None,
             prompt_logprobs: None,
+            constraint: None,
             special_tokens: false,
             priority: 0,
             cache_salt: String::new(),
@@ -56,6 +59,9 @@ impl Request {
         }
         if self.choices == 0 {
             return Err(EngineError::parameter("n", "at least 1", 0));
+        }
+        if self.stop.ignore_eos && self.constraint.is_some() {
+            return Err(EngineError::parameter("ignore_eos", "false where the answer has a form, and so an end", true));
         }
         let prompt = self.prompt.len();
         if prompt == 0 {

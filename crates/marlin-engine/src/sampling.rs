@@ -136,7 +136,14 @@ impl Sampler {
 
     /// How to choose the token after `generated` others, the last of which may be known as a row of the last sampling only; if it is too
     /// early for the end, none that ends the sequence.
-    pub(crate) fn row(&mut self, generated: usize, last_sampled: Option<u32>, is_early: bool) -> SampleRow<'_> {
+    /// `allowed` are the tokens that may be chosen, if not all may.
+    pub(crate) fn row<'a>(
+        &'a mut self,
+        generated: usize,
+        last_sampled: Option<u32>,
+        is_early: bool,
+        allowed: Option<&'a [u32]>,
+    ) -> SampleRow<'a> {
         let last_sampled = last_sampled.filter(|_| self.params.has_penalties());
         let params = &self.params;
         SampleRow {
@@ -151,6 +158,7 @@ impl Sampler {
             counts: &self.counts.counts,
             last_sampled,
             bias: if is_early { &self.early_bias } else { &params.logit_bias },
+            allowed,
         }
     }
 
@@ -256,15 +264,15 @@ mod tests {
         let seeded = |seed| SamplingParams { seed: Some(seed), ..SamplingParams::default() };
         let mut first = Sampler::new(seeded(1), &[], &[]).unwrap();
         let mut again = Sampler::new(seeded(1), &[5], &[]).unwrap();
-        let forwards: Vec<f32> = (0..100).map(|i| first.row(i, None, false).uniform).collect();
-        let backwards: Vec<f32> = (0..100).rev().map(|i| again.row(i, None, false).uniform).collect();
+        let forwards: Vec<f32> = (0..100).map(|i| first.row(i, None, false, None).uniform).collect();
+        let backwards: Vec<f32> = (0..100).rev().map(|i| again.row(i, None, false, None).uniform).collect();
         assert!(forwards.iter().eq(backwards.iter().rev()));
         assert!(forwards.iter().all(|u| (0.0..1.0).contains(u)));
         let mean = forwards.iter().sum::<f32>() / 100.0;
         assert!((mean - 0.5).abs() < 0.15, "{mean}");
 
         let mut other = Sampler::new(seeded(2), &[], &[]).unwrap();
-        assert_ne!(other.row(0, None, false).uniform, forwards[0]);
+        assert_ne!(other.row(0, None, false, None).uniform, forwards[0]);
     }
 
     #[test]
@@ -272,15 +280,16 @@ mod tests {
         // Key stream of ChaCha8 for the all-zero key and nonce (Strombergson's test vectors, TC1): 3e00ef2f 895f40d6 …
         let mut sampler =
             Sampler::new(SamplingParams { seed: Some(0), ..SamplingParams::default() }, &[], &[]).unwrap();
-        assert_eq!(sampler.row(0, None, false).uniform, (0x2fef_003e >> 8) as f32 / 16_777_216.0);
-        assert_eq!(sampler.row(1, None, false).uniform, (0xd640_5f89_u32 >> 8) as f32 / 16_777_216.0);
+        assert_eq!(sampler.row(0, None, false, None).uniform, (0x2fef_003e >> 8) as f32 / 16_777_216.0);
+        assert_eq!(sampler.row(1, None, false, None).uniform, (0xd640_5f89_u32 >> 8) as f32 / 16_777_216.0);
     }
 
     #[test]
     fn answers_to_one_prompt_have_random_numbers_of_their_own() {
         let params = SamplingParams { seed: Some(1), ..SamplingParams::default() };
         let mut first = Sampler::new(params, &[], &[]).unwrap();
-        let uniforms = |sampler: &mut Sampler| (0..10).map(|i| sampler.row(i, None, false).uniform).collect::<Vec<_>>();
+        let uniforms =
+            |sampler: &mut Sampler| (0..10).map(|i| sampler.row(i, None, false, None).uniform).collect::<Vec<_>>();
         let (mut same, mut other) = (first.fork(0), first.fork(1));
         assert_eq!(uniforms(&mut same), uniforms(&mut first));
         assert_ne!(uniforms(&mut other), uniforms(&mut first));
@@ -292,15 +301,15 @@ mod tests {
         let params = SamplingParams { logit_bias, ..SamplingParams::default() };
         let mut sampler = Sampler::new(params, &[], &[9, 7]).unwrap();
         let never = f32::NEG_INFINITY;
-        assert_eq!(sampler.row(0, None, true).bias, [(7, never), (3, 0.5), (9, never)]);
-        assert_eq!(sampler.row(0, None, false).bias, [(7, 1.0), (3, 0.5)]);
+        assert_eq!(sampler.row(0, None, true, None).bias, [(7, never), (3, 0.5), (9, never)]);
+        assert_eq!(sampler.row(0, None, false, None).bias, [(7, 1.0), (3, 0.5)]);
     }
 
     #[test]
     fn biases_of_one_token_add_up() {
         let logit_bias = vec![(7, 1.0), (3, 0.5), (7, -4.0)];
         let mut sampler = Sampler::new(SamplingParams { logit_bias, ..SamplingParams::default() }, &[], &[]).unwrap();
-        assert_eq!(sampler.row(0, None, false).bias, [(7, -3.0), (3, 0.5)]);
+        assert_eq!(sampler.row(0, None, false, None).bias, [(7, -3.0), (3, 0.5)]);
     }
 
     #[test]
@@ -310,6 +319,6 @@ mod tests {
         sampler.accept(9);
         sampler.accept(9);
         let count = |token, generated| TokenCount { token, generated };
-        assert_eq!(sampler.row(3, None, false).counts, [count(3, 0), count(4, 1), count(9, 2)]);
+        assert_eq!(sampler.row(3, None, false, None).counts, [count(3, 0), count(4, 1), count(9, 2)]);
     }
 }

@@ -60,6 +60,11 @@ impl Scheduler {
         self.running.len()
     }
 
+    /// Whether one of those that run must have a certain form.
+    pub(crate) fn has_constrained(&self) -> bool {
+        self.running.iter().any(Sequence::is_constrained)
+    }
+
     /// How often an answer had to give way.
     pub(crate) fn preemptions(&self) -> u64 {
         self.preemptions

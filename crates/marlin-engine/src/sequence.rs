@@ -9,7 +9,9 @@ use marlin_model::{KvPool, KvSequence, LogitRows, ModelError, StepBatch};
 use crate::logprobs::token_logprobs;
 use crate::prefix::BlockNames;
 use crate::sampling::Sampler;
-use crate::{EngineError, Event, Finish, FinishReason, Request, RequestId, StopConditions, TextStream, TokenLogprobs};
+use crate::{
+    Constraint, EngineError, Event, Finish, FinishReason, Request, RequestId, StopConditions, TextStream, TokenLogprobs,
+};
 
 /// Where an answer stands in line: by the priority of its request, then by when that came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -61,6 +63,9 @@ pub(crate) struct Sequence {
     /// Until they are delivered.
     prompt_logprobs: Option<usize>,
     scored: Vec<TokenLogprobs>,
+    constraint: Option<Constraint>,
+    /// Why the constraint has failed.
+    broken: Option<EngineError>,
     stop: StopConditions,
     /// Tokens that end it: its own, and the model's unless it ignores them.
     end_tokens: Vec<u32>,
@@ -78,7 +83,16 @@ impl Sequence {
         tokenizer: &Tokenizer,
     ) -> Result<Self, EngineError> {
         let Request {
-            prompt, sampling, mut stop, choices, logprobs, prompt_logprobs, special_tokens, priority, ..
+            prompt,
+            sampling,
+            mut stop,
+            choices,
+            logprobs,
+            prompt_logprobs,
+            constraint,
+            special_tokens,
+            priority,
+            cache_salt: _,
         } = request;
         let mut end_tokens = std::mem::take(&mut stop.tokens);
         if !stop.ignore_eos {
@@ -101,6 +115,8 @@ impl Sequence {
             logprobs,
             prompt_logprobs,
             scored: Vec::new(),
+            constraint,
+            broken: None,
             text: text(tokenizer, &prompt, std::mem::take(&mut stop.strings))?,
             stop,
             end_tokens,
@@ -149,6 +165,8 @@ impl Sequence {
             to_fork: 0,
             prompt_logprobs: None,
             scored: Vec::new(),
+            constraint: self.constraint.clone(),
+            broken: None,
             stop: self.stop.clone(),
             end_tokens: self.end_tokens.clone(),
             text: self.text.clone(),
@@ -162,10 +180,23 @@ impl Sequence {
             return self.prompt_tokens - 1 - self.kv.len();
         }
         let is_last = self.chosen() == self.stop.max_tokens || self.tokens.len() + self.unread == self.most_tokens;
-        if self.unread > 0 && is_last {
+        // What may come next in a grammar depends on the token before.
+        if self.unread > 0 && (is_last || self.is_constrained()) {
             return 0;
         }
         self.tokens.len() + self.unread - self.kv.len()
+    }
+
+    /// Whether it must have a certain form.
+    pub(crate) fn is_constrained(&self) -> bool {
+        self.constraint.is_some()
+    }
+
+    /// Finds out which tokens may come next, while the device computes how likely they are.
+    pub(crate) fn compute_constraint(&mut self) {
+        if let Some(Err(error)) = self.constraint.as_mut().map(Constraint::compute) {
+            self.broken = Some(error);
+        }
     }
 
     /// Whether each token of the prompt takes a row of logits.
@@ -205,7 +236,8 @@ impl Sequence {
         let last_sampled = (self.unread > 0).then_some(self.unread_row);
         let index = self.chosen();
         (self.unread, self.unread_row) = (self.unread + 1, row as u32);
-        self.sampler.row(index, last_sampled, index < self.stop.min_tokens)
+        let allowed = self.constraint.as_ref().map(Constraint::allowed).filter(|_| self.broken.is_none());
+        self.sampler.row(index, last_sampled, index < self.stop.min_tokens, allowed)
     }
 
     /// Forgets the steps under way.
@@ -252,6 +284,9 @@ impl Sequence {
         }
         if !part.is_complete {
             return Ok(None);
+        }
+        if let Some(error) = self.broken.take() {
+            return Err(error);
         }
         let mut event = Event { prompt_logprobs: std::mem::take(&mut self.scored), ..self.event() };
         self.prompt_logprobs = None;
@@ -329,7 +364,9 @@ impl Sequence {
             } else if let Some(stop) = self.text.push(tokenizer, token, text)? {
                 return Ok(Some(FinishReason::StopString(stop.to_owned())));
             }
-            if self.generated() == self.stop.max_tokens {
+            if self.follows_constraint(token)? {
+                FinishReason::Complete
+            } else if self.generated() == self.stop.max_tokens {
                 FinishReason::Length
             } else if self.tokens.len() == self.most_tokens {
                 FinishReason::Context
@@ -339,6 +376,15 @@ impl Sequence {
         };
         let stopped = self.text.finish(tokenizer, text)?.map(|stop| FinishReason::StopString(stop.to_owned()));
         Ok(Some(stopped.unwrap_or(reason)))
+    }
+}
+
+impl Sequence {
+    /// Goes on in the grammar; tells whether nothing can follow.
+    fn follows_constraint(&mut self, token: u32) -> Result<bool, EngineError> {
+        let Some(constraint) = &mut self.constraint else { return Ok(false) };
+        constraint.accept(token)?;
+        Ok(constraint.is_finished())
     }
 }
 

@@ -44,6 +44,8 @@ pub enum FinishReason {
     StopToken(u32),
     /// The text reached this stop string; it is not part of the text.
     StopString(String),
+    /// Nothing can follow within the grammar of the answer.
+    Complete,
     /// `max_tokens` were generated.
     Length,
     /// The context is full.
@@ -55,11 +57,12 @@ pub enum FinishReason {
 }
 
 impl FinishReason {
-    /// Its name in reports: `stop_token`, `stop_string`, `length`, `context`, `not_finite` or `failed`.
+    /// Its name in reports: `stop_token`, `stop_string`, `complete`, `length`, `context`, `not_finite` or `failed`.
     pub fn name(&self) -> &'static str {
         match self {
             Self::StopToken(_) => "stop_token",
             Self::StopString(_) => "stop_string",
+            Self::Complete => "complete",
             Self::Length => "length",
             Self::Context => "context",
             Self::NotFinite => "not_finite",
@@ -72,7 +75,7 @@ impl FinishReason {
         match self {
             Self::NotFinite => Some(EngineError::NotFinite),
             Self::Failed(problem) => Some(EngineError::Answer { problem: problem.clone() }),
-            Self::StopToken(_) | Self::StopString(_) | Self::Length | Self::Context => None,
+            Self::StopToken(_) | Self::StopString(_) | Self::Complete | Self::Length | Self::Context => None,
         }
     }
 }

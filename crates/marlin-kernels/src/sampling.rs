@@ -8,18 +8,20 @@ use crate::KernelError;
 
 /// How to choose the next token of one sequence.
 ///
-/// Order of operations: `bias` is added; penalties are applied (repetition, then presence and frequency); at temperature 0 the
-/// largest logit wins (the lowest id among equals). Otherwise tokens are ordered by falling logit (ties by id) and get the
-/// weights `exp((logit − largest) / temperature)`. Top-k, top-p and min-p then each shorten that list, top-p looking at the
+/// Order of operations: `bias` is added; penalties are applied (repetition, then presence and frequency); logits of tokens that
+/// are not `allowed` become −∞, whatever was added to them; at temperature 0 the largest logit wins (the lowest id among
+/// equals). Otherwise tokens are ordered by falling logit (ties by id) and get the weights
+/// `exp((logit − largest) / temperature)`. Top-k, top-p and min-p then each shorten that list, top-p looking at the
 /// probabilities among the top-k; the most likely token always stays. The first token at which the running share of the kept
 /// weights exceeds `uniform` is chosen.
 ///
 /// A model whose weights and arithmetic are sound gives finite logits, and −∞ to tokens that it rules out. A row that has NaN
-/// or +∞ among its logits, before anything is added, or has nothing but −∞, is a failure of the model: instead of a token it
-/// gets [`SampleRow::NOT_FINITE`].
+/// or +∞ among its logits, before anything is added or ruled out, or has nothing but −∞, is a failure of the model: instead of
+/// a token it gets [`SampleRow::NOT_FINITE`].
 ///
 /// What bias and penalties make of finite logits need not be finite: NaN then counts as −∞, and when no finite logit is
-/// largest (all −∞, or one of them +∞), the choice is greedy.
+/// largest (all −∞, or one of them +∞), the choice is greedy. A token that is not allowed is never chosen: among allowed tokens
+/// that all have −∞ the lowest id wins.
 #[derive(Debug, Clone, Copy)]
 pub struct SampleRow<'a> {
     /// 0 means greedy.
@@ -45,6 +47,9 @@ pub struct SampleRow<'a> {
     pub last_sampled: Option<u32>,
     /// Added to the logits of these ids, each of which occurs once and is below the vocabulary.
     pub bias: &'a [(u32, f32)],
+    /// Bits of the tokens that may be chosen, 32 tokens a word: token `t` is bit `t % 32` of word `t / 32` of
+    /// `vocabulary.div_ceil(32)` words. At least one token is allowed; `None` allows all.
+    pub allowed: Option<&'a [u32]>,
 }
 
 /// Names one call of [`Encoder::sample`](crate::Encoder::sample), to read its tokens by.
@@ -107,13 +112,15 @@ impl SampleRow<'_> {
         counts: &[],
         last_sampled: None,
         bias: &[],
+        allowed: None,
     };
 
     /// Stands for a token where the logits allow no choice; no vocabulary reaches this id.
     pub const NOT_FINITE: u32 = u32::MAX;
 
-    /// Adds the bias, applies the penalties and replaces NaN by −∞: the part of sampling that is plain f32 arithmetic on a few
-    /// logits and therefore the same on every device in host memory. `last` is the token of `last_sampled`, if it is one.
+    /// Adds the bias, applies the penalties, replaces NaN by −∞ and rules out what is not allowed: the part of sampling that is
+    /// plain f32 arithmetic and therefore the same on every device in host memory. `last` is the token of `last_sampled`, if it
+    /// is one.
     pub(crate) fn adjust(&self, logits: &mut [f32], last: Option<u32>) {
         for &(token, bias) in self.bias {
             logits[token as usize] += bias;
@@ -131,6 +138,30 @@ impl SampleRow<'_> {
         for logit in logits.iter_mut().filter(|logit| logit.is_nan()) {
             *logit = f32::NEG_INFINITY;
         }
+        if let Some(allowed) = self.allowed {
+            assert_eq!(allowed.len(), logits.len().div_ceil(32), "a bit for each token");
+            for (logits, &word) in logits.chunks_mut(32).zip(allowed).filter(|(_, word)| **word != u32::MAX) {
+                for (bit, logit) in logits.iter_mut().enumerate() {
+                    *logit = if word >> bit & 1 == 1 { *logit } else { f32::NEG_INFINITY };
+                }
+            }
+        }
+    }
+
+    /// The token that is chosen when all that are allowed have −∞.
+    pub(crate) fn lowest_allowed(&self) -> u32 {
+        let Some(allowed) = self.allowed else { return 0 };
+        let words = || allowed.iter().zip(0..);
+        let lowest = words().find(|(word, _)| **word != 0).map(|(word, index)| 32 * index + word.trailing_zeros());
+        lowest.expect("at least one token is allowed")
+    }
+
+    /// The largest logit of those that [`SampleRow::adjust`] leaves, and its lowest id.
+    pub(crate) fn most_likely(&self, logits: &[f32]) -> (u32, f32) {
+        let first = (self.lowest_allowed(), f32::NEG_INFINITY);
+        let larger =
+            |best: (u32, f32), (id, &logit): (usize, &f32)| if logit > best.1 { (id as u32, logit) } else { best };
+        logits.iter().enumerate().fold(first, larger)
     }
 
     /// The weight of a token before normalisation.
@@ -156,13 +187,6 @@ pub(crate) fn allow_choice(logits: &[f32]) -> bool {
         (sound & (logit < f32::INFINITY), any | (logit > f32::NEG_INFINITY))
     });
     seen == (true, true)
-}
-
-/// The largest logit and its lowest id.
-pub(crate) fn argmax(logits: &[f32]) -> (u32, f32) {
-    let first = (0, f32::NEG_INFINITY);
-    let larger = |best: (u32, f32), (id, &logit): (usize, &f32)| if logit > best.1 { (id as u32, logit) } else { best };
-    logits.iter().enumerate().fold(first, larger)
 }
 
 /// The order in which tokens are considered: falling logit, ties by id.

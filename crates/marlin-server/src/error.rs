@@ -117,6 +117,7 @@ impl From<EngineError> for ApiError {
             EngineError::PromptTooLong { .. } | EngineError::CacheTooSmall { .. } => {
                 Self::invalid(message).with_code("context_length_exceeded")
             }
+            EngineError::Grammar { .. } => Self::parameter("response_format", message),
             EngineError::ChatTemplate { .. } => Self::parameter("messages", message),
             _ => Self::server(message),
         }

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use marlin_checkpoint::{GenerationConfig, Tokenizer};
-use marlin_engine::{ChatTemplate, SamplingParams};
+use marlin_engine::{ChatTemplate, GrammarCompiler, SamplingParams};
 
 use crate::dialect::Dialect;
 use crate::worker::Worker;
@@ -50,6 +50,8 @@ pub(crate) struct Served {
     pub(crate) model: ServedModel,
     pub(crate) tokenizer: std::sync::Arc<Tokenizer>,
     pub(crate) context: usize,
+    /// What gives answers a form, or why nothing does.
+    pub(crate) grammars: Result<GrammarCompiler, String>,
     pub(crate) worker: Worker,
     /// Longest time for an answer.
     pub(crate) timeout: Option<Duration>,
@@ -80,6 +82,15 @@ impl ServedModel {
             repetition_penalty: config.repetition_penalty.unwrap_or(neutral.repetition_penalty),
             ..neutral
         }
+    }
+}
+
+impl ServedModel {
+    /// Tokens that end an answer of a chat.
+    pub(crate) fn end_tokens(&self, tokenizer: &Tokenizer) -> Vec<u32> {
+        let of_dialect = self.chat.iter().flat_map(|format| format.dialect.end_tokens());
+        let of_dialect = of_dialect.filter_map(|token| tokenizer.token_id(token));
+        self.end_of_turn.iter().copied().chain(of_dialect).collect()
     }
 }
 

@@ -19,7 +19,7 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
-use marlin_engine::Engine;
+use marlin_engine::{Engine, GrammarCompiler};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use tokio::net::TcpListener;
@@ -34,7 +34,7 @@ use crate::error::ApiError;
 use crate::metrics::{Metrics, SharedStats};
 use crate::model::{Served, ServedModel};
 use crate::openapi;
-use crate::worker::Worker;
+use crate::worker::{Worker, with_causes};
 
 /// Longest wait for the headers of a request, and for each further piece of its body.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -142,6 +142,9 @@ impl Server {
         let stats = SharedStats::default();
         let metrics = Arc::new(Metrics::new(stats.clone()));
         let (tokenizer, context) = (engine.tokenizer().clone(), engine.info().context);
+        let end_tokens = [&model.generation.eos_token_id[..], &model.end_tokens(&tokenizer)].concat();
+        let grammars = GrammarCompiler::new(&tokenizer, engine.info().vocabulary, &end_tokens);
+        let grammars = grammars.map_err(|error| with_causes(&error));
         let most_choices = engine.info().logit_rows.min(engine.info().step_tokens) as u32;
         let (worker, thread) =
             Worker::start(engine, options.max_waiting, stats, metrics.clone()).map_err(ServerError::Thread)?;
@@ -149,6 +152,7 @@ impl Server {
             model,
             tokenizer,
             context,
+            grammars,
             worker,
             timeout: options.timeout,
             most_choices,
@@ -243,7 +247,7 @@ fn router(app: &App, max_body: usize, cors: Option<CorsLayer>) -> Router {
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
         .route("/metrics", get(status::metrics))
-        .route("/openapi.json", get(|| async { Json(openapi::document()) }))
+        .route("/openapi.json", get(describe))
         .route_layer(from_fn_with_state(app.clone(), authorize))
         .route("/health", get(status::health))
         .fallback(|method: Method, uri: Uri| async move {
@@ -268,6 +272,11 @@ fn router(app: &App, max_body: usize, cors: Option<CorsLayer>) -> Router {
         None => router,
     };
     router.layer(from_fn_with_state(app.clone(), log)).with_state(app.clone())
+}
+
+/// Describes the server.
+async fn describe(State(served): State<Arc<Served>>) -> Json<utoipa::openapi::OpenApi> {
+    Json(openapi::document(&served.model.names))
 }
 
 /// Lets nobody in without a key, if there are any.

@@ -23,6 +23,7 @@ pub mod load;
 pub mod machine;
 pub mod memory;
 pub mod model_cache;
+pub mod serve_bench;
 pub mod stats;
 mod table;
 pub mod tile_cache;

@@ -329,6 +329,82 @@ fn what_is_wrong_is_said_in_the_shape_of_the_api() {
 }
 
 #[test]
+fn answers_have_the_form_that_is_asked_for() {
+    let server = Server::start(&[]);
+    let content = |answer: &Value| answer["choices"][0]["message"]["content"].as_str().unwrap().to_owned();
+    let schema = json!({
+        "type": "object",
+        "properties": { "name": { "type": "string", "maxLength": 12 }, "age": { "type": "integer", "minimum": 1, "maximum": 99 } },
+        "required": ["name", "age"],
+        "additionalProperties": false,
+    });
+    let format =
+        json!({ "type": "json_schema", "json_schema": { "name": "person", "strict": true, "schema": schema } });
+    for seed in 0..5 {
+        let body = with(chat("Who are you?"), json!({ "response_format": format, "max_tokens": 200, "seed": seed }));
+        let answer: Value = serde_json::from_str(&content(&server.ask(CHAT, &body))).unwrap();
+        assert!(answer["name"].is_string() && (1..=99).contains(&answer["age"].as_i64().unwrap()), "{answer}");
+    }
+    let grammar = json!({ "type": "grammar", "syntax": "regex", "definition": "(yes|no), [0-9]{3}" });
+    let text = content(&server.ask(CHAT, &with(chat("Well?"), json!({ "response_format": grammar }))));
+    assert!((text.starts_with("yes, ") || text.starts_with("no, ")) && text.len() >= 7, "{text}");
+    let grammar = json!({ "type": "grammar", "syntax": "lark", "definition": "start: \"a\" start \"b\" | \"c\"" });
+    let body = json!({ "model": "bundled", "prompt": "x", "response_format": grammar, "max_tokens": 50, "seed": 3 });
+    let text = server.ask(TEXT, &body)["choices"][0]["text"].as_str().unwrap().to_owned();
+    let (before, after) = text.split_once('c').unwrap();
+    assert!(
+        before.len() == after.len() && before.bytes().all(|b| b == b'a') && after.bytes().all(|b| b == b'b'),
+        "{text}"
+    );
+
+    let unknown =
+        json!({ "type": "json_schema", "json_schema": { "schema": { "type": "string", "format": "moon-phase" } } });
+    let refused = server.post(CHAT, &with(chat("x"), json!({ "response_format": unknown })));
+    assert_eq!((refused.status, refused.error().contains("moon-phase")), (400, true), "{}", refused.body);
+    server.assert_idle();
+}
+
+#[test]
+fn a_call_that_is_demanded_is_made() {
+    let server = Server::start(&[]);
+    let tools = json!([
+        { "type": "function", "function": { "name": "now", "description": "Tells the time." } },
+        { "type": "function", "function": { "name": "weather", "parameters": {
+            "type": "object",
+            "properties": { "day": { "$ref": "#/$defs/Day" } },
+            "required": ["day"],
+            "additionalProperties": false,
+            "$defs": { "Day": { "enum": ["today", "tomorrow"] } },
+        } } },
+    ]);
+    let named = json!({ "type": "function", "function": { "name": "weather" } });
+    let body = with(chat("What is the weather?"), json!({ "tools": tools, "tool_choice": named, "max_tokens": 100 }));
+    let answer = server.ask(CHAT, &body);
+    let choice = &answer["choices"][0];
+    let call = &choice["message"]["tool_calls"][0];
+    assert_eq!((&choice["finish_reason"], &call["function"]["name"]), (&json!("tool_calls"), &json!("weather")));
+    let arguments: Value = serde_json::from_str(call["function"]["arguments"].as_str().unwrap()).unwrap();
+    assert!([json!({ "day": "today" }), json!({ "day": "tomorrow" })].contains(&arguments), "{arguments}");
+    assert_eq!(choice["message"]["content"], Value::Null);
+
+    // The same as a stream.
+    let events = server.post(CHAT, &with(body, json!({ "stream": true }))).events();
+    let deltas = || events.iter().filter_map(|event| event["choices"][0]["delta"]["tool_calls"].as_array()).flatten();
+    assert_eq!(deltas().next().unwrap()["function"]["name"], "weather");
+    let streamed: String = deltas().map(|delta| delta["function"]["arguments"].as_str().unwrap()).collect();
+    assert_eq!(serde_json::from_str::<Value>(&streamed).unwrap(), arguments);
+    assert!(events.iter().all(|event| event["choices"][0]["delta"]["content"].as_str().is_none_or(str::is_empty)));
+
+    let required = with(chat("Well?"), json!({ "tools": tools, "tool_choice": "required", "max_tokens": 100 }));
+    let answer = server.ask(CHAT, &required);
+    let name = answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"].as_str().unwrap();
+    assert!(["now", "weather"].contains(&name), "{name}");
+    let other = json!({ "type": "function", "function": { "name": "other" } });
+    let refused = server.post(CHAT, &with(required, json!({ "tool_choice": other })));
+    assert_eq!((refused.status, refused.error().contains("no tool \"other\"")), (400, true));
+}
+
+#[test]
 fn who_leaves_takes_the_request_along() {
     let server = Server::start(&[]);
     // While it streams, and before the answer to one that does not.
@@ -455,6 +531,7 @@ fn many_clients_get_what_each_gets_alone() {
         let fields = json!({
             "seed": index, "max_tokens": 5 + index * 7 % 60, "temperature": (index % 3) as f64 / 2.0, "stop": if index.is_multiple_of(4) { json!(" the") } else { json!(null) },
             "n": 1 + index % 2,
+            "response_format": if index % 5 == 2 { json!({ "type": "json_object" }) } else { json!({ "type": "text" }) },
         });
         with(chat(&message), fields)
     };

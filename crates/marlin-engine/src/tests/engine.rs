@@ -10,8 +10,8 @@ use proptest::prelude::*;
 use super::fake_model::{FakeModel, Sizes, VOCABULARY, Wire, logits, next_token};
 use super::tokenizers::byte_level;
 use crate::{
-    Engine, EngineError, EngineOptions, Event, FinishReason, Request, RequestId, SamplingParams, StopConditions,
-    TokenLogprobs,
+    Engine, EngineError, EngineOptions, Event, FinishReason, Grammar, GrammarCompiler, Request, RequestId,
+    SamplingParams, StopConditions, TokenLogprobs,
 };
 
 const ROOMY: Sizes =
@@ -320,6 +320,40 @@ fn an_answer_has_its_least_length() {
     assert!(output.tokens.len() >= 12 && !output.tokens[..12].contains(&EOS), "{:?}", output.tokens);
     let text = engine.tokenizer().decode(&output.tokens[..12], true).unwrap();
     assert!(output.text.starts_with(text.trim_end_matches(char::REPLACEMENT_CHARACTER)));
+}
+
+#[test]
+fn an_answer_keeps_to_its_grammar_in_any_company() {
+    let compiler = GrammarCompiler::new(&TOKENIZER, VOCABULARY, &[EOS]).unwrap();
+    for overlaps in [false, true] {
+        let (mut engine, wire) = engine(Sizes { overlaps, ..ROOMY });
+        let free = engine.add(greedy(&[7, 8], 30)).unwrap();
+        engine.step(&mut Vec::new()).unwrap();
+        let constraint = compiler.compile(&Grammar::Regex("[ab]{3}(cd)*".into())).unwrap();
+        let mut request = Request { constraint: Some(constraint), choices: 2, ..greedy(&[1, 2], 9) };
+        assert!(engine.add(request.clone()).unwrap_err().to_string().contains("ignore_eos"));
+        request.stop.ignore_eos = false;
+        let open = engine.add(request.clone()).unwrap();
+        let closed = compiler.compile(&Grammar::Regex("[ab]{5}".into())).unwrap();
+        let closed = engine.add(Request { constraint: Some(closed), ..request }).unwrap();
+        let mut events = finish_events(&mut engine);
+        assert!(wire.lock().unwrap().steps.len() <= 32, "everybody has a token in each step");
+        events.retain(|event| event.request != free);
+        let outputs = gather_choices(&events);
+        for choice in 0..2 {
+            let Output { text, reason, .. } = &outputs[&(open, choice)];
+            let (letters, rest) = text.split_at(3);
+            assert!(letters.chars().all(|c| "ab".contains(c)), "{text}");
+            match reason {
+                Some(FinishReason::StopToken(EOS)) => assert_eq!(rest.replace("cd", ""), ""),
+                Some(FinishReason::Length) => assert_eq!(outputs[&(open, choice)].tokens.len(), 9),
+                other => panic!("{other:?}"),
+            }
+            let Output { text, reason, .. } = &outputs[&(closed, choice)];
+            assert_eq!((text.len(), reason), (5, &Some(FinishReason::Complete)), "{text}");
+        }
+        assert_eq!(engine.used_kv_blocks(), 0);
+    }
 }
 
 #[test]

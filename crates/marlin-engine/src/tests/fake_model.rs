@@ -97,7 +97,8 @@ pub(super) fn next_token(history: &[u32], row: &SampleRow<'_>, last: Option<u32>
         mix(count.generated + u32::from(last == Some(count.token)));
     }
     let mut token = (hash >> 20) as u32 % VOCABULARY as u32;
-    while row.bias.contains(&(token, f32::NEG_INFINITY)) {
+    let is_allowed = |token: u32| row.allowed.is_none_or(|mask| mask[token as usize / 32] >> (token % 32) & 1 == 1);
+    while row.bias.contains(&(token, f32::NEG_INFINITY)) || !is_allowed(token) {
         token = (token + 1) % VOCABULARY as u32;
     }
     token

@@ -3,4 +3,4 @@
 mod engine;
 mod fake_model;
 mod text;
-mod tokenizers;
+pub(crate) mod tokenizers;

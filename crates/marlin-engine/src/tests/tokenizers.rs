@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 /// A byte-level BPE tokenizer whose ids 0..256 are the bytes, followed by `pieces`, of which the special ones are
 /// special tokens.
-pub(super) fn byte_level(pieces: &[&[u8]], special: &[&str]) -> Tokenizer {
+pub(crate) fn byte_level(pieces: &[&[u8]], special: &[&str]) -> Tokenizer {
     let mut vocabulary = Vec::new();
     vocabulary.extend((0..=255).map(|byte| spell(&[byte])));
     vocabulary.extend(pieces.iter().map(|piece| spell(piece)));
@@ -15,7 +15,7 @@ pub(super) fn byte_level(pieces: &[&[u8]], special: &[&str]) -> Tokenizer {
 
 /// A tokenizer in the manner of SentencePiece: ids 0..256 are `<0xNN>`, followed by `pieces` with `▁` for a space;
 /// the first space of a text is dropped.
-pub(super) fn sentence_piece(pieces: &[&str], special: &[&str]) -> Tokenizer {
+pub(crate) fn sentence_piece(pieces: &[&str], special: &[&str]) -> Tokenizer {
     let mut vocabulary: Vec<String> = (0..=255).map(|byte| format!("<0x{byte:02X}>")).collect();
     vocabulary.extend(pieces.iter().map(|&piece| piece.to_owned()));
     let decoder = json!({ "type": "Sequence", "decoders": [

@@ -1,5 +1,5 @@
-//! Rows of sampling: every parameter by itself, and all of them together. The same tokens must be chosen, but for shares of probabilities
-//! that are borderline.
+//! Rows of sampling: every parameter by itself, and all of them together, over all tokens and over some. The same tokens must be chosen, but
+//! for shares of probabilities that are borderline.
 
 use crate::reference::ReferenceBackend;
 use crate::sampling::by_falling_logit;
@@ -55,22 +55,61 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
         ),
     ];
     for (name, row) in settings {
-        table.add(device, format!("sample/{name}"), move |device| sample(device, row, false));
+        table.add(device, format!("sample/{name}"), move |device| sample(device, row, None, false));
         if !row.counts.is_empty() {
-            table.add(device, format!("sample/{name}-after-another"), move |device| sample(device, row, true));
+            table.add(device, format!("sample/{name}-after-another"), move |device| sample(device, row, None, true));
+        }
+        if !WITH_MASKS.contains(&name) {
+            continue;
+        }
+        for (mask, allows) in MASKS {
+            let follows = !row.counts.is_empty();
+            let name = format!("sample/{name}-allowed-{mask}");
+            table.add(device, name, move |device| sample(device, row, Some(allows), follows));
         }
     }
 }
 
-fn sample<B: Backend>(device: &Device<B>, row: SampleRow<'static>, follows: bool) -> Result<(), String> {
-    for vocabulary in [7, 127, 129, 5000] {
-        for (what, distort) in DISTORTIONS {
-            let case = Sample::new(row, follows, vocabulary, distort);
+fn sample<B: Backend>(
+    device: &Device<B>,
+    row: SampleRow<'static>,
+    allows: Option<Allows>,
+    follows: bool,
+) -> Result<(), String> {
+    // What masks add is seen in fewer cases: ties, −∞ and what allows no choice among them.
+    let (vocabularies, distortions): (&[usize], &[_]) =
+        if allows.is_some() { (&[129, 5000], &DISTORTIONS[1..6]) } else { (&[7, 127, 129, 5000], &DISTORTIONS) };
+    for &vocabulary in vocabularies {
+        for &(what, distort) in distortions {
+            let case = Sample::new(row, follows, vocabulary, distort).allowing(allows);
             case.check(device).map_err(|error| format!("{vocabulary} tokens, {what}: {error}"))?;
         }
     }
     Ok(())
 }
+
+/// Whether a row allows a token, of whose vocabulary another is the most likely one.
+type Allows = fn(RowOf, u32) -> bool;
+
+/// What a mask is made for.
+#[derive(Clone, Copy)]
+struct RowOf {
+    row: u32,
+    vocabulary: u32,
+    most_likely: u32,
+}
+
+/// Masks; the last allows nothing but what "−∞ among them" rules out.
+const MASKS: [(&str, Allows); 5] = [
+    ("one", |of, token| token == (of.row * 37 + 2) % of.vocabulary),
+    ("every-third", |_, token| token % 3 == 1),
+    ("all-but-the-most-likely", |of, token| token != of.most_likely),
+    ("all", |_, _| true),
+    ("ruled-out", |_, token| token % 5 == 2),
+];
+
+/// Settings that are also checked with masks.
+const WITH_MASKS: [&str; 4] = ["greedy", "top-p=0.9", "infinite-bias", "everything"];
 
 /// Makes a logit of row, token and a random number.
 type Distort = fn(usize, usize, f32) -> f32;
@@ -101,6 +140,8 @@ struct Sample {
     vocabulary: usize,
     logits: Vec<f32>,
     rows: Vec<SampleRow<'static>>,
+    /// The mask of each row that has one; no masks at all if it is empty.
+    masks: Vec<Option<Vec<u32>>>,
     follows: bool,
 }
 
@@ -114,11 +155,30 @@ impl Sample {
         // Each row after the first takes account of its neighbour's token.
         let last_sampled = |index: usize| index.checked_sub(1).filter(|_| follows).map(|neighbour| neighbour as u32);
         let row = |(index, uniform)| SampleRow { uniform, last_sampled: last_sampled(index), ..row };
-        Self { vocabulary, logits, rows: uniforms.enumerate().map(row).collect(), follows }
+        Self { vocabulary, logits, rows: uniforms.enumerate().map(row).collect(), masks: Vec::new(), follows }
+    }
+
+    /// With masks for all rows but every fourth.
+    fn allowing(mut self, allows: Option<Allows>) -> Self {
+        let Some(allows) = allows else { return self };
+        let mask = |(row, logits): (usize, &[f32])| {
+            let most_likely = SampleRow::GREEDY.most_likely(logits).0;
+            let of = RowOf { row: row as u32, vocabulary: self.vocabulary as u32, most_likely };
+            let mut mask = vec![0; self.vocabulary.div_ceil(32)];
+            (0..of.vocabulary).filter(|&token| allows(of, token)).for_each(|t| mask[t as usize / 32] |= 1 << (t % 32));
+            (row % 4 != 3).then_some(mask)
+        };
+        self.masks = self.logits.chunks(self.vocabulary).enumerate().map(mask).collect();
+        self
+    }
+
+    /// The mask of a row.
+    fn allowed(&self, row: usize) -> Option<&[u32]> {
+        self.masks.get(row)?.as_deref()
     }
 
     /// The tokens that a device chooses: of the sampling before, and of this one.
-    fn run<B: Backend>(&self, backend: &B, rows: &[SampleRow<'_>]) -> [Vec<u32>; 2] {
+    fn run<B: Backend>(&self, backend: &B, rows: &[SampleRow<'static>]) -> [Vec<u32>; 2] {
         let limits = StepLimits { logit_rows: ROWS, ..limits(ROWS, self.vocabulary) };
         let mut encoder = backend.encoder(&limits).expect("an encoder");
         let mut logits = upload(backend, self.vocabulary, &self.logits);
@@ -128,7 +188,8 @@ impl Sample {
             backend.upload(&mut logits, ROWS, &self.logits).expect("values that fill it");
             sampling
         });
-        let sampling = encoder.sample(&mut logits, rows);
+        let masked = |(index, row): (usize, &SampleRow<'static>)| SampleRow { allowed: self.allowed(index), ..*row };
+        let sampling = encoder.sample(&mut logits, &rows.iter().enumerate().map(masked).collect::<Vec<_>>());
         let mut tokens = [vec![SampleRow::NOT_FINITE - 1; ROWS], vec![SampleRow::NOT_FINITE - 1; ROWS]];
         if let Some(before) = before {
             encoder.sampled(before, &mut tokens[0]).expect("tokens of the sampling before");
@@ -162,9 +223,11 @@ impl Sample {
             let mut logits = self.logits[index * self.vocabulary..][..self.vocabulary].to_vec();
             let (found, range) = (found[index], first[index]..=last[index]);
             let is_right = if allows_choice(&logits) && (found as usize) < self.vocabulary {
+                let row = SampleRow { allowed: self.allowed(index), ..*row };
                 row.adjust(&mut logits, token_of(&before, row.last_sampled));
                 let order = by_falling_logit(&logits);
-                order(range.start(), &found).is_le() && order(&found, range.end()).is_le()
+                let is_allowed = row.allowed.is_none_or(|mask| mask[found as usize / 32] >> (found % 32) & 1 == 1);
+                is_allowed && order(range.start(), &found).is_le() && order(&found, range.end()).is_le()
             } else {
                 !allows_choice(&logits) && found == SampleRow::NOT_FINITE
             };

@@ -23,6 +23,8 @@ const STATE_BYTES: usize = 48;
 const PARTIAL_BYTES: usize = 16;
 /// Logits of a workgroup.
 const CHUNK: usize = 4096;
+/// Where a row has nothing to name.
+const ABSENT: u32 = u32::MAX;
 /// Bytes of workgroup memory that the histogram kernel takes, the most of all.
 pub(super) const WORKGROUP_MEMORY: u32 = (4 * HISTOGRAM + 256 * 12 + 64) as u32;
 
@@ -32,6 +34,8 @@ pub(super) struct Sampler {
     rows: Storage,
     /// Tokens with a bias or a count.
     entries: Storage,
+    /// Bits of allowed tokens, of the rows that do not allow all.
+    masks: Storage,
     partials: Storage,
     histograms: Storage,
     states: Storage,
@@ -42,11 +46,13 @@ pub(super) struct Sampler {
     readbacks: [Readback; KEPT_SAMPLINGS],
     staged_rows: Vec<Row>,
     staged_entries: Vec<[u32; 2]>,
+    staged_masks: Vec<u32>,
 }
 
 struct Kernels {
     scan: Arc<Pipeline>,
     adjust: Arc<Pipeline>,
+    mask: Arc<Pipeline>,
     histogram: Arc<Pipeline>,
     ties: Arc<Pipeline>,
     /// For rows of which none needs selects, and for others.
@@ -77,6 +83,8 @@ struct Row {
     counts: u32,
     end: u32,
     last_sampled: u32,
+    mask: u32,
+    lowest_allowed: u32,
 }
 
 /// What `params` in `sampling.wgsl` says of a dispatch.
@@ -100,7 +108,7 @@ enum Select {
     None,
 }
 
-/// Bytes of each buffer, in the order of their fields, without the entries.
+/// Bytes of each buffer, in the order of their fields, without the entries and masks, which grow as they are needed.
 fn sizes(limits: &StepLimits) -> [usize; 6] {
     let StepLimits { logit_rows: rows, vocabulary, .. } = *limits;
     let chunks = vocabulary.div_ceil(CHUNK);
@@ -128,6 +136,7 @@ impl Sampler {
             kernels: Kernels::new(gpu)?,
             rows: gpu.storage("sampling parameters", row_bytes)?,
             entries: gpu.storage("logit biases and penalties", 0)?,
+            masks: gpu.storage("allowed tokens", 0)?,
             partials: gpu.storage("the most likely tokens", partials)?,
             histograms: gpu.storage("histograms of logits", histograms)?,
             states: gpu.storage("the state of sampling", states)?,
@@ -137,6 +146,7 @@ impl Sampler {
             readbacks: std::array::from_fn(|_| Readback::new(gpu, sampled)),
             staged_rows: Vec::with_capacity(rows),
             staged_entries: Vec::new(),
+            staged_masks: Vec::new(),
         })
     }
 
@@ -151,7 +161,7 @@ impl Sampler {
         assert_eq!(rows.len(), logits.rows, "one choice per row of logits");
         assert!(rows.len() <= self.staged_rows.capacity(), "the rows of logits that the encoder was made for");
         // Samplings before this one were started when they were recorded, so that they have read the rows before.
-        if let Err(error) = self.stage(gpu, rows) {
+        if let Err(error) = self.stage(gpu, rows, logits.width) {
             gpu.fail(&error);
         }
         self.record(recorder, logits, rows);
@@ -175,23 +185,31 @@ impl Sampler {
     }
 
     /// Writes how each row chooses.
-    fn stage(&mut self, gpu: &Gpu, rows: &[SampleRow<'_>]) -> Result<(), KernelError> {
+    fn stage(&mut self, gpu: &Gpu, rows: &[SampleRow<'_>], vocabulary: usize) -> Result<(), KernelError> {
         self.staged_rows.clear();
         self.staged_entries.clear();
+        self.staged_masks.clear();
         for row in rows {
             let biases = self.staged_entries.len() as u32;
             self.staged_entries.extend(row.bias.iter().map(|&(token, bias)| [token, bias.to_bits()]));
             let counts = self.staged_entries.len() as u32;
             self.staged_entries.extend(row.counts.iter().map(|count| [count.token, count.generated]));
-            self.staged_rows.push(Row::new(row, [biases, counts, self.staged_entries.len() as u32]));
-        }
-        let bytes = size_of_val(&self.staged_entries[..]);
-        if bytes as u64 > self.entries.buffer.size() {
-            self.entries = gpu.storage("logit biases and penalties", bytes.next_power_of_two())?;
+            let mask = row.allowed.map_or(ABSENT, |allowed| {
+                assert_eq!(allowed.len(), vocabulary.div_ceil(32), "a bit for each token");
+                let mask = self.staged_masks.len() as u32;
+                self.staged_masks.extend(allowed);
+                mask
+            });
+            self.staged_rows.push(Row::new(row, [biases, counts, self.staged_entries.len() as u32], mask));
         }
         gpu.write(&self.rows, 0, bytemuck::cast_slice(&self.staged_rows));
-        gpu.write(&self.entries, 0, bytemuck::cast_slice(&self.staged_entries));
-        Ok(())
+        write_growing(
+            gpu,
+            &mut self.entries,
+            "logit biases and penalties",
+            bytemuck::cast_slice(&self.staged_entries),
+        )?;
+        write_growing(gpu, &mut self.masks, "allowed tokens", bytemuck::cast_slice(&self.staged_masks))
     }
 
     fn record(&self, recorder: &mut Recorder, logits: &GpuBuffer, rows: &[SampleRow<'_>]) {
@@ -219,9 +237,17 @@ impl Sampler {
         let scan = [&logits.storage, &self.partials, &self.histograms];
         recorder.dispatch(&self.kernels.scan, scan, &parameters(pass), whole);
         pass.is_first_scan = false;
-        if any(|row| !row.bias.is_empty() || !row.counts.is_empty() || row.last_sampled.is_some()) {
+        let adjusts = any(|row| !row.bias.is_empty() || !row.counts.is_empty() || row.last_sampled.is_some());
+        let masks = any(|row| row.allowed.is_some());
+        if adjusts {
             let buffers = [&logits.storage, &self.rows, &self.entries, &self.sampled];
             recorder.dispatch(&self.kernels.adjust, buffers, &parameters(pass), [count, 1, 1]);
+        }
+        if masks {
+            let buffers = [&logits.storage, &self.rows, &self.masks];
+            recorder.dispatch(&self.kernels.mask, buffers, &parameters(pass), whole);
+        }
+        if adjusts || masks {
             recorder.dispatch(&self.kernels.scan, scan, &parameters(pass), whole);
         }
         if needs_selects {
@@ -239,14 +265,23 @@ impl Sampler {
             let buffers = shared.into_iter().chain([&self.chunk_ties]);
             recorder.dispatch(&self.kernels.ties, buffers, &parameters(pass), whole);
         }
-        let buffers = [&logits.storage, &self.partials, &self.states, &self.chunk_ties, &self.sampled];
+        let buffers = [&logits.storage, &self.rows, &self.partials, &self.states, &self.chunk_ties, &self.sampled];
         let take = &self.kernels.take[usize::from(needs_selects)];
         recorder.dispatch(take, buffers, &parameters(pass), [count, 1, 1]);
     }
 }
 
+/// Writes to a buffer that is made anew when it is too small.
+fn write_growing(gpu: &Gpu, storage: &mut Storage, what: &str, bytes: &[u8]) -> Result<(), KernelError> {
+    if bytes.len() as u64 > storage.buffer.size() {
+        *storage = gpu.storage(what, bytes.len().next_power_of_two())?;
+    }
+    gpu.write(storage, 0, bytes);
+    Ok(())
+}
+
 impl Row {
-    fn new(row: &SampleRow<'_>, [biases, counts, end]: [u32; 3]) -> Self {
+    fn new(row: &SampleRow<'_>, [biases, counts, end]: [u32; 3], mask: u32) -> Self {
         // As shares of 2^32; a share of 1 becomes the largest number, which keeps all.
         let share = |value: f32| (f64::from(value) * f64::from(2f32.powi(32))) as u32;
         Self {
@@ -262,7 +297,9 @@ impl Row {
             biases,
             counts,
             end,
-            last_sampled: row.last_sampled.unwrap_or(u32::MAX),
+            last_sampled: row.last_sampled.unwrap_or(ABSENT),
+            mask,
+            lowest_allowed: row.lowest_allowed(),
         }
     }
 }
@@ -297,9 +334,11 @@ impl Kernels {
         let scan = [read("logits", "f32"), write("partials", "Partial"), write("histograms", "atomic<u32>")];
         let adjust =
             [write("logits", "f32"), read("rows", "Row"), read("entries", "vec2<u32>"), read("sampled", "u32")];
+        let mask = [write("logits", "f32"), read("rows", "Row"), read("masks", "u32")];
         let ties: Vec<_> = shared.into_iter().chain([write("chunk_ties", "u32")]).collect();
         let take = [
             read("logits", "f32"),
+            read("rows", "Row"),
             read("partials", "Partial"),
             read("states", "State"),
             read("chunk_ties", "u32"),
@@ -312,6 +351,7 @@ impl Kernels {
         Ok(Self {
             scan: kernel("sample_scan", &scan, true, &[include_str!("shaders/sample_scan.wgsl")])?,
             adjust: kernel("sample_adjust", &adjust, true, &[include_str!("shaders/sample_adjust.wgsl")])?,
+            mask: kernel("sample_mask", &mask, true, &[include_str!("shaders/sample_mask.wgsl")])?,
             histogram: kernel(
                 "sample_histogram",
                 &shared,

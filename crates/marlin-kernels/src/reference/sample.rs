@@ -1,7 +1,7 @@
 //! Sampling by sorting the whole vocabulary.
 
 use crate::SampleRow;
-use crate::sampling::{allow_choice, argmax, by_falling_logit};
+use crate::sampling::{allow_choice, by_falling_logit};
 
 /// Chooses a token of one row of logits; `last` is the token of `last_sampled`.
 pub(super) fn sample(row: &SampleRow<'_>, logits: &mut [f32], last: Option<u32>) -> u32 {
@@ -9,7 +9,7 @@ pub(super) fn sample(row: &SampleRow<'_>, logits: &mut [f32], last: Option<u32>)
         return SampleRow::NOT_FINITE;
     }
     row.adjust(logits, last);
-    let (most_likely, largest) = argmax(logits);
+    let (most_likely, largest) = row.most_likely(logits);
     if row.is_greedy(largest) {
         return most_likely;
     }

@@ -266,3 +266,24 @@ fn sampling_survives_logits_that_are_not_finite() {
     let biased = SampleRow { bias: &[(0, infinity), (1, infinity)], ..PLAIN };
     assert_eq!(sample::sample(&biased, &mut [-infinity, 0.0, 1.0], None), 1);
 }
+
+#[test]
+fn only_allowed_tokens_are_sampled() {
+    let infinity = f32::INFINITY;
+    let allowing = |mask: &'static [u32]| SampleRow { allowed: Some(mask), ..PLAIN };
+    let borders = [(0.0, 0), (0.599, 0), (0.601, 1), (0.999, 1)];
+    for (uniform, token) in borders {
+        assert_eq!(sampled(allowing(&[0b011]), uniform), token, "{uniform}");
+    }
+    assert_eq!(sampled(SampleRow { temperature: 0.0, ..allowing(&[0b011]) }, 0.0), 0);
+    assert_eq!(sampled(allowing(&[0b010]), 0.0), 1);
+    // Whatever was added to the others.
+    let biased = SampleRow { bias: &[(2, infinity), (0, -infinity)], ..allowing(&[0b011]) };
+    assert_eq!(sampled(biased, 0.0), 1);
+    // The lowest of allowed tokens that the model rules out; the model's own logits say whether there is a choice.
+    assert_eq!(sample::sample(&allowing(&[0b110]), &mut [1.0, -infinity, -infinity], None), 1);
+    assert_eq!(sample::sample(&allowing(&[0b110]), &mut [infinity, 0.0, 1.0], None), SampleRow::NOT_FINITE);
+    let mut logits = [0.0; 70];
+    logits[64] = 1.0;
+    assert_eq!(sample::sample(&allowing(&[0, 0, 0b100000]), &mut logits, None), 69);
+}

@@ -1,6 +1,6 @@
 //! Sampling without sorting the vocabulary, and the tokens of devices whose memory is the host's.
 
-use crate::sampling::{KEPT_SAMPLINGS, SamplingIds, allow_choice, argmax, by_falling_logit};
+use crate::sampling::{KEPT_SAMPLINGS, SamplingIds, allow_choice, by_falling_logit};
 use crate::{KernelError, SampleRow, SamplingId};
 
 /// The tokens of the last samplings, in host memory.
@@ -52,7 +52,7 @@ pub(crate) fn sample(row: &SampleRow<'_>, logits: &mut [f32], last: Option<u32>,
         return SampleRow::NOT_FINITE;
     }
     row.adjust(logits, last);
-    let (most_likely, largest) = argmax(logits);
+    let (most_likely, largest) = row.most_likely(logits);
     if row.is_greedy(largest) {
         return most_likely;
     }

@@ -14,7 +14,7 @@ use crate::worker::{Ticket, Update};
 /// Why an answer ended, in OpenAI's words.
 pub(crate) fn finish_reason(reason: &FinishReason) -> Result<&'static str, ApiError> {
     match reason {
-        FinishReason::StopToken(_) | FinishReason::StopString(_) => Ok("stop"),
+        FinishReason::StopToken(_) | FinishReason::StopString(_) | FinishReason::Complete => Ok("stop"),
         FinishReason::Length | FinishReason::Context => Ok("length"),
         FinishReason::NotFinite | FinishReason::Failed(_) => {
             Err(reason.error().map_or_else(|| ApiError::server("the answer failed"), Into::into))

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::answer::{self, Usage, data, done, finish_reason, gather, new_id, now};
+use super::format::{ResponseFormat, compile};
 use super::generation::{MOST_LOGPROBS, check_model, generation_request};
 use crate::body::Body;
 use crate::error::{ApiError, ErrorResponse};
@@ -122,6 +123,8 @@ pub(crate) async fn completions(
         let is_scored_only = request.stop.max_tokens == 0;
         request.prompt_logprobs = logprobs.or(is_scored_only.then_some(0));
     }
+    let grammar = body.response_format.take().and_then(ResponseFormat::into_grammar);
+    request.constraint = compile(&served, grammar, "response_format").await?;
     let prompts = prompts(served.clone(), body.prompt).await?;
     let deadline = served.deadline();
     let mut tickets = Vec::with_capacity(prompts.len());

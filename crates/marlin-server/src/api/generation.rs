@@ -96,6 +96,8 @@ macro_rules! generation_request {
             pub(crate) stream: Option<bool>,
             /// How.
             pub(crate) stream_options: Option<$crate::api::generation::StreamOptions>,
+            /// What the answer must look like.
+            pub(crate) response_format: Option<$crate::api::format::ResponseFormat>,
             /// The lower, the sooner it is served.
             pub(crate) priority: Option<i32>,
             /// Cached prefixes are shared only among requests with the same salt.

@@ -3,6 +3,7 @@
 pub(crate) mod answer;
 pub(crate) mod chat;
 pub(crate) mod completions;
+pub(crate) mod format;
 pub(crate) mod generation;
 pub(crate) mod models;
 pub(crate) mod perplexity;

@@ -6,6 +6,7 @@ use marlin_checkpoint::Checkpoint;
 
 pub(crate) mod bench;
 pub(crate) mod bench_kernels;
+pub(crate) mod bench_serve;
 pub(crate) mod cache;
 mod calibration;
 pub(crate) mod chat;
@@ -39,6 +40,7 @@ pub(crate) enum Command {
     Quality(quality::Args),
     Bench(bench::Args),
     BenchKernels(bench_kernels::Args),
+    BenchServe(bench_serve::Args),
     Cache(cache::Args),
     Doctor(doctor::Args),
     VerifyKernels(verify_kernels::Args),
@@ -60,6 +62,7 @@ impl Command {
             Self::Quality(args) => quality::run(args),
             Self::Bench(args) => bench::run(args),
             Self::BenchKernels(args) => bench_kernels::run(args),
+            Self::BenchServe(args) => bench_serve::run(args),
             Self::Cache(args) => cache::run(args),
             Self::Doctor(args) => doctor::run(args),
             Self::VerifyKernels(args) => verify_kernels::run(args),

@@ -307,7 +307,11 @@ impl Output {
         let stopped_at = match reason {
             FinishReason::StopToken(token) => json!(token),
             FinishReason::StopString(text) => json!(text),
-            FinishReason::Length | FinishReason::Context | FinishReason::NotFinite | FinishReason::Failed(_) => {
+            FinishReason::Complete
+            | FinishReason::Length
+            | FinishReason::Context
+            | FinishReason::NotFinite
+            | FinishReason::Failed(_) => {
                 json!(null)
             }
         };
@@ -372,6 +376,7 @@ fn report(name: &str, model: &ModelInfo, finish: &Finish, timings: &Timings, ver
     let ended = match &finish.reason {
         FinishReason::StopToken(_) => "the model ended its text".to_owned(),
         FinishReason::StopString(text) => format!("reached the stop string {text:?}"),
+        FinishReason::Complete => "the text is complete".to_owned(),
         FinishReason::Length => "reached --max-tokens".to_owned(),
         FinishReason::Context => format!("filled the context of {} tokens", model.context),
         FinishReason::NotFinite | FinishReason::Failed(_) => "the model failed".to_owned(),

@@ -21,6 +21,10 @@ fn most_likely(row: u32) -> u32 {
         is_unsound |= partial.is_unsound;
         is_any |= partial.is_any;
     }
+    // Allowed tokens that have −∞ look like those that are not allowed.
+    if (rank == LOWEST) {
+        id = rows[row].lowest_allowed;
+    }
     return select(NOT_FINITE, id, is_unsound == 0u && is_any == 1u);
 }
 

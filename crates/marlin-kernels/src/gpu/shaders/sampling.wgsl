@@ -38,6 +38,9 @@ struct Row {
     counts: u32,
     end: u32,
     last_sampled: u32,
+    // Where the bits of its allowed tokens begin; absent if it allows all.
+    mask: u32,
+    lowest_allowed: u32,
 }
 
 // What a workgroup found among its logits.

@@ -8,19 +8,20 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use marlin_engine::{ChatOptions, Event, Message, Request, TokenLogprobs};
+use marlin_engine::{ChatOptions, Event, Grammar, Message, Request, TokenLogprobs};
 
 pub(crate) use self::request::ChatRequest;
-use self::request::{ResponseFormat, ToolUse, tool_use, variables};
+use self::request::{ToolUse, tool_use, variables};
 use self::response::{
     AssistantMessage, ChatChoice, ChatChunk, ChatLogprobs, ChatResponse, ChunkChoice, FunctionCall, MessageDelta,
     ToolCall, ToolCallDelta,
 };
 use super::answer::{self, Usage, data, done, finish_reason, gather, new_id, now};
 use super::blocking;
+use super::format::{ResponseFormat, call, compile};
 use super::generation::{MOST_LOGPROBS, check_model};
 use crate::body::Body;
-use crate::dialect::{Delta, OutputParser, ParserOptions, Tool};
+use crate::dialect::{Delta, Dialect, OutputParser, ParserOptions, Tool};
 use crate::error::{ApiError, ErrorResponse};
 use crate::model::{ChatFormat, Served};
 use crate::worker::Ticket;
@@ -58,56 +59,51 @@ pub(crate) async fn chat_completions(
     let include_usage = generation.include_usage()?;
     let is_stream = generation.stream == Some(true);
     let logprobs = logprobs(body.logprobs, body.top_logprobs)?;
-    check_format(body.response_format.as_ref())?;
 
     let definitions = body.tools.take().unwrap_or_default();
-    let parse_tools = match tool_use(&definitions, body.tool_choice.take())? {
-        ToolUse::None => false,
-        ToolUse::Auto => true,
-        ToolUse::Required | ToolUse::Named => {
-            return Err(ApiError::parameter(
-                "tool_choice",
-                "tool_choice can be none or auto; to demand a call is not supported",
-            ));
-        }
-    };
     let tools: Vec<Tool> = definitions.iter().map(request::ToolDefinition::to_tool).collect();
+    let tool_use = tool_use(&definitions, body.tool_choice.take())?;
+    let form = Form::new(&tools, &tool_use, body.response_format.take())?;
+    let knows_tools = !matches!(tool_use, ToolUse::None);
     let messages = body.messages.into_iter().map(|message| message.into_message(format.knows_developer())).collect();
+    let mut variables = variables(body.chat_template_kwargs, body.reasoning_effort);
+    if form.grammar.is_some() {
+        // An answer that has a form from its first token on cannot reason before it.
+        variables.entry("enable_thinking").or_insert(false.into());
+    }
     let options = ChatOptions {
-        tools: if parse_tools {
+        tools: if knows_tools {
             definitions.iter().map(request::ToolDefinition::to_value).collect()
         } else {
             Vec::new()
         },
         add_generation_prompt: true,
-        variables: variables(body.chat_template_kwargs, body.reasoning_effort),
+        variables,
     };
     let prompt = render(served.clone(), messages, options).await?;
+    let is_free = form.grammar.is_none();
 
     let mut request = Request {
         prompt: prompt.tokens,
         logprobs,
-        special_tokens: format.has_markers(&served.tokenizer),
+        constraint: compile(&served, form.grammar, form.param).await?,
+        special_tokens: is_free && format.has_markers(&served.tokenizer),
         ..generation.request(&served)?
     };
     if !request.stop.ignore_eos {
-        request.stop.tokens.extend(&served.model.end_of_turn);
-        request
-            .stop
-            .tokens
-            .extend(format.dialect.end_tokens().iter().filter_map(|token| served.tokenizer.token_id(token)));
+        request.stop.tokens.extend(served.model.end_tokens(&served.tokenizer));
     }
     let seed = request.sampling.seed.map_or_else(getrandom::u64, Ok).unwrap_or_default();
     let parser = |choice: u32| {
         let options = ParserOptions {
             tools: &tools,
-            prompt_ends: &prompt.end,
-            parse_tools,
+            prompt_ends: if is_free { &prompt.end } else { "" },
+            parse_tools: knows_tools,
             parallel: body.parallel_tool_calls.unwrap_or(true),
             // Each answer has names of its own for its calls.
             seed: seed.wrapping_add(u64::from(choice)),
         };
-        OutputParser::new(format.dialect, &options)
+        OutputParser::new(form.dialect.unwrap_or(format.dialect), &options)
     };
     let choices = request.choices;
     let parsers: Vec<OutputParser> = (0..choices).map(parser).collect();
@@ -129,12 +125,32 @@ fn logprobs(wanted: Option<bool>, top: Option<u32>) -> Result<Option<usize>, Api
     }
 }
 
-fn check_format(format: Option<&ResponseFormat>) -> Result<(), ApiError> {
-    match format {
-        None | Some(ResponseFormat::Text {}) => Ok(()),
-        Some(ResponseFormat::JsonObject {} | ResponseFormat::JsonSchema { .. }) => {
-            Err(ApiError::parameter("response_format", "response_format can be text; JSON is not supported"))
+/// The form that an answer must have, if any, and how what has it is read.
+struct Form {
+    grammar: Option<Grammar>,
+    /// The parameter that asks for it.
+    param: &'static str,
+    /// If not as the model's answers are.
+    dialect: Option<Dialect>,
+}
+
+impl Form {
+    fn new(tools: &[Tool], tool_use: &ToolUse, format: Option<ResponseFormat>) -> Result<Self, ApiError> {
+        let grammar = format.and_then(ResponseFormat::into_grammar);
+        let called: Vec<&Tool> = match tool_use {
+            ToolUse::None | ToolUse::Auto => {
+                let dialect = grammar.is_some().then_some(Dialect::Plain);
+                return Ok(Self { grammar, param: "response_format", dialect });
+            }
+            ToolUse::Required => tools.iter().collect(),
+            ToolUse::Named(name) => tools.iter().filter(|tool| tool.name == *name).collect(),
+        };
+        if grammar.is_some() {
+            let message = "tool_choice asks for a call, and response_format for another form: give one of them";
+            return Err(ApiError::parameter("tool_choice", message));
         }
+        // A call that is demanded is an object and nothing else, whatever the model's way of marking one.
+        Ok(Self { grammar: Some(call(&called)?), param: "tools", dialect: Some(Dialect::Llama3) })
     }
 }
 

@@ -29,8 +29,6 @@ generation_request! {
         pub(crate) tool_choice: Option<ToolChoice>,
         /// Whether it may call several at once.
         pub(crate) parallel_tool_calls: Option<bool>,
-        /// What the answer must look like.
-        pub(crate) response_format: Option<ResponseFormat>,
         /// How much a model that reasons should do so: the template's variable of this name; `none` sets `enable_thinking` to false.
         pub(crate) reasoning_effort: Option<ReasoningEffort>,
         /// Further variables of the chat template.
@@ -180,35 +178,6 @@ pub(crate) struct NamedFunction {
     name: String,
 }
 
-/// What the answer must look like.
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
-pub(crate) enum ResponseFormat {
-    /// Any text.
-    Text {},
-    /// A JSON object.
-    JsonObject {},
-    /// An instance of a JSON schema.
-    JsonSchema {
-        /// The schema.
-        #[expect(dead_code, reason = "refused so far")]
-        json_schema: NamedSchema,
-    },
-}
-
-/// A JSON schema, and what it is called.
-#[expect(dead_code, reason = "refused so far")]
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct NamedSchema {
-    name: Option<String>,
-    description: Option<String>,
-    /// The schema.
-    pub(crate) schema: Option<Map<String, Value>>,
-    /// It is followed to the letter, whatever this says.
-    strict: Option<bool>,
-}
-
 /// How much to reason.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -242,10 +211,14 @@ impl ChatMessage {
             Role::Assistant => "assistant",
             Role::Tool => "tool",
         };
-        let content = self.content.map(|content| match content {
-            Content::Text(text) => text,
-            Content::Parts(parts) => parts.into_iter().map(|Part::Text { text }| text).collect::<Vec<_>>().join("\n"),
-        });
+        let content = match self.content {
+            // Some templates put texts together without asking whether there is one.
+            None => String::new(),
+            Some(Content::Text(text)) => text,
+            Some(Content::Parts(parts)) => {
+                parts.into_iter().map(|Part::Text { text }| text).collect::<Vec<_>>().join("\n")
+            }
+        };
         let mut fields = Map::new();
         let texts = [
             ("name", self.name),
@@ -257,7 +230,7 @@ impl ChatMessage {
         if let Some(calls) = self.tool_calls {
             fields.insert("tool_calls".to_owned(), calls.into_iter().map(CalledTool::into_value).collect());
         }
-        Message { role: role.to_owned(), content, fields }
+        Message { role: role.to_owned(), content: Some(content), fields }
     }
 }
 
@@ -300,8 +273,8 @@ pub(crate) enum ToolUse {
     Auto,
     /// One must be called.
     Required,
-    /// A certain one must be called.
-    Named,
+    /// This one must be called.
+    Named(String),
 }
 
 /// Settles how tools are to be used.
@@ -316,7 +289,7 @@ pub(crate) fn tool_use(tools: &[ToolDefinition], choice: Option<ToolChoice>) -> 
         Some(ToolChoice::Mode(ToolMode::Required)) => Ok(ToolUse::Required),
         Some(ToolChoice::Named(NamedTool { function: NamedFunction { name }, .. })) => {
             if tools.iter().any(|tool| tool.function.name == name) {
-                Ok(ToolUse::Named)
+                Ok(ToolUse::Named(name))
             } else {
                 Err(ApiError::parameter("tool_choice", format!("there is no tool {name:?} among the tools")))
             }

@@ -1,0 +1,184 @@
+"""The official Python client against a server of the bundled model: BASE_URL is its only argument."""
+
+import asyncio
+import json
+import sys
+from typing import Literal
+
+import openai
+from pydantic import BaseModel, Field
+
+BASE_URL = sys.argv[1]
+client = openai.OpenAI(base_url=BASE_URL, api_key="none", max_retries=0)
+MODEL = client.models.list().data[0].id
+HELLO = [{"role": "user", "content": "Hello! Who are you?"}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells the weather of a day.",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"day": {"type": "string", "enum": ["today", "tomorrow"]}},
+            "required": ["day"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+class Person(BaseModel):
+    name: str = Field(max_length=20)
+    age: int = Field(ge=1, le=120)
+    mood: Literal["glad", "sad"]
+    friends: list["Friend"] = Field(max_length=2)
+
+
+class Friend(BaseModel):
+    name: str = Field(max_length=10)
+
+
+def models():
+    assert client.models.retrieve(MODEL).id == MODEL
+    try:
+        client.models.retrieve("other")
+    except openai.NotFoundError as error:
+        assert error.code == "model_not_found", error
+    else:
+        raise AssertionError("there is no such model")
+
+
+def chat():
+    one = client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=40, seed=1)
+    choice = one.choices[0]
+    assert choice.message.content and choice.finish_reason in ("stop", "length"), one
+    assert one.usage.total_tokens == one.usage.prompt_tokens + one.usage.completion_tokens
+    again = client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=40, seed=1)
+    assert again.choices[0].message.content == choice.message.content
+    pieces = []
+    usage = None
+    stream = client.chat.completions.create(
+        model=MODEL, messages=HELLO, max_tokens=40, seed=1, stream=True, stream_options={"include_usage": True}
+    )
+    for chunk in stream:
+        pieces += [piece.delta.content for piece in chunk.choices if piece.delta.content]
+        usage = chunk.usage or usage
+    assert "".join(pieces) == choice.message.content, pieces
+    assert usage.completion_tokens == one.usage.completion_tokens
+
+
+def several_answers():
+    many = client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=20, seed=5, n=3, temperature=1.0)
+    assert [choice.index for choice in many.choices] == [0, 1, 2]
+    parts = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    assert client.chat.completions.create(model=MODEL, messages=parts, max_completion_tokens=5).choices[0].message.content
+
+
+def logprobs():
+    scored = client.chat.completions.create(
+        model=MODEL, messages=HELLO, max_tokens=10, logprobs=True, top_logprobs=3, temperature=0
+    )
+    content = scored.choices[0].logprobs.content
+    assert len(content) == scored.usage.completion_tokens
+    for token in content:
+        assert len(token.top_logprobs) == 3 and token.logprob <= 0
+        assert token.top_logprobs[0].logprob >= token.logprob
+    text = client.completions.create(model=MODEL, prompt="Once upon a time", max_tokens=4, logprobs=2, echo=True)
+    scores = text.choices[0].logprobs
+    assert scores.token_logprobs[0] is None and "".join(scores.tokens) == text.choices[0].text
+    biased = client.completions.create(model=MODEL, prompt="Once", max_tokens=3, logit_bias={"40": 100}, temperature=0)
+    assert len(set(biased.choices[0].text)) >= 1
+
+
+def stop():
+    whole = client.completions.create(model=MODEL, prompt="Once upon a time", max_tokens=30, temperature=0).choices[0].text
+    word = whole.split()[3]
+    cut = client.completions.create(model=MODEL, prompt="Once upon a time", max_tokens=30, temperature=0, stop=[word])
+    assert cut.choices[0].text == whole[: whole.index(word)] and cut.choices[0].finish_reason == "stop"
+
+
+def structured_output():
+    parsed = client.chat.completions.parse(
+        model=MODEL, messages=HELLO, response_format=Person, max_tokens=200, seed=3, temperature=1.0
+    )
+    person = parsed.choices[0].message.parsed
+    assert isinstance(person, Person) and 1 <= person.age <= 120, parsed
+    with client.chat.completions.stream(
+        model=MODEL, messages=HELLO, response_format=Person, max_tokens=200, seed=3, temperature=1.0
+    ) as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_completion().choices[0].message.parsed == person
+    loose = client.chat.completions.create(
+        model=MODEL, messages=HELLO, response_format={"type": "json_object"}, max_tokens=300, seed=1
+    )
+    if loose.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(loose.choices[0].message.content), dict)
+
+
+def tools():
+    named = {"type": "function", "function": {"name": "weather"}}
+    called = client.chat.completions.create(model=MODEL, messages=HELLO, tools=[WEATHER], tool_choice=named, max_tokens=60)
+    call = called.choices[0].message.tool_calls[0]
+    assert call.function.name == "weather" and called.choices[0].finish_reason == "tool_calls", called
+    assert json.loads(call.function.arguments)["day"] in ("today", "tomorrow")
+    # The conversation goes on with the call and what came of it, as the client gives them.
+    messages = HELLO + [
+        called.choices[0].message,
+        {"role": "tool", "tool_call_id": call.id, "content": "It rains."},
+    ]
+    assert client.chat.completions.create(model=MODEL, messages=messages, tools=[WEATHER], max_tokens=10).choices
+    with client.chat.completions.stream(
+        model=MODEL, messages=HELLO, tools=[WEATHER], tool_choice="required", max_tokens=60
+    ) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_completion().choices[0].message.tool_calls[0].function
+    assert "tool_calls.function.arguments.done" in kinds and final.name == "weather", kinds
+
+
+def refusals():
+    for wrong, param in [({"temperature": -1}, "temperature"), ({"n": 0}, "n"), ({"extra_body": {"nonsense": 1}}, "nonsense")]:
+        try:
+            client.chat.completions.create(model=MODEL, messages=HELLO, **wrong)
+        except openai.BadRequestError as error:
+            assert error.param == param, error
+        else:
+            raise AssertionError(f"{wrong} was not refused")
+    try:
+        client.completions.create(model=MODEL, prompt="word " * 3000)
+    except openai.BadRequestError as error:
+        assert error.code == "context_length_exceeded", error
+    else:
+        raise AssertionError("a prompt longer than the context was not refused")
+
+
+async def at_a_time():
+    other = openai.AsyncOpenAI(base_url=BASE_URL, api_key="none", max_retries=0)
+
+    async def ask(seed):
+        answer = await other.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=30, seed=seed, temperature=1.0)
+        return answer.choices[0].message.content
+
+    async def stream(seed):
+        pieces = await other.chat.completions.create(
+            model=MODEL, messages=HELLO, max_tokens=30, seed=seed, temperature=1.0, stream=True
+        )
+        return "".join([piece.delta.content or "" async for chunk in pieces for piece in chunk.choices])
+
+    async def leave(seed):
+        pieces = await other.chat.completions.create(model=MODEL, messages=HELLO, seed=seed, stream=True)
+        async for _ in pieces:
+            break
+        await pieces.close()
+
+    alone = [await ask(seed) for seed in range(6)]
+    together = await asyncio.gather(*[kind(seed) for seed in range(6) for kind in (ask, stream, leave)])
+    assert together[0::3] == alone and together[1::3] == alone
+
+
+for test in [models, chat, several_answers, logprobs, stop, structured_output, tools, refusals]:
+    test()
+    print(f"{test.__name__}: ok")
+asyncio.run(at_a_time())
+print("at_a_time: ok")
