@@ -7,7 +7,8 @@ use sha2::{Digest, Sha256};
 /// which tells the model and what else keys and values depend on.
 #[derive(Debug, Clone)]
 pub(crate) struct BlockNames {
-    last: [u8; 32],
+    /// What stands before the first block.
+    root: BlockHash,
     /// The names so far.
     names: Vec<BlockHash>,
     block_tokens: usize,
@@ -22,7 +23,7 @@ impl BlockNames {
             hash.update((part.len() as u64).to_le_bytes());
             hash.update(part);
         }
-        Self { last: hash.finalize().into(), names: Vec::new(), block_tokens }
+        Self { root: BlockHash(hash.finalize().into()), names: Vec::new(), block_tokens }
     }
 
     /// The names of the full blocks of `tokens`, of which those named before must be the beginning.
@@ -30,12 +31,16 @@ impl BlockNames {
         let full = tokens.len() / self.block_tokens;
         for block in tokens.chunks_exact(self.block_tokens).take(full).skip(self.names.len()) {
             let mut hash = Sha256::new();
-            hash.update(self.last);
+            hash.update(self.before(self.names.len()).0);
             block.iter().for_each(|token| hash.update(token.to_le_bytes()));
-            self.last = hash.finalize().into();
-            self.names.push(BlockHash(self.last));
+            self.names.push(BlockHash(hash.finalize().into()));
         }
         &self.names[..full]
+    }
+
+    /// The name of what stands before a block whose predecessors are named.
+    pub(crate) fn before(&self, index: usize) -> BlockHash {
+        index.checked_sub(1).map_or(self.root, |before| self.names[before])
     }
 }
 

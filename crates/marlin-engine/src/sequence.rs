@@ -131,9 +131,10 @@ impl Sequence {
             return;
         }
         let before_last = self.tokens.len() - 1;
-        self.kv = kv.cached_prefix(self.names.of(&self.tokens[..before_last]).iter().copied());
+        let tokens = &self.tokens[..before_last];
+        self.kv = kv.cached_prefix(self.names.before(0), self.names.of(tokens), tokens);
         self.computed = self.kv.len();
-        self.named = self.kv.blocks().len();
+        self.named = self.computed / kv.block_tokens();
         self.cached_tokens.get_or_insert(self.kv.len());
     }
 
@@ -159,7 +160,7 @@ impl Sequence {
             sampler: self.sampler.fork(choice),
             tokens: self.tokens.clone(),
             computed: self.computed.min(shared.len()),
-            named: self.named.min(shared.blocks().len()),
+            named: if can_run { self.named } else { 0 },
             kv: shared,
             names: self.names.clone(),
             to_fork: 0,
@@ -334,13 +335,17 @@ impl Sequence {
 
     /// Tells the pool what the blocks hold that are full by now.
     fn name_blocks(&mut self, kv: &mut KvPool) {
-        if self.computed < (self.named + 1) * kv.block_tokens() {
+        let block_tokens = kv.block_tokens();
+        let full = self.computed / block_tokens;
+        if full == self.named {
             return;
         }
-        for &name in &self.names.of(&self.tokens[..self.computed])[self.named..] {
-            kv.remember(&self.kv, self.named, name);
-            self.named += 1;
+        self.names.of(&self.tokens[..self.computed]);
+        for index in self.named..full {
+            let tokens = &self.tokens[index * block_tokens..(index + 1) * block_tokens];
+            kv.remember(&self.kv, index, self.names.before(index + 1), self.names.before(index), tokens);
         }
+        self.named = full;
     }
 
     /// Takes its next token, or that there is none; appends its text and tells whether it was the last one.

@@ -7,12 +7,23 @@ use std::collections::{BTreeMap, HashMap};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct BlockHash(pub [u8; 32]);
 
+/// What a block holds.
+#[derive(Debug)]
+struct Known {
+    hash: BlockHash,
+    /// Of the block before it, or of what is before the first.
+    parent: BlockHash,
+    tokens: Box<[u32]>,
+}
+
 /// Which blocks are known by which hash, and which of those belong to nobody: the longer so, the sooner they are given to others.
 #[derive(Debug)]
 pub(super) struct KnownBlocks {
     /// Of each block.
-    hashes: Vec<Option<BlockHash>>,
+    known: Vec<Option<Known>>,
     blocks: HashMap<BlockHash, u32>,
+    /// The blocks that come after one.
+    next: HashMap<BlockHash, Vec<u32>>,
     /// Known blocks that belong to nobody, by when they were given back.
     idle: BTreeMap<u64, u32>,
     /// When each block was given back last.
@@ -23,8 +34,9 @@ pub(super) struct KnownBlocks {
 impl KnownBlocks {
     pub(super) fn new(blocks: usize) -> Self {
         Self {
-            hashes: vec![None; blocks],
+            known: (0..blocks).map(|_| None).collect(),
             blocks: HashMap::new(),
+            next: HashMap::new(),
             idle: BTreeMap::new(),
             idle_since: vec![0; blocks],
             clock: 0,
@@ -45,25 +57,45 @@ impl KnownBlocks {
         self.blocks.get(hash).copied()
     }
 
+    /// The block after `parent` that begins with the most of these tokens, and with how many; `None` if none begins with any.
+    pub(super) fn longest_beginning(&self, parent: &BlockHash, tokens: &[u32]) -> Option<(u32, usize)> {
+        let alike = |&block: &u32| {
+            let known = self.known[block as usize].as_ref()?;
+            let count = known.tokens.iter().zip(tokens).take_while(|(own, wanted)| own == wanted).count();
+            Some((block, count)).filter(|_| count > 0)
+        };
+        self.next.get(parent)?.iter().filter_map(alike).max_by_key(|(_, count)| *count)
+    }
+
+    /// Whether a block has a name.
+    pub(super) fn is_named(&self, block: u32) -> bool {
+        self.known[block as usize].is_some()
+    }
+
     /// Names a block, unless it has a name or another one goes by it: of two blocks with the same content one is enough.
-    pub(super) fn name(&mut self, block: u32, hash: BlockHash) {
-        let own = &mut self.hashes[block as usize];
-        if own.is_none() && !self.blocks.contains_key(&hash) {
-            *own = Some(hash);
+    pub(super) fn name(&mut self, block: u32, hash: BlockHash, parent: BlockHash, tokens: &[u32]) {
+        if !self.is_named(block) && !self.blocks.contains_key(&hash) {
+            self.known[block as usize] = Some(Known { hash, parent, tokens: tokens.into() });
             self.blocks.insert(hash, block);
+            self.next.entry(parent).or_default().push(block);
         }
     }
 
     /// The block's content is about to change.
     pub(super) fn forget(&mut self, block: u32) {
-        if let Some(hash) = self.hashes[block as usize].take() {
-            self.blocks.remove(&hash);
+        let Some(Known { hash, parent, .. }) = self.known[block as usize].take() else { return };
+        self.blocks.remove(&hash);
+        if let Some(siblings) = self.next.get_mut(&parent) {
+            siblings.retain(|&sibling| sibling != block);
+            if siblings.is_empty() {
+                self.next.remove(&parent);
+            }
         }
     }
 
     /// A block belongs to nobody any more. Tells whether it is kept because it is known.
     pub(super) fn park(&mut self, block: u32) -> bool {
-        if self.hashes[block as usize].is_none() {
+        if !self.is_named(block) {
             return false;
         }
         self.clock += 1;
@@ -87,7 +119,8 @@ impl KnownBlocks {
     /// Forgets all names, and gives the blocks that belonged to nobody.
     pub(super) fn clear(&mut self) -> impl Iterator<Item = u32> {
         self.blocks.clear();
-        self.hashes.fill(None);
+        self.next.clear();
+        self.known.iter_mut().for_each(|known| *known = None);
         std::mem::take(&mut self.idle).into_values()
     }
 }

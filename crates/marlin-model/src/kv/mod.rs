@@ -95,12 +95,6 @@ impl KvPool {
             });
         }
         let new_blocks = len.div_ceil(block_tokens) - sequence.blocks.len();
-        if let Some(last) = self.partly_filled(sequence) {
-            // What comes behind a sequence that was rolled back into a full block is not what its name says.
-            if self.references[last as usize] == 1 {
-                self.known.forget(last);
-            }
-        }
         if let Some(from) = self.shared_and_written(sequence) {
             let to = self.allocate();
             // A block that is itself still to be copied into has nothing to read yet.
@@ -109,6 +103,10 @@ impl KvPool {
             self.pending_copies.push((source, to));
             self.drop_reference(from);
             *sequence.blocks.last_mut().expect("has a last block") = to;
+        }
+        if let Some(last) = self.partly_filled(sequence) {
+            // With no room for a copy, the sequence writes where it is, and what it writes is not what the block's name says.
+            self.known.forget(last);
         }
         for _ in 0..new_blocks {
             let block = self.allocate();
@@ -143,30 +141,53 @@ impl KvPool {
         sequence.blocks.last().copied().filter(|_| !sequence.len.is_multiple_of(self.layout.block_tokens))
     }
 
-    /// The block that has to be copied before the sequence is extended: only the last can be partly filled, so it alone can be shared and
-    /// written.
+    /// The block that has to be copied before the sequence is extended: only the last can be partly filled, so it alone can be written while
+    /// somebody else reads it, or may find it by its name.
     fn shared_and_written(&self, sequence: &KvSequence) -> Option<u32> {
-        self.partly_filled(sequence).filter(|&last| self.references[last as usize] > 1)
+        self.partly_filled(sequence)
+            .filter(|&last| self.references[last as usize] > 1 || (self.known.is_named(last) && self.free_blocks() > 0))
     }
 
-    /// Names block `index` of a sequence, which is full and has been computed.
-    pub fn remember(&mut self, sequence: &KvSequence, index: usize, hash: BlockHash) {
-        debug_assert!((index + 1) * self.layout.block_tokens <= sequence.len, "the block is full");
-        self.known.name(sequence.blocks[index], hash);
+    /// Names block `index` of a sequence, which is full and has been computed. `parent` is the name of the block before it (of the first,
+    /// whatever tells sequences apart that have the same tokens), and `tokens` are its own.
+    pub fn remember(
+        &mut self,
+        sequence: &KvSequence,
+        index: usize,
+        hash: BlockHash,
+        parent: BlockHash,
+        tokens: &[u32],
+    ) {
+        debug_assert_eq!(tokens.len(), self.layout.block_tokens, "the block is full");
+        self.known.name(sequence.blocks[index], hash, parent, tokens);
     }
 
-    /// A sequence of the blocks by these names, as many from the first on as there are.
-    pub fn cached_prefix(&mut self, hashes: impl IntoIterator<Item = BlockHash>) -> KvSequence {
-        let mut blocks = Vec::new();
-        for hash in hashes {
+    /// A sequence of as many of `tokens`, from the first on, as are known: whole blocks by their names `hashes`, and of the block after them
+    /// as much as agrees. (That block is copied when the sequence goes on.) `root` is what stands before the first.
+    pub fn cached_prefix(&mut self, root: BlockHash, hashes: &[BlockHash], tokens: &[u32]) -> KvSequence {
+        let mut sequence = self.sequence();
+        let mut last = root;
+        for &hash in hashes {
             let Some(block) = self.known.find(&hash) else { break };
-            self.references[block as usize] += 1;
-            if self.references[block as usize] == 1 {
-                self.known.unpark(block);
-            }
-            blocks.push(block);
+            self.share(block);
+            sequence.blocks.push(block);
+            last = hash;
         }
-        KvSequence { len: blocks.len() * self.layout.block_tokens, blocks }
+        sequence.len = sequence.blocks.len() * self.layout.block_tokens;
+        if let Some((block, count)) = self.known.longest_beginning(&last, &tokens[sequence.len..]) {
+            self.share(block);
+            sequence.blocks.push(block);
+            sequence.len += count;
+        }
+        sequence
+    }
+
+    /// One more sequence owns a block.
+    fn share(&mut self, block: u32) {
+        self.references[block as usize] += 1;
+        if self.references[block as usize] == 1 {
+            self.known.unpark(block);
+        }
     }
 
     /// Forgets all names.

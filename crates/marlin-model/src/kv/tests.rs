@@ -117,12 +117,19 @@ fn a_copy_of_a_copy_reads_the_original() {
 /// A sequence of the first blocks of `tokens`, computed and named.
 fn named(pool: &mut KvPool, tokens: &[u32]) -> KvSequence {
     let sequence = sequence(pool, tokens.len());
-    (0..tokens.len() / BLOCK).for_each(|n| pool.remember(&sequence, n, hash(&tokens[..(n + 1) * BLOCK])));
+    (0..tokens.len() / BLOCK).for_each(|n| remember(pool, &sequence, n, tokens));
     sequence
 }
 
-fn hashes(tokens: &[u32]) -> impl Iterator<Item = BlockHash> {
-    (1..=tokens.len() / BLOCK).map(|n| hash(&tokens[..n * BLOCK]))
+fn remember(pool: &mut KvPool, sequence: &KvSequence, block: usize, tokens: &[u32]) {
+    let (start, end) = (block * BLOCK, (block + 1) * BLOCK);
+    pool.remember(sequence, block, hash(&tokens[..end]), hash(&tokens[..start]), &tokens[start..end]);
+}
+
+/// What is known of these tokens.
+fn cached(pool: &mut KvPool, tokens: &[u32]) -> KvSequence {
+    let hashes: Vec<BlockHash> = (1..=tokens.len() / BLOCK).map(|n| hash(&tokens[..n * BLOCK])).collect();
+    pool.cached_prefix(hash(&[]), &hashes, tokens)
 }
 
 #[test]
@@ -132,48 +139,59 @@ fn a_prefix_outlives_its_sequence_until_its_blocks_are_needed() {
     let a = named(&mut pool, &tokens);
     let blocks = a.blocks()[..2].to_vec();
     // It is shared while its owner lives, and kept afterwards. The third block was not full.
-    let b = pool.cached_prefix(hashes(&tokens));
+    let b = cached(&mut pool, &tokens);
     assert_eq!((b.blocks(), b.len(), pool.free_blocks()), (&blocks[..], 8, 1));
     pool.release(a);
     pool.release(b);
     assert_eq!((pool.free_blocks(), pool.cached_blocks()), (4, 2));
-    let b = pool.cached_prefix(hashes(&tokens));
+    let b = cached(&mut pool, &tokens);
     assert_eq!((b.blocks(), pool.free_blocks(), pool.cached_blocks()), (&blocks[..], 2, 0));
     pool.release(b);
 
     // Blocks of no use go first, then the end of the prefix, then its beginning.
     let c = sequence(&mut pool, 3 * BLOCK);
-    let b = pool.cached_prefix(hashes(&tokens));
+    let b = cached(&mut pool, &tokens);
     assert_eq!((b.blocks(), pool.free_blocks()), (&blocks[..1], 0));
     pool.release(b);
     let d = sequence(&mut pool, 1);
-    assert!(pool.cached_prefix(hashes(&tokens)).is_empty());
+    assert!(cached(&mut pool, &tokens).is_empty());
     pool.release(c);
     pool.release(d);
     assert_eq!((pool.free_blocks(), pool.cached_blocks()), (4, 0));
 }
 
 #[test]
-fn what_is_written_behind_a_rolled_back_sequence_has_another_name() {
+fn a_prefix_that_ends_within_a_block_is_copied_when_it_goes_on() {
     let mut pool = pool(4);
+    let tokens: Vec<u32> = (0..8).collect();
+    let a = named(&mut pool, &tokens);
+    let blocks = a.blocks().to_vec();
+    pool.release(a);
+    let mut b = cached(&mut pool, &[0, 1, 2, 3, 4, 5, 99, 7, 8]);
+    assert_eq!((b.blocks(), b.len(), pool.needed_blocks(&b, 1)), (&blocks[..], 6, 1));
+    assert_eq!(pool.room(&b, 1), 2);
+    pool.append(&mut b, 1).unwrap();
+    assert_eq!(pool.pending_copies(), [(blocks[1], b.blocks()[1])]);
+    pool.finish_copies();
+    // The block itself is as it was.
+    let c = cached(&mut pool, &tokens);
+    assert_eq!((c.blocks(), c.len()), (&blocks[..], 8));
+    assert!(cached(&mut pool, &[7, 1, 2]).is_empty());
+    [b, c].into_iter().for_each(|sequence| pool.release(sequence));
+    assert_eq!(pool.free_blocks(), 4);
+}
+
+#[test]
+fn what_is_written_without_room_for_a_copy_has_another_name() {
+    let mut pool = pool(1);
     let tokens: Vec<u32> = (0..4).collect();
     let mut a = named(&mut pool, &tokens);
     pool.truncate(&mut a, 3);
-    assert_eq!(pool.needed_blocks(&a, 1), 0);
+    assert_eq!((pool.needed_blocks(&a, 1), pool.room(&a, 0)), (0, 1));
     pool.append(&mut a, 1).unwrap();
-    assert!(pool.cached_prefix(hashes(&tokens)).is_empty());
+    assert!(cached(&mut pool, &tokens).is_empty());
     pool.release(a);
-    assert_eq!((pool.free_blocks(), pool.cached_blocks()), (4, 0));
-
-    // Where somebody else owns the block, it keeps its content and its name.
-    let mut a = named(&mut pool, &tokens);
-    let b = pool.fork(&a);
-    pool.truncate(&mut a, 3);
-    assert_eq!(pool.needed_blocks(&a, 1), 1);
-    pool.append(&mut a, 1).unwrap();
-    let c = pool.cached_prefix(hashes(&tokens));
-    assert_eq!(c.blocks(), b.blocks());
-    [a, b, c].into_iter().for_each(|sequence| pool.release(sequence));
+    assert_eq!((pool.free_blocks(), pool.cached_blocks()), (1, 0));
 }
 
 #[derive(Debug, Clone)]
@@ -260,7 +278,7 @@ impl Machine {
             self.memory[sequence.blocks()[p / BLOCK] as usize][p % BLOCK] = token;
         }
         for block in 0..expected.len() / BLOCK {
-            self.pool.remember(sequence, block, hash(&expected[..(block + 1) * BLOCK]));
+            remember(&mut self.pool, sequence, block, expected);
         }
     }
 
@@ -268,7 +286,7 @@ impl Machine {
     fn again(&mut self, past: usize, tokens: usize) {
         let Some(expected) = self.past.get(past % self.past.len().max(1)) else { return };
         let expected = &expected[..expected.len().min(tokens)];
-        let sequence = self.pool.cached_prefix((1..=expected.len() / BLOCK).map(|n| hash(&expected[..n * BLOCK])));
+        let sequence = cached(&mut self.pool, expected);
         let expected = expected[..sequence.len()].to_vec();
         self.sequences.push((sequence, expected));
     }
