@@ -43,8 +43,35 @@ def blocks(rng, kind):
     return values, pool
 
 
-def write(path, shape, kind):
-    """Writes the model of a shape, its matrices of a type of `TYPES`, to `path`."""
+# Those of `metal-marlin bench-serve`, so that each is a token.
+WORDS = (
+    "time year people way day man thing woman life child world school state family student group country problem hand part place case "
+    "week company system program question work number night point home water room mother area money story fact month lot right study "
+    "book eye job word business"
+).split()
+
+
+def write_tokenizer(writer, vocabulary):
+    """A tokenizer in the manner of SentencePiece: bytes, the words above with all their beginnings, and others that no text has."""
+    pieces = dict.fromkeys(("\u2581" + word)[:length] for word in WORDS for length in range(1, len(word) + 2))
+    pieces |= dict.fromkeys(letter for word in WORDS for letter in word)
+    tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)] + list(pieces)
+    types = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL] + [gguf.TokenType.BYTE] * 256
+    types += [gguf.TokenType.NORMAL] * (vocabulary - len(types))
+    tokens += [f"\u2581x{number}" for number in range(vocabulary - len(tokens))]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    # The longer a piece, the sooner it is put together.
+    writer.add_token_scores([float(len(token)) for token in tokens])
+    writer.add_token_types(types)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(False)
+
+
+def write(path, shape, kind, with_tokenizer=False):
+    """Writes the model of a shape, its matrices of a type of `TYPES`, to `path`; to be served, it needs a tokenizer."""
     layers, hidden, intermediate, heads, kv_heads, width, vocabulary, tied = SHAPES[shape]
     of_layers, of_head = TYPES[kind]
     rng = np.random.default_rng(0)
@@ -62,7 +89,10 @@ def write(path, shape, kind):
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(1e6)
     writer.add_vocab_size(vocabulary)
-    writer.add_tokenizer_model("no_vocab")
+    if with_tokenizer:
+        write_tokenizer(writer, vocabulary)
+    else:
+        writer.add_tokenizer_model("no_vocab")
     if mixture:
         experts, used, expert_width = mixture[1]
         writer.add_expert_count(experts)

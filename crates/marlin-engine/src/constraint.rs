@@ -81,6 +81,12 @@ impl GrammarCompiler {
         Ok(Self { factory, vocabulary })
     }
 
+    /// The bytes that a token adds to a text, whole characters or not; none if it is special.
+    pub fn token_bytes(&self, token: u32) -> &[u8] {
+        let trie = self.factory.tok_env().tok_trie();
+        if (token as usize) < trie.vocab_size() && !trie.is_special_token(token) { trie.token(token) } else { &[] }
+    }
+
     /// Compiles a grammar.
     ///
     /// # Errors

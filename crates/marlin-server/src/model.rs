@@ -104,4 +104,10 @@ impl Served {
     pub(crate) fn token_text(&self, token: u32) -> String {
         self.tokenizer.decode(&[token], false).unwrap_or_default()
     }
+
+    /// The bytes of that text; where a token is a part of a character alone, what its text cannot show.
+    pub(crate) fn token_bytes(&self, token: u32) -> Vec<u8> {
+        let bytes = self.grammars.as_ref().map_or(&[][..], |grammars| grammars.token_bytes(token));
+        if bytes.is_empty() { self.token_text(token).into_bytes() } else { bytes.to_vec() }
+    }
 }

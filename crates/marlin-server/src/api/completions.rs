@@ -234,13 +234,18 @@ impl Job {
             let mut usage = Usage::default();
             let mut states: Vec<Pieces> = Vec::new();
             states.resize_with(self.prompts.len() * self.choices as usize, Pieces::default);
+            // They come with the first answer, before any other.
+            let mut prompt_logprobs = vec![Vec::new(); self.prompts.len()];
             while let Some((place, event)) = events.next().await {
-                let chunk = event.and_then(|event| {
+                let chunk = event.and_then(|mut event| {
+                    if !event.prompt_logprobs.is_empty() {
+                        prompt_logprobs[place] = std::mem::take(&mut event.prompt_logprobs);
+                    }
                     if let Some(finish) = &event.finish {
                         usage.count(event.choice, finish);
                     }
                     let index = place * self.choices as usize + event.choice as usize;
-                    self.chunk(place, index, event, &mut states[index])
+                    self.chunk(index, event, &mut states[index], &prompt_logprobs[place])
                 });
                 match chunk {
                     Ok(chunk) => yield data(&chunk),
@@ -260,18 +265,19 @@ impl Job {
 
     fn chunk(
         &self,
-        place: usize,
         index: usize,
         event: Event,
         state: &mut Pieces,
+        prompt_logprobs: &[TokenLogprobs],
     ) -> Result<CompletionResponse, ApiError> {
         let mut text = String::new();
         if !std::mem::replace(&mut state.has_begun, true) {
+            let prompt = &self.prompts[index / self.choices as usize];
             if self.echo {
-                text.push_str(&self.prompts[place].text);
-                state.add_prompt(&self.served, &self.prompts[place], &event.prompt_logprobs);
+                text.push_str(&prompt.text);
+                state.add_prompt(&self.served, prompt, prompt_logprobs);
             } else {
-                state.offset = self.prompts[place].text.chars().count();
+                state.offset = prompt.text.chars().count();
             }
         }
         state.add(&self.served, event.logprobs.as_slice());

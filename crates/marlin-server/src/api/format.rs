@@ -90,10 +90,19 @@ pub(crate) async fn compile(
 /// Names under which schemas keep their parts; references to them go from the root.
 const DEFINITIONS: [&str; 2] = ["$defs", "definitions"];
 
-/// The grammar of a call of one of these tools: an object of its name and its arguments.
-pub(crate) fn call(tools: &[&Tool]) -> Result<Grammar, ApiError> {
+/// How many calls an answer consists of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Calls {
+    /// One, an object of its name and its arguments.
+    One,
+    /// One or more, a list of such objects.
+    Several,
+}
+
+/// The grammar of an answer that calls these tools and says nothing else.
+pub(crate) fn demanded(tools: &[&Tool], calls: Calls) -> Result<Grammar, ApiError> {
     let mut root = Map::new();
-    let mut calls = Vec::new();
+    let mut kinds = Vec::with_capacity(tools.len());
     for tool in tools {
         let mut arguments = tool.parameters.clone().unwrap_or_else(|| json!({ "type": "object" }));
         for name in DEFINITIONS {
@@ -112,13 +121,18 @@ pub(crate) fn call(tools: &[&Tool]) -> Result<Grammar, ApiError> {
                 }
             }
         }
-        calls.push(json!({
+        kinds.push(json!({
             "type": "object",
             "properties": { "name": { "const": tool.name }, "arguments": arguments },
             "required": ["name", "arguments"],
             "additionalProperties": false,
         }));
     }
-    root.insert("anyOf".to_owned(), calls.into());
+    let call = json!({ "anyOf": kinds });
+    let answer = match calls {
+        Calls::One => call,
+        Calls::Several => json!({ "type": "array", "items": call, "minItems": 1 }),
+    };
+    root.extend(answer.as_object().cloned().unwrap_or_default());
     Ok(Grammar::JsonSchema(root.into()))
 }

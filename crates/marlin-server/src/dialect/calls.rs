@@ -43,12 +43,6 @@ pub(super) fn of_object(json: &str) -> Option<Call> {
     Some(Call { name, arguments })
 }
 
-/// A list of such objects.
-pub(super) fn of_list(json: &str) -> Option<Vec<Call>> {
-    let objects: Vec<&RawValue> = serde_json::from_str(json).ok()?;
-    objects.into_iter().map(|object| of_object(object.get())).collect()
-}
-
 /// What is known of an object that is cut off: the name, and what there is of the arguments.
 pub(super) fn of_beginning(json: &str) -> Option<Call> {
     let rest = json.split_once("\"name\"")?.1.trim_start().strip_prefix(':')?.trim_start();
@@ -60,50 +54,77 @@ pub(super) fn of_beginning(json: &str) -> Option<Call> {
     arguments.starts_with('{').then(|| Call { name, arguments: arguments.to_owned() })
 }
 
+/// A call in which arguments stand between tags, as far as it can be read.
+pub(super) struct TaggedCall<'a> {
+    name: &'a str,
+    arguments: Map<String, Value>,
+    /// What stands behind the last argument.
+    rest: &'a str,
+}
+
+impl TaggedCall<'_> {
+    /// The call, if nothing is left but what closes it.
+    pub(super) fn whole(self, close: &str) -> Option<Call> {
+        let is_whole = self.rest.trim() == close;
+        is_whole.then(|| Call { name: self.name.to_owned(), arguments: Value::Object(self.arguments).to_string() })
+    }
+
+    /// What is known of a call that is cut off: an object that nothing closes.
+    pub(super) fn beginning(self) -> Call {
+        let mut arguments = Value::Object(self.arguments).to_string();
+        arguments.pop();
+        Call { name: self.name.to_owned(), arguments }
+    }
+}
+
 /// `NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>…`, white space between them or not.
-pub(super) fn of_glm(text: &str, tools: &[Tool]) -> Option<Call> {
-    let end = text.find("<arg_key>").unwrap_or(text.len());
-    let name = text[..end].trim();
-    if !is_name(name) {
-        return None;
-    }
+pub(super) fn of_glm<'a>(text: &'a str, tools: &[Tool]) -> Option<TaggedCall<'a>> {
+    let text = text.trim_start();
+    let (name, mut rest) = text.split_at(text.find('<').unwrap_or(text.len()));
+    let name = name.trim();
     let mut arguments = Map::new();
-    let mut rest = text[end..].trim();
-    while !rest.is_empty() {
-        let (key, after) = rest.strip_prefix("<arg_key>")?.split_once("</arg_key>")?;
+    let argument = |rest: &'a str| {
+        let (key, after) = rest.trim_start().strip_prefix("<arg_key>")?.split_once("</arg_key>")?;
         let (value, after) = after.trim_start().strip_prefix("<arg_value>")?.split_once("</arg_value>")?;
-        let key = key.trim();
+        Some((key.trim(), value, after))
+    };
+    while let Some((key, value, after)) = argument(rest) {
         arguments.insert(key.to_owned(), typed(value, schema_of(tools, name, key)));
-        rest = after.trim_start();
+        rest = after;
     }
-    Some(Call { name: name.to_owned(), arguments: Value::Object(arguments).to_string() })
+    is_name(name).then_some(TaggedCall { name, arguments, rest })
 }
 
 /// `<function=NAME><parameter=KEY>\nVALUE\n</parameter>…</function>`.
-pub(super) fn of_xml(text: &str, tools: &[Tool]) -> Option<Call> {
-    let (name, rest) = text.trim().strip_prefix("<function=")?.split_once('>')?;
-    let name = name.trim().trim_matches('"');
-    if !is_name(name) {
-        return None;
-    }
+pub(super) fn of_xml<'a>(text: &'a str, tools: &[Tool]) -> Option<TaggedCall<'a>> {
+    let (name, mut rest) = text.trim_start().strip_prefix("<function=")?.split_once('>')?;
+    let name = unquoted(name);
     let mut arguments = Map::new();
-    let mut rest = rest.trim_start();
-    while let Some(after) = rest.strip_prefix("<parameter=") {
-        let (key, after) = after.split_once('>')?;
-        let key = key.trim().trim_matches('"');
+    let argument = |rest: &'a str| {
+        let (key, after) = rest.trim_start().strip_prefix("<parameter=")?.split_once('>')?;
         let (value, after) = after.split_once("</parameter>")?;
         let value = value.strip_prefix('\n').unwrap_or(value);
-        let value = value.strip_suffix('\n').unwrap_or(value);
+        Some((unquoted(key), value.strip_suffix('\n').unwrap_or(value), after))
+    };
+    while let Some((key, value, after)) = argument(rest) {
         arguments.insert(key.to_owned(), typed(value, schema_of(tools, name, key)));
-        rest = after.trim_start();
+        rest = after;
     }
-    let rest = rest.strip_prefix("</function>")?;
-    rest.trim().is_empty().then(|| Call { name: name.to_owned(), arguments: Value::Object(arguments).to_string() })
+    is_name(name).then_some(TaggedCall { name, arguments, rest })
+}
+
+fn unquoted(text: &str) -> &str {
+    text.trim().trim_matches('"')
 }
 
 /// Whether functions may be called so.
 pub(super) fn is_name(name: &str) -> bool {
     !name.is_empty() && name.chars().all(is_name_char)
+}
+
+/// The name that a text begins with, which may be empty, and what follows.
+pub(super) fn split_name(text: &str) -> (&str, &str) {
+    text.split_at(text.find(|char| !is_name_char(char)).unwrap_or(text.len()))
 }
 
 pub(super) fn is_name_char(char: char) -> bool {

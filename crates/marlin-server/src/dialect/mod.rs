@@ -160,6 +160,13 @@ impl OutputParser {
         Self { grammar, out: Output::new(options, short_ids) }
     }
 
+    /// For an answer that was made to be calls: one object `{"name": …, "arguments": {…}}`, or a list of them, whatever the model's dialect;
+    /// but their ids are as its template wants them.
+    pub(crate) fn of_calls(dialect: Dialect, options: &ParserOptions<'_>) -> Self {
+        let short_ids = dialect == Dialect::Mistral;
+        Self { grammar: Grammar::Tagged(Tagged::of_calls()), out: Output::new(options, short_ids) }
+    }
+
     /// Takes a piece of text, and appends what is certain by now.
     pub(crate) fn push(&mut self, text: &str, deltas: &mut Vec<Delta>) {
         match &mut self.grammar {

@@ -35,7 +35,9 @@ enum BodyKind {
     Objects,
     /// The same without a marker before it, and a call only if it calls a tool that there is.
     Bare,
-    /// A JSON list, or names with objects behind `[ARGS]`.
+    /// A JSON list of objects.
+    List,
+    /// That, or names with objects behind `[ARGS]`.
     Mistral,
 }
 
@@ -89,6 +91,19 @@ impl Tagged {
         }
     }
 
+    /// For an answer that is one object or a list of them, each a call, without any marker.
+    pub(super) fn of_calls() -> Self {
+        Self {
+            dialect: Dialect::Plain,
+            tools: Vec::new(),
+            state: State::Call(Body::new("", BodyKind::List)),
+            held: String::new(),
+            think: ["<think>", "</think>"],
+            opens: None,
+            is_start: false,
+        }
+    }
+
     pub(super) fn push(&mut self, text: &str, out: &mut Output) {
         self.held.push_str(text);
         while self.advance(out) {}
@@ -100,20 +115,38 @@ impl Tagged {
             State::Content => out.content(&held),
             State::Reasoning => out.reasoning(&held),
             State::Call(body) => {
-                if let Some(call) = body.whole_object(&held).and_then(calls::of_object)
-                    && (body.kind != BodyKind::Bare || self.is_known(&call.name))
-                {
-                    return out.call(&call.name, &call.arguments);
-                }
-                // What is cut off within a call is no text; what is known of it is told.
-                let json = body.json.map_or("", |start| &held[start..]);
                 let is_call = |call: &calls::Call| body.kind != BodyKind::Bare || self.is_known(&call.name);
-                match calls::of_beginning(json).filter(is_call) {
+                match self.cut_off_call(body, &held).filter(is_call) {
                     Some(call) => out.call(&call.name, &call.arguments),
                     None if body.kind == BodyKind::Bare => out.content(&held),
+                    // What is cut off within a call is no text.
                     None => {}
                 }
             }
+        }
+    }
+
+    /// The call that the held text begins, with what is known of its arguments.
+    fn cut_off_call(&self, body: &Body, held: &str) -> Option<calls::Call> {
+        if body.kind == BodyKind::Closed {
+            // A name is whole once something follows.
+            let call = self.closed_call(held.trim_end_matches(calls::is_name_char))?;
+            return Some(call.beginning());
+        }
+        let json = &held[body.json?..];
+        if body.kind == BodyKind::Mistral {
+            let (name, _) = calls::split_name(held.trim_start());
+            return Some(calls::Call { name: name.to_owned(), arguments: json.to_owned() });
+        }
+        let whole = body.whole_object(held).and_then(calls::of_object);
+        whole.or_else(|| calls::of_beginning(json))
+    }
+
+    fn closed_call<'a>(&self, text: &'a str) -> Option<calls::TaggedCall<'a>> {
+        if self.dialect == Dialect::QwenXml {
+            calls::of_xml(text, &self.tools)
+        } else {
+            calls::of_glm(text, &self.tools)
         }
     }
 
@@ -207,6 +240,7 @@ impl Tagged {
             BodyKind::Object => self.look_at_object(&mut body, out),
             BodyKind::Closed => self.look_at_closed(&mut body, out),
             BodyKind::Objects | BodyKind::Bare => self.look_at_objects(&mut body, out),
+            BodyKind::List => self.look_at_list(&mut body, out),
             BodyKind::Mistral => self.look_at_mistral(&mut body, out),
         };
         match look {
@@ -259,11 +293,8 @@ impl Tagged {
             return Look::Wait;
         };
         let inside = &self.held[..from + at];
-        let call = match self.dialect {
-            Dialect::QwenXml => calls::of_xml(inside, &self.tools),
-            _ => calls::of_glm(inside, &self.tools),
-        };
-        let Some(call) = call else { return Look::None };
+        let close = if self.dialect == Dialect::QwenXml { "</function>" } else { "" };
+        let Some(call) = self.closed_call(inside).and_then(|call| call.whole(close)) else { return Look::None };
         out.call(&call.name, &call.arguments);
         Look::Done(from + at + CLOSE.len(), State::Content)
     }
@@ -289,11 +320,21 @@ impl Tagged {
         };
         let start = body.json.unwrap_or(0);
         let call = calls::of_object(&self.held[start..end]);
-        let call = call.filter(|call| body.kind == BodyKind::Objects || self.is_known(&call.name));
+        let call = call.filter(|call| body.kind != BodyKind::Bare || self.is_known(&call.name));
         let Some(call) = call else { return Look::None };
         out.call(&call.name, &call.arguments);
         // Nothing but further calls can follow; what follows otherwise is text.
-        Look::Done(end, State::Call(Body::new("", BodyKind::Objects)))
+        let next = if body.kind == BodyKind::List { BodyKind::List } else { BodyKind::Objects };
+        Look::Done(end, State::Call(Body::new("", next)))
+    }
+
+    /// Objects up to the end of the list.
+    fn look_at_list(&self, body: &mut Body, out: &mut Output) -> Look {
+        let rest = self.held.trim_start_matches(|char| body.kind.is_between(char));
+        if body.json.is_none() && rest.starts_with(']') {
+            return Look::Done(self.held.len() - rest.len() + 1, State::Content);
+        }
+        self.look_at_objects(body, out)
     }
 
     /// `[{…}, …]`, or `NAME[ARGS]{…}` with `[CALL_ID]ID` before the arguments or not.
@@ -304,16 +345,12 @@ impl Tagged {
         }
         let start = self.held.len() - text.len();
         if text.starts_with('[') {
-            body.json = Some(start);
-            let Some(end) = body.scan(&self.held, start) else { return Look::Wait };
-            let Some(calls) = calls::of_list(&self.held[start..end]) else { return Look::None };
-            calls.iter().for_each(|call| out.call(&call.name, &call.arguments));
-            return Look::Done(end, State::Content);
+            body.kind = BodyKind::List;
+            return self.look_at_list(body, out);
         }
         // The name, then perhaps markers, then the arguments.
         let head = &text[..text.find('{').unwrap_or(text.len())];
-        let name = &head[..head.find(|char| !calls::is_name_char(char)).unwrap_or(head.len())];
-        let markers = &head[name.len()..];
+        let (name, markers) = calls::split_name(head);
         if name.is_empty() || !(markers.is_empty() || markers.starts_with('[')) {
             return Look::None;
         }
@@ -339,6 +376,17 @@ impl Tagged {
     }
 }
 
+impl BodyKind {
+    /// What may stand before and between objects.
+    fn is_between(self, char: char) -> bool {
+        match self {
+            Self::Objects => char.is_whitespace() || char == ';',
+            Self::List => char.is_whitespace() || matches!(char, '[' | ','),
+            _ => char.is_whitespace(),
+        }
+    }
+}
+
 impl Body {
     fn new(marker: &'static str, kind: BodyKind) -> Self {
         Self { marker, kind, scanned: 0, scanner: Scanner::default(), json: None }
@@ -351,13 +399,12 @@ impl Body {
         Some(&held[start..start + end])
     }
 
-    /// The end of the object that follows on white space (and `;`) after `from`, if it is there; what to do if none follows.
+    /// The end of the object that follows on what may stand between objects after `from`, if it is there; what to do if none follows.
     fn object_end(&mut self, held: &str, from: usize) -> Result<Option<usize>, Look> {
         let start = match self.json {
             Some(start) => start,
             None => {
-                let skipped = |char: char| char.is_whitespace() || (self.kind == BodyKind::Objects && char == ';');
-                let text = held[from..].trim_start_matches(skipped);
+                let text = held[from..].trim_start_matches(|char| self.kind.is_between(char));
                 match text.bytes().next() {
                     None => return Err(Look::Wait),
                     Some(b'{') => {}

@@ -183,6 +183,23 @@ fn calls_have_names_of_their_own() {
 }
 
 #[test]
+fn calls_that_are_demanded_need_no_markers() {
+    let said = |text: &str| {
+        let options = ParserOptions { tools: &[], prompt_ends: "", parse_tools: true, parallel: true, seed: 7 };
+        let pieces = text.char_indices().map(|(place, char)| &text[place..place + char.len_utf8()]);
+        let said = parse(OutputParser::of_calls(Dialect::Hermes, &options), pieces);
+        assert_eq!(said.content, None, "{text}");
+        said.calls.into_iter().map(|call| (call.name, call.arguments)).collect::<Vec<_>>()
+    };
+    let call = |name: &str, arguments: &str| (name.to_owned(), arguments.to_owned());
+    assert_eq!(said(r#"{"name": "now", "arguments": {}}"#), [call("now", "{}")]);
+    let two = r#"[{"name": "now", "arguments": {}}, {"name": "x", "arguments": {"a": "],"}}]"#;
+    assert_eq!(said(two), [call("now", "{}"), call("x", r#"{"a": "],"}"#)]);
+    assert_eq!(said(&two[..two.len() - 5]), [call("now", "{}"), call("x", r#"{"a": "]"#)]);
+    assert_eq!(said("[{\"na"), []);
+}
+
+#[test]
 fn templates_tell_their_dialects() {
     let detected = [
         ("{% if tools %}<tool_call>{\"name\": …}</tool_call>{% endif %}", Dialect::Hermes),

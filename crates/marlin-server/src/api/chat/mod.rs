@@ -18,7 +18,7 @@ use self::response::{
 };
 use super::answer::{self, Usage, data, done, finish_reason, gather, new_id, now};
 use super::blocking;
-use super::format::{ResponseFormat, call, compile};
+use super::format::{Calls, ResponseFormat, compile, demanded};
 use super::generation::{MOST_LOGPROBS, check_model};
 use crate::body::Body;
 use crate::dialect::{Delta, Dialect, OutputParser, ParserOptions, Tool};
@@ -63,7 +63,8 @@ pub(crate) async fn chat_completions(
     let definitions = body.tools.take().unwrap_or_default();
     let tools: Vec<Tool> = definitions.iter().map(request::ToolDefinition::to_tool).collect();
     let tool_use = tool_use(&definitions, body.tool_choice.take())?;
-    let form = Form::new(&tools, &tool_use, body.response_format.take())?;
+    let parallel = body.parallel_tool_calls.unwrap_or(true);
+    let form = Form::new(&tools, &tool_use, parallel, body.response_format.take())?;
     let knows_tools = !matches!(tool_use, ToolUse::None);
     let messages = body.messages.into_iter().map(|message| message.into_message(format.knows_developer())).collect();
     let mut variables = variables(body.chat_template_kwargs, body.reasoning_effort);
@@ -99,11 +100,15 @@ pub(crate) async fn chat_completions(
             tools: &tools,
             prompt_ends: if is_free { &prompt.end } else { "" },
             parse_tools: knows_tools,
-            parallel: body.parallel_tool_calls.unwrap_or(true),
+            parallel,
             // Each answer has names of its own for its calls.
             seed: seed.wrapping_add(u64::from(choice)),
         };
-        OutputParser::new(form.dialect.unwrap_or(format.dialect), &options)
+        match form.reading {
+            Reading::Dialect => OutputParser::new(format.dialect, &options),
+            Reading::Text => OutputParser::new(Dialect::Plain, &options),
+            Reading::Calls => OutputParser::of_calls(format.dialect, &options),
+        }
     };
     let choices = request.choices;
     let parsers: Vec<OutputParser> = (0..choices).map(parser).collect();
@@ -130,27 +135,43 @@ struct Form {
     grammar: Option<Grammar>,
     /// The parameter that asks for it.
     param: &'static str,
-    /// If not as the model's answers are.
-    dialect: Option<Dialect>,
+    reading: Reading,
+}
+
+/// How an answer is read.
+#[derive(Debug, Clone, Copy)]
+enum Reading {
+    /// In the model's dialect.
+    Dialect,
+    /// As it is.
+    Text,
+    /// As calls and nothing else.
+    Calls,
 }
 
 impl Form {
-    fn new(tools: &[Tool], tool_use: &ToolUse, format: Option<ResponseFormat>) -> Result<Self, ApiError> {
+    fn new(
+        tools: &[Tool],
+        tool_use: &ToolUse,
+        parallel: bool,
+        format: Option<ResponseFormat>,
+    ) -> Result<Self, ApiError> {
         let grammar = format.and_then(ResponseFormat::into_grammar);
-        let called: Vec<&Tool> = match tool_use {
+        let (called, calls): (Vec<&Tool>, _) = match tool_use {
             ToolUse::None | ToolUse::Auto => {
-                let dialect = grammar.is_some().then_some(Dialect::Plain);
-                return Ok(Self { grammar, param: "response_format", dialect });
+                let reading = if grammar.is_some() { Reading::Text } else { Reading::Dialect };
+                return Ok(Self { grammar, param: "response_format", reading });
             }
-            ToolUse::Required => tools.iter().collect(),
-            ToolUse::Named(name) => tools.iter().filter(|tool| tool.name == *name).collect(),
+            ToolUse::Required if parallel => (tools.iter().collect(), Calls::Several),
+            ToolUse::Required => (tools.iter().collect(), Calls::One),
+            ToolUse::Named(name) => (tools.iter().filter(|tool| tool.name == *name).collect(), Calls::One),
         };
         if grammar.is_some() {
             let message = "tool_choice asks for a call, and response_format for another form: give one of them";
             return Err(ApiError::parameter("tool_choice", message));
         }
-        // A call that is demanded is an object and nothing else, whatever the model's way of marking one.
-        Ok(Self { grammar: Some(call(&called)?), param: "tools", dialect: Some(Dialect::Llama3) })
+        // Calls that are demanded are JSON and nothing else, whatever the model's way of marking them.
+        Ok(Self { grammar: Some(demanded(&called, calls)?), param: "tools", reading: Reading::Calls })
     }
 }
 

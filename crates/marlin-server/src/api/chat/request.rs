@@ -271,9 +271,9 @@ pub(crate) enum ToolUse {
     None,
     /// As the model likes.
     Auto,
-    /// One must be called.
+    /// At least one must be called.
     Required,
-    /// This one must be called.
+    /// This one must be called, once.
     Named(String),
 }
 

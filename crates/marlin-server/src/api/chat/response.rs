@@ -141,14 +141,14 @@ pub(crate) struct TopLogprob {
 impl ChatLogprobs {
     pub(crate) fn new(served: &Served, scored: &[TokenLogprobs]) -> Self {
         let token = |scored: &TokenLogprobs| {
-            let token = served.token_text(scored.token);
-            let top = |&(id, logprob): &(u32, f32)| {
-                let token = served.token_text(id);
-                TopLogprob { bytes: token.clone().into_bytes(), token, logprob: finite(logprob) }
+            let top = |&(id, logprob): &(u32, f32)| TopLogprob {
+                token: served.token_text(id),
+                bytes: served.token_bytes(id),
+                logprob: finite(logprob),
             };
             ChatTokenLogprob {
-                bytes: token.clone().into_bytes(),
-                token,
+                token: served.token_text(scored.token),
+                bytes: served.token_bytes(scored.token),
                 logprob: finite(scored.logprob),
                 top_logprobs: scored.top.iter().map(top).collect(),
             }

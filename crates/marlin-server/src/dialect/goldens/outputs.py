@@ -78,6 +78,9 @@ case("qwen-xml", "no arguments", "<tool_call>\n<function=now>\n</function>\n</to
 case("qwen-xml", "two calls",
      "<tool_call>\n<function=now>\n</function>\n</tool_call>\n<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo ☃\n</parameter>\n</function>\n"
      "</tool_call>", None, None, [("now", "{}"), ("get_weather", '{"city":"Oslo ☃"}')])
+case("qwen-xml", "cut off within the arguments", "<tool_call>\n<function=get_weather>\n<parameter=days>\n3\n</parameter>\n<parameter=city>\nPa", None,
+     None, [("get_weather", '{"days":3')])
+case("qwen-xml", "cut off within the name", "<tool_call>\n<function=get_wea", None)
 case("qwen-xml", "text", "x = f'<function>{y}'", "x = f'<function>{y}'")
 case("qwen-xml", "no function between the markers", "<tool_call>\nhello</tool_call> there", "<tool_call>\nhello</tool_call> there")
 
@@ -93,6 +96,9 @@ case("glm4", "no arguments", "<tool_call>now\n</tool_call>", None, None, [("now"
 case("glm4", "reasoning, text, two calls",
      "<think>Both.</think>\n\nI will look.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>北京</arg_value>\n</tool_call>\n"
      "<tool_call>now\n</tool_call>", "I will look.", "Both.", [("get_weather", '{"city":"北京"}'), ("now", "{}")])
+case("glm4", "cut off within the arguments", "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n<arg_key>da", None, None,
+     [("get_weather", '{"city":"Oslo"')])
+case("glm4", "cut off within the name", "<tool_call>get_wea", None)
 case("glm4", "broken arguments", "<tool_call>now\n<arg_key>x\n<arg_value>1</arg_value>\n</tool_call>",
      "<tool_call>now\n<arg_key>x\n<arg_value>1</arg_value>\n</tool_call>")
 case("glm4", "a marker in prose", "The tag <tool_call> (see below) begins a call.", "The tag <tool_call> (see below) begins a call.")
@@ -117,6 +123,10 @@ case("mistral", "a name and arguments", '[TOOL_CALLS]get_weather[ARGS]{"city": "
 case("mistral", "a name and arguments without a marker", '[TOOL_CALLS]get_weather{"city": "Paris"}', None, None, [("get_weather", '{"city": "Paris"}')])
 case("mistral", "with an id, twice", '[TOOL_CALLS]now[CALL_ID]abc123def[ARGS]{}[TOOL_CALLS]get_weather[ARGS]{"days": 2}', None, None,
      [("now", "{}"), ("get_weather", '{"days": 2}')])
+case("mistral", "a list that is cut off", '[TOOL_CALLS][{"name": "now", "arguments": {}}, {"name": "get_weather", "arguments": {"city": "Pa', None, None,
+     [("now", "{}"), ("get_weather", '{"city": "Pa')])
+case("mistral", "cut off within the arguments", '[TOOL_CALLS]get_weather[ARGS]{"city": "Pa', None, None, [("get_weather", '{"city": "Pa')])
+case("mistral", "a list without end", '[TOOL_CALLS][{"name": "now", "arguments": {}}', None, None, [("now", "{}")])
 case("mistral", "text before", 'Let me see.[TOOL_CALLS]now[ARGS]{}', "Let me see.", None, [("now", "{}")])
 case("mistral", "reasoning", "[THINK]Hmm.[/THINK]It rains.", "It rains.", "Hmm.")
 case("mistral", "a list that is no list of calls", "[TOOL_CALLS][1, 2]", "[TOOL_CALLS][1, 2]")
