@@ -130,11 +130,69 @@ def tools():
     ]
     assert client.chat.completions.create(model=MODEL, messages=messages, tools=[WEATHER], max_tokens=10).choices
     with client.chat.completions.stream(
-        model=MODEL, messages=HELLO, tools=[WEATHER], tool_choice="required", max_tokens=60
+        model=MODEL, messages=HELLO, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, max_tokens=60
     ) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_completion().choices[0].message.tool_calls[0].function
     assert "tool_calls.function.arguments.done" in kinds and final.name == "weather", kinds
+
+
+def responses():
+    first = client.responses.create(model=MODEL, input="Hello! Who are you?", max_output_tokens=20, temperature=0)
+    assert first.object == "response" and first.output_text and first.status in ("completed", "incomplete"), first
+    assert first.usage.total_tokens == first.usage.input_tokens + first.usage.output_tokens
+    chat = client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=20, temperature=0)
+    assert first.output_text == chat.choices[0].message.content, (first, chat)
+    assert client.responses.retrieve(first.id).output == first.output
+
+    # What the server remembers is what the client could have said itself.
+    goes_on = client.responses.create(
+        model=MODEL, input="Go on.", previous_response_id=first.id, max_output_tokens=20, temperature=0, instructions="Be brief."
+    )
+    said = [{"role": "user", "content": "Hello! Who are you?"}, *first.output, {"role": "user", "content": "Go on."}]
+    again = client.responses.create(
+        model=MODEL, input=said, max_output_tokens=20, temperature=0, instructions="Be brief.", store=False
+    )
+    assert again.output_text == goes_on.output_text and again.usage.input_tokens == goes_on.usage.input_tokens
+    client.responses.delete(first.id)
+    for forgotten in (first.id, again.id):
+        try:
+            client.responses.retrieve(forgotten)
+        except openai.NotFoundError:
+            continue
+        raise AssertionError(f"{forgotten} is there")
+
+    with client.responses.stream(model=MODEL, input="Hello! Who are you?", max_output_tokens=20, temperature=0) as stream:
+        events = list(stream)
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == first.output_text
+    assert events[-1].response.output_text == first.output_text, events[-1]
+
+    scored = client.responses.create(
+        model=MODEL, input="Hello", max_output_tokens=5, include=["message.output_text.logprobs"], top_logprobs=2
+    )
+    assert all(len(token.top_logprobs) == 2 for token in scored.output[0].content[0].logprobs), scored
+
+
+def responses_with_tools():
+    weather = {"type": "function", **WEATHER["function"]}
+    named = {"type": "function", "name": "weather"}
+    called = client.responses.create(model=MODEL, input="Hello!", tools=[weather], tool_choice=named, max_output_tokens=60)
+    call = called.output[0]
+    assert call.type == "function_call" and json.loads(call.arguments)["day"] in ("today", "tomorrow"), called
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "It rains."}
+    goes_on = client.responses.create(
+        model=MODEL, input=[result], tools=[weather], previous_response_id=called.id, max_output_tokens=8
+    )
+    assert goes_on.previous_response_id == called.id and goes_on.output, goes_on
+    with client.responses.stream(
+        model=MODEL, input="Hello!", tools=[weather], tool_choice=named, max_output_tokens=60
+    ) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_response().output[0]
+    assert "response.function_call_arguments.done" in kinds and final.name == "weather", kinds
+    parsed = client.responses.parse(model=MODEL, input="Hello!", text_format=Person, max_output_tokens=200, temperature=1.0)
+    assert isinstance(parsed.output_parsed, Person), parsed
 
 
 def refusals():
@@ -177,7 +235,7 @@ async def at_a_time():
     assert together[0::3] == alone and together[1::3] == alone
 
 
-for test in [models, chat, several_answers, logprobs, stop, structured_output, tools, refusals]:
+for test in [models, chat, several_answers, logprobs, stop, structured_output, tools, responses, responses_with_tools, refusals]:
     test()
     print(f"{test.__name__}: ok")
 asyncio.run(at_a_time())

@@ -105,6 +105,17 @@ impl ApiError {
     pub(crate) fn into_body(self) -> ErrorResponse {
         ErrorResponse { error: self.body }
     }
+
+    /// The status, and what is said in another shape.
+    pub(crate) fn into_parts(self) -> (StatusCode, ErrorBody) {
+        (self.status, self.body)
+    }
+}
+
+impl ErrorBody {
+    pub(crate) fn into_message(self) -> String {
+        self.message
+    }
 }
 
 impl From<EngineError> for ApiError {
@@ -138,7 +149,11 @@ impl From<Refusal> for ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let status = self.status;
-        let mut response = (status, Json(self.into_body())).into_response();
+        let body = self.into_body();
+        let kept = body.error.clone();
+        let mut response = (status, Json(body)).into_response();
+        // Endpoints of another API have another shape for it.
+        response.extensions_mut().insert(kept);
         if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(RETRY_SECONDS));
         }

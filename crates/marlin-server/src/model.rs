@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use marlin_checkpoint::{GenerationConfig, Tokenizer};
 use marlin_engine::{ChatTemplate, GrammarCompiler, SamplingParams};
 
+use crate::api::responses::ResponseStore;
 use crate::dialect::Dialect;
 use crate::worker::Worker;
 
@@ -60,6 +61,8 @@ pub(crate) struct Served {
     /// Seconds since 1970 when the server was started.
     pub(crate) created: u64,
     pub(crate) log_prompts: bool,
+    /// Responses that are kept.
+    pub(crate) responses: ResponseStore,
 }
 
 impl ServedModel {

@@ -3,7 +3,7 @@
 use utoipa::OpenApi;
 use utoipa::openapi::{OpenApi as Document, RefOr, Schema};
 
-use crate::api::{chat, completions, models, perplexity, status, tokens};
+use crate::api::{chat, completions, messages, models, perplexity, responses, status, tokens};
 
 /// The description.
 #[derive(OpenApi)]
@@ -14,6 +14,11 @@ use crate::api::{chat, completions, models, perplexity, status, tokens};
         models::retrieve,
         chat::chat_completions,
         completions::completions,
+        responses::create,
+        responses::retrieve,
+        responses::delete,
+        messages::messages,
+        messages::count_tokens,
         perplexity::perplexity,
         tokens::tokenize,
         tokens::detokenize,

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use axum::extract::{DefaultBodyLimit, FromRef, MatchedPath, Request, State};
 use axum::http::header::AUTHORIZATION;
-use axum::http::{HeaderValue, Method, Uri};
-use axum::middleware::{Next, from_fn_with_state};
+use axum::http::{HeaderMap, HeaderValue, Method, Uri};
+use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -29,7 +29,8 @@ use tower_http::cors::{Any, CorsLayer};
 use tower_http::timeout::RequestBodyTimeoutLayer;
 
 use crate::api::answer::now;
-use crate::api::{chat, completions, models, perplexity, status, tokens};
+use crate::api::responses::ResponseStore;
+use crate::api::{chat, completions, messages, models, perplexity, responses, status, tokens};
 use crate::error::ApiError;
 use crate::metrics::{Metrics, SharedStats};
 use crate::model::{Served, ServedModel};
@@ -158,6 +159,7 @@ impl Server {
             most_choices,
             created: now(),
             log_prompts: options.log_prompts,
+            responses: ResponseStore::default(),
         });
         let keys = options.api_keys.iter().map(|key| Sha256::digest(key).into()).collect();
         let app = App { served, metrics, is_draining: Arc::default(), keys };
@@ -225,7 +227,7 @@ fn cors(origins: &[String]) -> Result<Option<CorsLayer>, ServerError> {
     if origins.is_empty() {
         return Ok(None);
     }
-    let layer = CorsLayer::new().allow_methods([Method::GET, Method::POST]).allow_headers(Any);
+    let layer = CorsLayer::new().allow_methods([Method::GET, Method::POST, Method::DELETE]).allow_headers(Any);
     if origins.iter().any(|origin| origin == "*") {
         return Ok(Some(layer.allow_origin(Any)));
     }
@@ -238,11 +240,18 @@ fn cors(origins: &[String]) -> Result<Option<CorsLayer>, ServerError> {
 }
 
 fn router(app: &App, max_body: usize, cors: Option<CorsLayer>) -> Router {
+    let anthropic = Router::new()
+        .route("/v1/messages", post(messages::messages))
+        .route("/v1/messages/count_tokens", post(messages::count_tokens))
+        .route_layer(from_fn_with_state(app.clone(), authorize))
+        .layer(from_fn(messages::reshape_errors));
     let router = Router::new()
         .route("/v1/models", get(models::list))
         .route("/v1/models/{model}", get(models::retrieve))
         .route("/v1/chat/completions", post(chat::chat_completions))
         .route("/v1/completions", post(completions::completions))
+        .route("/v1/responses", post(responses::create))
+        .route("/v1/responses/{response_id}", get(responses::retrieve).delete(responses::delete))
         .route("/v1/perplexity", post(perplexity::perplexity))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
@@ -250,6 +259,7 @@ fn router(app: &App, max_body: usize, cors: Option<CorsLayer>) -> Router {
         .route("/openapi.json", get(describe))
         .route_layer(from_fn_with_state(app.clone(), authorize))
         .route("/health", get(status::health))
+        .merge(anthropic)
         .fallback(|method: Method, uri: Uri| async move {
             ApiError::not_found(format!(
                 "there is nothing at {method} {}; /openapi.json lists what there is",
@@ -284,16 +294,21 @@ async fn authorize(State(app): State<App>, request: Request, next: Next) -> Resp
     if app.keys.is_empty() {
         return next.run(request).await;
     }
-    let header = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let shown =
-        header.and_then(|value| value.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
-    let Some((_, key)) = shown else {
+    let Some(shown) = shown_key(request.headers()).map(|key| <[u8; 32]>::from(Sha256::digest(key.trim()))) else {
         return ApiError::unauthorized("this server wants a key: send the header Authorization: Bearer KEY")
             .into_response();
     };
-    let shown: [u8; 32] = Sha256::digest(key.trim()).into();
     let is_known = app.keys.iter().fold(false, |known, key| known | bool::from(key.ct_eq(&shown)));
     if is_known { next.run(request).await } else { ApiError::unauthorized("the key is wrong").into_response() }
+}
+
+/// The key that a request shows: as OpenAI's clients do, or in the header that Anthropic's have for it.
+fn shown_key(headers: &HeaderMap) -> Option<&str> {
+    let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    let bearer = header(AUTHORIZATION.as_str())
+        .and_then(|value| value.split_once(' '))
+        .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+    bearer.map(|(_, key)| key).or_else(|| header("x-api-key"))
 }
 
 /// Writes a line of the access log, without anything that was said.

@@ -138,7 +138,7 @@ macro_rules! generation_request {
 pub(crate) use generation_request;
 
 /// The fields of [`generation_request`].
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Generation {
     pub(crate) temperature: Option<f32>,
     pub(crate) top_p: Option<f32>,

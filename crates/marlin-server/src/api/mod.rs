@@ -3,10 +3,13 @@
 pub(crate) mod answer;
 pub(crate) mod chat;
 pub(crate) mod completions;
+pub(crate) mod conversation;
 pub(crate) mod format;
 pub(crate) mod generation;
+pub(crate) mod messages;
 pub(crate) mod models;
 pub(crate) mod perplexity;
+pub(crate) mod responses;
 pub(crate) mod status;
 pub(crate) mod tokens;
 

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::server::{JSON, Server};
+use crate::server::Server;
 use crate::{CHAT, TEXT, chat, with};
 
 #[test]

@@ -2,12 +2,11 @@
 
 use marlin_engine::Message;
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+use crate::api::conversation::{Function, ToolUse, call_value};
 use crate::api::generation::generation_request;
-use crate::dialect::Tool;
-use crate::error::ApiError;
 
 generation_request! {
     /// A conversation to go on with.
@@ -237,63 +236,25 @@ impl ChatMessage {
 impl CalledTool {
     fn into_value(self) -> Value {
         let Self { id, kind: _, function: CalledFunction { name, arguments }, index: _ } = self;
-        // Templates write arguments as JSON themselves.
         let arguments = serde_json::from_str(&arguments).unwrap_or(Value::String(arguments));
-        json!({ "id": id, "type": "function", "function": { "name": name, "arguments": arguments } })
+        call_value(id, name, arguments)
     }
 }
 
-impl ToolDefinition {
-    /// As templates read it.
-    pub(crate) fn to_value(&self) -> Value {
-        let FunctionDefinition { name, description, parameters, strict } = &self.function;
-        let mut function = Map::new();
-        function.insert("name".to_owned(), name.clone().into());
-        let rest = [
-            ("description", description.clone().map(Value::from)),
-            ("parameters", parameters.clone().map(Value::from)),
-            ("strict", strict.map(Value::from)),
-        ];
-        function.extend(rest.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))));
-        json!({ "type": "function", "function": function })
-    }
-
-    /// As the parser of answers reads it.
-    pub(crate) fn to_tool(&self) -> Tool {
-        Tool { name: self.function.name.clone(), parameters: self.function.parameters.clone().map(Value::from) }
+impl From<ToolDefinition> for Function {
+    fn from(tool: ToolDefinition) -> Self {
+        let FunctionDefinition { name, description, parameters, strict } = tool.function;
+        Self { name, description, parameters, strict }
     }
 }
 
 /// How tools are to be used.
-#[derive(Debug)]
-pub(crate) enum ToolUse {
-    /// Not at all.
-    None,
-    /// As the model likes.
-    Auto,
-    /// At least one must be called.
-    Required,
-    /// This one must be called, once.
-    Named(String),
-}
-
-/// Settles how tools are to be used.
-pub(crate) fn tool_use(tools: &[ToolDefinition], choice: Option<ToolChoice>) -> Result<ToolUse, ApiError> {
-    let has_tools = !tools.is_empty();
+pub(crate) fn tool_use(choice: Option<ToolChoice>) -> ToolUse {
     match choice {
-        Some(ToolChoice::Mode(ToolMode::None)) => Ok(ToolUse::None),
-        None | Some(ToolChoice::Mode(ToolMode::Auto)) => Ok(if has_tools { ToolUse::Auto } else { ToolUse::None }),
-        Some(_) if !has_tools => {
-            Err(ApiError::parameter("tool_choice", "tool_choice asks for a call, and there are no tools to call"))
-        }
-        Some(ToolChoice::Mode(ToolMode::Required)) => Ok(ToolUse::Required),
-        Some(ToolChoice::Named(NamedTool { function: NamedFunction { name }, .. })) => {
-            if tools.iter().any(|tool| tool.function.name == name) {
-                Ok(ToolUse::Named(name))
-            } else {
-                Err(ApiError::parameter("tool_choice", format!("there is no tool {name:?} among the tools")))
-            }
-        }
+        Some(ToolChoice::Mode(ToolMode::None)) => ToolUse::None,
+        None | Some(ToolChoice::Mode(ToolMode::Auto)) => ToolUse::Auto,
+        Some(ToolChoice::Mode(ToolMode::Required)) => ToolUse::Required,
+        Some(ToolChoice::Named(NamedTool { function: NamedFunction { name }, .. })) => ToolUse::Named(name),
     }
 }
 

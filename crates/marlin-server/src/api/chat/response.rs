@@ -122,7 +122,7 @@ pub(crate) struct ChatLogprobs {
 }
 
 /// How likely a token was.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub(crate) struct ChatTokenLogprob {
     token: String,
     logprob: f32,
@@ -131,7 +131,7 @@ pub(crate) struct ChatTokenLogprob {
 }
 
 /// An alternative.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub(crate) struct TopLogprob {
     token: String,
     logprob: f32,
@@ -140,19 +140,24 @@ pub(crate) struct TopLogprob {
 
 impl ChatLogprobs {
     pub(crate) fn new(served: &Served, scored: &[TokenLogprobs]) -> Self {
-        let token = |scored: &TokenLogprobs| {
-            let top = |&(id, logprob): &(u32, f32)| TopLogprob {
-                token: served.token_text(id),
-                bytes: served.token_bytes(id),
-                logprob: finite(logprob),
-            };
-            ChatTokenLogprob {
-                token: served.token_text(scored.token),
-                bytes: served.token_bytes(scored.token),
-                logprob: finite(scored.logprob),
-                top_logprobs: scored.top.iter().map(top).collect(),
-            }
-        };
-        Self { content: scored.iter().map(token).collect(), refusal: None }
+        Self { content: chat_logprobs(served, scored), refusal: None }
     }
+}
+
+/// How likely tokens were.
+pub(crate) fn chat_logprobs(served: &Served, scored: &[TokenLogprobs]) -> Vec<ChatTokenLogprob> {
+    let token = |scored: &TokenLogprobs| {
+        let top = |&(id, logprob): &(u32, f32)| TopLogprob {
+            token: served.token_text(id),
+            bytes: served.token_bytes(id),
+            logprob: finite(logprob),
+        };
+        ChatTokenLogprob {
+            token: served.token_text(scored.token),
+            bytes: served.token_bytes(scored.token),
+            logprob: finite(scored.logprob),
+            top_logprobs: scored.top.iter().map(top).collect(),
+        }
+    };
+    scored.iter().map(token).collect()
 }
