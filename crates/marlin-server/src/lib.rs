@@ -1,4 +1,4 @@
-//! The OpenAI API over HTTP.
+//! OpenAI's and Anthropic's APIs over HTTP.
 //!
 //! One thread owns the engine ([`worker`]); handlers send it requests and get events. A handler that is dropped, because its client is
 //! gone, takes its request with it.
@@ -11,8 +11,10 @@ mod metrics;
 mod model;
 mod openapi;
 mod server;
+mod service;
 mod worker;
 
 pub use dialect::Dialect;
 pub use model::{ChatFormat, ServedModel};
 pub use server::{Server, ServerError, ServerOptions};
+pub use service::{Service, ServiceOptions};

@@ -12,6 +12,7 @@
 //!
 //! [`marlin_engine::Engine`] then turns requests into text.
 
+pub mod batch;
 pub mod bench;
 #[cfg(feature = "bundled-model")]
 mod bundled;

@@ -11,7 +11,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::error::{ApiError, ErrorResponse};
-use crate::server::App;
+use crate::service::App;
 
 /// How the server is.
 #[derive(Debug, Serialize, ToSchema)]

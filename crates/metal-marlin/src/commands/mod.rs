@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 
 use marlin_checkpoint::Checkpoint;
 
+pub(crate) mod batch;
 pub(crate) mod bench;
 pub(crate) mod bench_kernels;
 pub(crate) mod bench_serve;
@@ -24,6 +25,7 @@ mod recipe;
 pub(crate) mod run;
 mod sampling;
 pub(crate) mod serve;
+mod serving;
 mod template;
 pub(crate) mod verify_kernels;
 
@@ -33,6 +35,7 @@ pub(crate) enum Command {
     Run(run::Args),
     Chat(chat::Args),
     Serve(serve::Args),
+    Batch(batch::Args),
     Quantize(quantize::Args),
     Plan(plan::Args),
     Inspect(inspect::Args),
@@ -55,6 +58,7 @@ impl Command {
             Self::Run(args) => run::run(args),
             Self::Chat(args) => chat::run(args),
             Self::Serve(args) => serve::run(args),
+            Self::Batch(args) => batch::run(args),
             Self::Quantize(args) => quantize::run(args),
             Self::Plan(args) => plan::run(args),
             Self::Inspect(args) => inspect::run(args),
