@@ -14,35 +14,23 @@ struct Known {
     /// Of the block before it, or of what is before the first.
     parent: BlockHash,
     tokens: Box<[u32]>,
+    /// When the block was given back last.
+    idle_since: u64,
 }
 
 /// Which blocks are known by which hash, and which of those belong to nobody: the longer so, the sooner they are given to others.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct KnownBlocks {
-    /// Of each block.
-    known: Vec<Option<Known>>,
+    known: HashMap<u32, Known>,
     blocks: HashMap<BlockHash, u32>,
     /// The blocks that come after one.
     next: HashMap<BlockHash, Vec<u32>>,
     /// Known blocks that belong to nobody, by when they were given back.
     idle: BTreeMap<u64, u32>,
-    /// When each block was given back last.
-    idle_since: Vec<u64>,
     clock: u64,
 }
 
 impl KnownBlocks {
-    pub(super) fn new(blocks: usize) -> Self {
-        Self {
-            known: (0..blocks).map(|_| None).collect(),
-            blocks: HashMap::new(),
-            next: HashMap::new(),
-            idle: BTreeMap::new(),
-            idle_since: vec![0; blocks],
-            clock: 0,
-        }
-    }
-
     /// Known blocks that belong to nobody.
     pub(super) fn idle(&self) -> usize {
         self.idle.len()
@@ -60,7 +48,7 @@ impl KnownBlocks {
     /// The block after `parent` that begins with the most of these tokens, and with how many; `None` if none begins with any.
     pub(super) fn longest_beginning(&self, parent: &BlockHash, tokens: &[u32]) -> Option<(u32, usize)> {
         let alike = |&block: &u32| {
-            let known = self.known[block as usize].as_ref()?;
+            let known = self.known.get(&block)?;
             let count = known.tokens.iter().zip(tokens).take_while(|(own, wanted)| own == wanted).count();
             Some((block, count)).filter(|_| count > 0)
         };
@@ -69,13 +57,13 @@ impl KnownBlocks {
 
     /// Whether a block has a name.
     pub(super) fn is_named(&self, block: u32) -> bool {
-        self.known[block as usize].is_some()
+        self.known.contains_key(&block)
     }
 
     /// Names a block, unless it has a name or another one goes by it: of two blocks with the same content one is enough.
     pub(super) fn name(&mut self, block: u32, hash: BlockHash, parent: BlockHash, tokens: &[u32]) {
         if !self.is_named(block) && !self.blocks.contains_key(&hash) {
-            self.known[block as usize] = Some(Known { hash, parent, tokens: tokens.into() });
+            self.known.insert(block, Known { hash, parent, tokens: tokens.into(), idle_since: 0 });
             self.blocks.insert(hash, block);
             self.next.entry(parent).or_default().push(block);
         }
@@ -83,7 +71,7 @@ impl KnownBlocks {
 
     /// The block's content is about to change.
     pub(super) fn forget(&mut self, block: u32) {
-        let Some(Known { hash, parent, .. }) = self.known[block as usize].take() else { return };
+        let Some(Known { hash, parent, .. }) = self.known.remove(&block) else { return };
         self.blocks.remove(&hash);
         if let Some(siblings) = self.next.get_mut(&parent) {
             siblings.retain(|&sibling| sibling != block);
@@ -95,18 +83,18 @@ impl KnownBlocks {
 
     /// A block belongs to nobody any more. Tells whether it is kept because it is known.
     pub(super) fn park(&mut self, block: u32) -> bool {
-        if !self.is_named(block) {
-            return false;
-        }
+        let Some(known) = self.known.get_mut(&block) else { return false };
         self.clock += 1;
-        self.idle_since[block as usize] = self.clock;
+        known.idle_since = self.clock;
         self.idle.insert(self.clock, block);
         true
     }
 
     /// A block that belonged to nobody has an owner again.
     pub(super) fn unpark(&mut self, block: u32) {
-        self.idle.remove(&self.idle_since[block as usize]);
+        if let Some(known) = self.known.get(&block) {
+            self.idle.remove(&known.idle_since);
+        }
     }
 
     /// Forgets the block that has belonged to nobody for the longest.
@@ -120,7 +108,7 @@ impl KnownBlocks {
     pub(super) fn clear(&mut self) -> impl Iterator<Item = u32> {
         self.blocks.clear();
         self.next.clear();
-        self.known.iter_mut().for_each(|known| *known = None);
+        self.known.clear();
         std::mem::take(&mut self.idle).into_values()
     }
 }

@@ -67,7 +67,7 @@ impl KvPool {
         let count = u32::try_from(blocks).expect("blocks are numbered by u32");
         // The lowest block is handed out first.
         let free = (0..count).rev().collect();
-        Self { layout, references: vec![0; blocks], free, known: KnownBlocks::new(blocks), pending_copies: Vec::new() }
+        Self { layout, references: vec![0; blocks], free, known: KnownBlocks::default(), pending_copies: Vec::new() }
     }
 
     /// An empty sequence.
