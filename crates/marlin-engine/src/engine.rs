@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Instant;
 
 use marlin_checkpoint::Tokenizer;
 use marlin_kernels::{SampleRow, SamplingId};
@@ -10,7 +11,8 @@ use marlin_model::{LanguageModel, ModelInfo, StepBatch};
 
 use crate::prefix::BlockNames;
 use crate::scheduler::{Limits, Scheduled, Scheduler};
-use crate::sequence::{Part, Room, Sequence};
+use crate::sequence::{Computed, Part, Room, Sequence};
+use crate::speculation::{DraftedStep, Drafter, Pace};
 use crate::{EngineError, Event, Request, RequestId};
 
 /// Tokens of prompts beside answers that are being generated, on a device that works by itself and on the host's processor: a small part of
@@ -24,11 +26,13 @@ pub struct EngineOptions {
     pub prefix_cache: bool,
     /// Most tokens of prompts in a step beside answers that are being generated; `None` suits the device.
     pub prefill_tokens: Option<usize>,
+    /// Guess even where it does not pay, to measure what that costs.
+    pub always_draft: bool,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { prefix_cache: true, prefill_tokens: None }
+        Self { prefix_cache: true, prefill_tokens: None, always_draft: false }
     }
 }
 
@@ -53,6 +57,10 @@ pub struct EngineStats {
     pub prompt_tokens: u64,
     /// Tokens generated.
     pub generated_tokens: u64,
+    /// Tokens guessed.
+    pub drafted_tokens: u64,
+    /// Those that were right.
+    pub accepted_tokens: u64,
     /// How often an answer gave its blocks back to others.
     pub preemptions: u64,
     /// Steps.
@@ -70,6 +78,10 @@ pub struct Engine {
     scheduler: Scheduler,
     /// Tells models apart in the names of KV blocks.
     fingerprint: String,
+    drafter: Option<Box<dyn Drafter>>,
+    pace: Pace,
+    /// When the last step was finished.
+    last_finished: Instant,
     stats: EngineStats,
     next_id: u64,
     /// Steps under way, the oldest first.
@@ -82,8 +94,11 @@ pub struct Engine {
 }
 
 /// A step that was started and whose tokens were not read yet.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Started {
+    since: Instant,
+    /// Its tokens.
+    tokens: usize,
     /// `None` if no answer gets a token.
     sampling: Option<SamplingId>,
     /// Rows of logits.
@@ -91,6 +106,12 @@ struct Started {
     parts: Vec<Part>,
     /// If one of the parts wants them.
     logits: Vec<f32>,
+}
+
+impl Default for Started {
+    fn default() -> Self {
+        Self { since: Instant::now(), tokens: 0, sampling: None, rows: 0, parts: Vec::new(), logits: Vec::new() }
+    }
 }
 
 impl Engine {
@@ -115,6 +136,7 @@ impl Engine {
             prefill_tokens: options.prefill_tokens.unwrap_or(PREFILL_TOKENS[usize::from(!info.overlaps)]).max(1),
             logit_rows: info.logit_rows,
             prefix_cache: options.prefix_cache,
+            always_draft: options.always_draft,
         });
         let fingerprint = format!("{} {} {:?}", info.architecture, info.weight_bytes, info.kv_type);
         Self {
@@ -123,6 +145,9 @@ impl Engine {
             eos_tokens,
             scheduler,
             fingerprint,
+            drafter: None,
+            pace: Pace::default(),
+            last_finished: Instant::now(),
             stats: EngineStats { kv_blocks, ..EngineStats::default() },
             next_id: 0,
             started: VecDeque::new(),
@@ -131,6 +156,14 @@ impl Engine {
             sampled: Vec::new(),
             spare: Vec::new(),
         }
+    }
+
+    /// The same, with a drafter that guesses tokens, which the model then looks at several of at a time where that pays. What answers say
+    /// does not depend on it, on devices and with options by which they do not depend on each other.
+    #[must_use]
+    pub fn with_drafter(mut self, drafter: Box<dyn Drafter>) -> Self {
+        self.drafter = Some(drafter);
+        self
     }
 
     /// The model's sizes and names.
@@ -180,12 +213,25 @@ impl Engine {
     /// Ends a request at once and frees its memory; there are no further events of it. Tells whether there was such a
     /// request.
     pub fn cancel(&mut self, request: RequestId) -> bool {
-        self.scheduler.remove(self.model.kv(), |id| id == request) > 0
+        let drafter = &mut self.drafter;
+        self.scheduler.remove(self.model.kv(), |answer| {
+            let is_it = answer.request == request;
+            if let Some(drafter) = drafter.as_mut().filter(|_| is_it) {
+                drafter.forget(answer);
+            }
+            is_it
+        }) > 0
     }
 
     /// Ends all requests.
     pub fn cancel_all(&mut self) {
-        self.scheduler.remove(self.model.kv(), |_| true);
+        let drafter = &mut self.drafter;
+        self.scheduler.remove(self.model.kv(), |answer| {
+            if let Some(drafter) = drafter {
+                drafter.forget(answer);
+            }
+            true
+        });
         self.started.clear();
     }
 
@@ -210,7 +256,9 @@ impl Engine {
     fn advance(&mut self, events: &mut Vec<Event>) -> Result<(), EngineError> {
         let result = self.start_step().and_then(|has_started| {
             // An answer with a form waits for its last token; nobody else overtakes it.
-            let may_overlap = self.model.info().overlaps && !self.scheduler.has_constrained();
+            let waits = self.scheduler.has_constrained()
+                || (self.drafter.is_some() && self.scheduler.wants_to_draft(&self.pace));
+            let may_overlap = self.model.info().overlaps && !waits;
             let under_way = usize::from(has_started && may_overlap);
             while self.started.len() > under_way {
                 self.finish_step(events)?;
@@ -228,6 +276,12 @@ impl Engine {
     /// if there is nothing to do, or if a step under way must be finished first.
     fn start_step(&mut self) -> Result<bool, EngineError> {
         let mut step = self.spare.pop().unwrap_or_default();
+        step.since = Instant::now();
+        if let Some(drafter) = &mut self.drafter
+            && self.started.is_empty()
+        {
+            self.scheduler.draft(drafter.as_mut(), &mut self.pace)?;
+        }
         let may_preempt = self.started.is_empty();
         let scheduled = self.scheduler.schedule(self.model.kv(), &mut self.batch, &mut step.parts, may_preempt)?;
         if scheduled == Scheduled::BlocksShort || step.parts.is_empty() {
@@ -238,6 +292,7 @@ impl Engine {
         self.stats.steps += 1;
 
         step.rows = self.batch.logit_rows();
+        step.tokens = self.batch.tokens();
         step.sampling = None;
         step.logits.clear();
         if self.scheduler.members(&step.parts).any(|(sequence, part)| sequence.wants_logits(part)) {
@@ -250,10 +305,10 @@ impl Engine {
             let mut rows = recycle(std::mem::take(&mut self.rows));
             for (sequence, part) in self.scheduler.members(&step.parts) {
                 // Rows of a prompt that is scored are not looked at.
-                let unused = part.rows.len() - usize::from(part.is_sampled);
-                rows.extend(std::iter::repeat_n(SampleRow::GREEDY, unused));
+                let chosen = if part.is_sampled { 1 + part.drafted } else { 0 };
+                rows.extend(std::iter::repeat_n(SampleRow::GREEDY, part.rows.len() - chosen));
                 if part.is_sampled {
-                    rows.push(sequence.choose(part.rows.end - 1));
+                    rows.extend(sequence.choose(part));
                 }
             }
             let sampling = self.model.sample(&rows);
@@ -279,25 +334,43 @@ impl Engine {
     /// Hands every answer what the step computed for it; finished answers leave.
     fn deliver(&mut self, step: Started, events: &mut Vec<Event>) {
         let vocabulary = self.model.info().vocabulary;
-        let (sampled, logits, tokenizer, stats) = (&self.sampled, &step.logits, &self.tokenizer, &mut self.stats);
+        let computed = Computed { logits: &step.logits, vocabulary, sampled: &self.sampled };
+        let (tokenizer, stats, drafter) = (&self.tokenizer, &mut self.stats, &mut self.drafter);
+        let before = events.len();
         self.scheduler.end_step(self.model.kv(), &step.parts, |sequence, part, kv| {
             stats.prompt_tokens += sequence.prompt_tokens_of(part) as u64;
-            match sequence.finish_part(part, logits, sampled, vocabulary, kv, tokenizer) {
-                Ok(None) => false,
-                Ok(Some(event)) => {
-                    let is_finished = event.finish.is_some();
-                    stats.generated_tokens += u64::from(event.token.is_some());
-                    events.push(event);
-                    is_finished
-                }
-                // The others go on.
-                Err(error) => {
-                    events.push(sequence.fail(&error));
-                    true
-                }
+            // If one fails, the others go on.
+            let is_finished = sequence.finish_part(part, &computed, kv, tokenizer, events).unwrap_or_else(|error| {
+                events.push(sequence.fail(&error));
+                true
+            });
+            stats.drafted_tokens += part.drafted as u64;
+            stats.accepted_tokens += sequence.accepted() as u64;
+            if let Some(drafter) = drafter.as_mut().filter(|_| is_finished) {
+                drafter.forget(sequence.rank.answer());
             }
+            is_finished
         });
+        self.stats.generated_tokens += events[before..].iter().filter(|event| event.token.is_some()).count() as u64;
+        self.settle(&step);
         self.spare.push(step);
+    }
+
+    /// Learns how long a step took in which every answer brought one token, and what guesses have gained.
+    fn settle(&mut self, step: &Started) {
+        let seconds = step.since.max(self.last_finished).elapsed().as_secs_f64();
+        self.last_finished = Instant::now();
+        let drafted: usize = step.parts.iter().map(|part| part.drafted).sum();
+        let tokens = step.tokens - drafted;
+        if self.drafter.is_none() || tokens != step.parts.len() || step.rows != step.tokens {
+            return;
+        }
+        let has_waited = self.started.is_empty();
+        self.pace.record(step.tokens, seconds, has_waited);
+        let drafted = DraftedStep { tokens, drafted, has_waited };
+        for (sequence, part) in self.scheduler.members(&step.parts) {
+            sequence.settle(&self.pace, drafted, part);
+        }
     }
 
     /// Checks a request and says how much room each of its answers may need.

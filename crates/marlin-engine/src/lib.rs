@@ -17,6 +17,7 @@ mod request;
 mod sampling;
 mod scheduler;
 mod sequence;
+mod speculation;
 mod stop;
 #[cfg(test)]
 mod tests;
@@ -28,5 +29,6 @@ pub use engine::{Engine, EngineOptions, EngineStats};
 pub use error::EngineError;
 pub use request::{Event, Finish, Request, RequestId, TokenLogprobs};
 pub use sampling::SamplingParams;
+pub use speculation::{AnswerId, DraftModel, Drafter, PromptLookup};
 pub use stop::{FinishReason, StopConditions};
 pub use text::TextStream;

@@ -105,6 +105,8 @@ pub(crate) struct Sampler {
     seed: u64,
     random: ChaCha8Rng,
     counts: TokenCounts,
+    /// Kept for its memory.
+    uniforms: Vec<f32>,
 }
 
 impl Sampler {
@@ -120,7 +122,7 @@ impl Sampler {
         let never = end_tokens.iter().map(|&token| (token, f32::NEG_INFINITY));
         let early_bias = summed(params.logit_bias.iter().copied().chain(never));
         params.logit_bias = summed(params.logit_bias.iter().copied());
-        Ok(Self { params, early_bias, seed, random: random(seed, 0), counts })
+        Ok(Self { params, early_bias, seed, random: random(seed, 0), counts, uniforms: Vec::new() })
     }
 
     /// For another answer to the same prompt: with the same seed it has random numbers of its own.
@@ -131,35 +133,47 @@ impl Sampler {
             seed: self.seed,
             random: random(self.seed, choice),
             counts: self.counts.clone(),
+            uniforms: Vec::new(),
         }
     }
 
-    /// How to choose the token after `generated` others, the last of which may be known as a row of the last sampling only; if it is too
-    /// early for the end, none that ends the sequence.
-    /// `allowed` are the tokens that may be chosen, if not all may.
-    pub(crate) fn row<'a>(
+    /// How to choose `count` tokens after `generated` others, the last of which may be known as a row of the last sampling only; of the first
+    /// `min_tokens` of an answer, none that ends it. `allowed` are the tokens that may be chosen, if not all may.
+    ///
+    /// What was said before the first of them is taken for what was said before all: with penalties, ask for one.
+    pub(crate) fn rows<'a>(
         &'a mut self,
         generated: usize,
+        count: usize,
         last_sampled: Option<u32>,
-        is_early: bool,
+        min_tokens: usize,
         allowed: Option<&'a [u32]>,
-    ) -> SampleRow<'a> {
+    ) -> impl Iterator<Item = SampleRow<'a>> {
+        self.uniforms.clear();
+        for place in generated..generated + count {
+            self.uniforms.push(uniform(&mut self.random, place));
+        }
         let last_sampled = last_sampled.filter(|_| self.params.has_penalties());
-        let params = &self.params;
-        SampleRow {
+        let (params, early_bias, counts) = (&self.params, &self.early_bias, &self.counts.counts);
+        (generated..).zip(&self.uniforms).map(move |(place, &uniform)| SampleRow {
             temperature: params.temperature,
             top_k: params.top_k,
             top_p: params.top_p,
             min_p: params.min_p,
-            uniform: uniform(&mut self.random, generated),
+            uniform,
             repetition_penalty: params.repetition_penalty,
             presence_penalty: params.presence_penalty,
             frequency_penalty: params.frequency_penalty,
-            counts: &self.counts.counts,
+            counts,
             last_sampled,
-            bias: if is_early { &self.early_bias } else { &params.logit_bias },
+            bias: if place < min_tokens { early_bias } else { &params.logit_bias },
             allowed,
-        }
+        })
+    }
+
+    /// Whether what was said changes how likely tokens are.
+    pub(crate) fn has_penalties(&self) -> bool {
+        self.params.has_penalties()
     }
 
     /// Takes note of a generated token.
@@ -259,20 +273,27 @@ mod tests {
         assert_eq!((params.temperature, params.repetition_penalty), (0.0, 1.0));
     }
 
+    /// How to choose one token.
+    fn row(sampler: &mut Sampler, generated: usize, min_tokens: usize) -> SampleRow<'_> {
+        sampler.rows(generated, 1, None, min_tokens, None).next().unwrap()
+    }
+
     #[test]
     fn random_numbers_depend_on_seed_and_index_only() {
         let seeded = |seed| SamplingParams { seed: Some(seed), ..SamplingParams::default() };
         let mut first = Sampler::new(seeded(1), &[], &[]).unwrap();
         let mut again = Sampler::new(seeded(1), &[5], &[]).unwrap();
-        let forwards: Vec<f32> = (0..100).map(|i| first.row(i, None, false, None).uniform).collect();
-        let backwards: Vec<f32> = (0..100).rev().map(|i| again.row(i, None, false, None).uniform).collect();
+        let forwards: Vec<f32> = (0..100).map(|i| row(&mut first, i, 0).uniform).collect();
+        let backwards: Vec<f32> = (0..100).rev().map(|i| row(&mut again, i, 0).uniform).collect();
         assert!(forwards.iter().eq(backwards.iter().rev()));
+        let at_once: Vec<f32> = again.rows(10, 5, None, 0, None).map(|row| row.uniform).collect();
+        assert_eq!(at_once, forwards[10..15]);
         assert!(forwards.iter().all(|u| (0.0..1.0).contains(u)));
         let mean = forwards.iter().sum::<f32>() / 100.0;
         assert!((mean - 0.5).abs() < 0.15, "{mean}");
 
         let mut other = Sampler::new(seeded(2), &[], &[]).unwrap();
-        assert_ne!(other.row(0, None, false, None).uniform, forwards[0]);
+        assert_ne!(row(&mut other, 0, 0).uniform, forwards[0]);
     }
 
     #[test]
@@ -280,16 +301,15 @@ mod tests {
         // Key stream of ChaCha8 for the all-zero key and nonce (Strombergson's test vectors, TC1): 3e00ef2f 895f40d6 …
         let mut sampler =
             Sampler::new(SamplingParams { seed: Some(0), ..SamplingParams::default() }, &[], &[]).unwrap();
-        assert_eq!(sampler.row(0, None, false, None).uniform, (0x2fef_003e >> 8) as f32 / 16_777_216.0);
-        assert_eq!(sampler.row(1, None, false, None).uniform, (0xd640_5f89_u32 >> 8) as f32 / 16_777_216.0);
+        assert_eq!(row(&mut sampler, 0, 0).uniform, (0x2fef_003e >> 8) as f32 / 16_777_216.0);
+        assert_eq!(row(&mut sampler, 1, 0).uniform, (0xd640_5f89_u32 >> 8) as f32 / 16_777_216.0);
     }
 
     #[test]
     fn answers_to_one_prompt_have_random_numbers_of_their_own() {
         let params = SamplingParams { seed: Some(1), ..SamplingParams::default() };
         let mut first = Sampler::new(params, &[], &[]).unwrap();
-        let uniforms =
-            |sampler: &mut Sampler| (0..10).map(|i| sampler.row(i, None, false, None).uniform).collect::<Vec<_>>();
+        let uniforms = |sampler: &mut Sampler| (0..10).map(|i| row(sampler, i, 0).uniform).collect::<Vec<_>>();
         let (mut same, mut other) = (first.fork(0), first.fork(1));
         assert_eq!(uniforms(&mut same), uniforms(&mut first));
         assert_ne!(uniforms(&mut other), uniforms(&mut first));
@@ -301,15 +321,15 @@ mod tests {
         let params = SamplingParams { logit_bias, ..SamplingParams::default() };
         let mut sampler = Sampler::new(params, &[], &[9, 7]).unwrap();
         let never = f32::NEG_INFINITY;
-        assert_eq!(sampler.row(0, None, true, None).bias, [(7, never), (3, 0.5), (9, never)]);
-        assert_eq!(sampler.row(0, None, false, None).bias, [(7, 1.0), (3, 0.5)]);
+        assert_eq!(row(&mut sampler, 0, 1).bias, [(7, never), (3, 0.5), (9, never)]);
+        assert_eq!(row(&mut sampler, 0, 0).bias, [(7, 1.0), (3, 0.5)]);
     }
 
     #[test]
     fn biases_of_one_token_add_up() {
         let logit_bias = vec![(7, 1.0), (3, 0.5), (7, -4.0)];
         let mut sampler = Sampler::new(SamplingParams { logit_bias, ..SamplingParams::default() }, &[], &[]).unwrap();
-        assert_eq!(sampler.row(0, None, false, None).bias, [(7, -3.0), (3, 0.5)]);
+        assert_eq!(row(&mut sampler, 0, 0).bias, [(7, -3.0), (3, 0.5)]);
     }
 
     #[test]
@@ -319,6 +339,6 @@ mod tests {
         sampler.accept(9);
         sampler.accept(9);
         let count = |token, generated| TokenCount { token, generated };
-        assert_eq!(sampler.row(3, None, false, None).counts, [count(3, 0), count(4, 1), count(9, 2)]);
+        assert_eq!(row(&mut sampler, 3, 0).counts, [count(3, 0), count(4, 1), count(9, 2)]);
     }
 }

@@ -1,11 +1,13 @@
 //! Which answers take part in a step, and with how many tokens.
 
 use std::collections::VecDeque;
+use std::time::Instant;
 
 use marlin_model::{KvPool, ModelError, StepBatch};
 
-use crate::RequestId;
+use crate::EngineError;
 use crate::sequence::{Part, Rank, Sequence};
+use crate::speculation::{AnswerId, Drafter, MOST_DRAFT, Pace};
 
 /// What bounds a step.
 #[derive(Debug, Clone, Copy)]
@@ -18,6 +20,8 @@ pub(crate) struct Limits {
     pub(crate) logit_rows: usize,
     /// Answers begin with what the KV cache holds already.
     pub(crate) prefix_cache: bool,
+    /// Answers guess as much as there is room for.
+    pub(crate) always_draft: bool,
 }
 
 /// What came of scheduling.
@@ -113,7 +117,36 @@ impl Scheduler {
         (looked_for, found)
     }
 
-    /// Fills a step: every answer that is being generated brings its one token, and prompts bring theirs, in chunks if need be.
+    /// Lets answers guess what comes next, as much as pays, if the next step has no prompts: their share would blur what guesses cost.
+    pub(crate) fn draft(&mut self, drafter: &mut dyn Drafter, pace: &mut Pace) -> Result<(), EngineError> {
+        self.running.iter_mut().for_each(Sequence::forget_draft);
+        let tokens = decoding(&self.running).count();
+        if tokens == 0 || self.running.iter().any(|s| s.pending() != 1 || s.is_scored()) {
+            return Ok(());
+        }
+        let always = self.limits.always_draft;
+        let mut spare = self.most_running().saturating_sub(tokens);
+        for sequence in self.running.iter_mut().filter(|sequence| sequence.may_draft()) {
+            let most = spare.min(MOST_DRAFT);
+            let most = if always { most } else { sequence.account().plan(pace, tokens, most) };
+            if most > 0 {
+                let started = Instant::now();
+                sequence.draft(drafter, most)?;
+                pace.record_draft(sequence.drafted(), started.elapsed().as_secs_f64());
+                spare -= sequence.drafted();
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether an answer that runs can afford to guess what comes next, for which its last token must be known.
+    pub(crate) fn wants_to_draft(&self, pace: &Pace) -> bool {
+        let tokens = self.running.len();
+        let is_due = |s: &Sequence| self.limits.always_draft || s.account().plan(pace, tokens, MOST_DRAFT) > 0;
+        self.running.iter().any(|sequence| sequence.may_draft() && is_due(sequence))
+    }
+
+    /// Fills a step: every answer that is being generated brings its one token and what it guesses, and prompts bring theirs, in chunks if need be.
     pub(crate) fn schedule(
         &mut self,
         kv: &mut KvPool,
@@ -174,7 +207,9 @@ impl Scheduler {
                 0 => continue,
                 1 if !sequence.is_scored() => {
                     decode_blocks = decode_blocks.saturating_sub(kv.needed_blocks(&sequence.kv, 1));
-                    1
+                    // A guess takes no block that another answer needs.
+                    let free = kv.free_blocks().saturating_sub(decode_blocks);
+                    (1 + sequence.drafted()).min(kv.room(&sequence.kv, free)).max(1)
                 }
                 pending => {
                     let free = kv.free_blocks().saturating_sub(decode_blocks);
@@ -235,10 +270,10 @@ impl Scheduler {
     }
 
     /// Drops the answers of which `is_dropped` is true, waiting or running, and frees their blocks; tells how many there were.
-    pub(crate) fn remove(&mut self, kv: &mut KvPool, is_dropped: impl Fn(RequestId) -> bool) -> usize {
+    pub(crate) fn remove(&mut self, kv: &mut KvPool, mut is_dropped: impl FnMut(AnswerId) -> bool) -> usize {
         let before = self.running.len() + self.waiting.len();
         let mut keep = |sequence: &mut Sequence| {
-            let is_dropped = is_dropped(sequence.rank.request);
+            let is_dropped = is_dropped(sequence.rank.answer());
             if is_dropped {
                 sequence.leave(kv);
             }

@@ -9,6 +9,7 @@ use marlin_model::{KvPool, KvSequence, LogitRows, ModelError, StepBatch};
 use crate::logprobs::token_logprobs;
 use crate::prefix::BlockNames;
 use crate::sampling::Sampler;
+use crate::speculation::{Account, AnswerId, DraftedStep, Drafter, Pace};
 use crate::{
     Constraint, EngineError, Event, Finish, FinishReason, Request, RequestId, StopConditions, TextStream, TokenLogprobs,
 };
@@ -31,8 +32,20 @@ pub(crate) struct Part {
     pub(crate) rows: Range<usize>,
     /// The step computes the last of its tokens.
     is_complete: bool,
-    /// Its next token comes from the last of the rows.
+    /// Its next token comes from the last of the rows, but for those of guesses.
     pub(crate) is_sampled: bool,
+    /// Guesses, each of which has a row behind that of the next token.
+    pub(crate) drafted: usize,
+}
+
+/// What came of a step.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Computed<'a> {
+    /// If they were read, `vocabulary` to a row.
+    pub(crate) logits: &'a [f32],
+    pub(crate) vocabulary: usize,
+    /// A token to a row.
+    pub(crate) sampled: &'a [u32],
 }
 
 /// The state of an answer from the request to its last token.
@@ -63,6 +76,11 @@ pub(crate) struct Sequence {
     /// Until they are delivered.
     prompt_logprobs: Option<usize>,
     scored: Vec<TokenLogprobs>,
+    /// Guesses of what comes after `tokens`.
+    draft: Vec<u32>,
+    /// Of the last step, those that were right.
+    accepted: usize,
+    account: Account,
     constraint: Option<Constraint>,
     /// Why the constraint has failed.
     broken: Option<EngineError>,
@@ -70,6 +88,20 @@ pub(crate) struct Sequence {
     /// Tokens that end it: its own, and the model's unless it ignores them.
     end_tokens: Vec<u32>,
     text: TextStream,
+}
+
+impl Rank {
+    /// The answer's name.
+    pub(crate) fn answer(self) -> AnswerId {
+        AnswerId { request: self.request, choice: self.choice }
+    }
+}
+
+impl Part {
+    /// The row of its next token; those of its guesses follow.
+    fn next_row(&self) -> usize {
+        self.rows.end - 1 - self.drafted
+    }
 }
 
 impl Sequence {
@@ -115,6 +147,9 @@ impl Sequence {
             logprobs,
             prompt_logprobs,
             scored: Vec::new(),
+            draft: Vec::new(),
+            accepted: 0,
+            account: Account::default(),
             constraint,
             broken: None,
             text: text(tokenizer, &prompt, std::mem::take(&mut stop.strings))?,
@@ -144,6 +179,7 @@ impl Sequence {
         kv.release(std::mem::replace(&mut self.kv, empty));
         (self.computed, self.unread, self.named) = (0, 0, 0);
         self.scored.clear();
+        self.draft.clear();
     }
 
     /// Whether it is time for the other answers to branch off.
@@ -166,6 +202,8 @@ impl Sequence {
             to_fork: 0,
             prompt_logprobs: None,
             scored: Vec::new(),
+            draft: Vec::new(),
+            account: self.account.clone(),
             constraint: self.constraint.clone(),
             broken: None,
             stop: self.stop.clone(),
@@ -185,7 +223,8 @@ impl Sequence {
         if self.unread > 0 && (is_last || self.is_constrained()) {
             return 0;
         }
-        self.tokens.len() + self.unread - self.kv.len()
+        // While guesses are looked at, the cache has more.
+        (self.tokens.len() + self.unread).saturating_sub(self.kv.len())
     }
 
     /// Whether it must have a certain form.
@@ -210,7 +249,49 @@ impl Sequence {
         self.is_scored() || (self.logprobs.is_some() && part.is_sampled)
     }
 
-    /// Adds the next `count` of its pending tokens to a step.
+    /// Whether its tokens may be guessed: not where one depends on those before in other ways than through the model.
+    pub(crate) fn may_draft(&self) -> bool {
+        !self.is_scored() && !self.is_constrained() && !self.sampler.has_penalties()
+    }
+
+    /// Guesses what comes next, at most `most` tokens.
+    pub(crate) fn draft(&mut self, drafter: &mut dyn Drafter, most: usize) -> Result<(), EngineError> {
+        // The last token that may be generated is followed by none.
+        let left = (self.stop.max_tokens - self.generated()).min(self.most_tokens - self.tokens.len());
+        let most = most.min(left.saturating_sub(1));
+        let is_next = self.to_fork == 0 && self.kv.len() + 1 == self.tokens.len();
+        if most > 0 && is_next {
+            drafter.draft(self.rank.answer(), &self.tokens, most, &mut self.draft)?;
+            self.draft.truncate(most);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn forget_draft(&mut self) {
+        self.draft.clear();
+    }
+
+    /// Tokens that are guessed.
+    pub(crate) fn drafted(&self) -> usize {
+        self.draft.len()
+    }
+
+    /// What guessing has gained it.
+    pub(crate) fn account(&self) -> &Account {
+        &self.account
+    }
+
+    /// A step is over in which it had a part.
+    pub(crate) fn settle(&mut self, pace: &Pace, step: DraftedStep, part: &Part) {
+        self.account.settle(pace, step, part.drafted, self.accepted);
+    }
+
+    /// Guesses of its part that were right.
+    pub(crate) fn accepted(&self) -> usize {
+        self.accepted
+    }
+
+    /// Adds the next `count` of its pending tokens to a step; those beyond are guesses.
     pub(crate) fn take_part(
         &mut self,
         count: usize,
@@ -219,32 +300,37 @@ impl Sequence {
     ) -> Result<Part, ModelError> {
         let start = self.kv.len();
         kv.append(&mut self.kv, count)?;
-        let is_complete = self.kv.len() == self.tokens.len() + self.unread;
+        let chosen = self.tokens.len() + self.unread;
+        let drafted = self.kv.len().saturating_sub(chosen);
+        let is_complete = self.kv.len() >= chosen;
         let is_sampled = is_complete && self.stop.max_tokens > 0;
         let logits = match (self.is_scored(), is_sampled) {
             (true, _) => LogitRows::All,
-            (false, true) => LogitRows::Last,
+            (false, true) => LogitRows::LastN(1 + drafted),
             (false, false) => LogitRows::None,
         };
         let unread = [Step::SAMPLED + self.unread_row];
+        self.tokens.extend_from_slice(&self.draft[..drafted]);
         let tokens = self.tokens.get(start..start + count).unwrap_or(&unread);
         let rows = batch.push(&self.kv, tokens, logits);
-        Ok(Part { rank: self.rank, computed: self.kv.len(), rows, is_complete, is_sampled })
+        self.tokens.truncate(self.tokens.len() - drafted);
+        Ok(Part { rank: self.rank, computed: self.kv.len() - drafted, rows, is_complete, is_sampled, drafted })
     }
 
-    /// How its next token is chosen. It is row `row` of the sampling that is about to start.
-    pub(crate) fn choose(&mut self, row: usize) -> SampleRow<'_> {
+    /// How its next token is chosen, and those behind its guesses, by the rows of its part in the sampling that is about to start.
+    pub(crate) fn choose(&mut self, part: &Part) -> impl Iterator<Item = SampleRow<'_>> {
         let last_sampled = (self.unread > 0).then_some(self.unread_row);
         let index = self.chosen();
-        (self.unread, self.unread_row) = (self.unread + 1, row as u32);
+        (self.unread, self.unread_row) = (self.unread + 1, part.next_row() as u32);
         let allowed = self.constraint.as_ref().map(Constraint::allowed).filter(|_| self.broken.is_none());
-        self.sampler.row(index, last_sampled, index < self.stop.min_tokens, allowed)
+        self.sampler.rows(index, 1 + part.drafted, last_sampled, self.stop.min_tokens, allowed)
     }
 
     /// Forgets the steps under way.
     pub(crate) fn roll_back(&mut self, kv: &mut KvPool) {
         kv.truncate(&mut self.kv, self.computed);
         self.unread = 0;
+        self.draft.clear();
     }
 
     /// Tokens generated and read so far.
@@ -262,47 +348,65 @@ impl Sequence {
         part.computed.min(self.prompt_tokens).saturating_sub(self.computed)
     }
 
-    /// The oldest step under way has succeeded: takes note of what it computed, of its logits if they were read (`vocabulary` to a row), and
-    /// of the tokens sampled.
+    /// The oldest step under way has succeeded: takes note of what it computed, and appends an event for each of its tokens; tells whether
+    /// one of them is the last.
     pub(crate) fn finish_part(
         &mut self,
         part: &Part,
-        logits: &[f32],
-        sampled: &[u32],
-        vocabulary: usize,
+        step: &Computed<'_>,
         kv: &mut KvPool,
         tokenizer: &Tokenizer,
-    ) -> Result<Option<Event>, EngineError> {
+        events: &mut Vec<Event>,
+    ) -> Result<bool, EngineError> {
         let start = self.computed;
         self.computed = part.computed;
         self.name_blocks(kv);
-        let row = |row: usize| &logits[row * vocabulary..(row + 1) * vocabulary];
+        let row = |row: usize| &step.logits[row * step.vocabulary..(row + 1) * step.vocabulary];
         if let Some(alternatives) = self.prompt_logprobs {
             // The logits of a token tell how likely the next one was.
             for (place, index) in (start + 1..self.prompt_tokens.min(part.computed + 1)).zip(part.rows.clone()) {
                 self.scored.push(token_logprobs(row(index), self.tokens[place], alternatives));
             }
         }
+        self.accepted = 0;
         if !part.is_complete {
-            return Ok(None);
+            return Ok(false);
         }
         if let Some(error) = self.broken.take() {
             return Err(error);
         }
         let mut event = Event { prompt_logprobs: std::mem::take(&mut self.scored), ..self.event() };
         self.prompt_logprobs = None;
-        let reason = if part.is_sampled {
-            let index = part.rows.end - 1;
-            self.unread -= 1;
-            event.token = Some(sampled[index]).filter(|&token| token != SampleRow::NOT_FINITE);
+        if !part.is_sampled {
+            event.finish = Some(self.finish(FinishReason::Length));
+            events.push(event);
+            return Ok(true);
+        }
+        self.unread -= 1;
+        for index in part.next_row()..part.rows.end {
+            event.token = Some(step.sampled[index]).filter(|&token| token != SampleRow::NOT_FINITE);
             event.logprobs =
                 self.logprobs.zip(event.token).map(|(count, token)| token_logprobs(row(index), token, count));
-            self.accept(event.token, tokenizer, &mut event.text)?
-        } else {
-            Some(FinishReason::Length)
-        };
-        event.finish = reason.map(|reason| self.finish(reason));
-        Ok(Some(event))
+            let reason = self.accept(event.token, tokenizer, &mut event.text)?;
+            event.finish = reason.map(|reason| self.finish(reason));
+            let (token, is_last) = (event.token, event.finish.is_some());
+            events.push(event);
+            if is_last {
+                return Ok(true);
+            }
+            // What was computed behind a guess is right if the guess is.
+            if index + 1 == part.rows.end || token != Some(self.draft[self.accepted]) {
+                break;
+            }
+            self.accepted += 1;
+            event = self.event();
+        }
+        if part.drafted > 0 {
+            self.computed += self.accepted;
+            kv.truncate(&mut self.kv, self.computed);
+            self.draft.clear();
+        }
+        Ok(false)
     }
 
     /// Its last event, when it cannot go on.

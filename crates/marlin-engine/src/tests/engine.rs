@@ -10,8 +10,8 @@ use proptest::prelude::*;
 use super::fake_model::{FakeModel, Sizes, VOCABULARY, Wire, logits, next_token};
 use super::tokenizers::byte_level;
 use crate::{
-    Engine, EngineError, EngineOptions, Event, FinishReason, Grammar, GrammarCompiler, Request, RequestId,
-    SamplingParams, StopConditions, TokenLogprobs,
+    AnswerId, Drafter, Engine, EngineError, EngineOptions, Event, FinishReason, Grammar, GrammarCompiler, Request,
+    RequestId, SamplingParams, StopConditions, TokenLogprobs,
 };
 
 const ROOMY: Sizes =
@@ -26,6 +26,36 @@ static TOKENIZER: LazyLock<Arc<Tokenizer>> =
 fn engine(sizes: Sizes) -> (Engine, Arc<Mutex<Wire>>) {
     let (model, wire) = FakeModel::new(sizes);
     (Engine::new(Box::new(model), TOKENIZER.clone(), vec![EOS]), wire)
+}
+
+/// Guesses what the fake model says of itself, in some places something else, and wants to know of every end.
+#[derive(Debug, Default)]
+struct Guesser {
+    /// In one of how many places it is wrong; never, if 0.
+    wrong: usize,
+}
+
+impl Drafter for Guesser {
+    fn draft(&mut self, _: AnswerId, tokens: &[u32], most: usize, draft: &mut Vec<u32>) -> Result<(), EngineError> {
+        let mut history = tokens.to_vec();
+        for _ in 0..most {
+            let is_wrong = self.wrong > 0 && history.len().is_multiple_of(self.wrong);
+            let token = (next_token(&history, &SampleRow::GREEDY, None) + u32::from(is_wrong)) % VOCABULARY as u32;
+            history.push(token);
+            draft.push(token);
+        }
+        Ok(())
+    }
+
+    fn forget(&mut self, _: AnswerId) {}
+}
+
+/// An engine that guesses wherever it can.
+fn guessing_engine(sizes: Sizes, wrong: usize) -> (Engine, Arc<Mutex<Wire>>) {
+    let (model, wire) = FakeModel::new(sizes);
+    let options = EngineOptions { always_draft: true, ..EngineOptions::default() };
+    let engine = Engine::with_options(Box::new(model), TOKENIZER.clone(), vec![EOS], &options);
+    (engine.with_drafter(Box::new(Guesser { wrong })), wire)
 }
 
 fn greedy(prompt: &[u32], max_tokens: usize) -> Request {
@@ -528,6 +558,24 @@ fn a_request_whose_logits_are_not_finite_fails_alone() {
     assert_eq!(engine.used_kv_blocks(), 0);
 }
 
+#[test]
+fn what_is_guessed_right_comes_at_once() {
+    for (wrong, most_steps) in [(0, 8), (5, 24), (1, 45)] {
+        let (mut engine, wire) = guessing_engine(ROOMY, wrong);
+        let id = engine.add(Request { logprobs: Some(2), ..greedy(&[1, 2, 3], 40) }).unwrap();
+        let output = finish(&mut engine).remove(&id).unwrap();
+        assert_eq!(output.tokens, expected(&[1, 2, 3], 40));
+        let (mut plain, _) = self::engine(ROOMY);
+        let id = plain.add(Request { logprobs: Some(2), ..greedy(&[1, 2, 3], 40) }).unwrap();
+        assert_eq!(output, finish(&mut plain)[&id]);
+        let steps = &wire.lock().unwrap().steps;
+        assert!(steps.len() <= most_steps, "{wrong}: {steps:?}");
+        let stats = engine.stats();
+        assert_eq!((stats.generated_tokens, stats.accepted_tokens > 0), (40, wrong != 1));
+        assert_eq!(engine.used_kv_blocks(), 0);
+    }
+}
+
 /// A request of the random test, and when it comes and goes.
 #[derive(Debug, Clone)]
 struct Visit {
@@ -546,7 +594,8 @@ fn visit() -> impl Strategy<Value = Visit> {
     let sampling =
         (any::<bool>(), any::<u64>(), prop::sample::select(vec![0.0, 0.5])).prop_map(|(greedy, seed, penalty)| {
             let base = if greedy { SamplingParams::greedy() } else { SamplingParams::default() };
-            SamplingParams { seed: Some(seed), frequency_penalty: penalty, ..base }
+            let repetition_penalty = 1.0 + penalty / 5.0;
+            SamplingParams { seed: Some(seed), frequency_penalty: penalty, repetition_penalty, ..base }
         });
     let stop = (
         1..50usize,
@@ -601,12 +650,13 @@ proptest! {
         block_tokens in 1..9usize,
         spare_blocks in 0..40usize,
         overlaps in any::<bool>(),
+        wrong in prop::option::of(0..9usize),
     ) {
         // The smallest pool that any of the requests can run in, or a larger one.
         let context = 48;
         let blocks = usize::div_ceil(context - 1, block_tokens) + spare_blocks;
         let sizes = Sizes { context, step_tokens, logit_rows, block_tokens, blocks, overlaps };
-        let (mut together, _) = engine(sizes);
+        let (mut together, _) = wrong.map_or_else(|| engine(sizes), |wrong| guessing_engine(sizes, wrong));
         let mut ids: Vec<Option<RequestId>> = vec![None; visits.len()];
         let mut cancelled = vec![false; visits.len()];
         let mut events = Vec::new();

@@ -1,0 +1,116 @@
+//! Guesses by a smaller model.
+
+use std::collections::HashMap;
+use std::fmt;
+
+use marlin_kernels::SampleRow;
+use marlin_model::{KvSequence, LanguageModel, LogitRows, StepBatch};
+
+use super::{AnswerId, Drafter};
+use crate::EngineError;
+
+/// A smaller model with the same tokens, which says what is most likely by its own lights. Its KV cache follows each answer.
+pub struct DraftModel {
+    model: Box<dyn LanguageModel>,
+    /// Tokens that both models know.
+    vocabulary: u32,
+    answers: HashMap<AnswerId, Followed>,
+    batch: StepBatch,
+}
+
+/// An answer in the smaller model's KV cache.
+struct Followed {
+    kv: KvSequence,
+    /// What the cache holds.
+    tokens: Vec<u32>,
+}
+
+impl DraftModel {
+    /// Guesses by `model` for a model of `vocabulary` tokens, whose tokenizer must be the same.
+    pub fn new(model: Box<dyn LanguageModel>, vocabulary: usize) -> Self {
+        // Either may be padded, with tokens that the other does not know.
+        let vocabulary = vocabulary.min(model.info().vocabulary) as u32;
+        Self { model, vocabulary, answers: HashMap::new(), batch: StepBatch::default() }
+    }
+
+    /// Computes what of `tokens` is not cached yet, and chooses the token after it; `None` if there is no room.
+    fn next_token(&mut self, followed: &mut Followed, tokens: &[u32]) -> Result<Option<u32>, EngineError> {
+        let info = self.model.info();
+        let (step_tokens, context) = (info.step_tokens, info.context);
+        if tokens.len() > context {
+            return Ok(None);
+        }
+        while followed.tokens.len() < tokens.len() {
+            let start = followed.tokens.len();
+            let chunk = &tokens[start..tokens.len().min(start + step_tokens)];
+            if self.model.kv().append(&mut followed.kv, chunk.len()).is_err() {
+                return Ok(None);
+            }
+            let is_last = start + chunk.len() == tokens.len();
+            self.batch.clear();
+            self.batch.push(&followed.kv, chunk, if is_last { LogitRows::Last } else { LogitRows::None });
+            self.model.forward(&self.batch)?;
+            followed.tokens.extend_from_slice(chunk);
+        }
+        let sampling = self.model.sample(&[SampleRow::GREEDY])?;
+        let mut token = [SampleRow::NOT_FINITE];
+        self.model.sampled(sampling, &mut token)?;
+        Ok(Some(token[0]).filter(|&token| token != SampleRow::NOT_FINITE))
+    }
+
+    fn guess(
+        &mut self,
+        followed: &mut Followed,
+        tokens: &[u32],
+        most: usize,
+        draft: &mut Vec<u32>,
+    ) -> Result<(), EngineError> {
+        let alike = followed.tokens.iter().zip(tokens).take_while(|(own, said)| own == said).count();
+        // At least one token is computed, for its logits.
+        let kept = alike.min(tokens.len().saturating_sub(1));
+        followed.tokens.truncate(kept);
+        self.model.kv().truncate(&mut followed.kv, kept);
+        if tokens[kept..].iter().any(|&token| token >= self.vocabulary) {
+            return Ok(());
+        }
+        let mut text = tokens.to_vec();
+        while draft.len() < most {
+            let Some(token) = self.next_token(followed, &text)?.filter(|&token| token < self.vocabulary) else { break };
+            draft.push(token);
+            text.push(token);
+        }
+        Ok(())
+    }
+}
+
+impl Drafter for DraftModel {
+    fn draft(
+        &mut self,
+        answer: AnswerId,
+        tokens: &[u32],
+        most: usize,
+        draft: &mut Vec<u32>,
+    ) -> Result<(), EngineError> {
+        let empty = Followed { kv: self.model.kv().sequence(), tokens: Vec::new() };
+        let mut followed = self.answers.remove(&answer).unwrap_or(empty);
+        let result = self.guess(&mut followed, tokens, most, draft);
+        if result.is_ok() {
+            self.answers.insert(answer, followed);
+        } else {
+            self.model.kv().release(followed.kv);
+        }
+        result
+    }
+
+    fn forget(&mut self, answer: AnswerId) {
+        if let Some(followed) = self.answers.remove(&answer) {
+            self.model.kv().release(followed.kv);
+        }
+    }
+}
+
+impl fmt::Debug for DraftModel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DraftModel").field("model", self.model.info()).finish_non_exhaustive()
+    }
+}

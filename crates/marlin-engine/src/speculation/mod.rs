@@ -1,0 +1,195 @@
+//! Speculative decoding: tokens that are guessed, and looked at by the model together with the one before them.
+//!
+//! A [`Drafter`] guesses. The model computes logits behind every guessed token in one step, and each place's token is chosen from them just as it
+//! would have been without a guess: by the same random number, a function of seed and place. As long as guesses turn out to be what is chosen,
+//! what comes after them is right as well; the first that is not is replaced by the choice, and the KV cache forgets the rest. So an answer is the
+//! same to the token, whatever is guessed and at whatever temperature. (For a guess that is certain of itself this is the rejection
+//! sampling of Leviathan et al. 2023: it is accepted with the probability that the model gives it, and what replaces it has the distribution
+//! of the rest.)
+//!
+//! A guess costs time. [`Pace`] measures how long steps of so many tokens take, and each answer has an [`Account`] of what guessing has
+//! gained and cost it: it guesses as much as pays by its own rate of success, and when its credit is used up it only tries again from time to time.
+
+mod draft_model;
+mod lookup;
+#[cfg(test)]
+mod tests;
+
+pub use self::draft_model::DraftModel;
+pub use self::lookup::PromptLookup;
+use crate::{EngineError, RequestId};
+
+/// Most tokens that are guessed at a time.
+pub(crate) const MOST_DRAFT: usize = 15;
+
+/// Names an answer of one engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct AnswerId {
+    /// Its request.
+    pub request: RequestId,
+    /// Which of the answers to it.
+    pub choice: u32,
+}
+
+/// Guesses how answers go on.
+pub trait Drafter: Send {
+    /// Appends at most `most` tokens that may follow `tokens`, the prompt and the answer so far, to `draft`, which is empty.
+    ///
+    /// # Errors
+    /// It fails in a way that others should know of. Having no guess is no error.
+    fn draft(&mut self, answer: AnswerId, tokens: &[u32], most: usize, draft: &mut Vec<u32>)
+    -> Result<(), EngineError>;
+
+    /// An answer has ended.
+    fn forget(&mut self, answer: AnswerId);
+}
+
+/// How long steps take that only generate, by how many tokens they compute.
+#[derive(Debug, Default)]
+pub(crate) struct Pace {
+    /// Those during which the next one was started already.
+    overlapped: Times,
+    /// Those after which everything waited, as one must to guess; on a device that is never ahead, all.
+    waited: Times,
+    /// Of a guessed token, before the model looks at it.
+    draft: f64,
+}
+
+/// Seconds of steps by their tokens; 0 where nothing is known.
+#[derive(Debug, Default)]
+struct Times(Vec<f64>);
+
+/// Weight of what was measured last.
+const NEWS: f64 = 0.1;
+/// Where nothing is known of more tokens, each is taken to cost so much of what those that are known do.
+const UNKNOWN: f64 = 0.5;
+
+impl Times {
+    fn record(&mut self, tokens: usize, seconds: f64) {
+        if self.0.len() <= tokens {
+            self.0.resize(tokens + 1, 0.0);
+        }
+        let known = &mut self.0[tokens];
+        // The machine may have been at something else for a while.
+        *known = if *known == 0.0 { seconds } else { *known + NEWS * (seconds.min(4.0 * *known) - *known) };
+    }
+
+    /// Seconds of a step of so many tokens; `None` if nothing is known.
+    fn step(&self, tokens: usize) -> Option<f64> {
+        let known = |(tokens, &seconds): (usize, &f64)| (seconds > 0.0).then_some((tokens, seconds));
+        let below = self.0.iter().enumerate().take(tokens + 1).filter_map(known).next_back();
+        let above = self.0.iter().enumerate().skip(tokens).find_map(known);
+        match (below, above) {
+            (Some((few, less)), Some((many, more))) if many > few => {
+                Some(less + (more - less) * (tokens - few) as f64 / (many - few) as f64)
+            }
+            (Some((few, less)), _) => Some(less * (1.0 + UNKNOWN * (tokens - few) as f64 / few.max(1) as f64)),
+            (None, above) => above.map(|(_, more)| more),
+        }
+    }
+}
+
+impl Pace {
+    /// Takes note of a step, and of whether everything waited for it.
+    pub(crate) fn record(&mut self, tokens: usize, seconds: f64, has_waited: bool) {
+        let times = if has_waited { &mut self.waited } else { &mut self.overlapped };
+        times.record(tokens, seconds);
+    }
+
+    /// Takes note of guessed tokens.
+    pub(crate) fn record_draft(&mut self, tokens: usize, seconds: f64) {
+        if tokens > 0 {
+            let each = seconds / tokens as f64;
+            self.draft = if self.draft == 0.0 { each } else { self.draft + NEWS * (each - self.draft) };
+        }
+    }
+
+    /// Seconds of a step without guesses; `None` if nothing is known.
+    fn step(&self, tokens: usize) -> Option<f64> {
+        self.overlapped.step(tokens).or_else(|| self.waited.step(tokens))
+    }
+
+    /// What guessing `drafted` tokens adds to a step of `tokens` others; of 0, what waiting to guess does. `None` if nothing is known.
+    fn extra(&self, tokens: usize, drafted: usize) -> Option<f64> {
+        let all = tokens + drafted;
+        let more = self.waited.step(all).or_else(|| self.overlapped.step(all))? - self.step(tokens)?;
+        Some(more.max(0.0) + drafted as f64 * self.draft)
+    }
+}
+
+/// A step of which each answer had a token, and some guessed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DraftedStep {
+    /// Tokens that were not guessed, one for each answer.
+    pub(crate) tokens: usize,
+    /// Tokens that were.
+    pub(crate) drafted: usize,
+    /// Everything waited for it.
+    pub(crate) has_waited: bool,
+}
+
+/// What guessing has gained an answer, and what it has cost.
+#[derive(Debug, Clone)]
+pub(crate) struct Account {
+    /// Seconds that may be spent; `None` before anything is known.
+    balance: Option<f64>,
+    /// How likely a guess is right, by its last ones.
+    success: f64,
+}
+
+/// Steps that an answer may lose before it knows anything.
+const CREDIT: f64 = 0.5;
+/// The share of its time that an answer may go on to lose.
+const ALLOWANCE: f64 = 0.01;
+/// Steps of what was gained that may be lost again.
+const MOST_CREDIT: f64 = 4.0;
+
+impl Default for Account {
+    fn default() -> Self {
+        Self { balance: None, success: 0.6 }
+    }
+}
+
+impl Account {
+    /// How many tokens to guess, at most `most`, in a step of `tokens` others that serves as many answers.
+    pub(crate) fn plan(&self, pace: &Pace, tokens: usize, most: usize) -> usize {
+        let Some(step) = pace.step(tokens) else { return 0 };
+        let token = step / tokens as f64;
+        let balance = self.balance.unwrap_or(CREDIT * token);
+        let mut best = (0, 0.0);
+        let (mut accepted, mut likely) = (0.0, 1.0);
+        for drafted in 1..=most {
+            likely *= self.success;
+            accepted += likely;
+            let Some(cost) = pace.extra(tokens, drafted) else { break };
+            if cost > balance {
+                break;
+            }
+            let gain = accepted * token - cost;
+            // A single guess tells whether luck has turned, even if it does not pay.
+            if drafted == 1 || gain > best.1 {
+                best = (drafted, gain);
+            }
+        }
+        best.0
+    }
+
+    /// A step is over in which `drafted` guesses were this answer's, and `accepted` of them right.
+    pub(crate) fn settle(&mut self, pace: &Pace, step: DraftedStep, drafted: usize, accepted: usize) {
+        let extra = |drafted| pace.extra(step.tokens, drafted);
+        let (Some(seconds), Some(wait), Some(all)) = (pace.step(step.tokens), extra(0), extra(step.drafted)) else {
+            return;
+        };
+        let token = seconds / step.tokens as f64;
+        let balance = self.balance.unwrap_or(CREDIT * token) + ALLOWANCE * token;
+        let mut cost = if step.has_waited { wait / step.tokens as f64 } else { 0.0 };
+        if drafted > 0 {
+            cost += (all - wait) * drafted as f64 / step.drafted as f64;
+        }
+        self.balance = Some((balance + accepted as f64 * token - cost).min(MOST_CREDIT * token));
+        for place in 0..drafted.min(accepted + 1) {
+            let is_right = if place < accepted { 1.0 } else { 0.0 };
+            self.success += NEWS * (is_right - self.success);
+        }
+    }
+}
