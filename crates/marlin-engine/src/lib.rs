@@ -29,6 +29,6 @@ pub use engine::{Engine, EngineOptions, EngineStats};
 pub use error::EngineError;
 pub use request::{Event, Finish, Request, RequestId, TokenLogprobs};
 pub use sampling::SamplingParams;
-pub use speculation::{AnswerId, DraftModel, Drafter, PromptLookup};
+pub use speculation::{AnswerId, DraftModel, Drafter, MOST_DRAFT, PromptLookup};
 pub use stop::{FinishReason, StopConditions};
 pub use text::TextStream;

@@ -71,6 +71,8 @@ impl Collector for EngineCollector {
             ("generated_tokens", "Tokens generated", stats.generated_tokens),
             ("prefix_cache_queries", "Tokens looked for in the prefix cache", stats.prefix_queries),
             ("prefix_cache_hits", "Tokens found there", stats.prefix_hits),
+            ("drafted_tokens", "Tokens guessed ahead", stats.drafted_tokens),
+            ("accepted_tokens", "Those of them that were right", stats.accepted_tokens),
             ("preemptions", "How often an answer gave its blocks back to others", stats.preemptions),
             ("steps", "Steps of the model", stats.steps),
         ];

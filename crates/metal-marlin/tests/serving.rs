@@ -3,26 +3,33 @@
 
 use std::collections::HashMap;
 
-use marlin_engine::{Engine, Event, FinishReason, Request, SamplingParams, StopConditions, TokenLogprobs};
-use marlin_model::LoadOptions;
+use marlin_engine::{
+    DraftModel, Engine, EngineOptions, Event, FinishReason, PromptLookup, Request, SamplingParams, StopConditions,
+    TokenLogprobs,
+};
+use marlin_model::{LanguageModel, LoadOptions};
 use metal_marlin::DeviceOptions;
 use metal_marlin::device::DeviceChoice;
 use metal_marlin::load;
 
 /// An engine of its own on the CPU, with so many KV blocks.
 fn engine(kv_blocks: usize) -> Engine {
+    engine_with(kv_blocks, &EngineOptions::default())
+}
+
+fn engine_with(kv_blocks: usize, engine_options: &EngineOptions) -> Engine {
     let checkpoint = load::open_checkpoint(None).unwrap();
     let options = DeviceOptions { device: DeviceChoice::Cpu, ..DeviceOptions::default() };
     let load = LoadOptions {
         context: Some(256),
         step_tokens: 64,
-        logit_rows: 8,
+        logit_rows: 24,
         kv_blocks: Some(kv_blocks),
         ..LoadOptions::default()
     };
     let model = load::load_model(&checkpoint, &options.open().unwrap(), &load).unwrap();
     let eos = checkpoint.generation_config().unwrap().eos_token_id;
-    Engine::new(model, checkpoint.tokenizer().unwrap().into(), eos)
+    Engine::with_options(model, checkpoint.tokenizer().unwrap().into(), eos, engine_options)
 }
 
 /// Requests of every kind, many of which begin alike.
@@ -37,7 +44,9 @@ fn requests(engine: &Engine) -> Vec<Request> {
             _ => encode(&format!("Number {index} said:")),
         };
         let base = if index.is_multiple_of(2) { SamplingParams::greedy() } else { SamplingParams::default() };
-        let sampling = SamplingParams { seed: Some(index as u64), ..base };
+        // Nothing is guessed where there is a penalty.
+        let repetition_penalty = if index.is_multiple_of(4) { 1.1 } else { 1.0 };
+        let sampling = SamplingParams { seed: Some(index as u64), repetition_penalty, ..base };
         let stop = StopConditions {
             max_tokens: 8 + 7 * (index % 6),
             min_tokens: index % 5,
@@ -106,4 +115,35 @@ fn company_changes_nothing() {
         requests.iter().flat_map(|request| answers(&mut alone, std::slice::from_ref(request))).collect();
     assert_eq!(first, alone);
     assert_eq!(answers(&mut together, &requests), alone, "once more, from the cache");
+}
+
+/// Whoever guesses, and whether it pays or not.
+#[test]
+fn guessing_changes_nothing() {
+    let mut plain = engine(40);
+    let requests = requests(&plain);
+    let alone: Vec<Answer> =
+        requests.iter().flat_map(|request| answers(&mut plain, std::slice::from_ref(request))).collect();
+    let always = EngineOptions { always_draft: true, ..EngineOptions::default() };
+    for (options, kv_blocks) in [(&always, 12), (&always, 40), (&EngineOptions::default(), 40)] {
+        let mut guessing = engine_with(kv_blocks, options).with_drafter(Box::new(PromptLookup::default()));
+        assert_eq!(answers(&mut guessing, &requests), alone);
+        let stats = guessing.stats();
+        assert!(!options.always_draft || stats.accepted_tokens > 0, "{stats:?}");
+    }
+    // The model itself is always right where the most likely token is taken.
+    let drafter = |vocabulary| Box::new(DraftModel::new(draft_model(), vocabulary));
+    let mut guessing = engine_with(40, &always);
+    guessing = guessing.with_drafter(drafter(plain.info().vocabulary));
+    assert_eq!(answers(&mut guessing, &requests), alone);
+    let stats = guessing.stats();
+    assert!(stats.accepted_tokens * 2 > stats.drafted_tokens, "{stats:?}");
+}
+
+/// The bundled model, to guess for itself, with a KV cache of its own.
+fn draft_model() -> Box<dyn LanguageModel> {
+    let checkpoint = load::open_checkpoint(None).unwrap();
+    let options = DeviceOptions { device: DeviceChoice::Cpu, ..DeviceOptions::default() };
+    let load = LoadOptions { context: Some(256), kv_blocks: Some(60), logit_rows: 1, ..LoadOptions::default() };
+    load::load_model(&checkpoint, &options.open().unwrap(), &load).unwrap()
 }

@@ -20,7 +20,7 @@ pub use self::lookup::PromptLookup;
 use crate::{EngineError, RequestId};
 
 /// Most tokens that are guessed at a time.
-pub(crate) const MOST_DRAFT: usize = 15;
+pub const MOST_DRAFT: usize = 15;
 
 /// Names an answer of one engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

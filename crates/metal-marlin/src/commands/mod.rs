@@ -26,6 +26,7 @@ pub(crate) mod run;
 mod sampling;
 pub(crate) mod serve;
 mod serving;
+mod speculation;
 mod template;
 pub(crate) mod verify_kernels;
 

@@ -19,6 +19,7 @@ use serde_json::json;
 
 use super::model::{self, HubOptions, QuantizeOptions};
 use super::sampling::SamplingOptions;
+use super::speculation::SpeculationOptions;
 use super::template::TemplateOptions;
 use crate::progress;
 
@@ -78,6 +79,9 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     stop: StopOptions,
+
+    #[command(flatten)]
+    speculation: SpeculationOptions,
 
     #[command(flatten)]
     hub: HubOptions,
@@ -159,7 +163,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let model = progress::spinner(&format!("Loading {}", checkpoint.name()), || {
         args.quantize.load()(&checkpoint, &device, &options)
     })?;
-    let mut engine = Engine::new(model, Arc::new(tokenizer), generation.eos_token_id);
+    let engine = Engine::new(model, Arc::new(tokenizer), generation.eos_token_id);
+    let mut engine = args.speculation.apply(engine, &args.device, &device, 1)?;
     let load = started.elapsed();
 
     engine.add(request)?;
@@ -227,8 +232,9 @@ impl Args {
         let needed = request.prompt.len().saturating_add(request.stop.max_tokens);
         let usable = needed.clamp(1, shape.context);
         let context = self.context.map_or(usable, NonZeroUsize::get);
+        let logit_rows = 1 + self.speculation.logit_rows(&self.device, device);
         let options =
-            LoadOptions { context: Some(context), kv_type: self.kv.into(), logit_rows: 1, ..LoadOptions::default() };
+            LoadOptions { context: Some(context), kv_type: self.kv.into(), logit_rows, ..LoadOptions::default() };
         let Some(budget) = self.memory.budget(device) else { return Ok(options) };
         let plan = planner.plan(&options).map_err(LoadError::Model)?;
         let context = match plan.longest_context(budget.device, 1) {

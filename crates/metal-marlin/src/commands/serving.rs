@@ -12,6 +12,7 @@ use metal_marlin::memory::{self, MemoryOptions};
 use metal_marlin::{DeviceOptions, LoadError, load};
 
 use super::model::{self, HubOptions, QuantizeOptions, TemporaryFolder};
+use super::speculation::SpeculationOptions;
 use super::template;
 use crate::progress;
 
@@ -49,6 +50,9 @@ pub(crate) struct ServingOptions {
     /// Number format of cached keys and values
     #[arg(long, value_enum, default_value_t = KvFormat::F16, help_heading = "Device")]
     kv: KvFormat,
+
+    #[command(flatten)]
+    speculation: SpeculationOptions,
 
     #[command(flatten)]
     hub: HubOptions,
@@ -89,6 +93,7 @@ impl ServingOptions {
             self.quantize.load()(&checkpoint, &device, &options)
         })?;
         let engine = Engine::new(loaded, tokenizer.into(), served.generation.eos_token_id.clone());
+        let engine = self.speculation.apply(engine, &self.device, &device, CONTEXTS)?;
         Ok(Serving { engine, model: served, device, _temporary: temporary })
     }
 
@@ -120,11 +125,12 @@ impl ServingOptions {
         let allowed = planner.shape().context;
         let context = self.context.map_or(allowed, NonZeroUsize::get);
         let defaults = LoadOptions::default();
+        let rows = self.max_running.get() + self.speculation.logit_rows(&self.device, device);
         let options = LoadOptions {
             context: Some(context),
             kv_type: self.kv.into(),
-            logit_rows: self.max_running.get(),
-            step_tokens: defaults.step_tokens.max(self.max_running.get()),
+            logit_rows: rows,
+            step_tokens: defaults.step_tokens.max(rows),
             ..defaults
         };
         let plan = planner.plan(&options).map_err(LoadError::Model)?;

@@ -19,6 +19,7 @@ use self::conversation::{Answer, Conversation};
 use self::input::{Input, Lines, Pipe, Terminal};
 use super::model::{self, HubOptions, QuantizeOptions};
 use super::sampling::SamplingOptions;
+use super::speculation::SpeculationOptions;
 use super::template::TemplateOptions;
 use crate::{interrupt, progress};
 
@@ -76,6 +77,9 @@ pub(crate) struct Args {
     stop: Vec<String>,
 
     #[command(flatten)]
+    speculation: SpeculationOptions,
+
+    #[command(flatten)]
     hub: HubOptions,
 
     #[command(flatten)]
@@ -112,17 +116,18 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     sampling.validate()?;
     stop.validate()?;
 
+    let device = args.device.open().map_err(LoadError::Device)?;
     let options = LoadOptions {
         context: args.context.map(NonZeroUsize::get).or(default_context),
         kv_type: args.kv.into(),
-        logit_rows: 1,
+        logit_rows: 1 + args.speculation.logit_rows(&args.device, &device),
         ..Default::default()
     };
-    let device = args.device.open().map_err(LoadError::Device)?;
     let model = progress::spinner(&format!("Loading {}", checkpoint.name()), || {
         args.quantize.load()(&checkpoint, &device, &options)
     })?;
     let engine = Engine::new(model, tokenizer, generation.eos_token_id);
+    let engine = args.speculation.apply(engine, &args.device, &device, 1)?;
     let context = engine.info().context;
     let mut conversation = Conversation::new(engine, prompter, sampling, stop, args.template.first_messages());
 

@@ -1,0 +1,97 @@
+//! Options for guessing tokens ahead.
+
+use std::path::PathBuf;
+
+use anyhow::bail;
+use clap::ValueEnum;
+use marlin_checkpoint::Tokenizer;
+use marlin_engine::{DraftModel, Engine, MOST_DRAFT, PromptLookup};
+use marlin_kernels::KvType;
+use marlin_model::LoadOptions;
+use metal_marlin::device::Device;
+use metal_marlin::tile_cache::load_model_kept;
+use metal_marlin::{DeviceOptions, LoadError};
+
+use super::model::{self, HubOptions};
+use crate::progress;
+
+/// How tokens are guessed ahead.
+#[derive(Debug, Clone, clap::Args)]
+#[command(next_help_heading = "Speculation")]
+pub(crate) struct SpeculationOptions {
+    /// Guess what comes next from the text itself, and look at several guessed tokens at a time where that pays; answers stay what they are
+    /// [default: lookup on a CPU and with --batch-invariant, where they do to the token]
+    #[arg(long, value_name = "HOW")]
+    speculate: Option<Speculate>,
+
+    /// Guess by this smaller model, which must have the same tokens: a folder, or an id on the Hub
+    #[arg(long, value_name = "MODEL", conflicts_with = "speculate")]
+    draft_model: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Speculate {
+    /// What followed on the same words before follows again.
+    Lookup,
+    /// Not at all.
+    Off,
+}
+
+impl SpeculationOptions {
+    /// Rows of logits that guesses may take, beside one for each answer.
+    pub(crate) fn logit_rows(&self, device: &DeviceOptions, opened: &Device) -> usize {
+        if self.draft_model.is_some() || self.looks_up(device, opened) { MOST_DRAFT } else { 0 }
+    }
+
+    fn looks_up(&self, device: &DeviceOptions, opened: &Device) -> bool {
+        match self.speculate {
+            Some(how) => how == Speculate::Lookup,
+            None => opened.cpu().is_some() || device.batch_invariant,
+        }
+    }
+
+    /// Lets the engine guess as the options say. A draft model is loaded beside its model, with room for `sequences` answers.
+    pub(crate) fn apply(
+        &self,
+        engine: Engine,
+        device: &DeviceOptions,
+        opened: &Device,
+        sequences: usize,
+    ) -> anyhow::Result<Engine> {
+        let Some(path) = &self.draft_model else {
+            let looks_up = self.looks_up(device, opened);
+            return Ok(if looks_up { engine.with_drafter(Box::new(PromptLookup::default())) } else { engine });
+        };
+        let checkpoint = model::open(Some(path), &HubOptions { revision: None })?;
+        let name = path.display();
+        if let Some(difference) = difference(engine.tokenizer(), &checkpoint.tokenizer()?) {
+            bail!("{name} cannot guess for this model, because {difference}; a draft model must have the same tokens");
+        }
+        let planner = opened.planner(&checkpoint).map_err(LoadError::Model)?;
+        let context = engine.info().context.min(planner.shape().context);
+        let options = LoadOptions {
+            context: Some(context),
+            kv_type: KvType::F16,
+            kv_blocks: Some(planner.kv_blocks(context, sequences)),
+            logit_rows: 1,
+            ..LoadOptions::default()
+        };
+        let loaded = progress::spinner(&format!("Loading {}", checkpoint.name()), || {
+            load_model_kept(&checkpoint, opened, &options)
+        })?;
+        let vocabulary = engine.info().vocabulary;
+        Ok(engine.with_drafter(Box::new(DraftModel::new(loaded, vocabulary))))
+    }
+}
+
+/// The first token that two tokenizers do not spell alike.
+fn difference(tokenizer: &Tokenizer, other: &Tokenizer) -> Option<String> {
+    let shared = tokenizer.vocabulary_size().min(other.vocabulary_size());
+    (0..shared as u32).find_map(|id| {
+        let (one, two) = (tokenizer.id_to_token(id), other.id_to_token(id));
+        (one != two).then(|| {
+            let [two, one] = [two, one].map(|token| token.unwrap_or_else(|| "nothing".to_owned()));
+            format!("its token {id} is {two:?} and not {one:?}")
+        })
+    })
+}
