@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use clap::ArgGroup;
 use marlin_checkpoint::{Checkpoint, GenerationConfig, Tokenizer};
-use marlin_engine::{Engine, Finish, FinishReason, Message, Request, StopConditions};
+use marlin_engine::{Engine, EngineStats, Finish, FinishReason, Message, Request, StopConditions};
 use marlin_model::{HostExpertsInfo, LoadOptions, ModelInfo};
 use metal_marlin::device::{Device, KvFormat};
 use metal_marlin::memory::{self, MemoryOptions};
@@ -175,7 +175,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         writeln!(stdout(), "{report}").context(CANNOT_WRITE)?;
     }
     if args.verbose || (stderr().is_terminal() && !args.json) {
-        report(checkpoint.name(), engine.info(), &output.finish, &timings, args.verbose);
+        report(checkpoint.name(), engine.info(), &output, &timings, args.verbose);
     }
     Ok(())
 }
@@ -265,6 +265,9 @@ struct Output {
     tokens: Vec<u32>,
     finish: Finish,
     timings: Timings,
+    /// Tokens that were guessed, and those that were right.
+    drafted_tokens: u64,
+    accepted_tokens: u64,
 }
 
 /// Where the time went.
@@ -301,7 +304,8 @@ fn generate(engine: &mut Engine, stream: bool) -> anyhow::Result<Output> {
                 }
                 let prefill = first.unwrap_or_default();
                 let timings = Timings { prefill, decode: started.elapsed() - prefill, ..Timings::default() };
-                return Ok(Output { text, tokens, finish, timings });
+                let EngineStats { drafted_tokens, accepted_tokens, .. } = engine.stats();
+                return Ok(Output { text, tokens, finish, timings, drafted_tokens, accepted_tokens });
             }
         }
     }
@@ -329,6 +333,8 @@ impl Output {
             "stopped_at": stopped_at,
             "prompt_tokens": prompt_tokens,
             "generated_tokens": generated_tokens,
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
             "timings": {
                 "load_seconds": timings.load.as_secs_f64(),
                 "prefill_seconds": timings.prefill.as_secs_f64(),
@@ -352,7 +358,8 @@ impl Timings {
 }
 
 /// Says on standard error what ran and how fast.
-fn report(name: &str, model: &ModelInfo, finish: &Finish, timings: &Timings, verbose: bool) {
+fn report(name: &str, model: &ModelInfo, output: &Output, timings: &Timings, verbose: bool) {
+    let Output { finish, drafted_tokens, accepted_tokens, .. } = output;
     let mut lines = String::from("\n");
     if verbose {
         lines += &format!(
@@ -378,6 +385,9 @@ fn report(name: &str, model: &ModelInfo, finish: &Finish, timings: &Timings, ver
     lines += &format!("output   {} tokens in {:.2} s", finish.generated_tokens, timings.decode.as_secs_f64());
     if let Some(rate) = timings.decode_rate(finish.generated_tokens) {
         lines += &format!(" ({rate:.1} tokens/s)");
+    }
+    if *drafted_tokens > 0 {
+        lines += &format!(", {accepted_tokens} of {drafted_tokens} guesses right");
     }
     let ended = match &finish.reason {
         FinishReason::StopToken(_) => "the model ended its text".to_owned(),
