@@ -105,8 +105,9 @@ pub(crate) struct Sampler {
     seed: u64,
     random: ChaCha8Rng,
     counts: TokenCounts,
-    /// Kept for its memory.
+    /// Of the rows that were asked for last: their random numbers, and what was said before each but the first.
     uniforms: Vec<f32>,
+    drafted: Vec<Vec<TokenCount>>,
 }
 
 impl Sampler {
@@ -122,7 +123,15 @@ impl Sampler {
         let never = end_tokens.iter().map(|&token| (token, f32::NEG_INFINITY));
         let early_bias = summed(params.logit_bias.iter().copied().chain(never));
         params.logit_bias = summed(params.logit_bias.iter().copied());
-        Ok(Self { params, early_bias, seed, random: random(seed, 0), counts, uniforms: Vec::new() })
+        Ok(Self {
+            params,
+            early_bias,
+            seed,
+            random: random(seed, 0),
+            counts,
+            uniforms: Vec::new(),
+            drafted: Vec::new(),
+        })
     }
 
     /// For another answer to the same prompt: with the same seed it has random numbers of its own.
@@ -134,46 +143,46 @@ impl Sampler {
             random: random(self.seed, choice),
             counts: self.counts.clone(),
             uniforms: Vec::new(),
+            drafted: Vec::new(),
         }
     }
 
-    /// How to choose `count` tokens after `generated` others, the last of which may be known as a row of the last sampling only; of the first
-    /// `min_tokens` of an answer, none that ends it. `allowed` are the tokens that may be chosen, if not all may.
-    ///
-    /// What was said before the first of them is taken for what was said before all: with penalties, ask for one.
+    /// How to choose the token after `generated` others, the last of which may be known as a row of the last sampling only, and then each
+    /// after one more token of `draft`; of the first `min_tokens` of an answer, none that ends it. `allowed` are the tokens that may be
+    /// chosen, if not all may.
     pub(crate) fn rows<'a>(
         &'a mut self,
         generated: usize,
-        count: usize,
+        draft: &[u32],
         last_sampled: Option<u32>,
         min_tokens: usize,
         allowed: Option<&'a [u32]>,
     ) -> impl Iterator<Item = SampleRow<'a>> {
         self.uniforms.clear();
-        for place in generated..generated + count {
+        self.drafted.clear();
+        for place in generated..=generated + draft.len() {
             self.uniforms.push(uniform(&mut self.random, place));
         }
-        let last_sampled = last_sampled.filter(|_| self.params.has_penalties());
-        let (params, early_bias, counts) = (&self.params, &self.early_bias, &self.counts.counts);
-        (generated..).zip(&self.uniforms).map(move |(place, &uniform)| SampleRow {
-            temperature: params.temperature,
-            top_k: params.top_k,
-            top_p: params.top_p,
-            min_p: params.min_p,
+        let has_penalties = self.params.has_penalties();
+        for &token in draft.iter().filter(|_| has_penalties) {
+            let before = self.drafted.last().unwrap_or(&self.counts.counts);
+            self.drafted.push(self.counts.and(before, token));
+        }
+        let this = &*self;
+        (generated..).zip(&this.uniforms).enumerate().map(move |(row, (place, &uniform))| SampleRow {
+            temperature: this.params.temperature,
+            top_k: this.params.top_k,
+            top_p: this.params.top_p,
+            min_p: this.params.min_p,
             uniform,
-            repetition_penalty: params.repetition_penalty,
-            presence_penalty: params.presence_penalty,
-            frequency_penalty: params.frequency_penalty,
-            counts,
-            last_sampled,
-            bias: if place < min_tokens { early_bias } else { &params.logit_bias },
+            repetition_penalty: this.params.repetition_penalty,
+            presence_penalty: this.params.presence_penalty,
+            frequency_penalty: this.params.frequency_penalty,
+            counts: row.checked_sub(1).and_then(|row| this.drafted.get(row)).unwrap_or(&this.counts.counts),
+            last_sampled: last_sampled.filter(|_| has_penalties),
+            bias: if place < min_tokens { &this.early_bias } else { &this.params.logit_bias },
             allowed,
         })
-    }
-
-    /// Whether what was said changes how likely tokens are.
-    pub(crate) fn has_penalties(&self) -> bool {
-        self.params.has_penalties()
     }
 
     /// Takes note of a generated token.
@@ -232,6 +241,17 @@ impl TokenCounts {
         });
         &mut self.counts[place]
     }
+
+    /// Counts that began as these, with one more generated token.
+    fn and(&self, counts: &[TokenCount], token: u32) -> Vec<TokenCount> {
+        let mut counts = counts.to_vec();
+        let added = || counts[self.counts.len()..].iter().position(|count| count.token == token);
+        match self.places.get(&token).copied().or_else(|| added().map(|place| self.counts.len() + place)) {
+            Some(place) => counts[place].generated += 1,
+            None => counts.push(TokenCount { token, generated: 1 }),
+        }
+        counts
+    }
 }
 
 #[cfg(test)]
@@ -275,7 +295,7 @@ mod tests {
 
     /// How to choose one token.
     fn row(sampler: &mut Sampler, generated: usize, min_tokens: usize) -> SampleRow<'_> {
-        sampler.rows(generated, 1, None, min_tokens, None).next().unwrap()
+        sampler.rows(generated, &[], None, min_tokens, None).next().unwrap()
     }
 
     #[test]
@@ -286,7 +306,7 @@ mod tests {
         let forwards: Vec<f32> = (0..100).map(|i| row(&mut first, i, 0).uniform).collect();
         let backwards: Vec<f32> = (0..100).rev().map(|i| row(&mut again, i, 0).uniform).collect();
         assert!(forwards.iter().eq(backwards.iter().rev()));
-        let at_once: Vec<f32> = again.rows(10, 5, None, 0, None).map(|row| row.uniform).collect();
+        let at_once: Vec<f32> = again.rows(10, &[1, 2, 3, 4], None, 0, None).map(|row| row.uniform).collect();
         assert_eq!(at_once, forwards[10..15]);
         assert!(forwards.iter().all(|u| (0.0..1.0).contains(u)));
         let mean = forwards.iter().sum::<f32>() / 100.0;
@@ -340,5 +360,13 @@ mod tests {
         sampler.accept(9);
         let count = |token, generated| TokenCount { token, generated };
         assert_eq!(row(&mut sampler, 3, 0).counts, [count(3, 0), count(4, 1), count(9, 2)]);
+        // Behind guesses it is as if they had been accepted.
+        let draft = [7, 4, 7];
+        let guessed: Vec<Vec<TokenCount>> =
+            sampler.rows(3, &draft, None, 0, None).map(|row| row.counts.to_vec()).collect();
+        for (row, counts) in guessed.into_iter().enumerate() {
+            assert_eq!(self::row(&mut sampler, 3 + row, 0).counts, counts);
+            draft.get(row).into_iter().for_each(|&token| sampler.accept(token));
+        }
     }
 }

@@ -249,9 +249,9 @@ impl Sequence {
         self.is_scored() || (self.logprobs.is_some() && part.is_sampled)
     }
 
-    /// Whether its tokens may be guessed: not where one depends on those before in other ways than through the model.
+    /// Whether its tokens may be guessed: not in a grammar, which must be followed token by token.
     pub(crate) fn may_draft(&self) -> bool {
-        !self.is_scored() && !self.is_constrained() && !self.sampler.has_penalties()
+        !self.is_scored() && !self.is_constrained()
     }
 
     /// Guesses what comes next, at most `most` tokens.
@@ -323,7 +323,7 @@ impl Sequence {
         let index = self.chosen();
         (self.unread, self.unread_row) = (self.unread + 1, part.next_row() as u32);
         let allowed = self.constraint.as_ref().map(Constraint::allowed).filter(|_| self.broken.is_none());
-        self.sampler.rows(index, 1 + part.drafted, last_sampled, self.stop.min_tokens, allowed)
+        self.sampler.rows(index, &self.draft[..part.drafted], last_sampled, self.stop.min_tokens, allowed)
     }
 
     /// Forgets the steps under way.

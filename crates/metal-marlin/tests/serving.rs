@@ -44,7 +44,6 @@ fn requests(engine: &Engine) -> Vec<Request> {
             _ => encode(&format!("Number {index} said:")),
         };
         let base = if index.is_multiple_of(2) { SamplingParams::greedy() } else { SamplingParams::default() };
-        // Nothing is guessed where there is a penalty.
         let repetition_penalty = if index.is_multiple_of(4) { 1.1 } else { 1.0 };
         let sampling = SamplingParams { seed: Some(index as u64), repetition_penalty, ..base };
         let stop = StopConditions {
