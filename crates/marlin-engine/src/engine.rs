@@ -24,6 +24,8 @@ const PREFILL_TOKENS: [usize; 2] = [256, 32];
 pub struct EngineOptions {
     /// Keep what the KV cache holds for prompts that begin alike.
     pub prefix_cache: bool,
+    /// Most answers that are computed at a time; `None` for as many as a step of the model has room for.
+    pub max_running: Option<usize>,
     /// Most tokens of prompts in a step beside answers that are being generated; `None` suits the device.
     pub prefill_tokens: Option<usize>,
     /// Guess even where it does not pay, to measure what that costs.
@@ -32,7 +34,7 @@ pub struct EngineOptions {
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { prefix_cache: true, prefill_tokens: None, always_draft: false }
+        Self { prefix_cache: true, max_running: None, prefill_tokens: None, always_draft: false }
     }
 }
 
@@ -135,6 +137,7 @@ impl Engine {
             step_tokens: info.step_tokens,
             prefill_tokens: options.prefill_tokens.unwrap_or(PREFILL_TOKENS[usize::from(!info.overlaps)]).max(1),
             logit_rows: info.logit_rows,
+            max_running: options.max_running.unwrap_or(usize::MAX).clamp(1, info.step_tokens.min(info.logit_rows)),
             prefix_cache: options.prefix_cache,
             always_draft: options.always_draft,
         });
@@ -174,6 +177,11 @@ impl Engine {
     /// The model's tokenizer.
     pub fn tokenizer(&self) -> &Arc<Tokenizer> {
         &self.tokenizer
+    }
+
+    /// Most answers that are computed at a time.
+    pub fn max_running(&self) -> usize {
+        self.scheduler.max_running()
     }
 
     /// KV blocks that belong to an answer.

@@ -16,8 +16,10 @@ pub(crate) struct Limits {
     pub(crate) step_tokens: usize,
     /// Most tokens of prompts beside answers that are being generated, so that these do not wait for a long prompt.
     pub(crate) prefill_tokens: usize,
-    /// Most rows of logits, so also most answers that run at a time.
+    /// Most rows of logits.
     pub(crate) logit_rows: usize,
+    /// Most answers that run at a time; a step has room for each.
+    pub(crate) max_running: usize,
     /// Answers begin with what the KV cache holds already.
     pub(crate) prefix_cache: bool,
     /// Answers guess as much as there is room for.
@@ -74,8 +76,9 @@ impl Scheduler {
         self.preemptions
     }
 
-    fn most_running(&self) -> usize {
-        self.limits.step_tokens.min(self.limits.logit_rows)
+    /// Most answers that run at a time.
+    pub(crate) fn max_running(&self) -> usize {
+        self.limits.max_running
     }
 
     /// Queues an answer behind all of its priority.
@@ -94,7 +97,7 @@ impl Scheduler {
     pub(crate) fn admit(&mut self, kv: &mut KvPool) -> (usize, usize) {
         let (mut looked_for, mut found) = (0, 0);
         let mut promised: usize = self.running.iter().map(|s| kv.needed_blocks(&s.kv, s.pending())).sum();
-        while self.running.len() < self.most_running()
+        while self.running.len() < self.max_running()
             && let Some(mut next) = self.waiting.pop_front()
         {
             if self.limits.prefix_cache {
@@ -125,7 +128,7 @@ impl Scheduler {
             return Ok(());
         }
         let always = self.limits.always_draft;
-        let mut spare = self.most_running().saturating_sub(tokens);
+        let mut spare = self.limits.step_tokens.min(self.limits.logit_rows).saturating_sub(tokens);
         for sequence in self.running.iter_mut().filter(|sequence| sequence.may_draft()) {
             let most = spare.min(MOST_DRAFT);
             let most = if always { most } else { sequence.account().plan(pace, tokens, most) };
@@ -178,7 +181,7 @@ impl Scheduler {
         while index < self.running.len() {
             let mut choice = 1;
             while self.running[index].is_fork_due() {
-                let can_run = self.running.len() < self.most_running();
+                let can_run = self.running.len() < self.max_running();
                 let sequence = self.running[index].fork(choice, kv, can_run);
                 choice += 1;
                 if can_run { self.run(sequence) } else { self.add(sequence) }

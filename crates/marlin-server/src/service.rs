@@ -100,7 +100,7 @@ impl Service {
         let end_tokens = [&model.generation.eos_token_id[..], &model.end_tokens(&tokenizer)].concat();
         let grammars = GrammarCompiler::new(&tokenizer, engine.info().vocabulary, &end_tokens);
         let grammars = grammars.map_err(|error| with_causes(&error));
-        let most_choices = engine.info().logit_rows.min(engine.info().step_tokens) as u32;
+        let most_choices = engine.max_running() as u32;
         let (worker, thread) =
             Worker::start(engine, options.max_waiting, stats, metrics.clone()).map_err(ServerError::Thread)?;
         let served = Arc::new(Served {

@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use marlin_checkpoint::Checkpoint;
-use marlin_engine::{ChatTemplate, Engine, EngineError};
+use marlin_engine::{ChatTemplate, Engine, EngineError, EngineOptions};
 use marlin_model::LoadOptions;
 use marlin_server::{ChatFormat, Dialect, ServedModel};
 use metal_marlin::device::{Device, KvFormat};
@@ -92,7 +92,9 @@ impl ServingOptions {
         let loaded = progress::spinner(&format!("Loading {}", checkpoint.name()), || {
             self.quantize.load()(&checkpoint, &device, &options)
         })?;
-        let engine = Engine::new(loaded, tokenizer.into(), served.generation.eos_token_id.clone());
+        let engine_options = EngineOptions { max_running: Some(self.max_running()), ..EngineOptions::default() };
+        let eos_tokens = served.generation.eos_token_id.clone();
+        let engine = Engine::with_options(loaded, tokenizer.into(), eos_tokens, &engine_options);
         let engine = self.speculation.apply(engine, &self.device, &device, CONTEXTS)?;
         Ok(Serving { engine, model: served, device, _temporary: temporary })
     }
