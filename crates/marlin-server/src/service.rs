@@ -24,7 +24,7 @@ use tower_http::timeout::RequestBodyTimeoutLayer;
 
 use crate::api::answer::now;
 use crate::api::responses::ResponseStore;
-use crate::api::{chat, completions, messages, models, perplexity, responses, status, tokens};
+use crate::api::{chat, completions, messages, models, perplexity, responses, status, tokens, web};
 use crate::error::ApiError;
 use crate::metrics::{Metrics, SharedStats};
 use crate::model::{Served, ServedModel};
@@ -182,6 +182,7 @@ fn router(app: &App, max_body: usize, cors: Option<CorsLayer>) -> Router {
         .route("/openapi.json", get(describe))
         .route_layer(from_fn_with_state(app.clone(), authorize))
         .route("/health", get(status::health))
+        .route("/", get(web::page))
         .merge(anthropic)
         .fallback(|method: Method, uri: Uri| async move {
             ApiError::not_found(format!(

@@ -12,6 +12,7 @@ pub(crate) mod perplexity;
 pub(crate) mod responses;
 pub(crate) mod status;
 pub(crate) mod tokens;
+pub(crate) mod web;
 
 use crate::error::ApiError;
 
