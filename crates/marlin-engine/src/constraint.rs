@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread;
 
-use llguidance::api::{ParserLimits, TopLevelGrammar};
+use llguidance::api::{ParserLimits, StopReason, TopLevelGrammar};
 use llguidance::toktrie::{ApproximateTokEnv, InferenceCapabilities, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher, ParserFactory};
 use marlin_checkpoint::Tokenizer;
@@ -160,7 +160,14 @@ impl Constraint {
     /// Finds out which tokens may come next.
     pub(crate) fn compute(&mut self) -> Result<(), EngineError> {
         let matcher = &mut self.matcher;
-        let allowed = guarded(|| matcher.compute_mask_or_eos().map_err(|error| format!("{error:#}")))?;
+        let allowed = guarded(|| {
+            matcher.compute_mask_or_eos().map_err(|error| match matcher.stop_reason() {
+                StopReason::NoExtension | StopReason::NoExtensionBias => {
+                    "nothing that the model can say goes on in it; is there any answer that it allows?".to_owned()
+                }
+                _ => format!("{error:#}"),
+            })
+        })?;
         let (words, count) = (allowed.as_slice(), self.mask.len());
         if words.len() < count || allowed.num_set() == 0 {
             return Err(grammar("no token can come next"));

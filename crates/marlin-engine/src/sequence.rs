@@ -411,7 +411,10 @@ impl Sequence {
 
     /// Its last event, when it cannot go on.
     pub(crate) fn fail(&self, error: &EngineError) -> Event {
-        let reason = FinishReason::Failed(error.to_string());
+        let reason = match error {
+            EngineError::Grammar { problem } => FinishReason::Grammar(problem.clone()),
+            error => FinishReason::Failed(error.to_string()),
+        };
         Event { finish: Some(self.finish(reason)), ..self.event() }
     }
 

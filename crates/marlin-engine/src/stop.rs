@@ -52,12 +52,14 @@ pub enum FinishReason {
     Context,
     /// The request failed: the model's logits were not finite, so there is no next token.
     NotFinite,
+    /// The request failed: its grammar allows nothing that goes on, or takes too much work, for this reason.
+    Grammar(String),
     /// The request failed, for this reason.
     Failed(String),
 }
 
 impl FinishReason {
-    /// Its name in reports: `stop_token`, `stop_string`, `complete`, `length`, `context`, `not_finite` or `failed`.
+    /// Its name in reports: `stop_token`, `stop_string`, `complete`, `length`, `context`, `not_finite`, `grammar` or `failed`.
     pub fn name(&self) -> &'static str {
         match self {
             Self::StopToken(_) => "stop_token",
@@ -66,6 +68,7 @@ impl FinishReason {
             Self::Length => "length",
             Self::Context => "context",
             Self::NotFinite => "not_finite",
+            Self::Grammar(_) => "grammar",
             Self::Failed(_) => "failed",
         }
     }
@@ -74,6 +77,7 @@ impl FinishReason {
     pub fn error(&self) -> Option<EngineError> {
         match self {
             Self::NotFinite => Some(EngineError::NotFinite),
+            Self::Grammar(problem) => Some(EngineError::Grammar { problem: problem.clone() }),
             Self::Failed(problem) => Some(EngineError::Answer { problem: problem.clone() }),
             Self::StopToken(_) | Self::StopString(_) | Self::Complete | Self::Length | Self::Context => None,
         }

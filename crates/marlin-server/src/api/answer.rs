@@ -16,7 +16,7 @@ pub(crate) fn finish_reason(reason: &FinishReason) -> Result<&'static str, ApiEr
     match reason {
         FinishReason::StopToken(_) | FinishReason::StopString(_) | FinishReason::Complete => Ok("stop"),
         FinishReason::Length | FinishReason::Context => Ok("length"),
-        FinishReason::NotFinite | FinishReason::Failed(_) => {
+        FinishReason::NotFinite | FinishReason::Grammar(_) | FinishReason::Failed(_) => {
             Err(reason.error().map_or_else(|| ApiError::server("the answer failed"), Into::into))
         }
     }

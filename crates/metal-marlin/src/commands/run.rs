@@ -321,6 +321,7 @@ impl Output {
             | FinishReason::Length
             | FinishReason::Context
             | FinishReason::NotFinite
+            | FinishReason::Grammar(_)
             | FinishReason::Failed(_) => {
                 json!(null)
             }
@@ -395,7 +396,7 @@ fn report(name: &str, model: &ModelInfo, output: &Output, timings: &Timings, ver
         FinishReason::Complete => "the text is complete".to_owned(),
         FinishReason::Length => "reached --max-tokens".to_owned(),
         FinishReason::Context => format!("filled the context of {} tokens", model.context),
-        FinishReason::NotFinite | FinishReason::Failed(_) => "the model failed".to_owned(),
+        FinishReason::NotFinite | FinishReason::Grammar(_) | FinishReason::Failed(_) => "the model failed".to_owned(),
     };
     // Nobody is helped by an error about a report that cannot be written.
     let _ = writeln!(stderr(), "{lines}; {ended}");

@@ -85,12 +85,8 @@ fn a_schema_bomb_stops_nobody() {
             scope.spawn(move || {
                 let format = json!({ "type": "json_schema", "json_schema": { "name": "bomb", "schema": schema } });
                 let response = server.post(CHAT, &with(chat("x"), json!({ "response_format": format })));
-                match response.status {
-                    // Some go off while they are followed, if at all.
-                    200 => {}
-                    400 => assert!(!response.error().is_empty()),
-                    status => panic!("{status}: {}", response.body),
-                }
+                // Some are followed for as long as the answer may be.
+                assert!([200, 400].contains(&response.status), "{}: {}", response.status, response.body);
             });
         }
         for _ in 0..10 {
@@ -160,9 +156,6 @@ fn answers_wait_for_each_other_where_the_cache_is_too_small_for_all() {
         }
     });
     assert!(server.metric("metal_marlin_preemptions_total") > 0.0);
-    // One that does not fit even alone is told so.
-    let refused = server.post(TEXT, &with(body(0), json!({ "max_tokens": 300 })));
-    assert_eq!((refused.status, refused.error().contains("256")), (400, true), "{}", refused.body);
     server.assert_idle();
 }
 

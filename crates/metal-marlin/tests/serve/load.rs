@@ -11,7 +11,7 @@ use crate::server::{JSON, Response, Server};
 use crate::{CHAT, chat, has_gpu, with};
 
 /// A request, by its number: of every kind, many beginning alike.
-fn body(index: usize) -> Value {
+fn body(index: usize, tokens: usize) -> Value {
     let message = format!("Number {}: what do you see? {}", index % 7, "Tell me more. ".repeat(index % 5 * 4));
     let form = match index % 10 {
         2 => json!({ "type": "json_object" }),
@@ -26,7 +26,7 @@ fn body(index: usize) -> Value {
     };
     let fields = json!({
         "seed": index,
-        "max_tokens": 5 + index * 7 % 60,
+        "max_tokens": (5 + index * 7 % 60).min(tokens),
         "temperature": (index % 3) as f64 / 2.0,
         "stop": if index.is_multiple_of(4) { json!([" the", "see"]) } else { json!(null) },
         "n": 1 + index % 2,
@@ -55,14 +55,14 @@ fn said(response: &Response, choices: usize) -> Vec<Value> {
     said.into_iter().map(|(text, logprobs, reason)| json!([text, logprobs, reason])).collect()
 }
 
-fn ask(server: &Server, index: usize) -> Vec<Value> {
-    let body = body(index);
+fn ask(server: &Server, index: usize, tokens: usize) -> Vec<Value> {
+    let body = body(index, tokens);
     said(&server.post(CHAT, &body), body["n"].as_u64().unwrap() as usize)
 }
 
 /// Asks and leaves before the answer is complete.
-fn leave(server: &Server, index: usize, after: usize) {
-    let mut stream = server.send("POST", CHAT, JSON, body(index).to_string().as_bytes());
+fn leave(server: &Server, index: usize, tokens: usize, after: usize) {
+    let mut stream = server.send("POST", CHAT, JSON, body(index, tokens).to_string().as_bytes());
     // It may have ended already.
     let _ = stream.read_exact(&mut vec![0; after]);
 }
@@ -75,11 +75,13 @@ struct Load {
     /// How many each client sends, if it need not go on for longer.
     each: usize,
     time: Duration,
+    /// Tokens of an answer, at most.
+    tokens: usize,
 }
 
 /// Serves each request alone, then all clients at a time, each of which compares what it gets. Gives the number of answers.
 fn run(server: &Server, load: &Load) -> usize {
-    let alone: Vec<Vec<Value>> = (0..load.requests).map(|index| ask(server, index)).collect();
+    let alone: Vec<Vec<Value>> = (0..load.requests).map(|index| ask(server, index, load.tokens)).collect();
     let (started, answers) = (Instant::now(), AtomicUsize::new(0));
     thread::scope(|scope| {
         for client in 0..load.clients {
@@ -95,9 +97,9 @@ fn run(server: &Server, load: &Load) -> usize {
                 while sent < load.each || started.elapsed() < load.time {
                     let index = random() % load.requests;
                     if random().is_multiple_of(6) {
-                        leave(server, index, random() % 1500);
+                        leave(server, index, load.tokens, random() % 1500);
                     }
-                    assert_eq!(ask(server, index), alone[index], "client {client}, request {index}");
+                    assert_eq!(ask(server, index, load.tokens), alone[index], "client {client}, request {index}");
                     answers.fetch_add(1, Ordering::Relaxed);
                     sent += 1;
                 }
@@ -110,8 +112,8 @@ fn run(server: &Server, load: &Load) -> usize {
 
 #[test]
 fn many_clients_get_what_each_gets_alone() {
-    let server = Server::start(&["--kv-tokens", "1024", "--max-running", "8"]);
-    run(&server, &Load { clients: 8, requests: 24, each: 24, time: Duration::ZERO });
+    let server = Server::start(&["--kv-tokens", "512", "--max-running", "8"]);
+    run(&server, &Load { clients: 8, requests: 24, each: 24, time: Duration::ZERO, tokens: 60 });
     assert!(server.metric("metal_marlin_preemptions_total") > 0.0, "the KV cache is too small for all");
 }
 
@@ -121,13 +123,13 @@ fn on_a_gpu_as_well() {
         return;
     }
     let server = Server::on("gpu", &["--batch-invariant", "--kv-tokens", "1024", "--max-running", "4"]);
-    run(&server, &Load { clients: 4, requests: 8, each: 4, time: Duration::ZERO });
+    run(&server, &Load { clients: 4, requests: 6, each: 3, time: Duration::ZERO, tokens: 8 });
 }
 
 /// For minutes: besides the answers, the memory of the process stays what it is.
 fn run_for_minutes(server: &Server, requests: usize) {
     const MINUTES: Duration = Duration::from_secs(300);
-    let load = Load { clients: 64, requests, each: 1, time: MINUTES };
+    let load = Load { clients: 64, requests, each: 1, time: MINUTES, tokens: 60 };
     let (answers, memory) = thread::scope(|scope| {
         let run = scope.spawn(|| run(server, &load));
         let mut memory = Vec::new();
