@@ -8,6 +8,8 @@ import anthropic
 BASE_URL = sys.argv[1]
 client = anthropic.Anthropic(base_url=BASE_URL, api_key="none", max_retries=0)
 MODEL = client.models.list().data[0].id
+# This version of the client has no argument for it.
+GREEDY = {"extra_body": {"temperature": 0}}
 HELLO = [{"role": "user", "content": "Hello! Who are you?"}]
 WEATHER = {
     "name": "weather",
@@ -22,11 +24,11 @@ WEATHER = {
 
 
 def message():
-    said = client.messages.create(model=MODEL, max_tokens=40, messages=HELLO, temperature=0)
+    said = client.messages.create(model=MODEL, max_tokens=40, messages=HELLO, **GREEDY)
     assert said.type == "message" and said.role == "assistant" and said.id.startswith("msg"), said
     assert said.content[0].type == "text" and said.content[0].text, said
     assert said.stop_reason in ("end_turn", "max_tokens") and said.usage.output_tokens <= 40, said
-    again = client.messages.create(model=MODEL, max_tokens=40, messages=HELLO, temperature=0)
+    again = client.messages.create(model=MODEL, max_tokens=40, messages=HELLO, **GREEDY)
     assert again.content == said.content
     assert again.usage.cache_read_input_tokens > 0
     total = again.usage.input_tokens + again.usage.cache_read_input_tokens
@@ -35,8 +37,8 @@ def message():
 
 
 def stream():
-    said = client.messages.create(model=MODEL, max_tokens=40, messages=HELLO, temperature=0)
-    with client.messages.stream(model=MODEL, max_tokens=40, messages=HELLO, temperature=0) as events:
+    said = client.messages.create(model=MODEL, max_tokens=40, messages=HELLO, **GREEDY)
+    with client.messages.stream(model=MODEL, max_tokens=40, messages=HELLO, **GREEDY) as events:
         text = "".join(events.text_stream)
         final = events.get_final_message()
     assert text == said.content[0].text and final.content[0].text == text
@@ -51,9 +53,9 @@ def conversation():
 
 
 def stop():
-    whole = client.messages.create(model=MODEL, max_tokens=30, messages=HELLO, temperature=0).content[0].text
+    whole = client.messages.create(model=MODEL, max_tokens=30, messages=HELLO, **GREEDY).content[0].text
     word = whole.split()[1]
-    cut = client.messages.create(model=MODEL, max_tokens=30, messages=HELLO, temperature=0, stop_sequences=[word])
+    cut = client.messages.create(model=MODEL, max_tokens=30, messages=HELLO, **GREEDY, stop_sequences=[word])
     assert (cut.stop_reason, cut.stop_sequence) == ("stop_sequence", word), cut
     assert "".join(block.text for block in cut.content) == whole[: whole.index(word)].rstrip(), (cut, whole)
 
@@ -94,7 +96,7 @@ def refusals():
     prefilled = HELLO + [{"role": "assistant", "content": "I am"}]
     picture = [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "https://example.org/x.png"}}]}]
     for wrong in [
-        {"messages": HELLO, "temperature": -1},
+        {"messages": HELLO, "extra_body": {"temperature": -1}},
         {"messages": prefilled},
         {"messages": picture},
         {"messages": HELLO, "extra_body": {"nonsense": 1}},
@@ -120,11 +122,11 @@ async def at_a_time():
 
     async def ask(number):
         messages = [{"role": "user", "content": f"Number {number}?"}]
-        return (await other.messages.create(model=MODEL, max_tokens=20, messages=messages, temperature=0)).content
+        return (await other.messages.create(model=MODEL, max_tokens=20, messages=messages, **GREEDY)).content
 
     async def stream(number):
         messages = [{"role": "user", "content": f"Number {number}?"}]
-        async with other.messages.stream(model=MODEL, max_tokens=20, messages=messages, temperature=0) as events:
+        async with other.messages.stream(model=MODEL, max_tokens=20, messages=messages, **GREEDY) as events:
             return (await events.get_final_message()).content
 
     alone = [await ask(number) for number in range(4)]

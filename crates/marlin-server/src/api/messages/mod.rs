@@ -24,6 +24,7 @@ use super::answer::{new_id, sse};
 use super::conversation::{Answers, Conversation, End, Function};
 use super::generation::{Generation, check_model};
 use crate::body::Body;
+use crate::dialect::Delta;
 use crate::error::{ApiError, ErrorBody};
 use crate::model::Served;
 
@@ -95,6 +96,7 @@ pub(crate) async fn messages(
     check_model(&served, &body.model)?;
     let generation = body.generation();
     let is_stream = body.stream == Some(true);
+    let tells_thoughts = body.thinking.as_ref().is_none_or(Thinking::is_told);
     let asked = Asked {
         system: body.system,
         turns: body.messages,
@@ -114,7 +116,8 @@ pub(crate) async fn messages(
         stop_sequence: None,
         usage: MessageUsage { input_tokens: answers.prompt_tokens(), ..MessageUsage::default() },
     };
-    if is_stream { Ok(stream(answers, message)) } else { whole(answers, message).await }
+    let job = Job { answers, message, tells_thoughts };
+    if is_stream { Ok(job.stream()) } else { job.whole().await }
 }
 
 /// Counts the tokens of a conversation.
@@ -172,44 +175,62 @@ impl Asked {
     }
 }
 
-async fn whole(answers: Answers, message: MessageResponse) -> Result<Response, ApiError> {
-    let mut answers = answers.whole().await?;
-    let Some(answer) = answers.pop() else { return Err(ApiError::server("there is no answer")) };
-    let usage = (&answer.end.finish).into();
-    let (reason, stop_sequence) = stop_reason(answer.end.ending);
-    let content = blocks(answer.deltas);
-    Ok(Json(MessageResponse { content, stop_reason: Some(reason), stop_sequence, usage, ..message }).into_response())
+/// A message on its way.
+struct Job {
+    answers: Answers,
+    message: MessageResponse,
+    tells_thoughts: bool,
 }
 
-fn stream(mut answers: Answers, message: MessageResponse) -> Response {
-    sse(async_stream::stream! {
-        let mut blocks = Blocks::default();
-        let mut events = vec![StreamEvent::MessageStart { message }];
-        loop {
-            for event in events.drain(..) {
-                yield named(event.name(), &event);
-            }
-            let Some(piece) = answers.next().await else { break };
-            let piece = match piece {
-                Ok(piece) => piece,
-                Err(error) => {
-                    let (status, body) = error.into_parts();
-                    yield named("error", &MessageErrorResponse::new(status, body));
-                    return;
+impl Job {
+    async fn whole(self) -> Result<Response, ApiError> {
+        let Self { answers, message, tells_thoughts } = self;
+        let mut answers = answers.whole().await?;
+        let Some(mut answer) = answers.pop() else { return Err(ApiError::server("there is no answer")) };
+        answer.deltas.retain(|delta| is_told(tells_thoughts, delta));
+        let usage = (&answer.end.finish).into();
+        let (reason, stop_sequence) = stop_reason(answer.end.ending);
+        let content = blocks(answer.deltas);
+        let stop_reason = Some(reason);
+        Ok(Json(MessageResponse { content, stop_reason, stop_sequence, usage, ..message }).into_response())
+    }
+
+    fn stream(self) -> Response {
+        let Self { mut answers, message, tells_thoughts } = self;
+        sse(async_stream::stream! {
+            let mut blocks = Blocks::default();
+            let mut events = vec![StreamEvent::MessageStart { message }];
+            loop {
+                for event in events.drain(..) {
+                    yield named(event.name(), &event);
                 }
-            };
-            for delta in piece.deltas {
-                blocks.add(delta, &mut events);
+                let Some(piece) = answers.next().await else { break };
+                let piece = match piece {
+                    Ok(piece) => piece,
+                    Err(error) => {
+                        let (status, body) = error.into_parts();
+                        yield named("error", &MessageErrorResponse::new(status, body));
+                        return;
+                    }
+                };
+                for delta in piece.deltas.into_iter().filter(|delta| is_told(tells_thoughts, delta)) {
+                    blocks.add(delta, &mut events);
+                }
+                if let Some(End { ending, finish }) = piece.end {
+                    blocks.end(&mut events);
+                    let (stop_reason, stop_sequence) = stop_reason(ending);
+                    let delta = MessageEnd { stop_reason, stop_sequence };
+                    events.push(StreamEvent::MessageDelta { delta, usage: (&finish).into() });
+                    events.push(StreamEvent::MessageStop {});
+                }
             }
-            if let Some(End { ending, finish }) = piece.end {
-                blocks.end(&mut events);
-                let (stop_reason, stop_sequence) = stop_reason(ending);
-                let delta = MessageEnd { stop_reason, stop_sequence };
-                events.push(StreamEvent::MessageDelta { delta, usage: (&finish).into() });
-                events.push(StreamEvent::MessageStop {});
-            }
-        }
-    })
+        })
+    }
+}
+
+/// Whether a change is told, where thoughts are not always.
+fn is_told(tells_thoughts: bool, delta: &Delta) -> bool {
+    tells_thoughts || !matches!(delta, Delta::Reasoning(_))
 }
 
 fn named(name: &'static str, value: &impl Serialize) -> SseEvent {

@@ -266,11 +266,35 @@ pub(crate) enum Thinking {
         /// The template's variable `thinking_budget`: so many tokens, if the model heeds it.
         #[schema(minimum = 1)]
         budget_tokens: Option<u32>,
+        /// Whether the thoughts are told.
+        display: Option<Display>,
     },
     /// It does if it finds that worth while.
-    Adaptive {},
+    Adaptive {
+        /// Whether the thoughts are told.
+        display: Option<Display>,
+    },
     /// It does not, if it can be told so.
     Disabled {},
+}
+
+/// Whether thoughts are told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
+#[schema(as = messages::Display)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Display {
+    /// As they are: nothing sums them up.
+    Summarized,
+    /// They are not.
+    Omitted,
+}
+
+impl Thinking {
+    /// Whether thoughts are told.
+    pub(crate) fn is_told(&self) -> bool {
+        let (Self::Enabled { display, .. } | Self::Adaptive { display }) = self else { return true };
+        *display != Some(Display::Omitted)
+    }
 }
 
 /// What the answer must look like, and how much to think.
@@ -292,6 +316,8 @@ pub(crate) enum Effort {
     Low,
     Medium,
     High,
+    Xhigh,
+    Max,
 }
 
 /// What the answer must look like.
@@ -435,9 +461,9 @@ pub(crate) fn tool_use(choice: Option<ToolChoice>) -> (ToolUse, bool) {
 /// Variables of the template by which models are told whether and how much to think.
 pub(crate) fn variables(thinking: Option<&Thinking>, effort: Option<Effort>) -> Map<String, Value> {
     let mut variables = Map::new();
-    let thinks = matches!(thinking, Some(Thinking::Enabled { .. } | Thinking::Adaptive {}));
+    let thinks = matches!(thinking, Some(Thinking::Enabled { .. } | Thinking::Adaptive { .. }));
     variables.insert("enable_thinking".to_owned(), thinks.into());
-    if let Some(Thinking::Enabled { budget_tokens: Some(budget) }) = thinking {
+    if let Some(Thinking::Enabled { budget_tokens: Some(budget), .. }) = thinking {
         variables.insert("thinking_budget".to_owned(), (*budget).into());
     }
     if let Some(effort) = effort {
@@ -445,6 +471,8 @@ pub(crate) fn variables(thinking: Option<&Thinking>, effort: Option<Effort>) -> 
             Effort::Low => "low",
             Effort::Medium => "medium",
             Effort::High => "high",
+            Effort::Xhigh => "xhigh",
+            Effort::Max => "max",
         };
         variables.insert("reasoning_effort".to_owned(), name.into());
     }
