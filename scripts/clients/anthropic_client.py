@@ -57,7 +57,7 @@ def stop():
     word = whole.split()[1]
     cut = client.messages.create(model=MODEL, max_tokens=30, messages=HELLO, **GREEDY, stop_sequences=[word])
     assert (cut.stop_reason, cut.stop_sequence) == ("stop_sequence", word), cut
-    assert "".join(block.text for block in cut.content) == whole[: whole.index(word)].rstrip(), (cut, whole)
+    assert "".join(block.text for block in cut.content) == whole[: whole.index(word)], (cut, whole)
 
 
 def tools():
