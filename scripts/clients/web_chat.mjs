@@ -55,10 +55,16 @@ assert.equal(withoutSpeed(await last.innerText()), withoutSpeed(first));
 
 // Stop: what was said stays, and the server drops the rest.
 await settings(() => page.getByLabel("Most tokens").fill("100000"));
+const network = await context.newCDPSession(page);
+const receive = (downloadThroughput) =>
+  network.send("Network.emulateNetworkConditions", { offline: false, latency: 0, downloadThroughput, uploadThroughput: -1 });
+// So slowly that there is time to stop it.
+await receive(1000);
 await say("And then?");
 await page.waitForFunction(() => document.querySelectorAll("article.assistant p").length > 1);
 await page.getByRole("button", { name: "Stop" }).click();
 await isDone();
+await receive(-1);
 assert.equal(await answers.count(), 2);
 const stopped = await last.innerText();
 await page.waitForTimeout(300);
