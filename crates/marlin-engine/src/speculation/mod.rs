@@ -59,19 +59,27 @@ pub(crate) struct Pace {
 #[derive(Debug, Default)]
 struct Times(Vec<f64>);
 
-/// Weight of what was measured last.
+/// Weight of what was measured last: the more if it is less than what was known, since whatever else the machine does only adds to it.
 const NEWS: f64 = 0.1;
+const GOOD_NEWS: f64 = 0.5;
 /// Where nothing is known of more tokens, each is taken to cost so much of what those that are known do.
 const UNKNOWN: f64 = 0.5;
 
 impl Times {
     fn record(&mut self, tokens: usize, seconds: f64) {
+        let fewer = self.0.iter().enumerate().take(tokens).filter(|(_, seconds)| **seconds > 0.0).next_back();
+        // Tokens together take no longer than one after the other, but for the first time, when a device prepares for so many.
+        let most = fewer.map_or(f64::INFINITY, |(few, seconds)| seconds * tokens as f64 / few.max(1) as f64);
         if self.0.len() <= tokens {
             self.0.resize(tokens + 1, 0.0);
         }
         let known = &mut self.0[tokens];
-        // The machine may have been at something else for a while.
-        *known = if *known == 0.0 { seconds } else { *known + NEWS * (seconds.min(4.0 * *known) - *known) };
+        *known = if *known == 0.0 {
+            seconds.min(most)
+        } else {
+            let weight = if seconds < *known { GOOD_NEWS } else { NEWS };
+            *known + weight * (seconds.min(4.0 * *known) - *known)
+        };
     }
 
     /// Seconds of a step of so many tokens; `None` if nothing is known.

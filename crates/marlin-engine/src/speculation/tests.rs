@@ -53,6 +53,23 @@ fn guesses_that_are_right_pay() {
 }
 
 #[test]
+fn a_device_may_be_slow_the_first_time() {
+    // It takes a second to prepare for each number of tokens.
+    let mut is_new = [true; MOST_DRAFT + 2];
+    let (mut pace, mut account) = (Pace::default(), Account::default());
+    let (mut said, mut steps) = (0, 0);
+    while said < 512 {
+        let drafted = account.plan(&pace, 1, MOST_DRAFT);
+        let seconds = DEVICES[1](1 + drafted) + f64::from(u8::from(std::mem::take(&mut is_new[1 + drafted])));
+        pace.record(1 + drafted, seconds, true);
+        account.settle(&pace, DraftedStep { tokens: 1, drafted, has_waited: true }, drafted, drafted);
+        said += 1 + drafted;
+        steps += 1;
+    }
+    assert!(steps < 100, "{steps} steps");
+}
+
+#[test]
 fn luck_may_turn() {
     // Half of the text can be guessed, and then the other half.
     for is_right in [|place| place < 1000, |place| place >= 1000] {
