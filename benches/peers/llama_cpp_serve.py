@@ -50,7 +50,7 @@ def main():
 
     def ask(program, *options):
         url = f"http://127.0.0.1:{PORTS[program]}/v1"
-        command = [arguments.metal_marlin, "bench-serve", "--url", url, "--json", *map(str, options)]
+        command = [arguments.metal_marlin, "bench-serve", "--url", url, "--json", "--ban-token", "2", *map(str, options)]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode != 0:
             raise SystemExit(f"{program}: {run.stderr}")

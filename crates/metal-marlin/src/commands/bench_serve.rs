@@ -65,6 +65,10 @@ pub(crate) struct Args {
     #[arg(long)]
     heed_eos: bool,
 
+    /// Token that no answer has; may be given several times: the end-of-sequence tokens of a server that does not know `ignore_eos`
+    #[arg(long, value_name = "ID")]
+    ban_token: Vec<u32>,
+
     /// Of the prompts, and of when they come
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -89,6 +93,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         shared_words: args.shared_words,
         max_tokens: args.max_tokens.get(),
         heed_eos: args.heed_eos,
+        banned: args.ban_token.clone(),
         seed: args.seed,
     };
     let bar = std::sync::Mutex::new(Bar::counting("Asking", "requests"));

@@ -46,6 +46,8 @@ pub struct Load {
     pub max_tokens: usize,
     /// Let answers end where the model ends them.
     pub heed_eos: bool,
+    /// Tokens that no answer has.
+    pub banned: Vec<u32>,
     /// Of the prompts, and of when they come.
     pub seed: u64,
 }
@@ -212,7 +214,7 @@ impl Client<'_> {
     /// Has a text continued, and watches how that comes.
     fn complete(&self, model: &str, prompt: &str) -> Result<Served, LoadError> {
         let url = format!("{}/completions", self.load.url);
-        let body = json!({
+        let mut body = json!({
             "model": model,
             "prompt": prompt,
             "max_tokens": self.load.max_tokens,
@@ -221,6 +223,10 @@ impl Client<'_> {
             "stream": true,
             "stream_options": { "include_usage": true },
         });
+        if !self.load.banned.is_empty() {
+            let biases = self.load.banned.iter().map(|token| (token.to_string(), Value::from(-100)));
+            body["logit_bias"] = Value::Object(biases.collect());
+        }
         let mut request = self.agent.post(&url).header("Content-Type", "application/json");
         if let Some(key) = &self.load.api_key {
             request = request.header("Authorization", format!("Bearer {key}"));
@@ -359,6 +365,7 @@ mod tests {
             shared_words: 0,
             max_tokens: 1,
             heed_eos: false,
+            banned: Vec::new(),
             seed: 1,
         };
         let starts = starts(&load, &mut ChaCha8Rng::seed_from_u64(1));
