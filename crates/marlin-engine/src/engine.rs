@@ -165,6 +165,7 @@ impl Engine {
     /// does not depend on it, on devices and with options by which they do not depend on each other.
     #[must_use]
     pub fn with_drafter(mut self, drafter: Box<dyn Drafter>) -> Self {
+        self.pace = Pace::of(drafter.as_ref());
         self.drafter = Some(drafter);
         self
     }
@@ -370,8 +371,12 @@ impl Engine {
         self.last_finished = Instant::now();
         let drafted: usize = step.parts.iter().map(|part| part.drafted).sum();
         let tokens = step.tokens - drafted;
-        if self.drafter.is_none() || tokens != step.parts.len() || step.rows != step.tokens {
+        if self.drafter.is_none() {
             return;
+        }
+        if tokens != step.parts.len() || step.rows != step.tokens {
+            // Beside a chunk of a prompt, what answers add is little.
+            return self.pace.record_prompt(step.tokens, seconds);
         }
         let has_waited = self.started.is_empty();
         self.pace.record(step.tokens, seconds, has_waited);

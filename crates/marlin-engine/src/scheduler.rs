@@ -1,7 +1,6 @@
 //! Which answers take part in a step, and with how many tokens.
 
 use std::collections::VecDeque;
-use std::time::Instant;
 
 use marlin_model::{KvPool, ModelError, StepBatch};
 
@@ -130,14 +129,8 @@ impl Scheduler {
         let always = self.limits.always_draft;
         let mut spare = self.limits.step_tokens.min(self.limits.logit_rows).saturating_sub(tokens);
         for sequence in self.running.iter_mut().filter(|sequence| sequence.may_draft()) {
-            let most = spare.min(MOST_DRAFT);
-            let most = if always { most } else { sequence.account().plan(pace, tokens, most) };
-            if most > 0 {
-                let started = Instant::now();
-                sequence.draft(drafter, most)?;
-                pace.record_draft(sequence.drafted(), started.elapsed().as_secs_f64());
-                spare -= sequence.drafted();
-            }
+            sequence.draft(drafter, pace, tokens, spare.min(MOST_DRAFT), always)?;
+            spare -= sequence.drafted();
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! One answer on its way: its tokens, their place in the KV cache, and what is still to come.
 
 use std::ops::Range;
+use std::time::Instant;
 
 use marlin_checkpoint::Tokenizer;
 use marlin_kernels::{SampleRow, Step};
@@ -9,7 +10,7 @@ use marlin_model::{KvPool, KvSequence, LogitRows, ModelError, StepBatch};
 use crate::logprobs::token_logprobs;
 use crate::prefix::BlockNames;
 use crate::sampling::Sampler;
-use crate::speculation::{Account, AnswerId, DraftedStep, Drafter, Pace};
+use crate::speculation::{Account, AnswerId, DraftedStep, Drafter, MOST_UNREAD, Pace};
 use crate::{
     Constraint, EngineError, Event, Finish, FinishReason, Request, RequestId, StopConditions, TextStream, TokenLogprobs,
 };
@@ -254,16 +255,39 @@ impl Sequence {
         !self.is_scored() && !self.is_constrained()
     }
 
-    /// Guesses what comes next, at most `most` tokens.
-    pub(crate) fn draft(&mut self, drafter: &mut dyn Drafter, most: usize) -> Result<(), EngineError> {
+    /// Guesses what comes next in a step of `tokens` others: at most `most` tokens, as many as pay unless `always`.
+    pub(crate) fn draft(
+        &mut self,
+        drafter: &mut dyn Drafter,
+        pace: &mut Pace,
+        tokens: usize,
+        most: usize,
+        always: bool,
+    ) -> Result<(), EngineError> {
         // The last token that may be generated is followed by none.
         let left = (self.stop.max_tokens - self.generated()).min(self.most_tokens - self.tokens.len());
         let most = most.min(left.saturating_sub(1));
+        let most = if always { most } else { self.account.plan(pace, tokens, most) };
         let is_next = self.to_fork == 0 && self.kv.len() + 1 == self.tokens.len();
-        if most > 0 && is_next {
-            drafter.draft(self.rank.answer(), &self.tokens, most, &mut self.draft)?;
-            self.draft.truncate(most);
+        if most == 0 || !is_next {
+            return Ok(());
         }
+        let answer = self.rank.answer();
+        let unread = drafter.unread(answer, &self.tokens);
+        if unread > MOST_UNREAD {
+            if !always && !self.account.affords_reading(pace, tokens, unread, left) {
+                return Ok(());
+            }
+            let started = Instant::now();
+            drafter.read(answer, &self.tokens)?;
+            let seconds = started.elapsed().as_secs_f64();
+            pace.record_read(unread, seconds);
+            self.account.has_read(seconds);
+        }
+        let started = Instant::now();
+        drafter.draft(answer, &self.tokens, most, &mut self.draft)?;
+        self.draft.truncate(most);
+        pace.record_draft(self.draft.len(), started.elapsed().as_secs_f64());
         Ok(())
     }
 

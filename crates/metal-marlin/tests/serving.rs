@@ -132,8 +132,8 @@ fn guessing_changes_nothing() {
     }
     let by_itself = || {
         let engine = engine_with(40, &always);
-        let vocabulary = engine.info().vocabulary;
-        engine.with_drafter(Box::new(DraftModel::new(draft_model(), vocabulary)))
+        let drafter = DraftModel::new(draft_model(), engine.info());
+        engine.with_drafter(Box::new(drafter))
     };
     assert_eq!(answers(&mut by_itself(), &requests), alone);
     // The model itself is always right where the most likely token is taken.

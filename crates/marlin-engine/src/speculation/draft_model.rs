@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 
 use marlin_kernels::SampleRow;
-use marlin_model::{KvSequence, LanguageModel, LogitRows, StepBatch};
+use marlin_model::{KvSequence, LanguageModel, LogitRows, ModelInfo, StepBatch};
 
 use super::{AnswerId, Drafter};
 use crate::EngineError;
@@ -14,6 +14,7 @@ pub struct DraftModel {
     model: Box<dyn LanguageModel>,
     /// Tokens that both models know.
     vocabulary: u32,
+    relative_cost: f64,
     answers: HashMap<AnswerId, Followed>,
     batch: StepBatch,
 }
@@ -25,12 +26,22 @@ struct Followed {
     tokens: Vec<u32>,
 }
 
+impl Followed {
+    /// How many of these tokens the cache holds, but for the last, which is computed for its logits.
+    fn alike(&self, tokens: &[u32]) -> usize {
+        let alike = self.tokens.iter().zip(tokens).take_while(|(own, said)| own == said).count();
+        alike.min(tokens.len().saturating_sub(1))
+    }
+}
+
 impl DraftModel {
-    /// Guesses by `model` for a model of `vocabulary` tokens, whose tokenizer must be the same.
-    pub fn new(model: Box<dyn LanguageModel>, vocabulary: usize) -> Self {
+    /// Guesses by `model` for another model, whose tokenizer must be the same.
+    pub fn new(model: Box<dyn LanguageModel>, for_model: &ModelInfo) -> Self {
+        let own = model.info();
         // Either may be padded, with tokens that the other does not know.
-        let vocabulary = vocabulary.min(model.info().vocabulary) as u32;
-        Self { model, vocabulary, answers: HashMap::new(), batch: StepBatch::default() }
+        let vocabulary = own.vocabulary.min(for_model.vocabulary) as u32;
+        let relative_cost = own.weight_bytes as f64 / for_model.weight_bytes.max(1) as f64;
+        Self { model, vocabulary, relative_cost, answers: HashMap::new(), batch: StepBatch::default() }
     }
 
     /// Computes what of `tokens` is not cached yet, and chooses the token after it; `None` if there is no room.
@@ -65,9 +76,7 @@ impl DraftModel {
         most: usize,
         draft: &mut Vec<u32>,
     ) -> Result<(), EngineError> {
-        let alike = followed.tokens.iter().zip(tokens).take_while(|(own, said)| own == said).count();
-        // At least one token is computed, for its logits.
-        let kept = alike.min(tokens.len().saturating_sub(1));
+        let kept = followed.alike(tokens);
         followed.tokens.truncate(kept);
         self.model.kv().truncate(&mut followed.kv, kept);
         if tokens[kept..].iter().any(|&token| token >= self.vocabulary) {
@@ -100,6 +109,18 @@ impl Drafter for DraftModel {
             self.model.kv().release(followed.kv);
         }
         result
+    }
+
+    fn unread(&self, answer: AnswerId, tokens: &[u32]) -> usize {
+        tokens.len() - self.answers.get(&answer).map_or(0, |followed| followed.alike(tokens))
+    }
+
+    fn read(&mut self, answer: AnswerId, tokens: &[u32]) -> Result<(), EngineError> {
+        self.draft(answer, tokens, 1, &mut Vec::new())
+    }
+
+    fn relative_cost(&self) -> f64 {
+        self.relative_cost
     }
 
     fn forget(&mut self, answer: AnswerId) {

@@ -40,9 +40,30 @@ pub trait Drafter: Send {
     fn draft(&mut self, answer: AnswerId, tokens: &[u32], most: usize, draft: &mut Vec<u32>)
     -> Result<(), EngineError>;
 
+    /// How many of `tokens` it must read before it can guess what follows.
+    fn unread(&self, _answer: AnswerId, _tokens: &[u32]) -> usize {
+        0
+    }
+
+    /// Reads them.
+    ///
+    /// # Errors
+    /// It fails.
+    fn read(&mut self, _answer: AnswerId, _tokens: &[u32]) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    /// What a token costs it, as a share of what it costs the model: an estimate, until that is measured.
+    fn relative_cost(&self) -> f64 {
+        0.0
+    }
+
     /// An answer has ended.
     fn forget(&mut self, answer: AnswerId);
 }
+
+/// A drafter that must read more than this reads it apart from guessing.
+pub(crate) const MOST_UNREAD: usize = 2 * MOST_DRAFT;
 
 /// How long steps take that only generate, by how many tokens they compute.
 #[derive(Debug, Default)]
@@ -51,8 +72,14 @@ pub(crate) struct Pace {
     overlapped: Times,
     /// Those after which everything waited, as one must to guess; on a device that is never ahead, all.
     waited: Times,
+    /// Of a token of a prompt.
+    prompt: f64,
+    /// Of a token that the drafter reads.
+    read: f64,
     /// Of a guessed token, before the model looks at it.
     draft: f64,
+    /// What drafting costs as a share of what the model does, where that is not known.
+    relative_cost: f64,
 }
 
 /// Seconds of steps by their tokens; 0 where nothing is known.
@@ -67,7 +94,7 @@ const UNKNOWN: f64 = 0.5;
 
 impl Times {
     fn record(&mut self, tokens: usize, seconds: f64) {
-        let fewer = self.0.iter().enumerate().take(tokens).filter(|(_, seconds)| **seconds > 0.0).next_back();
+        let fewer = self.0.iter().enumerate().take(tokens).rfind(|(_, seconds)| **seconds > 0.0);
         // Tokens together take no longer than one after the other, but for the first time, when a device prepares for so many.
         let most = fewer.map_or(f64::INFINITY, |(few, seconds)| seconds * tokens as f64 / few.max(1) as f64);
         if self.0.len() <= tokens {
@@ -104,12 +131,30 @@ impl Pace {
         times.record(tokens, seconds);
     }
 
+    /// For a drafter of this cost.
+    pub(crate) fn of(drafter: &dyn Drafter) -> Self {
+        Self { relative_cost: drafter.relative_cost(), ..Self::default() }
+    }
+
+    /// Takes note of a step that computes prompts.
+    pub(crate) fn record_prompt(&mut self, tokens: usize, seconds: f64) {
+        learn(&mut self.prompt, tokens, seconds);
+    }
+
+    /// Takes note of tokens that the drafter has read.
+    pub(crate) fn record_read(&mut self, tokens: usize, seconds: f64) {
+        learn(&mut self.read, tokens, seconds);
+    }
+
     /// Takes note of guessed tokens.
     pub(crate) fn record_draft(&mut self, tokens: usize, seconds: f64) {
-        if tokens > 0 {
-            let each = seconds / tokens as f64;
-            self.draft = if self.draft == 0.0 { each } else { self.draft + NEWS * (each - self.draft) };
-        }
+        learn(&mut self.draft, tokens, seconds);
+    }
+
+    /// What it takes the drafter to read so many tokens.
+    fn read(&self, tokens: usize) -> f64 {
+        let each = if self.read > 0.0 { self.read } else { self.relative_cost * self.prompt };
+        tokens as f64 * each
     }
 
     /// Seconds of a step without guesses; `None` if nothing is known.
@@ -121,7 +166,17 @@ impl Pace {
     fn extra(&self, tokens: usize, drafted: usize) -> Option<f64> {
         let all = tokens + drafted;
         let more = self.waited.step(all).or_else(|| self.overlapped.step(all))? - self.step(tokens)?;
-        Some(more.max(0.0) + drafted as f64 * self.draft)
+        let each = if self.draft > 0.0 { self.draft } else { self.relative_cost * self.step(1)? };
+        Some(more.max(0.0) + drafted as f64 * each)
+    }
+}
+
+/// Learns what each of so many tokens took.
+fn learn(known: &mut f64, tokens: usize, seconds: f64) {
+    if tokens > 0 {
+        let each = seconds / tokens as f64;
+        let weight = if *known == 0.0 { 1.0 } else { NEWS };
+        *known += weight * (each - *known);
     }
 }
 
@@ -143,18 +198,24 @@ pub(crate) struct Account {
     balance: Option<f64>,
     /// How likely a guess is right, by its last ones.
     success: f64,
+    /// Seconds that its tokens have taken, and that the drafter has taken to read.
+    spent: f64,
+    read: f64,
 }
 
 /// Steps that an answer may lose before it knows anything.
-const CREDIT: f64 = 0.5;
+const CREDIT: f64 = 0.8;
 /// The share of its time that an answer may go on to lose.
-const ALLOWANCE: f64 = 0.01;
+const ALLOWANCE: f64 = 0.005;
+/// The share of an answer's time that reading may take, and as how long, in tokens, an answer is taken that may be longer.
+const READING: f64 = 0.01;
+const USUAL: usize = 256;
 /// Steps of what was gained that may be lost again.
 const MOST_CREDIT: f64 = 4.0;
 
 impl Default for Account {
     fn default() -> Self {
-        Self { balance: None, success: 0.6 }
+        Self { balance: None, success: 0.6, spent: 0.0, read: 0.0 }
     }
 }
 
@@ -182,6 +243,18 @@ impl Account {
         best.0
     }
 
+    /// Whether the drafter may read `unread` tokens for an answer that has `left` to come, in steps of `tokens` answers.
+    pub(crate) fn affords_reading(&self, pace: &Pace, tokens: usize, unread: usize, left: usize) -> bool {
+        let Some(step) = pace.step(tokens) else { return false };
+        let whole = self.spent + left.min(USUAL) as f64 * step / tokens as f64;
+        self.read + pace.read(unread) <= READING * whole
+    }
+
+    /// The drafter has read for this answer.
+    pub(crate) fn has_read(&mut self, seconds: f64) {
+        self.read += seconds;
+    }
+
     /// A step is over in which `drafted` guesses were this answer's, and `accepted` of them right.
     pub(crate) fn settle(&mut self, pace: &Pace, step: DraftedStep, drafted: usize, accepted: usize) {
         let extra = |drafted| pace.extra(step.tokens, drafted);
@@ -189,6 +262,7 @@ impl Account {
             return;
         };
         let token = seconds / step.tokens as f64;
+        self.spent += token;
         let balance = self.balance.unwrap_or(CREDIT * token) + ALLOWANCE * token;
         let mut cost = if step.has_waited { wait / step.tokens as f64 } else { 0.0 };
         if drafted > 0 {

@@ -79,8 +79,8 @@ impl SpeculationOptions {
         let loaded = progress::spinner(&format!("Loading {}", checkpoint.name()), || {
             load_model_kept(&checkpoint, opened, &options)
         })?;
-        let vocabulary = engine.info().vocabulary;
-        Ok(engine.with_drafter(Box::new(DraftModel::new(loaded, vocabulary))))
+        let drafter = DraftModel::new(loaded, engine.info());
+        Ok(engine.with_drafter(Box::new(drafter)))
     }
 }
 
