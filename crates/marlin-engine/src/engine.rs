@@ -382,7 +382,7 @@ impl Engine {
         self.pace.record(step.tokens, seconds, has_waited);
         let drafted = DraftedStep { tokens, drafted, has_waited };
         for (sequence, part) in self.scheduler.members(&step.parts) {
-            sequence.settle(&self.pace, drafted, part);
+            sequence.settle(&mut self.pace, drafted, part);
         }
     }
 

@@ -306,7 +306,7 @@ impl Sequence {
     }
 
     /// A step is over in which it had a part.
-    pub(crate) fn settle(&mut self, pace: &Pace, step: DraftedStep, part: &Part) {
+    pub(crate) fn settle(&mut self, pace: &mut Pace, step: DraftedStep, part: &Part) {
         self.account.settle(pace, step, part.drafted, self.accepted);
     }
 

@@ -66,7 +66,7 @@ pub trait Drafter: Send {
 pub(crate) const MOST_UNREAD: usize = 2 * MOST_DRAFT;
 
 /// How long steps take that only generate, by how many tokens they compute.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Pace {
     /// Those during which the next one was started already.
     overlapped: Times,
@@ -80,6 +80,10 @@ pub(crate) struct Pace {
     draft: f64,
     /// What drafting costs as a share of what the model does, where that is not known.
     relative_cost: f64,
+    /// How likely guesses are right, of all answers: where a new one begins.
+    success: f64,
+    /// Seconds that all answers have gained by guesses, less those that the drafter has read.
+    earned: f64,
 }
 
 /// Seconds of steps by their tokens; 0 where nothing is known.
@@ -89,8 +93,10 @@ struct Times(Vec<f64>);
 /// Weight of what was measured last: the more if it is less than what was known, since whatever else the machine does only adds to it.
 const NEWS: f64 = 0.1;
 const GOOD_NEWS: f64 = 0.5;
+/// Of a guess, for what is known of all answers.
+const OLD_NEWS: f64 = 0.02;
 /// Where nothing is known of more tokens, each is taken to cost so much of what those that are known do.
-const UNKNOWN: f64 = 0.5;
+const UNKNOWN: f64 = 0.25;
 
 impl Times {
     fn record(&mut self, tokens: usize, seconds: f64) {
@@ -124,6 +130,21 @@ impl Times {
     }
 }
 
+impl Default for Pace {
+    fn default() -> Self {
+        Self {
+            overlapped: Times::default(),
+            waited: Times::default(),
+            prompt: 0.0,
+            read: 0.0,
+            draft: 0.0,
+            relative_cost: 0.0,
+            success: FIRST_SUCCESS,
+            earned: 0.0,
+        }
+    }
+}
+
 impl Pace {
     /// Takes note of a step, and of whether everything waited for it.
     pub(crate) fn record(&mut self, tokens: usize, seconds: f64, has_waited: bool) {
@@ -144,6 +165,7 @@ impl Pace {
     /// Takes note of tokens that the drafter has read.
     pub(crate) fn record_read(&mut self, tokens: usize, seconds: f64) {
         learn(&mut self.read, tokens, seconds);
+        self.earned -= seconds;
     }
 
     /// Takes note of guessed tokens.
@@ -192,12 +214,12 @@ pub(crate) struct DraftedStep {
 }
 
 /// What guessing has gained an answer, and what it has cost.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Account {
     /// Seconds that may be spent; `None` before anything is known.
     balance: Option<f64>,
-    /// How likely a guess is right, by its last ones.
-    success: f64,
+    /// How likely a guess is right, by its last ones; `None` before the first.
+    success: Option<f64>,
     /// Seconds that its tokens have taken, and that the drafter has taken to read.
     spent: f64,
     read: f64,
@@ -207,28 +229,30 @@ pub(crate) struct Account {
 const CREDIT: f64 = 0.8;
 /// The share of its time that an answer may go on to lose.
 const ALLOWANCE: f64 = 0.005;
-/// The share of an answer's time that reading may take, and as how long, in tokens, an answer is taken that may be longer.
-const READING: f64 = 0.01;
+/// How likely a guess is right before there was any.
+const FIRST_SUCCESS: f64 = 0.6;
+/// The share of an answer's time that reading may take as long as it has not earned more, and as how long, in tokens, an answer is taken that may be longer.
+const READING: f64 = 0.02;
 const USUAL: usize = 256;
 /// Steps of what was gained that may be lost again.
 const MOST_CREDIT: f64 = 4.0;
 
-impl Default for Account {
-    fn default() -> Self {
-        Self { balance: None, success: 0.6, spent: 0.0, read: 0.0 }
-    }
-}
-
 impl Account {
     /// How many tokens to guess, at most `most`, in a step of `tokens` others that serves as many answers.
     pub(crate) fn plan(&self, pace: &Pace, tokens: usize, most: usize) -> usize {
-        let Some(step) = pace.step(tokens) else { return 0 };
+        self.best(pace, tokens, most).0
+    }
+
+    /// The same, and what that gains in seconds.
+    fn best(&self, pace: &Pace, tokens: usize, most: usize) -> (usize, f64) {
+        let Some(step) = pace.step(tokens) else { return (0, 0.0) };
+        let success = self.success.unwrap_or(pace.success);
         let token = step / tokens as f64;
         let balance = self.balance.unwrap_or(CREDIT * token);
         let mut best = (0, 0.0);
         let (mut accepted, mut likely) = (0.0, 1.0);
         for drafted in 1..=most {
-            likely *= self.success;
+            likely *= success;
             accepted += likely;
             let Some(cost) = pace.extra(tokens, drafted) else { break };
             if cost > balance {
@@ -240,14 +264,16 @@ impl Account {
                 best = (drafted, gain);
             }
         }
-        best.0
+        best
     }
 
     /// Whether the drafter may read `unread` tokens for an answer that has `left` to come, in steps of `tokens` answers.
     pub(crate) fn affords_reading(&self, pace: &Pace, tokens: usize, unread: usize, left: usize) -> bool {
         let Some(step) = pace.step(tokens) else { return false };
         let whole = self.spent + left.min(USUAL) as f64 * step / tokens as f64;
-        self.read + pace.read(unread) <= READING * whole
+        let cost = pace.read(unread);
+        let may_pay = self.best(pace, tokens, MOST_DRAFT).1 > 0.0;
+        may_pay && (cost <= pace.earned || self.read + cost <= READING * whole)
     }
 
     /// The drafter has read for this answer.
@@ -256,7 +282,7 @@ impl Account {
     }
 
     /// A step is over in which `drafted` guesses were this answer's, and `accepted` of them right.
-    pub(crate) fn settle(&mut self, pace: &Pace, step: DraftedStep, drafted: usize, accepted: usize) {
+    pub(crate) fn settle(&mut self, pace: &mut Pace, step: DraftedStep, drafted: usize, accepted: usize) {
         let extra = |drafted| pace.extra(step.tokens, drafted);
         let (Some(seconds), Some(wait), Some(all)) = (pace.step(step.tokens), extra(0), extra(step.drafted)) else {
             return;
@@ -268,10 +294,14 @@ impl Account {
         if drafted > 0 {
             cost += (all - wait) * drafted as f64 / step.drafted as f64;
         }
-        self.balance = Some((balance + accepted as f64 * token - cost).min(MOST_CREDIT * token));
+        let gain = accepted as f64 * token - cost;
+        self.balance = Some((balance + gain).min(MOST_CREDIT * token));
+        pace.earned += gain;
         for place in 0..drafted.min(accepted + 1) {
             let is_right = if place < accepted { 1.0 } else { 0.0 };
-            self.success += NEWS * (is_right - self.success);
+            let own = self.success.get_or_insert(pace.success);
+            *own += NEWS * (is_right - *own);
+            pace.success += OLD_NEWS * (is_right - pace.success);
         }
     }
 }
