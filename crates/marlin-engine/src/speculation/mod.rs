@@ -84,6 +84,8 @@ pub(crate) struct Pace {
     success: f64,
     /// Seconds that all answers have gained by guesses, less those that the drafter has read.
     earned: f64,
+    /// Seconds that may be lost before anything is known; `None` before that much is known.
+    trial: Option<f64>,
 }
 
 /// Seconds of steps by their tokens; 0 where nothing is known.
@@ -141,6 +143,7 @@ impl Default for Pace {
             relative_cost: 0.0,
             success: FIRST_SUCCESS,
             earned: 0.0,
+            trial: None,
         }
     }
 }
@@ -226,7 +229,9 @@ pub(crate) struct Account {
 }
 
 /// Steps that an answer may lose before it knows anything.
-const CREDIT: f64 = 0.8;
+const CREDIT: f64 = 0.5;
+/// Steps that all answers together may lose besides.
+const TRIAL: f64 = 1.0;
 /// The share of its time that an answer may go on to lose.
 const ALLOWANCE: f64 = 0.005;
 /// How likely a guess is right before there was any.
@@ -248,7 +253,7 @@ impl Account {
         let Some(step) = pace.step(tokens) else { return (0, 0.0) };
         let success = self.success.unwrap_or(pace.success);
         let token = step / tokens as f64;
-        let balance = self.balance.unwrap_or(CREDIT * token);
+        let balance = self.balance.unwrap_or(CREDIT * token) + pace.trial.unwrap_or(TRIAL * token);
         let mut best = (0, 0.0);
         let (mut accepted, mut likely) = (0.0, 1.0);
         for drafted in 1..=most {
@@ -295,7 +300,10 @@ impl Account {
             cost += (all - wait) * drafted as f64 / step.drafted as f64;
         }
         let gain = accepted as f64 * token - cost;
-        self.balance = Some((balance + gain).min(MOST_CREDIT * token));
+        let trial = pace.trial.get_or_insert(TRIAL * token);
+        let tried = trial.min((-gain).max(0.0));
+        *trial -= tried;
+        self.balance = Some((balance + gain + tried).min(MOST_CREDIT * token));
         pace.earned += gain;
         for place in 0..drafted.min(accepted + 1) {
             let is_right = if place < accepted { 1.0 } else { 0.0 };
