@@ -187,6 +187,12 @@ impl Pace {
         self.overlapped.step(tokens).or_else(|| self.waited.step(tokens))
     }
 
+    /// How many tokens may be guessed in a step of `tokens` others: what many cost is found out by and by.
+    fn most_known(&self, tokens: usize) -> usize {
+        let longest = self.overlapped.0.len().max(self.waited.0.len()).saturating_sub(1);
+        (2 * longest.saturating_sub(tokens)).max(1)
+    }
+
     /// What guessing `drafted` tokens adds to a step of `tokens` others; of 0, what waiting to guess does. `None` if nothing is known.
     fn extra(&self, tokens: usize, drafted: usize) -> Option<f64> {
         let all = tokens + drafted;
@@ -256,7 +262,7 @@ impl Account {
         let balance = self.balance.unwrap_or(CREDIT * token) + pace.trial.unwrap_or(TRIAL * token);
         let mut best = (0, 0.0);
         let (mut accepted, mut likely) = (0.0, 1.0);
-        for drafted in 1..=most {
+        for drafted in 1..=most.min(pace.most_known(tokens)) {
             likely *= success;
             accepted += likely;
             let Some(cost) = pace.extra(tokens, drafted) else { break };
