@@ -64,6 +64,27 @@ fn prompts_that_begin_alike_are_told() {
 }
 
 #[test]
+fn what_deployments_watch_is_measured() {
+    let server = Server::start(&[]);
+    server.ask(CHAT, &chat("Hello"));
+    let metrics = server.get("/metrics").body;
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy");
+    let mut watched = 0;
+    for file in ["grafana/metal-marlin.json", "kubernetes/metal-marlin.yaml"] {
+        let text = std::fs::read_to_string(format!("{root}/{file}")).unwrap();
+        for rest in text.split("metal_marlin_").skip(1) {
+            let end = rest.find(|char: char| !char.is_ascii_alphanumeric() && char != '_').unwrap();
+            let name = format!("metal_marlin_{}", &rest[..end]);
+            let is_measured = |line: &str| line.strip_prefix(&name).is_some_and(|rest| rest.starts_with(['{', ' ']));
+            assert!(metrics.lines().any(is_measured), "{file} watches {name}");
+            watched += 1;
+        }
+    }
+    assert!(watched > 20);
+    server.assert_idle();
+}
+
+#[test]
 fn tokens_and_perplexity_are_those_of_the_model() {
     let server = Server::start(&[]);
     let tokens = server.ask("/tokenize", &json!({ "prompt": "Once upon a time" }));
