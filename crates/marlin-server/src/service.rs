@@ -209,7 +209,7 @@ fn router(app: &App, max_body: usize, cors: Option<CorsLayer>) -> Router {
 }
 
 /// Describes the server.
-async fn describe(State(served): State<Arc<Served>>) -> Json<utoipa::openapi::OpenApi> {
+async fn describe(State(served): State<Arc<Served>>) -> Json<serde_json::Value> {
     Json(openapi::document(&served.model.names))
 }
 

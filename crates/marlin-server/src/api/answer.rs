@@ -93,6 +93,16 @@ impl Usage {
     }
 }
 
+/// What a stream consists of, as HTML's standard has it.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "it describes what axum writes")]
+pub(crate) struct ServerSentEvent {
+    /// What kind of event it is, in APIs that have several.
+    event: Option<String>,
+    /// A JSON object, or `[DONE]`.
+    data: String,
+}
+
 /// An object of a stream.
 pub(crate) fn data(value: &impl Serialize) -> SseEvent {
     // What the server says of itself always becomes JSON.

@@ -11,7 +11,7 @@ use marlin_engine::{Event, Request, TokenLogprobs};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::answer::{self, Usage, data, done, finish_reason, gather, new_id, now};
+use super::answer::{self, ServerSentEvent, Usage, data, done, finish_reason, gather, new_id, now};
 use super::format::{ResponseFormat, compile};
 use super::generation::{MOST_LOGPROBS, check_model, generation_request};
 use crate::body::Body;
@@ -96,7 +96,7 @@ pub(crate) struct CompletionLogprobs {
     request_body = CompletionRequest,
     responses(
         (status = 200, description = "The texts, whole or as a stream of server-sent events", content(
-            (CompletionResponse = "application/json"), (String = "text/event-stream"),
+            (CompletionResponse = "application/json"), (ServerSentEvent = "text/event-stream"),
         )),
         (status = "4XX", description = "The request cannot be served", body = ErrorResponse),
         (status = "5XX", description = "The server cannot serve it", body = ErrorResponse),

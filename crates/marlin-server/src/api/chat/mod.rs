@@ -17,7 +17,7 @@ use self::response::{
     ToolCall, ToolCallDelta,
 };
 pub(crate) use self::response::{ChatTokenLogprob, chat_logprobs};
-use super::answer::{self, Usage, data, done, new_id, now};
+use super::answer::{self, ServerSentEvent, Usage, data, done, new_id, now};
 use super::conversation::{Answers, Conversation, Ending, Function, Piece, chat_format};
 use super::format::ResponseFormat;
 use super::generation::{MOST_LOGPROBS, check_model};
@@ -32,7 +32,7 @@ use crate::model::Served;
     request_body = ChatRequest,
     responses(
         (status = 200, description = "The answers, whole or as a stream of server-sent events", content(
-            (ChatResponse = "application/json"), (String = "text/event-stream"),
+            (ChatResponse = "application/json"), (ServerSentEvent = "text/event-stream"),
         )),
         (status = "4XX", description = "The request cannot be served", body = ErrorResponse),
         (status = "5XX", description = "The server cannot serve it", body = ErrorResponse),

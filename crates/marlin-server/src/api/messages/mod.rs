@@ -20,7 +20,7 @@ use self::request::{
     ToolDefinition, Turn, messages as messages_of, tool_use, variables,
 };
 use self::response::{Blocks, MessageEnd, MessageResponse, MessageUsage, StreamEvent, TokenCount, blocks, stop_reason};
-use super::answer::{new_id, sse};
+use super::answer::{ServerSentEvent, new_id, sse};
 use super::conversation::{Answers, Conversation, End, Function};
 use super::generation::{Generation, check_model};
 use crate::body::Body;
@@ -83,7 +83,7 @@ pub(crate) async fn reshape_errors(request: Request, next: Next) -> Response {
     request_body = MessagesRequest,
     responses(
         (status = 200, description = "The answer, whole or as a stream of server-sent events", content(
-            (MessageResponse = "application/json"), (String = "text/event-stream"),
+            (MessageResponse = "application/json"), (ServerSentEvent = "text/event-stream"),
         )),
         (status = "4XX", description = "The request cannot be served", body = MessageErrorResponse),
         (status = "5XX", description = "The server cannot serve it", body = MessageErrorResponse),

@@ -21,7 +21,7 @@ use self::request::{ResponseRequest, add_input, tool_use};
 use self::response::{Asked, Builder, ResponseObject, StreamEvent};
 pub(crate) use self::store::ResponseStore;
 use self::store::Stored;
-use super::answer::{new_id, now, sse};
+use super::answer::{ServerSentEvent, new_id, now, sse};
 use super::chat::variables;
 use super::conversation::{Answers, Conversation, Function, ToolUse, chat_format};
 use super::generation::check_model;
@@ -35,7 +35,7 @@ use crate::model::Served;
     request_body = ResponseRequest,
     responses(
         (status = 200, description = "The response, whole or as a stream of server-sent events", content(
-            (ResponseObject = "application/json"), (String = "text/event-stream"),
+            (ResponseObject = "application/json"), (ServerSentEvent = "text/event-stream"),
         )),
         (status = "4XX", description = "The request cannot be served", body = ErrorResponse),
         (status = "5XX", description = "The server cannot serve it", body = ErrorResponse),
