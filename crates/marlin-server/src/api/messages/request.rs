@@ -1,5 +1,7 @@
 //! What a message in Anthropic's form asks for.
 
+use std::num::NonZeroU32;
+
 use marlin_engine::Message;
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -264,8 +266,8 @@ pub(crate) enum Thinking {
     /// It does.
     Enabled {
         /// The template's variable `thinking_budget`: so many tokens, if the model heeds it.
-        #[schema(minimum = 1)]
-        budget_tokens: Option<u32>,
+        #[schema(value_type = Option<u32>, minimum = 1)]
+        budget_tokens: Option<NonZeroU32>,
         /// Whether the thoughts are told.
         display: Option<Display>,
     },
@@ -464,7 +466,7 @@ pub(crate) fn variables(thinking: Option<&Thinking>, effort: Option<Effort>) -> 
     let thinks = matches!(thinking, Some(Thinking::Enabled { .. } | Thinking::Adaptive { .. }));
     variables.insert("enable_thinking".to_owned(), thinks.into());
     if let Some(Thinking::Enabled { budget_tokens: Some(budget), .. }) = thinking {
-        variables.insert("thinking_budget".to_owned(), (*budget).into());
+        variables.insert("thinking_budget".to_owned(), budget.get().into());
     }
     if let Some(effort) = effort {
         let name = match effort {
