@@ -3,7 +3,9 @@
 use axum::body::Bytes;
 use axum::extract::{FromRequest, Request};
 use axum::http::header::CONTENT_TYPE;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer};
+use serde_json::Value;
 
 use crate::error::ApiError;
 
@@ -58,6 +60,30 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     json.end()
         .map_err(|error| ApiError::invalid(format!("there is something behind the JSON of the body: {error}")))?;
     Ok(value)
+}
+
+/// What clients may fill as they like.
+const FREE: [&str; 2] = ["input", "arguments"];
+
+/// Reads what is told apart by its `type`, within an enum that is told apart by its shape. There serde takes a number for a type: the place of
+/// a variant.
+pub(crate) fn by_type<'de, D: Deserializer<'de>, T: DeserializeOwned>(deserializer: D) -> Result<T, D::Error> {
+    let value = Value::deserialize(deserializer)?;
+    if !has_named_types(&value) {
+        return Err(D::Error::custom("a type must be a text"));
+    }
+    T::deserialize(value).map_err(D::Error::custom)
+}
+
+fn has_named_types(value: &Value) -> bool {
+    match value {
+        Value::Array(items) => items.iter().all(has_named_types),
+        Value::Object(object) => object.iter().all(|(name, inside)| match name.as_str() {
+            "type" => inside.is_string(),
+            name => FREE.contains(&name) || has_named_types(inside),
+        }),
+        _ => true,
+    }
 }
 
 #[cfg(test)]

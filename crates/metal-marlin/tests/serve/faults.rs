@@ -22,6 +22,18 @@ fn what_is_wrong_is_said_in_the_shape_of_the_api() {
         (400, CHAT, with(chat("x"), json!({ "messages": [] })), "there are no messages"),
         (400, CHAT, with(chat("x"), json!({ "messages": [{ "role": "king", "content": "x" }] })), "messages[0].role"),
         (400, CHAT, with(chat("x"), json!({ "n": 0 })), "n must be between 1 and"),
+        (
+            400,
+            CHAT,
+            json!({ "model": "bundled", "messages": [{ "role": "user", "content": [{ "type": 0, "text": "x" }] }] }),
+            "content",
+        ),
+        (
+            400,
+            "/v1/responses",
+            json!({ "model": "bundled", "input": [{ "type": 0, "role": "user", "content": "x" }] }),
+            "input",
+        ),
         (400, CHAT, with(chat("x"), json!({ "logit_bias": { "99999999": 1 } })), "outside the vocabulary"),
         (400, CHAT, with(chat("x"), json!({ "stop_token_ids": [99_999_999] })), "outside the vocabulary"),
         (400, CHAT, with(chat("x"), json!({ "stop": "" })), "stop must be a text"),

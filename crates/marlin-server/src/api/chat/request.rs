@@ -72,7 +72,7 @@ pub(crate) enum Role {
 )]
 pub(crate) enum Content {
     Text(String),
-    Parts(Vec<Part>),
+    Parts(#[serde(deserialize_with = "crate::body::by_type")] Vec<Part>),
 }
 
 /// A part of a message.

@@ -86,7 +86,7 @@ pub(crate) struct CountTokensRequest {
 #[serde(untagged, expecting = "a text, or a list of blocks {\"type\": \"text\", \"text\": …}")]
 pub(crate) enum SystemPrompt {
     Text(String),
-    Blocks(Vec<TextBlock>),
+    Blocks(#[serde(deserialize_with = "crate::body::by_type")] Vec<TextBlock>),
 }
 
 /// A turn of the conversation.
@@ -116,7 +116,7 @@ pub(crate) enum Speaker {
 )]
 pub(crate) enum Content {
     Text(String),
-    Blocks(Vec<Block>),
+    Blocks(#[serde(deserialize_with = "crate::body::by_type")] Vec<Block>),
 }
 
 /// A part of what is said.
@@ -172,7 +172,7 @@ pub(crate) enum Block {
 #[serde(untagged, expecting = "a text, or a list of blocks {\"type\": \"text\", \"text\": …}")]
 pub(crate) enum ResultContent {
     Text(String),
-    Blocks(Vec<TextBlock>),
+    Blocks(#[serde(deserialize_with = "crate::body::by_type")] Vec<TextBlock>),
 }
 
 /// A text.

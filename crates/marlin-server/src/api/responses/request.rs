@@ -72,7 +72,7 @@ pub(crate) struct ResponseRequest {
 #[serde(untagged, expecting = "a text, or a list of messages, function_call, function_call_output and reasoning")]
 pub(crate) enum Input {
     Text(String),
-    Items(Vec<Item>),
+    Items(#[serde(deserialize_with = "crate::body::by_type")] Vec<Item>),
 }
 
 /// A part of a conversation.
@@ -234,7 +234,7 @@ pub(crate) enum ToolChoice {
     /// The model decides, must not, or must.
     Mode(ToolMode),
     /// It must call this one.
-    Named(NamedTool),
+    Named(#[serde(deserialize_with = "crate::body::by_type")] NamedTool),
 }
 
 /// Whether the model calls tools.
