@@ -1,9 +1,13 @@
 //! Bodies of requests.
 
+use std::fmt;
+use std::marker::PhantomData;
+
 use axum::body::Bytes;
 use axum::extract::{FromRequest, Request};
 use axum::http::header::CONTENT_TYPE;
-use serde::de::{DeserializeOwned, Error as _};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{DeserializeOwned, Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
@@ -62,6 +66,37 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     Ok(value)
 }
 
+/// Reads an object that may be missing. Serde takes a list of its fields as well, which is no way to write one.
+pub(crate) fn object<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
+    deserializer.deserialize_option(Object(PhantomData))
+}
+
+struct Object<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for Object<T> {
+    type Value = Option<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_none<E>(self) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+        T::deserialize(MapAccessDeserializer::new(map)).map(Some)
+    }
+}
+
 /// What clients may fill as they like.
 const FREE: [&str; 2] = ["input", "arguments"];
 
@@ -106,6 +141,7 @@ mod tests {
     #[allow(dead_code)]
     struct Outer {
         name: String,
+        #[serde(default, deserialize_with = "object")]
         inner: Option<Inner>,
     }
 
@@ -119,6 +155,8 @@ mod tests {
         assert!(refusal(r#"{"name": "a", "nam": 1}"#).contains(r#""param":"nam","code":"unsupported_parameter""#));
         assert!(refusal(r#"{"name": "a", "inner": {"deeper": 1}}"#).contains(r#""param":"inner.deeper""#));
         assert!(refusal(r#"{"name": "a", "inner": {"deep": "x"}}"#).contains(r#""param":"inner.deep""#));
+        assert!(refusal(r#"{"name": "a", "inner": [null]}"#).contains("expected an object"));
+        assert!(parse::<Outer>(br#"{"name": "a", "inner": null}"#).is_ok());
         assert!(refusal(r#"{"name": "a"} x"#).contains("behind the JSON"));
         assert!(refusal(r#"{"name": "#).contains("EOF"));
         assert!(parse::<Outer>(b"{\"name\": \"\xff\"}").is_err());

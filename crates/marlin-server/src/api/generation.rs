@@ -95,6 +95,7 @@ macro_rules! generation_request {
             /// Send the answer as it comes, as server-sent events.
             pub(crate) stream: Option<bool>,
             /// How.
+            #[serde(default, deserialize_with = "crate::body::object")]
             pub(crate) stream_options: Option<$crate::api::generation::StreamOptions>,
             /// What the answer must look like.
             pub(crate) response_format: Option<$crate::api::format::ResponseFormat>,

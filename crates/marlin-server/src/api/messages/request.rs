@@ -33,6 +33,7 @@ pub(crate) struct MessagesRequest {
     /// Whether it thinks before it answers; it does not if nothing is said.
     pub(crate) thinking: Option<Thinking>,
     /// What the answer must look like, and how much to think.
+    #[serde(default, deserialize_with = "crate::body::object")]
     pub(crate) output_config: Option<OutputConfig>,
     /// End before these texts.
     stop_sequences: Option<Vec<String>>,
@@ -51,6 +52,7 @@ pub(crate) struct MessagesRequest {
     #[expect(dead_code, reason = "it asks for what is done anyway")]
     cache_control: Option<CacheControl>,
     /// Who asks; it is not looked at.
+    #[serde(default, deserialize_with = "crate::body::object")]
     #[expect(dead_code, reason = "clients may tell it")]
     metadata: Option<Metadata>,
 }
@@ -74,6 +76,7 @@ pub(crate) struct CountTokensRequest {
     /// Whether it thinks before it answers; it does not if nothing is said.
     pub(crate) thinking: Option<Thinking>,
     /// What the answer must look like, and how much to think.
+    #[serde(default, deserialize_with = "crate::body::object")]
     pub(crate) output_config: Option<OutputConfig>,
     /// Prompts are cached always.
     #[expect(dead_code, reason = "it asks for what is done anyway")]

@@ -47,8 +47,10 @@ pub(crate) struct ResponseRequest {
     /// Whether it may call several at once.
     pub(crate) parallel_tool_calls: Option<bool>,
     /// What the answer must look like.
+    #[serde(default, deserialize_with = "crate::body::object")]
     pub(crate) text: Option<TextOptions>,
     /// How much to reason.
+    #[serde(default, deserialize_with = "crate::body::object")]
     pub(crate) reasoning: Option<ReasoningOptions>,
     /// `disabled`: a conversation that is too long is refused.
     #[expect(dead_code, reason = "there is one way")]
