@@ -1,10 +1,14 @@
 """Writes a Hugging Face folder of a known shape with random weights in bf16, to serve where no model can be had: its tokens are words.
 
     python benches/peers/random_checkpoint.py qwen3-0.6b OUT && metal-marlin serve OUT --format fp4 --method mse
+
+A pair of which the small one guesses what the large one says (docs/speculation.md), because the layers of the large one beyond the first two add nothing:
+
+    python benches/peers/random_checkpoint.py 1b LARGE --live-layers 2 && python benches/peers/random_checkpoint.py 1b SMALL --layers 2
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,8 @@ import numpy as np
 SHAPES = {
     "qwen3-0.6b": (28, 1024, 3072, 16, 8, 128, 151936),
     "qwen3-4b": (36, 2560, 9728, 32, 8, 128, 151936),
+    # No real model's.
+    "1b": (20, 2048, 6144, 16, 8, 128, 32000),
 }
 # Those of `metal-marlin bench-serve`, so that each is a token.
 WORDS = (
@@ -22,9 +28,17 @@ WORDS = (
 ).split()
 
 
-def main(shape, out):
-    layers, hidden, intermediate, heads, kv_heads, width, vocabulary = SHAPES[shape]
-    out = Path(out)
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--layers", type=int, help="only the first so many")
+    parser.add_argument("--live-layers", type=int, help="layers after so many add nothing to what those before say")
+    arguments = parser.parse_args()
+    layers, hidden, intermediate, heads, kv_heads, width, vocabulary = SHAPES[arguments.shape]
+    layers = arguments.layers or layers
+    live_layers = arguments.live_layers or layers
+    out = arguments.out
     out.mkdir()
     config = {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hidden_layers": layers, "hidden_size": hidden,
@@ -63,10 +77,13 @@ def main(shape, out):
     rng = np.random.default_rng(0)
     with open(out / "model.safetensors", "wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
-        for dims in shapes.values():
+        for name, dims in shapes.items():
             values = np.ones(dims, np.float32) if len(dims) == 1 else rng.standard_normal(dims, np.float32) * np.float32(0.02)
+            is_live = ".layers." not in name or int(name.split(".")[2]) < live_layers
+            if name.endswith(("o_proj.weight", "down_proj.weight")) and not is_live:
+                values[:] = 0
             file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
