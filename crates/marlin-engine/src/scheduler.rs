@@ -135,8 +135,11 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Whether an answer that runs can afford to guess what comes next, for which its last token must be known.
+    /// Whether an answer that runs can afford to wait in order to guess what comes next, for which its last token must be known.
     pub(crate) fn wants_to_draft(&self, pace: &Pace) -> bool {
+        if !self.limits.always_draft && !pace.knows_overlap() {
+            return false;
+        }
         let tokens = self.running.len();
         let is_due = |s: &Sequence| self.limits.always_draft || s.account().plan(pace, tokens, MOST_DRAFT) > 0;
         self.running.iter().any(|sequence| sequence.may_draft() && is_due(sequence))

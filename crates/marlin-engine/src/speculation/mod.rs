@@ -70,6 +70,8 @@ pub(crate) const MOST_UNREAD: usize = 2 * MOST_DRAFT;
 pub(crate) struct Pace {
     /// Those during which the next one was started already.
     overlapped: Times,
+    /// How many of those were measured.
+    overlapped_steps: usize,
     /// Those after which everything waited, as one must to guess; on a device that is never ahead, all.
     waited: Times,
     /// Of a token of a prompt.
@@ -97,6 +99,8 @@ const NEWS: f64 = 0.1;
 const GOOD_NEWS: f64 = 0.5;
 /// Of a guess, for what is known of all answers.
 const OLD_NEWS: f64 = 0.02;
+/// Steps that a device which is ahead of the host takes before anything is guessed.
+const FIRST_STEPS: usize = 8;
 /// Where nothing is known of more tokens, each is taken to cost so much of what those that are known do.
 const UNKNOWN: f64 = 0.25;
 
@@ -136,6 +140,7 @@ impl Default for Pace {
     fn default() -> Self {
         Self {
             overlapped: Times::default(),
+            overlapped_steps: 0,
             waited: Times::default(),
             prompt: 0.0,
             read: 0.0,
@@ -153,6 +158,12 @@ impl Pace {
     pub(crate) fn record(&mut self, tokens: usize, seconds: f64, has_waited: bool) {
         let times = if has_waited { &mut self.waited } else { &mut self.overlapped };
         times.record(tokens, seconds);
+        self.overlapped_steps += usize::from(!has_waited);
+    }
+
+    /// Whether it is known what a device gains by being ahead, so that waiting to guess has a price.
+    pub(crate) fn knows_overlap(&self) -> bool {
+        self.overlapped_steps >= FIRST_STEPS
     }
 
     /// For a drafter of this cost.
