@@ -82,7 +82,7 @@ pub struct Engine {
     fingerprint: String,
     drafter: Option<Box<dyn Drafter>>,
     pace: Pace,
-    /// When the last step was finished.
+    /// When the last step was finished, or work began.
     last_finished: Instant,
     stats: EngineStats,
     next_id: u64,
@@ -96,9 +96,8 @@ pub struct Engine {
 }
 
 /// A step that was started and whose tokens were not read yet.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Started {
-    since: Instant,
     /// Its tokens.
     tokens: usize,
     /// `None` if no answer gets a token.
@@ -108,12 +107,6 @@ struct Started {
     parts: Vec<Part>,
     /// If one of the parts wants them.
     logits: Vec<f32>,
-}
-
-impl Default for Started {
-    fn default() -> Self {
-        Self { since: Instant::now(), tokens: 0, sampling: None, rows: 0, parts: Vec::new(), logits: Vec::new() }
-    }
 }
 
 impl Engine {
@@ -210,6 +203,9 @@ impl Engine {
     /// Queues a request. One that could never run is refused.
     pub fn add(&mut self, request: Request) -> Result<RequestId, EngineError> {
         let room = self.check(&request)?;
+        if self.is_idle() {
+            self.last_finished = Instant::now();
+        }
         let id = RequestId(self.next_id);
         let kv = self.model.kv().sequence();
         let names = BlockNames::new(&self.fingerprint, &request.cache_salt, self.model.kv().block_tokens());
@@ -285,7 +281,6 @@ impl Engine {
     /// if there is nothing to do, or if a step under way must be finished first.
     fn start_step(&mut self) -> Result<bool, EngineError> {
         let mut step = self.spare.pop().unwrap_or_default();
-        step.since = Instant::now();
         if let Some(drafter) = &mut self.drafter
             && self.started.is_empty()
         {
@@ -367,7 +362,8 @@ impl Engine {
 
     /// Learns how long a step took in which every answer brought one token, and what guesses have gained.
     fn settle(&mut self, step: &Started) {
-        let seconds = step.since.max(self.last_finished).elapsed().as_secs_f64();
+        // What the host does between steps counts: a device that is ahead computes in the meantime.
+        let seconds = self.last_finished.elapsed().as_secs_f64();
         self.last_finished = Instant::now();
         let drafted: usize = step.parts.iter().map(|part| part.drafted).sum();
         let tokens = step.tokens - drafted;
