@@ -164,7 +164,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         args.quantize.load()(&checkpoint, &device, &options)
     })?;
     let engine = Engine::new(model, Arc::new(tokenizer), generation.eos_token_id);
-    let mut engine = args.speculation.apply(engine, &args.device, &device, 1)?;
+    let mut engine = args.speculation.apply(engine, &device, 1)?;
     let load = started.elapsed();
 
     engine.add(request)?;
@@ -232,7 +232,7 @@ impl Args {
         let needed = request.prompt.len().saturating_add(request.stop.max_tokens);
         let usable = needed.clamp(1, shape.context);
         let context = self.context.map_or(usable, NonZeroUsize::get);
-        let logit_rows = 1 + self.speculation.logit_rows(&self.device, device);
+        let logit_rows = 1 + self.speculation.logit_rows(device);
         let options =
             LoadOptions { context: Some(context), kv_type: self.kv.into(), logit_rows, ..LoadOptions::default() };
         let Some(budget) = self.memory.budget(device) else { return Ok(options) };

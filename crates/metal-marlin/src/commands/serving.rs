@@ -95,7 +95,7 @@ impl ServingOptions {
         let engine_options = EngineOptions { max_running: Some(self.max_running()), ..EngineOptions::default() };
         let eos_tokens = served.generation.eos_token_id.clone();
         let engine = Engine::with_options(loaded, tokenizer.into(), eos_tokens, &engine_options);
-        let engine = self.speculation.apply(engine, &self.device, &device, CONTEXTS)?;
+        let engine = self.speculation.apply(engine, &device, CONTEXTS)?;
         Ok(Serving { engine, model: served, device, _temporary: temporary })
     }
 
@@ -127,7 +127,7 @@ impl ServingOptions {
         let allowed = planner.shape().context;
         let context = self.context.map_or(allowed, NonZeroUsize::get);
         let defaults = LoadOptions::default();
-        let rows = self.max_running.get() + self.speculation.logit_rows(&self.device, device);
+        let rows = self.max_running.get() + self.speculation.logit_rows(device);
         let options = LoadOptions {
             context: Some(context),
             kv_type: self.kv.into(),

@@ -8,9 +8,9 @@ use marlin_checkpoint::Tokenizer;
 use marlin_engine::{DraftModel, Engine, MOST_DRAFT, PromptLookup};
 use marlin_kernels::KvType;
 use marlin_model::LoadOptions;
+use metal_marlin::LoadError;
 use metal_marlin::device::Device;
 use metal_marlin::tile_cache::load_model_kept;
-use metal_marlin::{DeviceOptions, LoadError};
 
 use super::model::{self, HubOptions};
 use crate::progress;
@@ -20,7 +20,7 @@ use crate::progress;
 #[command(next_help_heading = "Speculation")]
 pub(crate) struct SpeculationOptions {
     /// Guess what comes next from the text itself, and look at several guessed tokens at a time where that pays; answers stay what they are
-    /// [default: lookup on a CPU and with --batch-invariant, where they do to the token]
+    /// [default: lookup on a CPU, off on a GPU]
     #[arg(long, value_name = "HOW")]
     speculate: Option<Speculate>,
 
@@ -39,27 +39,21 @@ enum Speculate {
 
 impl SpeculationOptions {
     /// Rows of logits that guesses may take, beside one for each answer.
-    pub(crate) fn logit_rows(&self, device: &DeviceOptions, opened: &Device) -> usize {
-        if self.draft_model.is_some() || self.looks_up(device, opened) { MOST_DRAFT } else { 0 }
+    pub(crate) fn logit_rows(&self, device: &Device) -> usize {
+        if self.draft_model.is_some() || self.looks_up(device) { MOST_DRAFT } else { 0 }
     }
 
-    fn looks_up(&self, device: &DeviceOptions, opened: &Device) -> bool {
+    fn looks_up(&self, device: &Device) -> bool {
         match self.speculate {
             Some(how) => how == Speculate::Lookup,
-            None => opened.cpu().is_some() || device.batch_invariant,
+            None => device.cpu().is_some(),
         }
     }
 
     /// Lets the engine guess as the options say. A draft model is loaded beside its model, with room for `sequences` answers.
-    pub(crate) fn apply(
-        &self,
-        engine: Engine,
-        device: &DeviceOptions,
-        opened: &Device,
-        sequences: usize,
-    ) -> anyhow::Result<Engine> {
+    pub(crate) fn apply(&self, engine: Engine, device: &Device, sequences: usize) -> anyhow::Result<Engine> {
         let Some(path) = &self.draft_model else {
-            let looks_up = self.looks_up(device, opened);
+            let looks_up = self.looks_up(device);
             return Ok(if looks_up { engine.with_drafter(Box::new(PromptLookup::default())) } else { engine });
         };
         let checkpoint = model::open(Some(path), &HubOptions { revision: None })?;
@@ -67,7 +61,7 @@ impl SpeculationOptions {
         if let Some(difference) = difference(engine.tokenizer(), &checkpoint.tokenizer()?) {
             bail!("{name} cannot guess for this model, because {difference}; a draft model must have the same tokens");
         }
-        let planner = opened.planner(&checkpoint).map_err(LoadError::Model)?;
+        let planner = device.planner(&checkpoint).map_err(LoadError::Model)?;
         let context = engine.info().context.min(planner.shape().context);
         let options = LoadOptions {
             context: Some(context),
@@ -77,7 +71,7 @@ impl SpeculationOptions {
             ..LoadOptions::default()
         };
         let loaded = progress::spinner(&format!("Loading {}", checkpoint.name()), || {
-            load_model_kept(&checkpoint, opened, &options)
+            load_model_kept(&checkpoint, device, &options)
         })?;
         let drafter = DraftModel::new(loaded, engine.info());
         Ok(engine.with_drafter(Box::new(drafter)))

@@ -120,14 +120,14 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let options = LoadOptions {
         context: args.context.map(NonZeroUsize::get).or(default_context),
         kv_type: args.kv.into(),
-        logit_rows: 1 + args.speculation.logit_rows(&args.device, &device),
+        logit_rows: 1 + args.speculation.logit_rows(&device),
         ..Default::default()
     };
     let model = progress::spinner(&format!("Loading {}", checkpoint.name()), || {
         args.quantize.load()(&checkpoint, &device, &options)
     })?;
     let engine = Engine::new(model, tokenizer, generation.eos_token_id);
-    let engine = args.speculation.apply(engine, &args.device, &device, 1)?;
+    let engine = args.speculation.apply(engine, &device, 1)?;
     let context = engine.info().context;
     let mut conversation = Conversation::new(engine, prompter, sampling, stop, args.template.first_messages());
 
