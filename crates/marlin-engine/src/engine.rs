@@ -261,9 +261,9 @@ impl Engine {
     fn advance(&mut self, events: &mut Vec<Event>) -> Result<(), EngineError> {
         let result = self.start_step().and_then(|has_started| {
             // An answer with a form waits for its last token; nobody else overtakes it.
-            let waits = self.scheduler.has_constrained()
-                || (self.drafter.is_some() && self.scheduler.wants_to_draft(&self.pace));
-            let may_overlap = self.model.info().overlaps && !waits;
+            let may_overlap = self.model.info().overlaps
+                && !self.scheduler.has_constrained()
+                && !(self.drafter.is_some() && self.scheduler.wants_to_draft(&self.pace));
             let under_way = usize::from(has_started && may_overlap);
             while self.started.len() > under_way {
                 self.finish_step(events)?;

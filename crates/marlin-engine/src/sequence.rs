@@ -513,9 +513,7 @@ impl Sequence {
         let stopped = self.text.finish(tokenizer, text)?.map(|stop| FinishReason::StopString(stop.to_owned()));
         Ok(Some(stopped.unwrap_or(reason)))
     }
-}
 
-impl Sequence {
     /// Goes on in the grammar; tells whether nothing can follow.
     fn follows_constraint(&mut self, token: u32) -> Result<bool, EngineError> {
         let Some(constraint) = &mut self.constraint else { return Ok(false) };

@@ -44,20 +44,19 @@ impl DraftModel {
         Self { model, vocabulary, relative_cost, answers: HashMap::new(), batch: StepBatch::default() }
     }
 
-    /// Computes what of `tokens` is not cached yet, and chooses the token after it; `None` if there is no room.
-    fn next_token(&mut self, followed: &mut Followed, tokens: &[u32]) -> Result<Option<u32>, EngineError> {
+    /// Computes `new` tokens behind what is cached, and chooses the token after them; `None` if there is no room.
+    fn next_token(&mut self, followed: &mut Followed, new: &[u32]) -> Result<Option<u32>, EngineError> {
         let info = self.model.info();
         let (step_tokens, context) = (info.step_tokens, info.context);
-        if tokens.len() > context {
+        let whole = followed.tokens.len() + new.len();
+        if whole > context {
             return Ok(None);
         }
-        while followed.tokens.len() < tokens.len() {
-            let start = followed.tokens.len();
-            let chunk = &tokens[start..tokens.len().min(start + step_tokens)];
+        for chunk in new.chunks(step_tokens) {
             if self.model.kv().append(&mut followed.kv, chunk.len()).is_err() {
                 return Ok(None);
             }
-            let is_last = start + chunk.len() == tokens.len();
+            let is_last = followed.kv.len() == whole;
             self.batch.clear();
             self.batch.push(&followed.kv, chunk, if is_last { LogitRows::Last } else { LogitRows::None });
             self.model.forward(&self.batch)?;
@@ -79,14 +78,14 @@ impl DraftModel {
         let kept = followed.alike(tokens);
         followed.tokens.truncate(kept);
         self.model.kv().truncate(&mut followed.kv, kept);
-        if tokens[kept..].iter().any(|&token| token >= self.vocabulary) {
+        let mut new = &tokens[kept..];
+        if new.iter().any(|&token| token >= self.vocabulary) {
             return Ok(());
         }
-        let mut text = tokens.to_vec();
         while draft.len() < most {
-            let Some(token) = self.next_token(followed, &text)?.filter(|&token| token < self.vocabulary) else { break };
+            let Some(token) = self.next_token(followed, new)?.filter(|&token| token < self.vocabulary) else { break };
             draft.push(token);
-            text.push(token);
+            new = &draft[draft.len() - 1..];
         }
         Ok(())
     }

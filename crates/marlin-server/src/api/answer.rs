@@ -109,6 +109,11 @@ pub(crate) fn data(value: &impl Serialize) -> SseEvent {
     SseEvent::default().json_data(value).unwrap_or_default()
 }
 
+/// The same, with the name of what kind of event it is.
+pub(crate) fn named(name: &'static str, value: &impl Serialize) -> SseEvent {
+    SseEvent::default().event(name).json_data(value).unwrap_or_default()
+}
+
 /// The end of a stream.
 pub(crate) fn done() -> SseEvent {
     SseEvent::default().data("[DONE]")

@@ -13,7 +13,7 @@ use utoipa::ToSchema;
 
 use super::answer::{self, ServerSentEvent, Usage, data, done, finish_reason, gather, new_id, now};
 use super::format::{ResponseFormat, compile};
-use super::generation::{MOST_LOGPROBS, check_model, generation_request};
+use super::generation::{check_logprobs, check_model, generation_request};
 use crate::body::Body;
 use crate::error::{ApiError, ErrorResponse};
 use crate::model::Served;
@@ -111,12 +111,7 @@ pub(crate) async fn completions(
     let include_usage = generation.include_usage()?;
     let is_stream = generation.stream == Some(true);
     let echo = body.echo.unwrap_or(false);
-    let logprobs = match body.logprobs.map(|n| n as usize) {
-        Some(n) if n > MOST_LOGPROBS => {
-            return Err(ApiError::parameter("logprobs", format!("logprobs can be at most {MOST_LOGPROBS}, found {n}")));
-        }
-        logprobs => logprobs,
-    };
+    let logprobs = body.logprobs.map(|n| check_logprobs("logprobs", n as usize)).transpose()?;
     let mut request = Request { logprobs, ..generation.request(&served)? };
     if echo {
         // A prompt that is repeated without anything behind it still goes through the engine.

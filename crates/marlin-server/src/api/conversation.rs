@@ -97,6 +97,11 @@ pub(crate) fn call_value(id: Option<String>, name: String, arguments: Value) -> 
     json!({ "id": id, "type": "function", "function": { "name": name, "arguments": arguments } })
 }
 
+/// The same of a call whose arguments are a text, as clients and models write it.
+pub(crate) fn call_of_text(id: Option<String>, name: String, arguments: &str) -> Value {
+    call_value(id, name, serde_json::from_str(arguments).unwrap_or_else(|_| arguments.into()))
+}
+
 /// How one talks with the model.
 pub(crate) fn chat_format(served: &Served) -> Result<&ChatFormat, ApiError> {
     served.model.chat.as_ref().ok_or_else(|| {
@@ -272,10 +277,12 @@ pub(crate) enum Ending {
 
 impl End {
     fn new(finish: Finish, parser: &OutputParser) -> Result<Self, ApiError> {
-        let ending = match (finish_reason(&finish.reason)?, &finish.reason) {
-            ("length", _) => Ending::Length,
+        // What has failed is an error.
+        finish_reason(&finish.reason)?;
+        let ending = match &finish.reason {
+            FinishReason::Length | FinishReason::Context => Ending::Length,
             _ if parser.tool_calls() > 0 => Ending::Calls,
-            (_, FinishReason::StopString(text)) => Ending::StopString(text.clone()),
+            FinishReason::StopString(text) => Ending::StopString(text.clone()),
             _ => Ending::Complete,
         };
         Ok(Self { ending, finish })

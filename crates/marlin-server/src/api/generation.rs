@@ -10,9 +10,17 @@ use crate::error::ApiError;
 use crate::model::Served;
 
 /// Most alternatives to a token that may be asked for.
-pub(crate) const MOST_LOGPROBS: usize = 20;
+const MOST_LOGPROBS: usize = 20;
 /// Most stop strings of a request.
 const MOST_STOPS: usize = 16;
+
+/// Refuses to tell of more alternatives to a token than that.
+pub(crate) fn check_logprobs(name: &'static str, count: usize) -> Result<usize, ApiError> {
+    if count > MOST_LOGPROBS {
+        return Err(ApiError::parameter(name, format!("{name} can be at most {MOST_LOGPROBS}, found {count}")));
+    }
+    Ok(count)
+}
 
 /// A text, or several.
 #[derive(Debug, Clone, Deserialize, ToSchema)]

@@ -11,7 +11,7 @@ use axum::response::{IntoResponse, Response};
 use marlin_engine::TokenLogprobs;
 
 use self::request::tool_use;
-pub(crate) use self::request::{ChatRequest, ReasoningEffort, variables};
+pub(crate) use self::request::{ChatRequest, ReasoningEffort, ToolMode, variables};
 use self::response::{
     AssistantMessage, ChatChoice, ChatChunk, ChatLogprobs, ChatResponse, ChunkChoice, FunctionCall, MessageDelta,
     ToolCall, ToolCallDelta,
@@ -20,7 +20,7 @@ pub(crate) use self::response::{ChatTokenLogprob, chat_logprobs};
 use super::answer::{self, ServerSentEvent, Usage, data, done, new_id, now};
 use super::conversation::{Answers, Conversation, Ending, Function, Piece, chat_format};
 use super::format::ResponseFormat;
-use super::generation::{MOST_LOGPROBS, check_model};
+use super::generation::{check_logprobs, check_model};
 use crate::body::Body;
 use crate::dialect::Delta;
 use crate::error::{ApiError, ErrorResponse};
@@ -75,12 +75,8 @@ pub(crate) async fn chat_completions(
 fn logprobs(wanted: Option<bool>, top: Option<u32>) -> Result<Option<usize>, ApiError> {
     match (wanted.unwrap_or(false), top.map(|top| top as usize)) {
         (false, Some(_)) => Err(ApiError::parameter("top_logprobs", "top_logprobs need logprobs: set that to true")),
-        (true, Some(top)) if top > MOST_LOGPROBS => {
-            let message = format!("top_logprobs can be at most {MOST_LOGPROBS}, found {top}");
-            Err(ApiError::parameter("top_logprobs", message))
-        }
         (false, None) => Ok(None),
-        (true, top) => Ok(Some(top.unwrap_or(0))),
+        (true, top) => check_logprobs("top_logprobs", top.unwrap_or(0)).map(Some),
     }
 }
 

@@ -5,7 +5,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use crate::api::conversation::{Function, ToolUse, call_value};
+use crate::api::conversation::{Function, ToolUse, call_of_text};
 use crate::api::generation::generation_request;
 
 generation_request! {
@@ -159,6 +159,16 @@ pub(crate) enum ToolMode {
     Required,
 }
 
+impl From<ToolMode> for ToolUse {
+    fn from(mode: ToolMode) -> Self {
+        match mode {
+            ToolMode::None => Self::None,
+            ToolMode::Auto => Self::Auto,
+            ToolMode::Required => Self::Required,
+        }
+    }
+}
+
 /// A tool that must be called.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -236,8 +246,7 @@ impl ChatMessage {
 impl CalledTool {
     fn into_value(self) -> Value {
         let Self { id, kind: _, function: CalledFunction { name, arguments }, index: _ } = self;
-        let arguments = serde_json::from_str(&arguments).unwrap_or(Value::String(arguments));
-        call_value(id, name, arguments)
+        call_of_text(id, name, &arguments)
     }
 }
 
@@ -251,9 +260,8 @@ impl From<ToolDefinition> for Function {
 /// How tools are to be used.
 pub(crate) fn tool_use(choice: Option<ToolChoice>) -> ToolUse {
     match choice {
-        Some(ToolChoice::Mode(ToolMode::None)) => ToolUse::None,
-        None | Some(ToolChoice::Mode(ToolMode::Auto)) => ToolUse::Auto,
-        Some(ToolChoice::Mode(ToolMode::Required)) => ToolUse::Required,
+        None => ToolUse::Auto,
+        Some(ToolChoice::Mode(mode)) => mode.into(),
         Some(ToolChoice::Named(NamedTool { function: NamedFunction { name }, .. })) => ToolUse::Named(name),
     }
 }

@@ -9,7 +9,6 @@ use axum::Json;
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::middleware::Next;
-use axum::response::sse::Event as SseEvent;
 use axum::response::{IntoResponse, Response};
 use marlin_engine::Grammar;
 use serde::Serialize;
@@ -20,7 +19,7 @@ use self::request::{
     ToolDefinition, Turn, messages as messages_of, tool_use, variables,
 };
 use self::response::{Blocks, MessageEnd, MessageResponse, MessageUsage, StreamEvent, TokenCount, blocks, stop_reason};
-use super::answer::{ServerSentEvent, new_id, sse};
+use super::answer::{ServerSentEvent, named, new_id, sse};
 use super::conversation::{Answers, Conversation, End, Function};
 use super::generation::{Generation, check_model};
 use crate::body::Body;
@@ -231,9 +230,4 @@ impl Job {
 /// Whether a change is told, where thoughts are not always.
 fn is_told(tells_thoughts: bool, delta: &Delta) -> bool {
     tells_thoughts || !matches!(delta, Delta::Reasoning(_))
-}
-
-fn named(name: &'static str, value: &impl Serialize) -> SseEvent {
-    // What the server says of itself always becomes JSON.
-    SseEvent::default().event(name).json_data(value).unwrap_or_default()
 }

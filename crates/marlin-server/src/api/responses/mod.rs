@@ -10,7 +10,6 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::{Path, State};
-use axum::response::sse::Event as SseEvent;
 use axum::response::{IntoResponse, Response};
 use marlin_engine::Message;
 use serde::Serialize;
@@ -18,10 +17,10 @@ use serde_json::{Value, json};
 use utoipa::ToSchema;
 
 use self::request::{ResponseRequest, add_input, tool_use};
-use self::response::{Asked, Builder, ResponseObject, StreamEvent};
+use self::response::{Asked, Builder, ResponseObject};
 pub(crate) use self::store::ResponseStore;
 use self::store::Stored;
-use super::answer::{ServerSentEvent, new_id, now, sse};
+use super::answer::{ServerSentEvent, named, new_id, now, sse};
 use super::chat::variables;
 use super::conversation::{Answers, Conversation, Function, ToolUse, chat_format};
 use super::generation::check_model;
@@ -193,12 +192,13 @@ impl Job {
         sse(async_stream::stream! {
             loop {
                 for event in self.builder.events() {
-                    yield named(&event);
+                    yield named(event.name, &event.data);
                 }
                 match answers.next().await {
                     Some(Ok(piece)) => self.builder.add(piece),
                     Some(Err(error)) => {
-                        yield named(&self.builder.error(&error.into_body().error));
+                        let event = self.builder.error(&error.into_body().error);
+                        yield named(event.name, &event.data);
                         return;
                     }
                     None => break,
@@ -216,9 +216,4 @@ impl Job {
             served.responses.insert(Stored { response, messages: said });
         }
     }
-}
-
-fn named(event: &StreamEvent) -> SseEvent {
-    // What the server says of itself always becomes JSON.
-    SseEvent::default().event(event.name).json_data(&event.data).unwrap_or_default()
 }

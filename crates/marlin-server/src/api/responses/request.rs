@@ -5,8 +5,9 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use crate::api::conversation::{Function, ToolUse, call_value};
-use crate::api::generation::Generation;
+use crate::api::chat::ToolMode;
+use crate::api::conversation::{Function, ToolUse, call_of_text};
+use crate::api::generation::{Generation, check_logprobs};
 use crate::error::ApiError;
 
 /// A conversation to go on with.
@@ -239,16 +240,6 @@ pub(crate) enum ToolChoice {
     Named(#[serde(deserialize_with = "crate::body::by_type")] NamedTool),
 }
 
-/// Whether the model calls tools.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
-#[schema(as = responses::ToolMode)]
-#[serde(rename_all = "snake_case")]
-pub(crate) enum ToolMode {
-    None,
-    Auto,
-    Required,
-}
-
 /// A tool that must be called.
 #[derive(Debug, Deserialize, ToSchema)]
 #[schema(as = responses::NamedTool)]
@@ -320,17 +311,13 @@ impl ResponseRequest {
     /// How many alternatives to tell, if it is told at all how likely tokens were.
     pub(crate) fn logprobs(&self) -> Result<Option<usize>, ApiError> {
         let is_asked = self.include.as_ref().is_some_and(|include| include.contains(&Include::Logprobs));
-        let most = crate::api::generation::MOST_LOGPROBS;
         match self.top_logprobs.map(|top| top as usize) {
             Some(_) if !is_asked => {
                 let message = "top_logprobs need logprobs: include \"message.output_text.logprobs\"";
                 Err(ApiError::parameter("top_logprobs", message))
             }
-            Some(top) if top > most => {
-                let message = format!("top_logprobs can be at most {most}, found {top}");
-                Err(ApiError::parameter("top_logprobs", message))
-            }
-            top => Ok(is_asked.then(|| top.unwrap_or(0))),
+            None if !is_asked => Ok(None),
+            top => check_logprobs("top_logprobs", top.unwrap_or(0)).map(Some),
         }
     }
 }
@@ -355,9 +342,8 @@ impl From<ToolDefinition> for Function {
 /// How tools are to be used.
 pub(crate) fn tool_use(choice: Option<ToolChoice>) -> ToolUse {
     match choice {
-        Some(ToolChoice::Mode(ToolMode::None)) => ToolUse::None,
-        None | Some(ToolChoice::Mode(ToolMode::Auto)) => ToolUse::Auto,
-        Some(ToolChoice::Mode(ToolMode::Required)) => ToolUse::Required,
+        None => ToolUse::Auto,
+        Some(ToolChoice::Mode(mode)) => mode.into(),
         Some(ToolChoice::Named(NamedTool::Function { name })) => ToolUse::Named(name),
     }
 }
@@ -415,8 +401,7 @@ pub(crate) fn add_input(messages: &mut Vec<Message>, input: Input, knows_develop
                 messages.push(Message::new(role, content.into_text()));
             }
             (TypedItem::FunctionCall { call_id, name, arguments, .. }, Some(answer)) => {
-                let arguments = serde_json::from_str(&arguments).unwrap_or(Value::String(arguments));
-                add_call(answer, call_value(Some(call_id), name, arguments));
+                add_call(answer, call_of_text(Some(call_id), name, &arguments));
             }
             (TypedItem::Reasoning { content, .. }, Some(answer)) => {
                 let texts: Vec<String> =

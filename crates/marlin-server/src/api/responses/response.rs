@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 use super::request::add_call;
 use crate::api::answer::new_id;
 use crate::api::chat::{ChatTokenLogprob, chat_logprobs};
-use crate::api::conversation::{Ending, Piece, call_value};
+use crate::api::conversation::{Ending, Piece, call_of_text};
 use crate::dialect::Delta;
 use crate::model::Served;
 
@@ -427,8 +427,7 @@ impl ResponseObject {
                     }
                 }
                 OutputItem::FunctionCall { call_id, name, arguments, .. } => {
-                    let arguments = serde_json::from_str(arguments).unwrap_or(Value::String(arguments.clone()));
-                    add_call(&mut message, call_value(Some(call_id.clone()), name.clone(), arguments));
+                    add_call(&mut message, call_of_text(Some(call_id.clone()), name.clone(), arguments));
                 }
             }
         }
