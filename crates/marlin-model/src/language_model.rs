@@ -24,6 +24,10 @@ pub trait LanguageModel: Send {
     /// Reads the logits of the last step, `[L, vocabulary]` row-major, into `out` (resized to fit).
     fn read_logits(&mut self, out: &mut Vec<f32>) -> Result<(), ModelError>;
 
+    /// Reads what the model makes of each token of the last step, `[T, hidden]` row-major, into `out` (resized to fit): hidden states
+    /// after the last norm, of which the head makes logits. They are there until the next step starts.
+    fn read_hidden(&mut self, out: &mut Vec<f32>) -> Result<(), ModelError>;
+
     /// Waits for the steps that were started.
     fn wait(&mut self) -> Result<(), ModelError>;
 
@@ -56,6 +60,8 @@ pub struct ModelInfo {
     pub architecture: String,
     /// Rows of the embedding.
     pub vocabulary: usize,
+    /// Width of hidden states.
+    pub hidden_size: usize,
     /// Longest sequence this instance was loaded for (at most the model's own context).
     pub context: usize,
     /// Most tokens of a step.

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use common::{
-    Device, Golden, assert_parity, assert_parity_of_most, each_packed_model, golden, goldens, gpu_trials, has_experts,
-    host, options, packed, packed_in, same_bits, schemes, sparse_schemes, top_two,
+    Device, Golden, assert_hidden_parity, assert_parity, assert_parity_of_most, each_packed_model, golden, goldens,
+    gpu_trials, has_experts, host, options, packed, packed_in, same_bits, schemes, sparse_schemes, top_two,
 };
 use libtest_mimic::{Arguments, Trial};
 use marlin_checkpoint::Checkpoint;
@@ -88,6 +88,10 @@ fn logits(gpu: &'static GpuBackend, kv_type: KvType, bound: f32) {
             } else {
                 assert_parity(&what, &logits, &golden, bound);
             }
+        }
+        if bound == EXACT_BOUND {
+            let hidden = model.hidden_of(&golden.input_ids, 17);
+            assert_hidden_parity(&format!("hidden states of {}", folder.display()), &folder, &hidden, &golden, bound);
         }
     }
 }

@@ -3,8 +3,8 @@
 mod common;
 
 use common::{
-    Device, Golden, argmax, assert_parity, each_packed_model, golden, goldens, l2_error, options, packed, packed_in,
-    same_bits, schemes, sparse_schemes, top_two,
+    Device, Golden, argmax, assert_hidden_parity, assert_parity, each_packed_model, golden, goldens, l2_error, options,
+    packed, packed_in, same_bits, schemes, sparse_schemes, top_two,
 };
 use marlin_format::{Element, Format, Grouping, ScaleKind, Scheme};
 use marlin_kernels::KvType;
@@ -37,6 +37,18 @@ fn logits_agree_with_transformers() {
                 let logits = model.logits_of(&golden.input_ids, golden.input_ids.len());
                 assert_parity(&format!("{} on {device:?}, {kv_type:?}", folder.display()), &logits, &golden, bound);
             }
+        }
+    }
+}
+
+#[test]
+fn hidden_states_agree_with_transformers() {
+    for folder in goldens() {
+        let golden = Golden::read(&folder);
+        for device in Device::exact() {
+            let mut model = device.load(&folder, &options(KvType::F32)).unwrap();
+            let hidden = model.hidden_of(&golden.input_ids, 17);
+            assert_hidden_parity(&format!("{} on {device:?}", folder.display()), &folder, &hidden, &golden, BOUND);
         }
     }
 }

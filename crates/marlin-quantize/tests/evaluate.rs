@@ -23,6 +23,7 @@ impl<F: Fn(u32, u32) -> [f32; VOCABULARY] + Send> Fake<F> {
         let info = ModelInfo {
             architecture: "Fake".into(),
             vocabulary: VOCABULARY,
+            hidden_size: 1,
             context: 8,
             step_tokens,
             logit_rows,
@@ -60,6 +61,10 @@ impl<F: Fn(u32, u32) -> [f32; VOCABULARY] + Send> LanguageModel for Fake<F> {
     fn read_logits(&mut self, out: &mut Vec<f32>) -> Result<(), ModelError> {
         out.clone_from(&self.rows);
         Ok(())
+    }
+
+    fn read_hidden(&mut self, _: &mut Vec<f32>) -> Result<(), ModelError> {
+        unreachable!("an evaluation does not look at hidden states")
     }
 
     fn wait(&mut self) -> Result<(), ModelError> {

@@ -9,6 +9,9 @@ use marlin_model::{KvPool, LanguageModel, ModelError, ModelInfo, StepBatch};
 /// Its vocabulary: the bytes, a few pieces, one special token.
 pub(super) const VOCABULARY: usize = 260;
 
+/// Width of its hidden states.
+pub(super) const HIDDEN: usize = 2;
+
 /// The sizes that matter to a scheduler.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sizes {
@@ -43,6 +46,8 @@ pub(super) struct FakeModel {
     slots: HashMap<usize, (u32, u32)>,
     /// What the last step's logit rows have seen.
     histories: Vec<Vec<u32>>,
+    /// Hidden states of its tokens.
+    hidden: Vec<f32>,
     /// The tokens of all samplings.
     samplings: Vec<Vec<u32>>,
     wire: Arc<Mutex<Wire>>,
@@ -55,6 +60,7 @@ impl FakeModel {
         let info = ModelInfo {
             architecture: "Fake".into(),
             vocabulary: VOCABULARY,
+            hidden_size: HIDDEN,
             context: sizes.context,
             step_tokens: sizes.step_tokens,
             logit_rows: sizes.logit_rows,
@@ -74,6 +80,7 @@ impl FakeModel {
                 kv,
                 slots: HashMap::new(),
                 histories: Vec::new(),
+                hidden: Vec::new(),
                 samplings: Vec::new(),
                 wire: wire.clone(),
             },
@@ -102,6 +109,11 @@ pub(super) fn next_token(history: &[u32], row: &SampleRow<'_>, last: Option<u32>
         token = (token + 1) % VOCABULARY as u32;
     }
     token
+}
+
+/// The hidden state of a token at a position.
+pub(super) fn hidden_state(token: u32, position: u32) -> [f32; HIDDEN] {
+    [token as f32, position as f32]
 }
 
 /// What comes after a history: its greedy token first, then the others by a hash.
@@ -150,6 +162,9 @@ impl LanguageModel for FakeModel {
                 self.slots.insert(slot(s, step.positions[row]), (token, step.positions[row]));
             }
         }
+        self.hidden.clear();
+        let tokens = step.tokens.iter().zip(step.positions);
+        self.hidden.extend(tokens.flat_map(|(&token, &position)| hidden_state(token, position)));
         self.histories.clear();
         for &row in step.logit_rows {
             let s = (0..step.sequences()).find(|&s| step.rows(s).contains(&(row as usize))).unwrap();
@@ -168,6 +183,11 @@ impl LanguageModel for FakeModel {
     fn read_logits(&mut self, out: &mut Vec<f32>) -> Result<(), ModelError> {
         out.clear();
         self.histories.iter().for_each(|history| out.extend(logits(history)));
+        Ok(())
+    }
+
+    fn read_hidden(&mut self, out: &mut Vec<f32>) -> Result<(), ModelError> {
+        out.clone_from(&self.hidden);
         Ok(())
     }
 

@@ -19,6 +19,7 @@ use crate::{
 };
 
 pub(super) const EMBED_TOKENS: &str = "model.embed_tokens";
+const LAST_NORM: &str = "model.norm";
 const LM_HEAD: &str = "lm_head";
 
 /// Loads a checkpoint's model onto a device.
@@ -68,6 +69,7 @@ pub(super) fn load_decoder<B: Backend>(
     let embed_tokens = loader.embedding()?;
     let layers = (0..spec.layers.len()).map(|index| loader.layer(index, host.as_ref())).collect::<Result<_, _>>()?;
     let (norm, lm_head) = loader.end()?;
+    let host_norm = loader.norm_weights(LAST_NORM, spec.hidden_size)?;
     loader.refuse_unread()?;
     checkpoint.release_all();
 
@@ -84,12 +86,14 @@ pub(super) fn load_decoder<B: Backend>(
         embed_tokens,
         layers,
         norm,
+        host_norm,
         lm_head,
         kv_cache: backend.kv_cache(&kv_layout, options.kv_type, sizes.kv_blocks)?,
         pool: KvPool::new(kv_layout.clone(), sizes.kv_blocks),
         encoder: backend.encoder(&limits)?,
         workspace: Workspace::new(backend, &spec, options.step_tokens, sizes.logit_rows)?,
         host: host_work.transpose()?,
+        step_tokens: 0,
         logit_rows: 0,
         sampled_rows: 0,
         routing: if options.measure_routing { unmeasured(&spec) } else { Vec::new() },
@@ -97,6 +101,7 @@ pub(super) fn load_decoder<B: Backend>(
         info: ModelInfo {
             architecture,
             vocabulary: spec.vocab_size,
+            hidden_size: spec.hidden_size,
             context: sizes.context,
             step_tokens: options.step_tokens,
             logit_rows: sizes.logit_rows,
@@ -220,7 +225,7 @@ impl<B: Backend> Loader<'_, B> {
 
     /// What follows the layers: a norm and a head, unless that is the embedding.
     pub(super) fn end(&self) -> Result<(B::Vector, Option<B::Linear>), ModelError> {
-        Ok((self.norm("model.norm", self.spec.hidden_size)?, self.lm_head()?))
+        Ok((self.norm(LAST_NORM, self.spec.hidden_size)?, self.lm_head()?))
     }
 
     /// The head's own matrix. A tied model has none; if its checkpoint holds one nevertheless, it is used where it differs from
@@ -316,9 +321,14 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     pub(super) fn norm(&self, module: &str, len: usize) -> Result<B::Vector, ModelError> {
+        Ok(self.backend.load_vector(&self.norm_weights(module, len)?)?)
+    }
+
+    /// What a norm multiplies by.
+    fn norm_weights(&self, module: &str, len: usize) -> Result<Vec<f32>, ModelError> {
         let mut weights = self.vector(&weight(module), len)?;
         weights.iter_mut().for_each(|weight| *weight += self.spec.norm_offset);
-        Ok(self.backend.load_vector(&weights)?)
+        Ok(weights)
     }
 
     pub(super) fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<PackedMatrix<'_>, ModelError> {

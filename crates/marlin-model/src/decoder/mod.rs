@@ -43,6 +43,8 @@ struct Decoder<B: Backend> {
     embed_tokens: B::Linear,
     layers: Vec<Layer<B>>,
     norm: B::Vector,
+    /// The same in host memory, for those who ask for hidden states.
+    host_norm: Vec<f32>,
     /// `None` if the head is the embedding.
     lm_head: Option<B::Linear>,
     pool: KvPool,
@@ -51,7 +53,9 @@ struct Decoder<B: Backend> {
     workspace: Workspace<B>,
     /// If the host computes experts.
     host: Option<HostWork>,
-    /// Rows of logits the last step left on the device.
+    /// Tokens of the last step.
+    step_tokens: usize,
+    /// Rows of logits it left on the device.
     logit_rows: usize,
     /// Rows of the last sampling.
     sampled_rows: usize,
@@ -105,7 +109,7 @@ impl<B: Backend> LanguageModel for Decoder<B> {
     }
 
     fn forward(&mut self, batch: &StepBatch) -> Result<(), ModelError> {
-        self.logit_rows = 0;
+        (self.step_tokens, self.logit_rows) = (0, 0);
         self.check(batch)?;
         if batch.tokens() == 0 {
             return Ok(());
@@ -113,7 +117,7 @@ impl<B: Backend> LanguageModel for Decoder<B> {
         self.encode(batch)?;
         self.encoder.start()?;
         self.pool.finish_copies();
-        self.logit_rows = batch.logit_rows();
+        (self.step_tokens, self.logit_rows) = (batch.tokens(), batch.logit_rows());
         Ok(())
     }
 
@@ -121,6 +125,21 @@ impl<B: Backend> LanguageModel for Decoder<B> {
         out.resize(self.logit_rows * self.info.vocabulary, 0.0);
         if self.logit_rows > 0 {
             self.encoder.read(&self.workspace.logits, out)?;
+        }
+        Ok(())
+    }
+
+    fn read_hidden(&mut self, out: &mut Vec<f32>) -> Result<(), ModelError> {
+        let width = self.host_norm.len();
+        out.resize(self.step_tokens * width, 0.0);
+        if self.step_tokens > 0 {
+            self.encoder.read(&self.workspace.hidden, out)?;
+        }
+        for state in out.chunks_exact_mut(width) {
+            if let Some(rotation) = &self.rotation {
+                rotation.apply(state);
+            }
+            rms_norm(state, &self.host_norm, self.rms_norm_eps);
         }
         Ok(())
     }
@@ -144,6 +163,13 @@ impl<B: Backend> LanguageModel for Decoder<B> {
     fn routing(&self) -> &[LayerRouting] {
         &self.routing
     }
+}
+
+/// `x / sqrt(mean(x²) + eps) · weight`, as [`Encoder::rms_norm`] has it.
+fn rms_norm(x: &mut [f32], weight: &[f32], eps: f32) {
+    let mean_square = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / x.len() as f64;
+    let scale = 1.0 / (mean_square + f64::from(eps)).sqrt();
+    x.iter_mut().zip(weight).for_each(|(x, &weight)| *x = (f64::from(*x) * scale * f64::from(weight)) as f32);
 }
 
 impl<B: Backend> Decoder<B> {

@@ -265,6 +265,24 @@ impl Model {
         logits
     }
 
+    /// The hidden states of tokens that begin a sequence, run `chunk` at a time.
+    pub(crate) fn hidden_of(&mut self, tokens: &[u32], chunk: usize) -> Vec<f32> {
+        let mut sequence = self.sequence();
+        let mut all = Vec::new();
+        for chunk in tokens.chunks(chunk) {
+            self.model.kv().append(&mut sequence, chunk.len()).unwrap();
+            self.batch.clear();
+            self.batch.push(&sequence, chunk, LogitRows::Last);
+            self.model.forward(&self.batch).unwrap();
+            let mut hidden = Vec::new();
+            self.model.read_hidden(&mut hidden).unwrap();
+            assert_eq!(hidden.len(), chunk.len() * self.model.info().hidden_size);
+            all.extend(hidden);
+        }
+        self.release(sequence);
+        all
+    }
+
     /// Runs one token and samples the next one greedily.
     pub(crate) fn greedy(&mut self, sequence: &mut KvSequence, tokens: &[u32]) -> Result<u32, ModelError> {
         self.batch.clear();
@@ -310,6 +328,26 @@ pub(crate) fn assert_parity(what: &str, found: &[f32], golden: &Golden, bound: f
         let (first, gap) = top_two(wanted);
         assert!(argmax(found) == first || gap < 2.0 * error, "{what}: row {row} prefers another token, gap {gap}");
     }
+}
+
+/// Checks hidden states against a golden, by the logits that the head of the model in `folder` makes of them.
+pub(crate) fn assert_hidden_parity(what: &str, folder: &Path, hidden: &[f32], golden: &Golden, bound: f32) {
+    let checkpoint = Checkpoint::open(folder).unwrap();
+    let width = checkpoint.config()["hidden_size"].as_u64().unwrap() as usize;
+    let is_tied = !checkpoint.contains("lm_head.weight");
+    let name = if is_tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
+    let head = checkpoint.matrix(name, golden.vocabulary(), width).unwrap();
+    let mut weights = vec![0.0; golden.vocabulary() * width];
+    weights.chunks_exact_mut(width).enumerate().for_each(|(row, out)| head.decode_row(row, out));
+    let cap = checkpoint.config()["final_logit_softcapping"].as_f64();
+    let logit = |state: &[f32], weights: &[f32]| {
+        let sum: f64 = state.iter().zip(weights).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
+        cap.map_or(sum, |cap| cap * (sum / cap).tanh()) as f32
+    };
+    let states = hidden.chunks_exact(width);
+    let logits: Vec<f32> =
+        states.flat_map(|state| weights.chunks_exact(width).map(move |weights| logit(state, weights))).collect();
+    assert_parity(what, &logits, golden, bound);
 }
 
 /// Checks logits against a golden as far as three quarters of its rows, and half of them twice as close.

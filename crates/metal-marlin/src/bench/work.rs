@@ -110,6 +110,7 @@ mod tests {
         ModelInfo {
             architecture: String::new(),
             vocabulary: 1,
+            hidden_size: 1,
             context: 16,
             step_tokens,
             logit_rows: 1,
