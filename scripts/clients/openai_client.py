@@ -195,6 +195,19 @@ def responses_with_tools():
     assert isinstance(parsed.output_parsed, Person), parsed
 
 
+def embeddings():
+    texts = ["The cat sat by the fire.", "She signed the contract."]
+    # The client asks for base64 where nothing is said, and for numbers otherwise.
+    coded = client.embeddings.create(model=MODEL, input=texts)
+    plain = client.embeddings.create(model=MODEL, input=texts, encoding_format="float", user="someone")
+    assert [item.index for item in coded.data] == [0, 1] and coded.usage.prompt_tokens > 0, coded.usage
+    for one, other in zip(coded.data, plain.data):
+        assert one.embedding == other.embedding
+        assert abs(sum(x * x for x in one.embedding) - 1) < 1e-5
+    short = client.embeddings.create(model=MODEL, input=texts[0], dimensions=32)
+    assert len(short.data[0].embedding) == 32
+
+
 def refusals():
     for wrong, param in [({"temperature": -1}, "temperature"), ({"n": 0}, "n"), ({"extra_body": {"nonsense": 1}}, "nonsense")]:
         try:
@@ -235,7 +248,7 @@ async def at_a_time():
     assert together[0::3] == alone and together[1::3] == alone
 
 
-for test in [models, chat, several_answers, logprobs, stop, structured_output, tools, responses, responses_with_tools, refusals]:
+for test in [models, chat, several_answers, logprobs, stop, structured_output, tools, responses, responses_with_tools, embeddings, refusals]:
     test()
     print(f"{test.__name__}: ok")
 asyncio.run(at_a_time())

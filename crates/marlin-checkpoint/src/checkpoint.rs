@@ -220,6 +220,7 @@ impl Checkpoint {
             None => (None, None),
         };
         let rotations = quantization.as_ref().map_or(Rotations::default(), |quantization| quantization.rotations);
+        let tensors = as_in_causal_lm(tensors);
         let (name, index) = (source.name(), index(&tensors));
         Ok(Self { name, source, config, layout, quantization, rotations, notes, shards, tensors, index })
     }
@@ -519,6 +520,18 @@ impl Checkpoint {
         };
         CheckpointError::Type { file: self.file_of(name), tensor: name.to_owned(), found, wanted }
     }
+}
+
+/// Tensors under the names that they have in a model with a head. Models for embeddings (Qwen3-Embedding) are saved without the part that
+/// has it, and without the name of what is inside.
+fn as_in_causal_lm(mut tensors: Vec<(String, Entry)>) -> Vec<(String, Entry)> {
+    if tensors.iter().any(|(name, _)| name == "embed_tokens.weight") {
+        tensors
+            .iter_mut()
+            .filter(|(name, _)| !name.starts_with("lm_head."))
+            .for_each(|(name, _)| *name = format!("model.{name}"));
+    }
+    tensors
 }
 
 /// Where each tensor is found.

@@ -107,6 +107,7 @@ struct Started {
     parts: Vec<Part>,
     /// If one of the parts wants them.
     logits: Vec<f32>,
+    hidden: Vec<f32>,
 }
 
 impl Engine {
@@ -302,6 +303,10 @@ impl Engine {
         if self.scheduler.members(&step.parts).any(|(sequence, part)| sequence.wants_logits(part)) {
             self.model.read_logits(&mut step.logits)?;
         }
+        step.hidden.clear();
+        if self.scheduler.members(&step.parts).any(|(sequence, part)| sequence.wants_hidden(part)) {
+            self.model.read_hidden(&mut step.hidden)?;
+        }
         if step.parts.iter().any(|part| part.is_sampled) {
             for (sequence, _) in self.scheduler.members(&step.parts).filter(|(_, part)| part.is_sampled) {
                 sequence.compute_constraint();
@@ -337,8 +342,9 @@ impl Engine {
 
     /// Hands every answer what the step computed for it; finished answers leave.
     fn deliver(&mut self, step: Started, events: &mut Vec<Event>) {
-        let vocabulary = self.model.info().vocabulary;
-        let computed = Computed { logits: &step.logits, vocabulary, sampled: &self.sampled };
+        let ModelInfo { vocabulary, hidden_size, .. } = *self.model.info();
+        let Started { logits, hidden, .. } = &step;
+        let computed = Computed { logits, vocabulary, hidden, hidden_size, sampled: &self.sampled };
         let (tokenizer, stats, drafter) = (&self.tokenizer, &mut self.stats, &mut self.drafter);
         let before = events.len();
         self.scheduler.end_step(self.model.kv(), &step.parts, |sequence, part, kv| {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::{Constraint, EngineError, FinishReason, SamplingParams, StopConditions};
+use crate::{Constraint, EngineError, FinishReason, Pooling, SamplingParams, StopConditions};
 
 /// A text to continue.
 #[derive(Debug, Clone)]
@@ -19,6 +19,8 @@ pub struct Request {
     pub logprobs: Option<usize>,
     /// The same of each token of the prompt but the first. Such a prompt is computed whole, whatever is cached.
     pub prompt_logprobs: Option<usize>,
+    /// Make one vector of the prompt, which is all that is made of it: `max_tokens` is 0 then.
+    pub pooling: Option<Pooling>,
     /// What each answer must look like.
     pub constraint: Option<Constraint>,
     /// Texts hold special tokens as they are spelled, instead of leaving them out. (A token that ends the request is never part of them.)
@@ -38,6 +40,7 @@ impl Default for Request {
             choices: 1,
             logprobs: None,
             prompt_logprobs: None,
+            pooling: None,
             constraint: None,
             special_tokens: false,
             priority: 0,
@@ -54,7 +57,11 @@ impl Request {
     pub fn check(&self, vocabulary: usize, context: usize) -> Result<(), EngineError> {
         self.sampling.validate()?;
         self.stop.validate()?;
-        if self.stop.max_tokens == 0 && self.prompt_logprobs.is_none() {
+        if self.pooling.is_some() && self.stop.max_tokens > 0 {
+            let wanted = "0 where a vector is made of the prompt";
+            return Err(EngineError::parameter("max_tokens", wanted, self.stop.max_tokens));
+        }
+        if self.stop.max_tokens == 0 && self.prompt_logprobs.is_none() && self.pooling.is_none() {
             return Err(EngineError::parameter("max_tokens", "at least 1", 0));
         }
         if self.choices == 0 {
@@ -106,6 +113,8 @@ pub struct Event {
     pub logprobs: Option<TokenLogprobs>,
     /// How likely each token of the prompt but the first was, if the request asks: with the first event of the first answer.
     pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// The vector of the prompt, of length 1, if the request asks; of as many values as the model's hidden states.
+    pub embedding: Vec<f32>,
     /// Set on the last event of an answer.
     pub finish: Option<Finish>,
 }

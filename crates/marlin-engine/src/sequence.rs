@@ -8,6 +8,7 @@ use marlin_kernels::{SampleRow, Step};
 use marlin_model::{KvPool, KvSequence, LogitRows, ModelError, StepBatch};
 
 use crate::logprobs::token_logprobs;
+use crate::pooling::{Pooled, Pooling};
 use crate::prefix::BlockNames;
 use crate::sampling::Sampler;
 use crate::speculation::{Account, AnswerId, DraftedStep, Drafter, MOST_UNREAD, Pace};
@@ -31,6 +32,8 @@ pub(crate) struct Part {
     computed: usize,
     /// Its rows of the step's logits.
     pub(crate) rows: Range<usize>,
+    /// Its rows of the step's tokens.
+    tokens: Range<usize>,
     /// The step computes the last of its tokens.
     is_complete: bool,
     /// Its next token comes from the last of the rows, but for those of guesses.
@@ -45,6 +48,9 @@ pub(crate) struct Computed<'a> {
     /// If they were read, `vocabulary` to a row.
     pub(crate) logits: &'a [f32],
     pub(crate) vocabulary: usize,
+    /// Hidden states of all tokens, if they were read, `hidden_size` to a row.
+    pub(crate) hidden: &'a [f32],
+    pub(crate) hidden_size: usize,
     /// A token to a row.
     pub(crate) sampled: &'a [u32],
 }
@@ -77,6 +83,8 @@ pub(crate) struct Sequence {
     /// Until they are delivered.
     prompt_logprobs: Option<usize>,
     scored: Vec<TokenLogprobs>,
+    /// Of a prompt that becomes a vector.
+    pooled: Option<Pooled>,
     /// Guesses of what comes after `tokens`.
     draft: Vec<u32>,
     /// Of the last step, those that were right.
@@ -122,6 +130,7 @@ impl Sequence {
             choices,
             logprobs,
             prompt_logprobs,
+            pooling,
             constraint,
             special_tokens,
             priority,
@@ -148,6 +157,7 @@ impl Sequence {
             logprobs,
             prompt_logprobs,
             scored: Vec::new(),
+            pooled: pooling.map(Pooled::new),
             draft: Vec::new(),
             accepted: 0,
             account: Account::default(),
@@ -162,7 +172,8 @@ impl Sequence {
 
     /// Begins with the tokens that are cached already, but for the last: its logits are wanted.
     pub(crate) fn take_cached_prefix(&mut self, kv: &mut KvPool) {
-        if !self.kv.is_empty() || self.prompt_logprobs.is_some() {
+        let needs_all = |pooled: &Pooled| pooled.pooling == Pooling::Mean;
+        if !self.kv.is_empty() || self.is_scored() || self.pooled.as_ref().is_some_and(needs_all) {
             self.cached_tokens.get_or_insert(0);
             return;
         }
@@ -180,6 +191,7 @@ impl Sequence {
         kv.release(std::mem::replace(&mut self.kv, empty));
         (self.computed, self.unread, self.named) = (0, 0, 0);
         self.scored.clear();
+        self.pooled.iter_mut().for_each(Pooled::clear);
         self.draft.clear();
     }
 
@@ -203,6 +215,7 @@ impl Sequence {
             to_fork: 0,
             prompt_logprobs: None,
             scored: Vec::new(),
+            pooled: None,
             draft: Vec::new(),
             account: self.account.clone(),
             constraint: self.constraint.clone(),
@@ -248,6 +261,11 @@ impl Sequence {
     /// Whether the host must see its logits.
     pub(crate) fn wants_logits(&self, part: &Part) -> bool {
         self.is_scored() || (self.logprobs.is_some() && part.is_sampled)
+    }
+
+    /// Whether the host must see what the model makes of its tokens.
+    pub(crate) fn wants_hidden(&self, part: &Part) -> bool {
+        self.pooled.as_ref().is_some_and(|pooled| pooled.pooling == Pooling::Mean || part.is_complete)
     }
 
     /// Whether its tokens may be guessed: not in a grammar, which must be followed token by token.
@@ -336,9 +354,11 @@ impl Sequence {
         let unread = [Step::SAMPLED + self.unread_row];
         self.tokens.extend_from_slice(&self.draft[..drafted]);
         let tokens = self.tokens.get(start..start + count).unwrap_or(&unread);
+        let first = batch.tokens();
         let rows = batch.push(&self.kv, tokens, logits);
         self.tokens.truncate(self.tokens.len() - drafted);
-        Ok(Part { rank: self.rank, computed: self.kv.len() - drafted, rows, is_complete, is_sampled, drafted })
+        let (rank, computed, tokens) = (self.rank, self.kv.len() - drafted, first..first + count);
+        Ok(Part { rank, computed, rows, tokens, is_complete, is_sampled, drafted })
     }
 
     /// How its next token is chosen, and those behind its guesses, by the rows of its part in the sampling that is about to start.
@@ -392,6 +412,12 @@ impl Sequence {
                 self.scored.push(token_logprobs(row(index), self.tokens[place], alternatives));
             }
         }
+        if self.wants_hidden(part)
+            && let Some(pooled) = &mut self.pooled
+        {
+            let width = step.hidden_size;
+            pooled.add(&step.hidden[part.tokens.start * width..part.tokens.end * width], width);
+        }
         self.accepted = 0;
         if !part.is_complete {
             return Ok(false);
@@ -402,7 +428,10 @@ impl Sequence {
         let mut event = Event { prompt_logprobs: std::mem::take(&mut self.scored), ..self.event() };
         self.prompt_logprobs = None;
         if !part.is_sampled {
-            event.finish = Some(self.finish(FinishReason::Length));
+            let embedding = self.pooled.as_ref().map(Pooled::embedding);
+            let is_lost = matches!(embedding, Some(None));
+            event.embedding = embedding.flatten().unwrap_or_default();
+            event.finish = Some(self.finish(if is_lost { FinishReason::NotFinite } else { FinishReason::Length }));
             events.push(event);
             return Ok(true);
         }
@@ -451,6 +480,7 @@ impl Sequence {
             text: String::new(),
             logprobs: None,
             prompt_logprobs: Vec::new(),
+            embedding: Vec::new(),
             finish: None,
         }
     }

@@ -132,6 +132,22 @@ fn a_head_beside_a_tied_embedding_is_used_if_it_differs() {
 }
 
 #[test]
+fn a_model_without_a_head_has_other_names() {
+    let folder = golden("qwen3-gqa2-tied");
+    let golden = Golden::read(&folder);
+    let copy = tempfile::tempdir().unwrap();
+    std::fs::copy(folder.join("config.json"), copy.path().join("config.json")).unwrap();
+    let bytes = std::fs::read(folder.join("model.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let inner = |(name, tensor): (String, _)| (name.strip_prefix("model.").unwrap().to_owned(), tensor);
+    let inner = tensors.tensors().into_iter().map(inner);
+    safetensors::serialize_to_file(inner, None, &copy.path().join("model.safetensors")).unwrap();
+    let [whole, inner] = [folder.as_path(), copy.path()]
+        .map(|path| Device::Reference.load(path, &options(KvType::F32)).unwrap().hidden_of(&golden.input_ids, 40));
+    assert!(same_bits(&whole, &inner));
+}
+
+#[test]
 fn a_model_describes_itself() {
     let folder = golden("llama-mha-untied");
     let model = Device::cpu(Arithmetic::Exact, 1, None).load(&folder, &options(KvType::F16)).unwrap();

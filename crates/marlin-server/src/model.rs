@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use marlin_checkpoint::{GenerationConfig, Tokenizer};
-use marlin_engine::{ChatTemplate, GrammarCompiler, SamplingParams};
+use marlin_engine::{ChatTemplate, GrammarCompiler, Pooling, SamplingParams};
 
 use crate::api::responses::ResponseStore;
 use crate::dialect::Dialect;
@@ -18,6 +18,8 @@ pub struct ServedModel {
     pub generation: GenerationConfig,
     /// How one talks with it; without that it continues texts only.
     pub chat: Option<ChatFormat>,
+    /// How it makes vectors of texts.
+    pub pooling: Pooling,
     /// Tokens that end an answer in a chat, besides those that end every text.
     pub end_of_turn: Vec<u32>,
 }
@@ -51,6 +53,8 @@ pub(crate) struct Served {
     pub(crate) model: ServedModel,
     pub(crate) tokenizer: std::sync::Arc<Tokenizer>,
     pub(crate) context: usize,
+    /// Values of the vectors that it makes of texts.
+    pub(crate) hidden_size: usize,
     /// What gives answers a form, or why nothing does.
     pub(crate) grammars: Result<GrammarCompiler, String>,
     pub(crate) worker: Worker,

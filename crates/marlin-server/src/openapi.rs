@@ -3,7 +3,7 @@
 use serde_json::Value;
 use utoipa::OpenApi;
 
-use crate::api::{chat, completions, messages, models, perplexity, responses, status, tokens};
+use crate::api::{chat, completions, embeddings, messages, models, perplexity, responses, status, tokens};
 
 /// The description.
 #[derive(OpenApi)]
@@ -14,6 +14,7 @@ use crate::api::{chat, completions, messages, models, perplexity, responses, sta
         models::retrieve,
         chat::chat_completions,
         completions::completions,
+        embeddings::embeddings,
         responses::create,
         responses::retrieve,
         responses::delete,

@@ -24,7 +24,7 @@ use tower_http::timeout::RequestBodyTimeoutLayer;
 
 use crate::api::answer::now;
 use crate::api::responses::ResponseStore;
-use crate::api::{chat, completions, messages, models, perplexity, responses, status, tokens, web};
+use crate::api::{chat, completions, embeddings, messages, models, perplexity, responses, status, tokens, web};
 use crate::error::ApiError;
 use crate::metrics::{Metrics, SharedStats};
 use crate::model::{Served, ServedModel};
@@ -96,7 +96,8 @@ impl Service {
         let cors = cors(&options.cors_origins)?;
         let stats = SharedStats::default();
         let metrics = Arc::new(Metrics::new(stats.clone()));
-        let (tokenizer, context) = (engine.tokenizer().clone(), engine.info().context);
+        let tokenizer = engine.tokenizer().clone();
+        let (context, hidden_size) = (engine.info().context, engine.info().hidden_size);
         let end_tokens = [&model.generation.eos_token_id[..], &model.end_tokens(&tokenizer)].concat();
         let grammars = GrammarCompiler::new(&tokenizer, engine.info().vocabulary, &end_tokens);
         let grammars = grammars.map_err(|error| with_causes(&error));
@@ -107,6 +108,7 @@ impl Service {
             model,
             tokenizer,
             context,
+            hidden_size,
             grammars,
             worker,
             timeout: options.timeout,
@@ -173,6 +175,7 @@ fn router(app: &App, max_body: usize, cors: Option<CorsLayer>) -> Router {
         .route("/v1/models/{model}", get(models::retrieve))
         .route("/v1/chat/completions", post(chat::chat_completions))
         .route("/v1/completions", post(completions::completions))
+        .route("/v1/embeddings", post(embeddings::embeddings))
         .route("/v1/responses", post(responses::create))
         .route("/v1/responses/{response_id}", get(responses::retrieve).delete(responses::delete))
         .route("/v1/perplexity", post(perplexity::perplexity))

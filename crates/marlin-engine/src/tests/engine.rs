@@ -14,7 +14,7 @@ use crate::{
     RequestId, SamplingParams, StopConditions, TokenLogprobs,
 };
 
-const ROOMY: Sizes =
+pub(super) const ROOMY: Sizes =
     Sizes { context: 64, step_tokens: 16, logit_rows: 8, block_tokens: 4, blocks: 64, overlaps: false };
 
 /// Ids 0..256 are bytes, then three pieces, then the end-of-sequence token.
@@ -23,7 +23,7 @@ const EOS: u32 = 259;
 static TOKENIZER: LazyLock<Arc<Tokenizer>> =
     LazyLock::new(|| Arc::new(byte_level(&[b"ab", b" b", b"\xF0\x9F"], &["<|end|>"])));
 
-fn engine(sizes: Sizes) -> (Engine, Arc<Mutex<Wire>>) {
+pub(super) fn engine(sizes: Sizes) -> (Engine, Arc<Mutex<Wire>>) {
     let (model, wire) = FakeModel::new(sizes);
     (Engine::new(Box::new(model), TOKENIZER.clone(), vec![EOS]), wire)
 }
@@ -58,7 +58,7 @@ fn guessing_engine(sizes: Sizes, wrong: usize) -> (Engine, Arc<Mutex<Wire>>) {
     (engine.with_drafter(Box::new(Guesser { wrong })), wire)
 }
 
-fn greedy(prompt: &[u32], max_tokens: usize) -> Request {
+pub(super) fn greedy(prompt: &[u32], max_tokens: usize) -> Request {
     Request {
         prompt: prompt.to_vec(),
         sampling: SamplingParams::greedy(),
@@ -93,7 +93,7 @@ fn finish(engine: &mut Engine) -> HashMap<RequestId, Output> {
     gather(&finish_events(engine))
 }
 
-fn finish_events(engine: &mut Engine) -> Vec<Event> {
+pub(super) fn finish_events(engine: &mut Engine) -> Vec<Event> {
     let mut events = Vec::new();
     while !engine.is_idle() {
         engine.step(&mut events).unwrap();

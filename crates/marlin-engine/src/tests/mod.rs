@@ -2,5 +2,6 @@
 
 mod engine;
 mod fake_model;
+mod pooling;
 mod text;
 pub(crate) mod tokenizers;

@@ -39,26 +39,40 @@ pub(crate) struct Answer {
     pub(crate) text: String,
     pub(crate) logprobs: Vec<TokenLogprobs>,
     pub(crate) prompt_logprobs: Vec<TokenLogprobs>,
+    pub(crate) embedding: Vec<f32>,
     pub(crate) finish: Finish,
 }
 
 /// Waits for all answers to a request.
 pub(crate) async fn gather(ticket: &mut Ticket, choices: u32) -> Result<Vec<Answer>, ApiError> {
-    let none = || (String::new(), Vec::new(), Vec::new(), None);
-    let mut answers: Vec<_> = (0..choices).map(|_| none()).collect();
+    let mut answers: Vec<_> = (0..choices).map(|_| (PartialAnswer::default(), None)).collect();
     while let Some(event) = next(ticket).await {
         let event = event?;
-        let (text, logprobs, prompt_logprobs, finish) = &mut answers[event.choice as usize];
-        text.push_str(&event.text);
-        logprobs.extend(event.logprobs);
-        prompt_logprobs.extend(event.prompt_logprobs);
+        let (answer, finish) = &mut answers[event.choice as usize];
+        answer.text.push_str(&event.text);
+        answer.logprobs.extend(event.logprobs);
+        answer.prompt_logprobs.extend(event.prompt_logprobs);
+        answer.embedding.extend(event.embedding);
         *finish = event.finish;
     }
-    let whole = |(text, logprobs, prompt_logprobs, finish): (_, _, _, Option<Finish>)| {
+    let whole = |(answer, finish): (PartialAnswer, Option<Finish>)| {
         let finish = finish.ok_or_else(|| ApiError::server("the answer has no end"))?;
-        Ok(Answer { text, logprobs, prompt_logprobs, finish })
+        if let Some(error) = finish.reason.error() {
+            return Err(error.into());
+        }
+        let PartialAnswer { text, logprobs, prompt_logprobs, embedding } = answer;
+        Ok(Answer { text, logprobs, prompt_logprobs, embedding, finish })
     };
     answers.into_iter().map(whole).collect()
+}
+
+/// An answer that has not ended.
+#[derive(Default)]
+struct PartialAnswer {
+    text: String,
+    logprobs: Vec<TokenLogprobs>,
+    prompt_logprobs: Vec<TokenLogprobs>,
+    embedding: Vec<f32>,
 }
 
 /// Numbers of tokens.

@@ -50,9 +50,9 @@ pub(crate) enum Prompts {
 }
 
 /// A prompt, as text and as tokens.
-struct Prompt {
+pub(crate) struct Prompt {
     text: String,
-    tokens: Vec<u32>,
+    pub(crate) tokens: Vec<u32>,
 }
 
 /// Continued texts.
@@ -120,7 +120,7 @@ pub(crate) async fn completions(
     }
     let grammar = body.response_format.take().and_then(ResponseFormat::into_grammar);
     request.constraint = compile(&served, grammar, "response_format").await?;
-    let prompts = prompts(served.clone(), body.prompt).await?;
+    let prompts = prompts(served.clone(), body.prompt, "prompt", MOST_PROMPTS).await?;
     let deadline = served.deadline();
     let mut tickets = Vec::with_capacity(prompts.len());
     for prompt in &prompts {
@@ -139,16 +139,21 @@ pub(crate) async fn completions(
     if is_stream { Ok(job.stream(tickets, include_usage)) } else { job.whole(tickets).await }
 }
 
-/// The prompts as tokens.
-async fn prompts(served: Arc<Served>, prompts: Prompts) -> Result<Vec<Prompt>, ApiError> {
+/// The prompts as tokens; `name` is that of the parameter.
+pub(crate) async fn prompts(
+    served: Arc<Served>,
+    prompts: Prompts,
+    name: &'static str,
+    most: usize,
+) -> Result<Vec<Prompt>, ApiError> {
     let count = match &prompts {
         Prompts::Text(_) | Prompts::Tokens(_) => 1,
         Prompts::Texts(texts) => texts.len(),
         Prompts::TokenLists(lists) => lists.len(),
     };
-    if count == 0 || count > MOST_PROMPTS {
-        let message = format!("a request has between 1 and {MOST_PROMPTS} prompts, found {count}");
-        return Err(ApiError::parameter("prompt", message));
+    if count == 0 || count > most {
+        let message = format!("a request has between 1 and {most} texts as its {name}, found {count}");
+        return Err(ApiError::parameter(name, message));
     }
     super::blocking(move || {
         let of_text = |text: String| {

@@ -4,6 +4,7 @@ pub(crate) mod answer;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod conversation;
+pub(crate) mod embeddings;
 pub(crate) mod format;
 pub(crate) mod generation;
 pub(crate) mod messages;

@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use marlin_checkpoint::Checkpoint;
-use marlin_engine::{ChatTemplate, Engine, EngineError, EngineOptions};
+use marlin_engine::{ChatTemplate, Engine, EngineError, EngineOptions, Pooling};
 use marlin_model::LoadOptions;
 use marlin_server::{ChatFormat, Dialect, ServedModel};
 use metal_marlin::device::{Device, KvFormat};
@@ -34,6 +34,10 @@ pub(crate) struct ServingOptions {
     /// its chat template spells out]
     #[arg(long, value_name = "DIALECT")]
     dialect: Option<Dialect>,
+
+    /// Which hidden states become the vector of a text in /v1/embeddings: those of its last token, or the mean of all
+    #[arg(long, value_enum, default_value_t = PoolingChoice::Last)]
+    pooling: PoolingChoice,
 
     /// Most answers that are computed at a time
     #[arg(long, value_name = "N", default_value = "32", help_heading = "Device")]
@@ -65,6 +69,13 @@ pub(crate) struct ServingOptions {
 
     #[command(flatten)]
     memory: MemoryOptions,
+}
+
+/// What `--pooling` says.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum PoolingChoice {
+    Last,
+    Mean,
 }
 
 /// A model that is ready to answer.
@@ -117,6 +128,10 @@ impl ServingOptions {
             names: if self.served_name.is_empty() { vec![default_name(model)] } else { self.served_name.clone() },
             generation: checkpoint.generation_config()?,
             chat,
+            pooling: match self.pooling {
+                PoolingChoice::Last => Pooling::Last,
+                PoolingChoice::Mean => Pooling::Mean,
+            },
             end_of_turn: end_of_turn.into_iter().collect(),
         })
     }

@@ -102,6 +102,41 @@ fn tokens_and_perplexity_are_those_of_the_model() {
 }
 
 #[test]
+fn texts_become_vectors() {
+    const EMBEDDINGS: &str = "/v1/embeddings";
+    let vector = |value: &Value| -> Vec<f64> {
+        value["embedding"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+    };
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let texts = ["The cat sat by the fire and purred.", "A cat lay purring near the fire.", "She signed the contract."];
+    let long = "A house stood at the end of the lane. ".repeat(40);
+    for pooling in ["last", "mean"] {
+        let server = Server::start(&["--pooling", pooling]);
+        let ask = |input: Value| server.ask(EMBEDDINGS, &json!({ "model": "bundled", "input": input }));
+        let answer = ask(json!([texts[0], texts[1], texts[2], long]));
+        let data = answer["data"].as_array().unwrap();
+        let vectors: Vec<Vec<f64>> = data.iter().map(vector).collect();
+        assert!(vectors.iter().all(|x| x.len() == 512 && (dot(x, x) - 1.0).abs() < 1e-5));
+        let [alike, other] = [1, 2].map(|index| dot(&vectors[0], &vectors[index]));
+        assert!(alike > other, "{pooling}: {alike} and {other}");
+        // Each text by itself, and as tokens.
+        for (text, together) in texts.iter().zip(&vectors) {
+            assert_eq!(&vector(&ask(json!(text))["data"][0]), together);
+            let tokens = server.ask("/tokenize", &json!({ "prompt": text }))["tokens"].clone();
+            assert_eq!(&vector(&ask(tokens)["data"][0]), together);
+        }
+        let body = json!({ "model": "bundled", "input": texts[0], "dimensions": 64 });
+        let short = vector(&server.ask(EMBEDDINGS, &body)["data"][0]);
+        assert!(short.len() == 64 && (dot(&short, &short) - 1.0).abs() < 1e-5);
+        let base64 = with(body, json!({ "encoding_format": "base64" }));
+        let coded = server.ask(EMBEDDINGS, &base64);
+        assert_eq!(coded["data"][0]["embedding"].as_str().unwrap().len(), (64 * 4usize).div_ceil(3) * 4);
+        assert!(answer["usage"]["prompt_tokens"].as_u64().unwrap() > 400);
+        server.assert_idle();
+    }
+}
+
+#[test]
 fn answers_have_the_form_that_is_asked_for() {
     let server = Server::start(&[]);
     let content = |answer: &Value| answer["choices"][0]["message"]["content"].as_str().unwrap().to_owned();

@@ -41,12 +41,15 @@ fn what_is_wrong_is_said_in_the_shape_of_the_api() {
         (400, CHAT, with(chat("x"), json!({ "max_completion_tokens": 3 })), "give one of them"),
         (400, TEXT, json!({ "model": "bundled", "prompt": long_line }), "the context of 1024 tokens must hold it"),
         (400, CHAT, chat(&"x".repeat(100_000)), "the context of 1024 tokens must hold it"),
-        (400, TEXT, json!({ "model": "bundled", "prompt": [] }), "between 1 and 128 prompts"),
+        (400, TEXT, json!({ "model": "bundled", "prompt": [] }), "between 1 and 128 texts"),
         (404, TEXT, json!({ "model": "other", "prompt": "x" }), "this server has bundled"),
         (400, "/detokenize", json!({ "tokens": [99_999_999] }), "outside the vocabulary"),
         (400, "/v1/perplexity", json!({ "model": "bundled", "text": "x" }), "at least 2 tokens"),
         (413, TEXT, json!({ "model": "bundled", "prompt": "x".repeat(200_000) }), "--max-body"),
-        (404, "/v1/embeddings", json!({}), "/openapi.json lists what there is"),
+        (400, "/v1/embeddings", json!({ "model": "bundled", "input": [] }), "between 1 and 2048 texts"),
+        (400, "/v1/embeddings", json!({ "model": "bundled", "input": [[5], []] }), "text 1 of the input is empty"),
+        (400, "/v1/embeddings", json!({ "model": "bundled", "input": "x", "dimensions": 513 }), "512 values"),
+        (404, "/v1/rerank", json!({}), "/openapi.json lists what there is"),
     ];
     for (status, path, body, message) in cases {
         let response = server.post(path, body);
