@@ -3,5 +3,6 @@
 mod engine;
 mod fake_model;
 mod pooling;
+mod speculative_sampling;
 mod text;
 pub(crate) mod tokenizers;
