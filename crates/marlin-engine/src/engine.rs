@@ -9,11 +9,12 @@ use marlin_checkpoint::Tokenizer;
 use marlin_kernels::{SampleRow, SamplingId};
 use marlin_model::{LanguageModel, ModelInfo, StepBatch};
 
+use crate::persistence::Persistence;
 use crate::prefix::BlockNames;
 use crate::scheduler::{Limits, Scheduled, Scheduler};
 use crate::sequence::{Computed, Part, Room, Sequence};
 use crate::speculation::{DraftedStep, Drafter, Pace};
-use crate::{EngineError, Event, Request, RequestId};
+use crate::{BlockStore, EngineError, Event, Request, RequestId, StoreStats};
 
 /// Tokens of prompts beside answers that are being generated, on a device that works by itself and on the host's processor: a small part of
 /// what the device computes in a second.
@@ -55,6 +56,10 @@ pub struct EngineStats {
     pub prefix_queries: u64,
     /// Those that were found.
     pub prefix_hits: u64,
+    /// Tokens that were read from disk.
+    pub stored_hits: u64,
+    /// The blocks on disk, if there are any.
+    pub store: StoreStats,
     /// Tokens of prompts that were computed.
     pub prompt_tokens: u64,
     /// Tokens generated.
@@ -80,6 +85,8 @@ pub struct Engine {
     scheduler: Scheduler,
     /// Tells models apart in the names of KV blocks.
     fingerprint: String,
+    /// Keeps blocks on disk.
+    persistence: Option<Persistence>,
     drafter: Option<Box<dyn Drafter>>,
     pace: Pace,
     /// When the last step was finished, or work began.
@@ -142,6 +149,7 @@ impl Engine {
             eos_tokens,
             scheduler,
             fingerprint,
+            persistence: None,
             drafter: None,
             pace: Pace::default(),
             last_finished: Instant::now(),
@@ -162,6 +170,18 @@ impl Engine {
         self.pace = Pace::of(drafter.as_ref());
         self.drafter = Some(drafter);
         self
+    }
+
+    /// The same, with blocks of the KV cache kept on disk, where another engine of the same model finds them later. What answers say does not
+    /// depend on it any more than on the prefix cache.
+    ///
+    /// # Errors
+    /// Not one block fits there, or the device does not let its blocks be read.
+    pub fn with_block_store(mut self, store: BlockStore) -> Result<Self, EngineError> {
+        let info = self.model.info();
+        self.fingerprint = format!("{} {:?} {}", self.fingerprint, info.kv_layout, store.fingerprint());
+        self.persistence = Some(Persistence::new(store, self.model.as_mut())?);
+        Ok(self)
     }
 
     /// The model's sizes and names.
@@ -192,19 +212,21 @@ impl Engine {
             used_kv_blocks: self.used_kv_blocks(),
             cached_kv_blocks: self.model.kv().cached_blocks(),
             preemptions: self.scheduler.preemptions(),
+            stored_hits: self.persistence.as_ref().map_or(0, Persistence::hits),
+            store: self.persistence.as_ref().map(Persistence::stats).unwrap_or_default(),
             ..self.stats
         }
     }
 
-    /// Whether there is nothing to do.
+    /// Whether there is nothing to do: no request, and nothing to save on disk.
     pub fn is_idle(&self) -> bool {
-        self.scheduler.is_idle()
+        self.scheduler.is_idle() && self.persistence.as_ref().is_none_or(Persistence::is_idle)
     }
 
     /// Queues a request. One that could never run is refused.
     pub fn add(&mut self, request: Request) -> Result<RequestId, EngineError> {
         let room = self.check(&request)?;
-        if self.is_idle() {
+        if self.scheduler.is_idle() {
             self.last_finished = Instant::now();
         }
         let id = RequestId(self.next_id);
@@ -220,6 +242,7 @@ impl Engine {
     /// request.
     pub fn cancel(&mut self, request: RequestId) -> bool {
         let drafter = &mut self.drafter;
+        self.persistence.iter_mut().for_each(|kept| kept.cancel(|rank| rank.request == request));
         self.scheduler.remove(self.model.kv(), |answer| {
             let is_it = answer.request == request;
             if let Some(drafter) = drafter.as_mut().filter(|_| is_it) {
@@ -232,6 +255,7 @@ impl Engine {
     /// Ends all requests.
     pub fn cancel_all(&mut self) {
         let drafter = &mut self.drafter;
+        self.persistence.iter_mut().for_each(|kept| kept.cancel(|_| true));
         self.scheduler.remove(self.model.kv(), |answer| {
             if let Some(drafter) = drafter {
                 drafter.forget(answer);
@@ -249,33 +273,48 @@ impl Engine {
     /// If the model fails, the steps under way are forgotten, and no request has advanced. If it gives one request logits that are
     /// not finite, or its tokens cannot be decoded, that request ends with an event that says so, and the others go on.
     pub fn step(&mut self, events: &mut Vec<Event>) -> Result<(), EngineError> {
-        let (looked_for, found) = self.scheduler.admit(self.model.kv());
-        self.stats.prefix_queries += looked_for as u64;
-        self.stats.prefix_hits += found as u64;
-        let result = self.advance(events);
+        let result = self.exchange_blocks().and_then(|()| {
+            self.admit();
+            self.advance(events)
+        });
+        if result.is_err() {
+            self.started.clear();
+            self.scheduler.roll_back(self.model.kv());
+        }
         if self.scheduler.is_idle() {
             self.started.clear();
         }
         result
     }
 
+    /// Takes blocks that came from disk, and hands over those that go there.
+    fn exchange_blocks(&mut self) -> Result<(), EngineError> {
+        let Some(kept) = &mut self.persistence else { return Ok(()) };
+        let is_busy = self.scheduler.running() > 0 || !self.started.is_empty();
+        kept.restore(self.model.as_mut(), is_busy, &mut self.scheduler)?;
+        kept.save(self.model.as_mut(), is_busy)
+    }
+
+    fn admit(&mut self) {
+        let kept = &mut self.persistence;
+        let (looked_for, found) = self
+            .scheduler
+            .admit(self.model.kv(), |sequence, kv| kept.as_mut().is_some_and(|kept| kept.look_up(sequence, kv)));
+        self.stats.prefix_queries += looked_for as u64;
+        self.stats.prefix_hits += found as u64;
+    }
+
     fn advance(&mut self, events: &mut Vec<Event>) -> Result<(), EngineError> {
-        let result = self.start_step().and_then(|has_started| {
-            // An answer with a form waits for its last token; nobody else overtakes it.
-            let may_overlap = self.model.info().overlaps
-                && !self.scheduler.has_constrained()
-                && !(self.drafter.is_some() && self.scheduler.wants_to_draft(&self.pace));
-            let under_way = usize::from(has_started && may_overlap);
-            while self.started.len() > under_way {
-                self.finish_step(events)?;
-            }
-            Ok(())
-        });
-        if result.is_err() {
-            self.started.clear();
-            self.scheduler.roll_back(self.model.kv());
+        let has_started = self.start_step()?;
+        // An answer with a form waits for its last token; nobody else overtakes it.
+        let may_overlap = self.model.info().overlaps
+            && !self.scheduler.has_constrained()
+            && !(self.drafter.is_some() && self.scheduler.wants_to_draft(&self.pace));
+        let under_way = usize::from(has_started && may_overlap);
+        while self.started.len() > under_way {
+            self.finish_step(events)?;
         }
-        result
+        Ok(())
     }
 
     /// Schedules a step and starts it: the model, and the choice of a token for each answer that is complete. Tells whether it has: it has not
@@ -346,6 +385,7 @@ impl Engine {
         let Started { logits, hidden, .. } = &step;
         let computed = Computed { logits, vocabulary, hidden, hidden_size, sampled: &self.sampled };
         let (tokenizer, stats, drafter) = (&self.tokenizer, &mut self.stats, &mut self.drafter);
+        let kept = &mut self.persistence;
         let before = events.len();
         self.scheduler.end_step(self.model.kv(), &step.parts, |sequence, part, kv| {
             stats.prompt_tokens += sequence.prompt_tokens_of(part) as u64;
@@ -356,6 +396,12 @@ impl Engine {
             });
             stats.drafted_tokens += part.drafted as u64;
             stats.accepted_tokens += sequence.accepted() as u64;
+            // What came of a failure is not to come back at every start.
+            let finish = events.last().and_then(|event| event.finish.as_ref()).filter(|_| is_finished);
+            let has_failed = finish.is_some_and(|finish| finish.reason.error().is_some());
+            if let Some(kept) = kept.as_mut().filter(|_| !has_failed) {
+                kept.offer(sequence.blocks_to_offer(is_finished));
+            }
             if let Some(drafter) = drafter.as_mut().filter(|_| is_finished) {
                 drafter.forget(sequence.rank.answer());
             }

@@ -3,6 +3,8 @@
 use marlin_checkpoint::CheckpointError;
 use marlin_model::ModelError;
 
+use crate::StoreError;
+
 /// An error of the engine.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -86,6 +88,9 @@ pub enum EngineError {
         /// Why.
         problem: String,
     },
+    /// Blocks of the KV cache cannot be kept on disk.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// The model failed.
     #[error("the model failed")]
     Model(#[from] ModelError),

@@ -3,6 +3,8 @@
 use marlin_model::BlockHash;
 use sha2::{Digest, Sha256};
 
+use crate::store::BlockKey;
+
 /// Names the blocks of one sequence, one after the other: the hash of a block is that of its tokens and of the hash before it, the first of
 /// which tells the model and what else keys and values depend on.
 #[derive(Debug, Clone)]
@@ -36,6 +38,12 @@ impl BlockNames {
             self.names.push(BlockHash(hash.finalize().into()));
         }
         &self.names[..full]
+    }
+
+    /// What block `index` of `tokens`, which is named, must be.
+    pub(crate) fn key(&self, index: usize, tokens: &[u32]) -> BlockKey {
+        let tokens = tokens[index * self.block_tokens..(index + 1) * self.block_tokens].into();
+        BlockKey { name: self.names[index], parent: self.before(index), tokens }
     }
 
     /// The name of what stands before a block whose predecessors are named.

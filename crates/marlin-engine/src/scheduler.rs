@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use marlin_model::{KvPool, ModelError, StepBatch};
 
 use crate::EngineError;
-use crate::sequence::{Part, Rank, Sequence};
+use crate::sequence::{Lookup, Part, Rank, Sequence};
 use crate::speculation::{AnswerId, Drafter, MOST_DRAFT, Pace};
 
 /// What bounds a step.
@@ -92,13 +92,23 @@ impl Scheduler {
     }
 
     /// Lets waiting answers run, the first in line first, while there is room for what they begin with. Gives how many tokens of their
-    /// prompts were looked for in the cache, and how many were found.
-    pub(crate) fn admit(&mut self, kv: &mut KvPool) -> (usize, usize) {
+    /// prompts were looked for in the cache, and how many were found. `look_up` tells whether more of an answer's prompt is on its way from elsewhere;
+    /// others overtake it meanwhile.
+    pub(crate) fn admit(
+        &mut self,
+        kv: &mut KvPool,
+        mut look_up: impl FnMut(&mut Sequence, &KvPool) -> bool,
+    ) -> (usize, usize) {
         let (mut looked_for, mut found) = (0, 0);
-        let mut promised: usize = self.running.iter().map(|s| kv.needed_blocks(&s.kv, s.pending())).sum();
+        let waits = |s: &Sequence| s.lookup() == Lookup::Waiting;
+        let coming = self.waiting.iter().filter(|s| waits(s));
+        let mut promised: usize = self.running.iter().chain(coming).map(|s| kv.needed_blocks(&s.kv, s.pending())).sum();
+        let mut place = 0;
         while self.running.len() < self.max_running()
-            && let Some(mut next) = self.waiting.pop_front()
+            && let Some(ready) = (place..self.waiting.len()).find(|&index| !waits(&self.waiting[index]))
+            && let Some(mut next) = self.waiting.remove(ready)
         {
+            place = ready;
             if self.limits.prefix_cache {
                 next.take_cached_prefix(kv);
             }
@@ -108,10 +118,18 @@ impl Scheduler {
             let spare = kv.free_blocks().saturating_sub(promised + self.running.len());
             if needed > spare && !self.running.is_empty() {
                 next.leave(kv);
-                self.waiting.push_front(next);
+                self.waiting.insert(place, next);
                 break;
             }
             promised += needed;
+            if self.limits.prefix_cache && next.lookup() == Lookup::NotYet && look_up(&mut next, kv) {
+                next.leave(kv);
+                next.set_lookup(Lookup::Waiting);
+                self.waiting.insert(place, next);
+                continue;
+            }
+            next.set_lookup(Lookup::Done);
+            next.note_cached();
             looked_for += cached + next.pending();
             found += cached;
             self.run(next);
@@ -232,6 +250,7 @@ impl Scheduler {
     fn preempt_last(&mut self, kv: &mut KvPool) {
         if let Some(mut sequence) = self.running.pop() {
             sequence.leave(kv);
+            sequence.set_lookup(Lookup::NotYet);
             self.add(sequence);
             self.preemptions += 1;
         }
@@ -266,6 +285,12 @@ impl Scheduler {
             }
             !is_finished
         });
+    }
+
+    /// What was looked up for these answers has come, or will not.
+    pub(crate) fn end_lookups(&mut self, is_over: impl Fn(Rank) -> bool) {
+        let waiting = self.waiting.iter_mut().filter(|s| s.lookup() == Lookup::Waiting && is_over(s.rank));
+        waiting.for_each(|s| s.set_lookup(Lookup::Done));
     }
 
     /// Drops the answers of which `is_dropped` is true, waiting or running, and frees their blocks; tells how many there were.

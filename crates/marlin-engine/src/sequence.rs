@@ -12,6 +12,7 @@ use crate::pooling::{Pooled, Pooling};
 use crate::prefix::BlockNames;
 use crate::sampling::Sampler;
 use crate::speculation::{Account, AnswerId, DraftedStep, Drafter, MOST_UNREAD, Pace};
+use crate::store::BlockKey;
 use crate::{
     Constraint, EngineError, Event, Finish, FinishReason, Request, RequestId, StopConditions, TextStream, TokenLogprobs,
 };
@@ -22,6 +23,15 @@ pub(crate) struct Rank {
     pub(crate) priority: i32,
     pub(crate) request: RequestId,
     pub(crate) choice: u32,
+}
+
+/// Whether the store on disk was asked for what an answer begins with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lookup {
+    NotYet,
+    /// Blocks are on their way.
+    Waiting,
+    Done,
 }
 
 /// An answer's part in a step.
@@ -75,6 +85,10 @@ pub(crate) struct Sequence {
     /// Names of its blocks, and how many of them the pool has been told.
     names: BlockNames,
     named: usize,
+    /// Blocks that the store on disk was told of, and whether that was when the prompt was done.
+    offered: usize,
+    is_prompt_offered: bool,
+    lookup: Lookup,
     /// Tokens of the prompt that the KV cache held when it was first looked at.
     cached_tokens: Option<usize>,
     /// Other answers to the same prompt, which branch off before its last token.
@@ -152,6 +166,9 @@ impl Sequence {
             unread_row: 0,
             names,
             named: 0,
+            offered: 0,
+            is_prompt_offered: false,
+            lookup: Lookup::NotYet,
             cached_tokens: None,
             to_fork: choices - 1,
             logprobs,
@@ -170,11 +187,14 @@ impl Sequence {
         })
     }
 
+    /// Whether all of its prompt is computed, whatever is cached.
+    fn needs_all(&self) -> bool {
+        self.is_scored() || self.pooled.as_ref().is_some_and(|pooled| pooled.pooling == Pooling::Mean)
+    }
+
     /// Begins with the tokens that are cached already, but for the last: its logits are wanted.
     pub(crate) fn take_cached_prefix(&mut self, kv: &mut KvPool) {
-        let needs_all = |pooled: &Pooled| pooled.pooling == Pooling::Mean;
-        if !self.kv.is_empty() || self.is_scored() || self.pooled.as_ref().is_some_and(needs_all) {
-            self.cached_tokens.get_or_insert(0);
+        if !self.kv.is_empty() || self.needs_all() {
             return;
         }
         let before_last = self.tokens.len() - 1;
@@ -182,7 +202,41 @@ impl Sequence {
         self.kv = kv.cached_prefix(self.names.before(0), self.names.of(tokens), tokens);
         self.computed = self.kv.len();
         self.named = self.computed / kv.block_tokens();
+    }
+
+    /// It begins to run with what it has of the cache.
+    pub(crate) fn note_cached(&mut self) {
         self.cached_tokens.get_or_insert(self.kv.len());
+    }
+
+    pub(crate) fn lookup(&self) -> Lookup {
+        self.lookup
+    }
+
+    pub(crate) fn set_lookup(&mut self, lookup: Lookup) {
+        self.lookup = lookup;
+    }
+
+    /// The blocks that it needs and may begin with, from the first on that the pool does not have.
+    pub(crate) fn missing_blocks(&mut self, kv: &KvPool) -> Vec<BlockKey> {
+        if self.needs_all() {
+            return Vec::new();
+        }
+        let names = self.names.of(&self.tokens[..self.tokens.len() - 1]);
+        let known = names.iter().take_while(|name| kv.find(name).is_some()).count();
+        (known..names.len()).map(|index| self.names.key(index, &self.tokens)).collect()
+    }
+
+    /// Its full blocks with their places, once when the prompt is done and those that came after it at the end.
+    pub(crate) fn blocks_to_offer(&mut self, is_finished: bool) -> Vec<(usize, BlockKey)> {
+        let is_prompt_done = self.computed >= self.prompt_tokens;
+        if !is_finished && (self.is_prompt_offered || !is_prompt_done) {
+            return Vec::new();
+        }
+        self.is_prompt_offered |= is_prompt_done;
+        let new = self.offered.min(self.named)..self.named;
+        self.offered = self.named;
+        new.map(|index| (index, self.names.key(index, &self.tokens))).collect()
     }
 
     /// Gives its blocks back: what they hold will be computed again, or found in the cache.

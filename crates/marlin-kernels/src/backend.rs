@@ -481,6 +481,21 @@ pub trait Encoder<B: Backend> {
     /// Copies KV blocks `(from, to)` in every layer (copy on write), one pair after the other.
     fn copy_kv_blocks(&mut self, kv: &mut B::KvCache, pairs: &[(u32, u32)]);
 
+    /// Runs whatever is recorded and reads blocks of all layers into `out`, one block after the other, each of
+    /// [`KvLayout::pool_bytes`] of one block: layer by layer its keys, then its values, of each the numbers or codes `[heads, tokens, width]`
+    /// and behind them the scales `[heads, tokens, scales]`, little endian. The order is the same on all devices.
+    ///
+    /// # Errors
+    /// The device failed, or cannot take blocks of such a size apart.
+    fn read_kv_blocks(&mut self, kv: &B::KvCache, blocks: &[u32], out: &mut [u8]) -> Result<(), KernelError>;
+
+    /// Writes blocks of all layers, as [`Encoder::read_kv_blocks`] reads them, as one operation among others: those before it see what
+    /// the blocks held, those after it `bytes`. Starts whatever is recorded.
+    ///
+    /// # Errors
+    /// The device failed before, or cannot take blocks of such a size apart.
+    fn write_kv_blocks(&mut self, kv: &mut B::KvCache, blocks: &[u32], bytes: &[u8]) -> Result<(), KernelError>;
+
     /// Runs whatever is recorded and reads the routes of the last [`Encoder::route`] that wrote them; vectors are resized.
     ///
     /// # Errors

@@ -154,6 +154,73 @@ impl HostKvCache {
             }
         }
     }
+
+    /// Reads blocks of all layers, see [`Encoder::read_kv_blocks`](crate::Encoder::read_kv_blocks).
+    pub(crate) fn read_blocks(&self, blocks: &[u32], out: &mut [u8]) {
+        let sections: Vec<Section<&[u8]>> = self.planes().flat_map(|plane| plane.sections(self.block_tokens)).collect();
+        each_part(&sections, blocks, out.len(), |section, source, place| {
+            out[place].copy_from_slice(&sections[section].bytes[source]);
+        });
+    }
+
+    /// Writes blocks of all layers, see [`Encoder::write_kv_blocks`](crate::Encoder::write_kv_blocks).
+    pub(crate) fn write_blocks(&mut self, blocks: &[u32], bytes: &[u8]) {
+        let block_tokens = self.block_tokens;
+        let planes = self.layers.iter_mut().flat_map(|layer| [&mut layer.keys, &mut layer.values]);
+        let mut sections: Vec<Section<&mut [u8]>> = planes.flat_map(|plane| plane.sections_mut(block_tokens)).collect();
+        let sizes: Vec<Section<()>> = sections.iter().map(Section::size).collect();
+        each_part(&sizes, blocks, bytes.len(), |section, target, place| {
+            sections[section].bytes[target].copy_from_slice(&bytes[place]);
+        });
+    }
+
+    fn planes(&self) -> impl Iterator<Item = &KvPlane> {
+        self.layers.iter().flat_map(|layer| [&layer.keys, &layer.values])
+    }
+}
+
+/// Values or scales of a plane, as bytes: of each head the blocks, one after the other.
+struct Section<T> {
+    bytes: T,
+    heads: usize,
+    /// Blocks of a head.
+    blocks: usize,
+    /// Bytes of a block of one head.
+    block: usize,
+}
+
+impl<T: AsRef<[u8]>> Section<T> {
+    /// Of `slots` slots of each head, `slot` bytes of a head's slot.
+    fn new(bytes: T, slots: usize, slot: usize, block_tokens: usize) -> Self {
+        let heads = bytes.as_ref().len().checked_div(slots * slot).unwrap_or(0);
+        Self { bytes, heads, blocks: slots / block_tokens, block: block_tokens * slot }
+    }
+
+    fn size(&self) -> Section<()> {
+        Section { bytes: (), heads: self.heads, blocks: self.blocks, block: self.block }
+    }
+}
+
+/// Calls `copy` with each part of each block: the section, the part's place in it, and its place among `bytes` bytes of blocks.
+fn each_part<T>(
+    sections: &[Section<T>],
+    blocks: &[u32],
+    bytes: usize,
+    mut copy: impl FnMut(usize, Range<usize>, Range<usize>),
+) {
+    let block_bytes: usize = sections.iter().map(|section| section.heads * section.block).sum();
+    assert_eq!(bytes, blocks.len() * block_bytes, "bytes of {} KV blocks", blocks.len());
+    let mut place = 0;
+    for &block in blocks {
+        for (index, section) in sections.iter().enumerate() {
+            assert!((block as usize) < section.blocks, "KV block {block} of {}", section.blocks);
+            for head in 0..section.heads {
+                let start = (head * section.blocks + block as usize) * section.block;
+                copy(index, start..start + section.block, place..place + section.block);
+                place += section.block;
+            }
+        }
+    }
 }
 
 /// Copies `block` values from and to where a pair says, of each `head` values.
@@ -178,6 +245,27 @@ impl KvPlane {
             Some(code) => KvData::Codes(KvCodes::new(code, heads.saturating_mul(slots), dim, device)?),
         };
         Ok(Self { slots, dim, data })
+    }
+
+    /// Its values, and the scales of codes.
+    fn sections(&self, block_tokens: usize) -> Vec<Section<&[u8]>> {
+        let section = |bytes, slot| Section::new(bytes, self.slots, slot, block_tokens);
+        match &self.data {
+            KvData::F16(data) => vec![section(bytemuck::cast_slice(data), self.dim * size_of::<f16>())],
+            KvData::F32(data) => vec![section(bytemuck::cast_slice(data), self.dim * size_of::<f32>())],
+            KvData::Codes(codes) => codes.bytes().into_iter().map(|(bytes, row)| section(bytes, row)).collect(),
+        }
+    }
+
+    /// The same, to be written.
+    fn sections_mut(&mut self, block_tokens: usize) -> Vec<Section<&mut [u8]>> {
+        let Self { slots, dim, data } = self;
+        let section = |bytes, slot| Section::new(bytes, *slots, slot, block_tokens);
+        match data {
+            KvData::F16(data) => vec![section(bytemuck::cast_slice_mut(data), *dim * size_of::<f16>())],
+            KvData::F32(data) => vec![section(bytemuck::cast_slice_mut(data), *dim * size_of::<f32>())],
+            KvData::Codes(codes) => codes.bytes_mut().into_iter().map(|(bytes, row)| section(bytes, row)).collect(),
+        }
     }
 
     /// Where the `dim` values of a head's slot lie.

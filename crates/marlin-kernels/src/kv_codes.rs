@@ -89,6 +89,23 @@ impl KvCodes {
         }
     }
 
+    /// Codes and scales as bytes, each with the bytes of a row.
+    pub(crate) fn bytes(&self) -> [(&[u8], usize); 2] {
+        let [codes, scales] = self.row_bytes();
+        [(&self.codes, codes), (bytemuck::cast_slice(&self.scales), scales)]
+    }
+
+    /// The same, to be written.
+    pub(crate) fn bytes_mut(&mut self) -> [(&mut [u8], usize); 2] {
+        let [codes, scales] = self.row_bytes();
+        [(&mut self.codes, codes), (bytemuck::cast_slice_mut(&mut self.scales), scales)]
+    }
+
+    /// Bytes of a row's codes, and of its scales.
+    fn row_bytes(&self) -> [usize; 2] {
+        [self.code.bytes(self.dim), self.code.scales(self.dim) * size_of::<f16>()]
+    }
+
     /// Copies blocks of each head's `slots` rows.
     pub(crate) fn copy_blocks(&mut self, slots: usize, block_tokens: usize, pairs: &[(u32, u32)]) {
         let (bytes, scales) = (self.code.bytes(self.dim), self.code.scales(self.dim));

@@ -38,6 +38,20 @@ pub trait LanguageModel: Send {
     /// Waits for one of the last two samplings and reads its tokens, one for each of its rows.
     fn sampled(&mut self, sampling: SamplingId, tokens: &mut [u32]) -> Result<(), ModelError>;
 
+    /// Reads KV blocks of all layers into `out`, one after the other, each of [`ModelInfo::kv_block_bytes`]; how such bytes are laid out is the
+    /// same on all devices (see [`marlin_kernels::Encoder::read_kv_blocks`]). Waits for the steps that were started, and so sees what they wrote.
+    ///
+    /// # Errors
+    /// The device failed, or cannot take its blocks apart.
+    fn read_kv_blocks(&mut self, blocks: &[u32], out: &mut [u8]) -> Result<(), ModelError>;
+
+    /// Writes KV blocks of all layers, of the bytes that [`LanguageModel::read_kv_blocks`] gave: after the steps that were started, and before
+    /// the next.
+    ///
+    /// # Errors
+    /// The device failed, or cannot take its blocks apart.
+    fn write_kv_blocks(&mut self, blocks: &[u32], bytes: &[u8]) -> Result<(), ModelError>;
+
     /// Where tokens went in each layer with experts since the model was loaded with [`LoadOptions::measure_routing`]; empty otherwise.
     fn routing(&self) -> &[LayerRouting] {
         &[]
@@ -82,6 +96,13 @@ pub struct ModelInfo {
     pub host_experts: Option<HostExpertsInfo>,
     /// The device works while the host goes on, so that it pays to start a step before the tokens of the last one are read.
     pub overlaps: bool,
+}
+
+impl ModelInfo {
+    /// Bytes of a block of the KV cache over all layers.
+    pub fn kv_block_bytes(&self) -> usize {
+        self.kv_layout.pool_bytes(self.kv_type, 1)
+    }
 }
 
 /// Routed experts that the host computes.

@@ -255,3 +255,34 @@ fn a_step_of_nothing_does_nothing() {
     model.model.forward(&StepBatch::new()).unwrap();
     assert!(model.step(&mut []).is_empty());
 }
+
+/// What a model computed, another instance of it goes on with: KV blocks that went through bytes, into other places of its pool.
+#[test]
+fn blocks_move_to_another_instance() {
+    let latent = ["glm4moelite-shared-mtp", "gptoss-mxfp4"];
+    let devices = MODELS.map(|name| (name, Device::cpu(Arithmetic::Exact, 2, None)));
+    for (name, device) in devices.into_iter().chain(latent.map(|name| (name, Device::Reference))) {
+        for kv_type in KvType::ALL {
+            let folder = golden(name);
+            let tokens = Golden::read(&folder).input_ids;
+            let mut first = device.load(&folder, &options(kv_type)).unwrap();
+            let whole = first.logits_of(&tokens, tokens.len());
+            let block_tokens = first.model.kv().block_tokens();
+            let kept = tokens.len().min(2 * block_tokens - 1) / block_tokens * block_tokens;
+            let mut past = first.sequence();
+            first.extend(&mut past, &tokens[..kept]);
+            let mut bytes = vec![0; past.blocks().len() * first.model.info().kv_block_bytes()];
+            first.model.read_kv_blocks(past.blocks(), &mut bytes).unwrap();
+
+            let mut second = device.load(&folder, &options(kv_type)).unwrap();
+            let mut others = second.sequence();
+            second.extend(&mut others, &tokens[..1]);
+            let mut sequence = second.sequence();
+            second.model.kv().append(&mut sequence, kept).unwrap();
+            second.model.write_kv_blocks(sequence.blocks(), &bytes).unwrap();
+            let rest = second.extend(&mut sequence, &tokens[kept..]);
+            let vocabulary = second.model.info().vocabulary;
+            assert!(same_bits(&rest, &whole[kept * vocabulary..]), "{name}, {}", kv_type.name());
+        }
+    }
+}

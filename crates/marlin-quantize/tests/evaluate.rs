@@ -78,6 +78,14 @@ impl<F: Fn(u32, u32) -> [f32; VOCABULARY] + Send> LanguageModel for Fake<F> {
     fn sampled(&mut self, _: SamplingId, _: &mut [u32]) -> Result<(), ModelError> {
         unreachable!("an evaluation does not sample")
     }
+
+    fn read_kv_blocks(&mut self, _: &[u32], _: &mut [u8]) -> Result<(), ModelError> {
+        unreachable!("an evaluation keeps no blocks")
+    }
+
+    fn write_kv_blocks(&mut self, _: &[u32], _: &[u8]) -> Result<(), ModelError> {
+        unreachable!("an evaluation keeps no blocks")
+    }
 }
 
 fn uniform(_: u32, _: u32) -> [f32; VOCABULARY] {

@@ -61,6 +61,8 @@ impl Collector for EngineCollector {
             ("kv_blocks", "Blocks of the KV cache", stats.kv_blocks),
             ("kv_blocks_used", "Blocks that belong to an answer", stats.used_kv_blocks),
             ("kv_blocks_cached", "Blocks that belong to none and may be taken over", stats.cached_kv_blocks),
+            ("kv_store_blocks", "Blocks of the KV cache on disk", stats.store.blocks),
+            ("kv_store_bytes", "Bytes that they take there", stats.store.bytes as usize),
         ];
         for (name, help, value) in gauges {
             let gauge = ConstGauge::new(value as i64);
@@ -71,6 +73,9 @@ impl Collector for EngineCollector {
             ("generated_tokens", "Tokens generated", stats.generated_tokens),
             ("prefix_cache_queries", "Tokens looked for in the prefix cache", stats.prefix_queries),
             ("prefix_cache_hits", "Tokens found there", stats.prefix_hits),
+            ("kv_store_hits", "Tokens that came from disk", stats.stored_hits),
+            ("kv_store_dropped_blocks", "Blocks that were not saved on disk", stats.store.dropped),
+            ("kv_store_damaged_blocks", "Files on disk that were not what their names say", stats.store.damaged),
             ("drafted_tokens", "Tokens guessed ahead", stats.drafted_tokens),
             ("accepted_tokens", "Those of them that were right", stats.accepted_tokens),
             ("preemptions", "How often an answer gave its blocks back to others", stats.preemptions),

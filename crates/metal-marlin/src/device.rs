@@ -130,6 +130,17 @@ impl Device {
         }
     }
 
+    /// What results depend on beside the model, see [`CpuBackend::numerics`]: what is kept of them is good for devices of which it is the same.
+    pub fn numerics(&self) -> String {
+        match self {
+            Self::Cpu(backend) => backend.numerics(),
+            Self::Gpu { backend, offload: None, .. } => backend.numerics(),
+            Self::Gpu { backend, offload: Some(ExpertOffload { host, layers }), .. } => {
+                format!("{}, experts of layers {layers} on {}", backend.numerics(), host.numerics())
+            }
+        }
+    }
+
     /// Tells what a checkpoint's model will take on it.
     ///
     /// # Errors

@@ -20,6 +20,7 @@ pub mod device;
 pub mod doctor;
 pub mod hub;
 pub mod kernel_bench;
+pub mod kv_store;
 pub mod load;
 pub mod machine;
 pub mod memory;

@@ -18,9 +18,9 @@ pub(super) const ROOMY: Sizes =
     Sizes { context: 64, step_tokens: 16, logit_rows: 8, block_tokens: 4, blocks: 64, overlaps: false };
 
 /// Ids 0..256 are bytes, then three pieces, then the end-of-sequence token.
-const EOS: u32 = 259;
+pub(super) const EOS: u32 = 259;
 
-static TOKENIZER: LazyLock<Arc<Tokenizer>> =
+pub(super) static TOKENIZER: LazyLock<Arc<Tokenizer>> =
     LazyLock::new(|| Arc::new(byte_level(&[b"ab", b" b", b"\xF0\x9F"], &["<|end|>"])));
 
 pub(super) fn engine(sizes: Sizes) -> (Engine, Arc<Mutex<Wire>>) {
@@ -69,18 +69,18 @@ pub(super) fn greedy(prompt: &[u32], max_tokens: usize) -> Request {
 
 /// Everything that a request's events say.
 #[derive(Debug, Clone, Default, PartialEq)]
-struct Output {
-    tokens: Vec<u32>,
+pub(super) struct Output {
+    pub(super) tokens: Vec<u32>,
     text: String,
     logprobs: Vec<TokenLogprobs>,
     prompt_logprobs: Vec<TokenLogprobs>,
-    reason: Option<FinishReason>,
+    pub(super) reason: Option<FinishReason>,
     /// Not compared: they depend on what was cached.
-    cached: Cached,
+    pub(super) cached: Cached,
 }
 
 #[derive(Debug, Clone, Default)]
-struct Cached(usize);
+pub(super) struct Cached(pub(super) usize);
 
 impl PartialEq for Cached {
     fn eq(&self, _: &Self) -> bool {
@@ -89,7 +89,7 @@ impl PartialEq for Cached {
 }
 
 /// Steps until idle.
-fn finish(engine: &mut Engine) -> HashMap<RequestId, Output> {
+pub(super) fn finish(engine: &mut Engine) -> HashMap<RequestId, Output> {
     gather(&finish_events(engine))
 }
 
@@ -102,7 +102,7 @@ pub(super) fn finish_events(engine: &mut Engine) -> Vec<Event> {
 }
 
 /// The first answers.
-fn gather(events: &[Event]) -> HashMap<RequestId, Output> {
+pub(super) fn gather(events: &[Event]) -> HashMap<RequestId, Output> {
     let first = gather_choices(events).into_iter().filter(|((_, choice), _)| *choice == 0);
     first.map(|((request, _), output)| (request, output)).collect()
 }
@@ -126,7 +126,7 @@ fn gather_choices(events: &[Event]) -> HashMap<(RequestId, u32), Output> {
 }
 
 /// What the fake model makes of a greedy request without penalties.
-fn expected(prompt: &[u32], count: usize) -> Vec<u32> {
+pub(super) fn expected(prompt: &[u32], count: usize) -> Vec<u32> {
     let mut history = prompt.to_vec();
     for _ in 0..count {
         history.push(next_token(&history, &SampleRow::GREEDY, None));
@@ -651,12 +651,17 @@ proptest! {
         spare_blocks in 0..40usize,
         overlaps in any::<bool>(),
         wrong in prop::option::of(0..9usize),
+        is_kept in any::<bool>(),
     ) {
         // The smallest pool that any of the requests can run in, or a larger one.
         let context = 48;
         let blocks = usize::div_ceil(context - 1, block_tokens) + spare_blocks;
         let sizes = Sizes { context, step_tokens, logit_rows, block_tokens, blocks, overlaps };
         let (mut together, _) = wrong.map_or_else(|| engine(sizes), |wrong| guessing_engine(sizes, wrong));
+        if is_kept {
+            // Of all cases with blocks of one size.
+            together = super::store::kept(together, KEPT.path(), "");
+        }
         let mut ids: Vec<Option<RequestId>> = vec![None; visits.len()];
         let mut cancelled = vec![false; visits.len()];
         let mut events = Vec::new();
@@ -693,6 +698,9 @@ proptest! {
         }
     }
 }
+
+/// Where blocks are kept.
+static KEPT: LazyLock<tempfile::TempDir> = LazyLock::new(|| tempfile::tempdir().unwrap());
 
 const ROOMY_ALONE: Sizes =
     Sizes { context: 48, step_tokens: 1000, logit_rows: 100, block_tokens: 1000, blocks: 4, overlaps: false };

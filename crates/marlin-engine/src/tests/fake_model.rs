@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use marlin_kernels::{DeviceInfo, KernelError, KvLayout, KvType, SampleRow, SamplingId, Step, StepLimits, TokenCount};
+use marlin_kernels::{
+    DeviceInfo, KernelError, KvLayer, KvLayout, KvType, SampleRow, SamplingId, Step, StepLimits, TokenCount,
+};
 use marlin_model::{KvPool, LanguageModel, ModelError, ModelInfo, StepBatch};
 
 /// Its vocabulary: the bytes, a few pieces, one special token.
@@ -35,6 +37,8 @@ pub(super) struct Wire {
     pub(super) poison: Option<u32>,
     /// Fail the next time that tokens are read.
     pub(super) fail_sample: bool,
+    /// Fail the next time that blocks are read or written.
+    pub(super) fail_blocks: bool,
 }
 
 #[derive(Debug)]
@@ -56,7 +60,9 @@ pub(super) struct FakeModel {
 impl FakeModel {
     pub(super) fn new(sizes: Sizes) -> (Self, Arc<Mutex<Wire>>) {
         let wire = Arc::new(Mutex::new(Wire::default()));
-        let layout = KvLayout { block_tokens: sizes.block_tokens, layers: Vec::new() };
+        // 8 bytes a token: what a slot holds.
+        let layer = KvLayer { heads: 1, key_dim: 2, value_dim: 2, window: None };
+        let layout = KvLayout { block_tokens: sizes.block_tokens, layers: vec![layer] };
         let info = ModelInfo {
             architecture: "Fake".into(),
             vocabulary: VOCABULARY,
@@ -86,6 +92,13 @@ impl FakeModel {
             },
             wire,
         )
+    }
+}
+
+impl FakeModel {
+    fn slots_of(&self, block: u32) -> std::ops::Range<usize> {
+        let block_tokens = self.sizes.block_tokens;
+        block as usize * block_tokens..(block as usize + 1) * block_tokens
     }
 }
 
@@ -213,6 +226,26 @@ impl LanguageModel for FakeModel {
         assert!(self.samplings.len() as u64 - sampling.0 <= 2, "a device keeps two samplings");
         tokens.copy_from_slice(&self.samplings[sampling.0 as usize]);
         fail(&mut self.wire.lock().unwrap().fail_sample)
+    }
+
+    fn read_kv_blocks(&mut self, blocks: &[u32], out: &mut [u8]) -> Result<(), ModelError> {
+        let slots = blocks.iter().flat_map(|&block| self.slots_of(block));
+        for (slot, out) in slots.zip(out.chunks_exact_mut(8)) {
+            let &(token, position) = self.slots.get(&slot).unwrap_or(&(u32::MAX, u32::MAX));
+            out[..4].copy_from_slice(&token.to_le_bytes());
+            out[4..].copy_from_slice(&position.to_le_bytes());
+        }
+        fail(&mut self.wire.lock().unwrap().fail_blocks)
+    }
+
+    fn write_kv_blocks(&mut self, blocks: &[u32], bytes: &[u8]) -> Result<(), ModelError> {
+        assert_eq!(bytes.len(), blocks.len() * self.info.kv_block_bytes());
+        let slots: Vec<usize> = blocks.iter().flat_map(|&block| self.slots_of(block)).collect();
+        let number = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().unwrap());
+        for (slot, bytes) in slots.into_iter().zip(bytes.chunks_exact(8)) {
+            self.slots.insert(slot, (number(&bytes[..4]), number(&bytes[4..])));
+        }
+        fail(&mut self.wire.lock().unwrap().fail_blocks)
     }
 }
 

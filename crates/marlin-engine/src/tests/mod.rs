@@ -4,5 +4,6 @@ mod engine;
 mod fake_model;
 mod pooling;
 mod speculative_sampling;
+mod store;
 mod text;
 pub(crate) mod tokenizers;

@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use crate::{AttentionShape, Backend, Encoder, KvLayer, KvLayout, KvType, QkNorm, RopeLayout, StepLimits, Values};
 
-use super::support::{Case, Pages, Ragged, Rng, limits, poisoned, read, upload};
+use super::support::{Case, Moves, Pages, Ragged, Rng, limits, poisoned, read, read_blocks, upload};
 use super::{Device, Table};
+use crate::reference::ReferenceBackend;
 
 /// Ragged batches: what each sequence has in the cache, and what the step brings.
 pub(super) const BATCHES: [&[Range<usize>]; 5] = [
@@ -73,7 +74,13 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
                 }
             }
         }
-        table.add(device, format!("copy-kv-blocks/{suffix}"), move |device| copy_blocks(device, kv_type));
+        table.add(device, format!("copy-kv-blocks/{suffix}"), move |device| {
+            move_blocks(device, kv_type, Moves::OnDevice)
+        });
+        table.add(device, format!("read-write-kv-blocks/{suffix}"), move |device| {
+            move_blocks(device, kv_type, Moves::ThroughHost)?;
+            move_blocks(device, kv_type, Moves::FromReference)
+        });
         // One kernel does it all for the usual type.
         let shapes = [(9, 1, 80), (4, 2, 64), (2, 2, 256), (14, 2, 128)];
         for &(heads, kv_heads, dim) in &shapes[..if kv_type == KvType::F16 { shapes.len() } else { 1 }] {
@@ -197,10 +204,16 @@ fn rope_store_kv<B: Backend>(
     Ok(())
 }
 
-fn copy_blocks<B: Backend>(device: &Device<B>, kv_type: KvType) -> Result<(), String> {
+fn move_blocks<B: Backend>(device: &Device<B>, kv_type: KvType, moves: Moves) -> Result<(), String> {
     let base = Attention::new(shape(4, 2, 64, None), kv_type, 16, BATCHES[3]);
-    let case = Attention { moves: true, ..base };
-    device.check(&case, bound(kv_type), "a sequence moved to other blocks")
+    let case = Attention { moves: Some(moves), ..base };
+    device.check(&case, bound(kv_type), &format!("a sequence moved to other blocks: {moves:?}"))?;
+    // What a device computed itself is the same there, to the bit.
+    let bits = |case: &Attention<'_>| case.run(device.backend.as_ref()).iter().map(|y| y.to_bits()).collect::<Vec<_>>();
+    if moves != Moves::FromReference && bits(&case) != bits(&Attention { moves: None, ..case }) {
+        return Err(format!("a sequence moved to other blocks, {moves:?}, gives other bits"));
+    }
+    Ok(())
 }
 
 /// What a case reads back.
@@ -245,8 +258,8 @@ struct Attention<'a> {
     /// Tokens that a sequence may reach.
     context: usize,
     reads: Reads,
-    /// Copies all blocks elsewhere between filling the cache and running the batch, and poisons the old ones.
-    moves: bool,
+    /// Moves all blocks elsewhere between filling the cache and running the batch, and poisons the old ones.
+    moves: Option<Moves>,
 }
 
 impl<'a> Attention<'a> {
@@ -261,8 +274,16 @@ impl<'a> Attention<'a> {
             sinks: false,
             context: 512,
             reads: Reads::Attention,
-            moves: false,
+            moves: None,
         }
+    }
+}
+
+impl Attention<'_> {
+    fn layout(&self) -> KvLayout {
+        let AttentionShape { kv_heads, head_dim, window, .. } = self.shape;
+        let layer = KvLayer { heads: kv_heads, key_dim: head_dim, value_dim: head_dim, window };
+        KvLayout { block_tokens: self.block_tokens, layers: vec![layer; LAYER + 1] }
     }
 }
 
@@ -284,11 +305,30 @@ impl Case for Attention<'_> {
 
         let history: Vec<Range<usize>> = self.batch.iter().map(|range| 0..range.start).collect();
         let history = pages.step(&history);
-        layer.store(&history, &rng.normals(history.rows() * width));
-        let batch = if self.moves {
+        let past = rng.normals(history.rows() * width);
+        layer.store(&history, &past);
+        let batch = if let Some(moves) = self.moves {
             let (moved, pairs) = pages.moved();
-            layer.encoder.copy_kv_blocks(&mut layer.kv, &pairs);
+            let (from, to): (Vec<u32>, Vec<u32>) = pairs.iter().copied().unzip();
+            let (layout, kv_type) = (self.layout(), self.kv_type);
+            let bytes = match moves {
+                Moves::OnDevice => {
+                    layer.encoder.copy_kv_blocks(&mut layer.kv, &pairs);
+                    None
+                }
+                Moves::ThroughHost => Some(read_blocks::<B>(&mut layer.encoder, &layer.kv, &layout, kv_type, &from)),
+                Moves::FromReference => {
+                    let mut oracle = Layer::new(self, &ReferenceBackend, 2 * pages.blocks, &mut Rng(20));
+                    oracle.store(&history, &past);
+                    let Layer { encoder, kv, .. } = &mut oracle;
+                    Some(read_blocks::<ReferenceBackend>(encoder, kv, &layout, kv_type, &from))
+                }
+            };
+            // Before blocks are written elsewhere: what is read must not depend on them any more.
             layer.store(&pages.all_slots(), &nan(&pages.all_slots()));
+            if let Some(bytes) = bytes {
+                layer.encoder.write_kv_blocks(&mut layer.kv, &to, &bytes).expect("blocks that can be written");
+            }
             moved.step(self.batch)
         } else {
             batch
@@ -363,16 +403,14 @@ struct Layer<'a, B: Backend> {
 
 impl<'a, B: Backend> Layer<'a, B> {
     fn new(case: &Attention<'_>, backend: &'a B, blocks: usize, rng: &mut Rng) -> Self {
-        let AttentionShape { heads, kv_heads, head_dim, window, .. } = case.shape;
-        let kv_layer = KvLayer { heads: kv_heads, key_dim: head_dim, value_dim: head_dim, window };
-        let layout = KvLayout { block_tokens: case.block_tokens, layers: vec![kv_layer; LAYER + 1] };
+        let AttentionShape { heads, kv_heads, head_dim, .. } = case.shape;
         let vector = |values: &[f32]| backend.load_vector(values).expect("a vector");
         let inv_freq: Vec<f32> = (0..case.rotary / 2).map(|i| 0.8f32.powi(i as i32)).collect();
         let width = (heads + 2 * kv_heads) * head_dim;
         Self {
             backend,
             encoder: backend.encoder(&StepLimits { context: case.context, ..limits(1024, width) }).expect("an encoder"),
-            kv: backend.kv_cache(&layout, case.kv_type, blocks).expect("a cache"),
+            kv: backend.kv_cache(&case.layout(), case.kv_type, blocks).expect("a cache"),
             shape: case.shape,
             // Some of no consequence, some that take most of the weight.
             sinks: case.sinks.then(|| vector(&rng.normals(heads).iter().map(|x| 4.0 * x).collect::<Vec<_>>())),

@@ -10,7 +10,7 @@ use marlin_format::Scheme;
 
 use super::attention::{BATCHES, TILED_BATCHES, bound};
 use super::matrices::random;
-use super::support::{Case, Pages, Ragged, Rng, limits, poisoned, read, upload};
+use super::support::{Case, Moves, Pages, Ragged, Rng, limits, poisoned, read, read_blocks, upload};
 use super::{Device, Table};
 
 /// Heads and widths: GLM-4.7-Flash, DeepSeek-V3 with fewer heads, a small model, and what is no power of two of anything.
@@ -45,10 +45,12 @@ pub(crate) fn add_rows<B: Backend>(table: &mut Table, device: &Device<B>) {
         table.add(device, format!("latent-attention/kv-{}", kv_type.name()), move |device| {
             check(device, SMALL, kv_type, &BATCHES)
         });
-        table.add(device, format!("latent-copy-kv-blocks/kv-{}", kv_type.name()), move |device| {
-            let case = Latent { moves: true, ..Latent::new(SMALL, kv_type, 16, BATCHES[3]) };
-            device.check(&case, bound(kv_type), "a sequence moved to other blocks")
-        });
+        for (name, moves) in [("copy", Moves::OnDevice), ("read-write", Moves::ThroughHost)] {
+            table.add(device, format!("latent-{name}-kv-blocks/kv-{}", kv_type.name()), move |device| {
+                let case = Latent { moves: Some(moves), ..Latent::new(SMALL, kv_type, 16, BATCHES[3]) };
+                device.check(&case, bound(kv_type), "a sequence moved to other blocks")
+            });
+        }
     }
     table.add(device, "latent-attention/window=33".into(), |device| {
         let case = Latent { window: Some(33), ..Latent::new(SMALL, KvType::F16, 16, BATCHES[3]) };
@@ -133,12 +135,12 @@ struct Latent<'a> {
     context: usize,
     reads: Reads,
     /// Copies all blocks elsewhere between filling the cache and running the batch, and poisons the old ones.
-    moves: bool,
+    moves: Option<Moves>,
 }
 
 impl<'a> Latent<'a> {
     fn new(latent: LatentShape, kv_type: KvType, block_tokens: usize, batch: &'a [Range<usize>]) -> Self {
-        Self { latent, window: None, kv_type, block_tokens, batch, context: 512, reads: Reads::Attention, moves: false }
+        Self { latent, window: None, kv_type, block_tokens, batch, context: 512, reads: Reads::Attention, moves: None }
     }
 
     fn attention(&self) -> AttentionShape {
@@ -151,6 +153,13 @@ impl<'a> Latent<'a> {
             window: self.window,
             rope: self.latent.rope,
         }
+    }
+}
+
+impl Latent<'_> {
+    fn layout(&self) -> KvLayout {
+        let layer = KvLayer { heads: 1, key_dim: self.latent.key_dim(), value_dim: 0, window: self.window };
+        KvLayout { block_tokens: self.block_tokens, layers: vec![layer; LAYER + 1] }
     }
 }
 
@@ -172,10 +181,17 @@ impl Case for Latent<'_> {
 
         let history: Vec<Range<usize>> = self.batch.iter().map(|range| 0..range.start).collect();
         layer.store(&pages.step(&history), Some(&mut rng));
-        let batch = if self.moves {
+        let batch = if let Some(moves) = self.moves {
             let (moved, pairs) = pages.moved();
-            layer.encoder.copy_kv_blocks(&mut layer.kv, &pairs);
-            layer.store(&pages.all_slots(), None);
+            if moves == Moves::OnDevice {
+                layer.encoder.copy_kv_blocks(&mut layer.kv, &pairs);
+                layer.store(&pages.all_slots(), None);
+            } else {
+                let (from, to): (Vec<u32>, Vec<u32>) = pairs.into_iter().unzip();
+                let bytes = read_blocks::<B>(&mut layer.encoder, &layer.kv, &self.layout(), self.kv_type, &from);
+                layer.store(&pages.all_slots(), None);
+                layer.encoder.write_kv_blocks(&mut layer.kv, &to, &bytes).expect("blocks that can be written");
+            }
             moved.step(self.batch)
         } else {
             batch
@@ -210,8 +226,6 @@ impl<'a, B: Backend> Layer<'a, B> {
     fn new(case: &Latent<'_>, backend: &'a B, blocks: usize, rng: &mut Rng) -> Self {
         let latent = case.latent;
         let LatentShape { heads, nope_dim, rope_dim, rank, .. } = latent;
-        let kv_layer = KvLayer { heads: 1, key_dim: latent.key_dim(), value_dim: 0, window: case.window };
-        let layout = KvLayout { block_tokens: case.block_tokens, layers: vec![kv_layer; LAYER + 1] };
         let inv_freq: Vec<f32> = (0..rope_dim / 2).map(|i| 0.8f32.powi(i as i32)).collect();
         let width = heads * (nope_dim + rope_dim).max(latent.key_dim());
         let linears = (0..heads).map(|_| {
@@ -227,7 +241,7 @@ impl<'a, B: Backend> Layer<'a, B> {
             backend,
             latent,
             encoder: backend.encoder(&StepLimits { context: case.context, ..limits(1024, width) }).expect("an encoder"),
-            kv: backend.kv_cache(&layout, case.kv_type, blocks).expect("a cache"),
+            kv: backend.kv_cache(&case.layout(), case.kv_type, blocks).expect("a cache"),
             norm: backend.load_vector(&rng.normals(rank)).expect("a vector"),
             inv_freq: backend.load_vector(&inv_freq).expect("a vector"),
             absorb: backend.group_linears(linears).expect("linears of one shape"),

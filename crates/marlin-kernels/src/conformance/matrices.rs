@@ -149,7 +149,7 @@ fn globals(scheme: &Scheme, bytes: usize, rng: &mut Rng) -> Vec<u8> {
     }
     let has_minima = matches!(scheme.zero, ZeroKind::TwoLevelMin { .. });
     let scales: Vec<f32> = (0..if has_minima { bytes / 4 } else { bytes / 2 }).map(|_| scale(rng)).collect();
-    let middle = ((1u32 << scheme.element.bits()) - 1) as f32 / 2.0;
+    let middle = ((1u64 << scheme.element.bits()) - 1) as f32 / 2.0;
     let minima = scales.iter().filter(|_| has_minima).map(|scale| scale * middle);
     scales.iter().copied().chain(minima).flat_map(|value| f16::from_f32(value).to_le_bytes()).collect()
 }

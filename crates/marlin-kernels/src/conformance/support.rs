@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::{Device, ErrorFound};
 use crate::reference::ReferenceBackend;
-use crate::{Backend, Encoder, Step, StepLimits};
+use crate::{Backend, Encoder, KvLayout, KvType, Step, StepLimits};
 
 /// One computation, which every backend can run.
 pub(crate) trait Case {
@@ -157,6 +157,30 @@ impl Pages {
         let slots = 0..self.blocks * self.block_tokens;
         Ragged::new(&[(0..self.blocks as u32).collect()], std::slice::from_ref(&slots))
     }
+}
+
+/// How blocks of a cache come to lie elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Moves {
+    /// They are copied.
+    OnDevice,
+    /// They are read by the host and written elsewhere.
+    ThroughHost,
+    /// They were computed and read on the reference, and are written here: their order is the same on all devices.
+    FromReference,
+}
+
+/// The bytes of blocks.
+pub(crate) fn read_blocks<B: Backend>(
+    encoder: &mut B::Encoder,
+    kv: &B::KvCache,
+    layout: &KvLayout,
+    kv_type: KvType,
+    blocks: &[u32],
+) -> Vec<u8> {
+    let mut bytes = vec![0xa5; layout.pool_bytes(kv_type, blocks.len())];
+    encoder.read_kv_blocks(kv, blocks, &mut bytes).expect("blocks that can be read");
+    bytes
 }
 
 /// A step that owns its arrays.

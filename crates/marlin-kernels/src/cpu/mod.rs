@@ -124,6 +124,12 @@ impl CpuBackend {
         linear::layout(self.arithmetic, self.simd)
     }
 
+    /// What its results depend on beside the model: two processors, or two uses of one, of which it is the same give the same bits. The number
+    /// of threads is not in it.
+    pub fn numerics(&self) -> String {
+        format!("cpu {} {} {:?}", std::env::consts::ARCH, self.simd, self.arithmetic)
+    }
+
     /// What its linears multiply.
     pub fn arithmetic(&self) -> Arithmetic {
         self.arithmetic
@@ -476,6 +482,16 @@ impl Encoder<CpuBackend> for CpuEncoder {
 
     fn copy_kv_blocks(&mut self, kv: &mut HostKvCache, pairs: &[(u32, u32)]) {
         kv.copy_blocks(pairs);
+    }
+
+    fn read_kv_blocks(&mut self, kv: &HostKvCache, blocks: &[u32], out: &mut [u8]) -> Result<(), KernelError> {
+        kv.read_blocks(blocks, out);
+        Ok(())
+    }
+
+    fn write_kv_blocks(&mut self, kv: &mut HostKvCache, blocks: &[u32], bytes: &[u8]) -> Result<(), KernelError> {
+        kv.write_blocks(blocks, bytes);
+        Ok(())
     }
 
     fn start(&mut self) -> Result<(), KernelError> {

@@ -353,6 +353,23 @@ impl Gpu {
         })
     }
 
+    /// Memory with these contents that commands can copy from.
+    pub(super) fn staging(&self, what: &str, bytes: &[u8]) -> Result<wgpu::Buffer, KernelError> {
+        let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some(what),
+            size: bytes.len() as u64,
+            usage: wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC,
+            mapped_at_creation: true,
+        });
+        let mapped = buffer.get_mapped_range_mut(..);
+        let mut mapped =
+            mapped.map_err(|error| KernelError::Device(format!("cannot write {what} to the device: {error}")))?;
+        mapped.slice(..).copy_from_slice(bytes);
+        drop(mapped);
+        buffer.unmap();
+        Ok(buffer)
+    }
+
     /// Waits for a submission, or for all, and reads the beginning of a buffer that can be mapped.
     pub(super) fn read_mapped(
         &self,

@@ -11,7 +11,7 @@ use super::pipeline::{Binding, Kernel, Pipeline};
 use super::recorder::Recorder;
 use super::sampling::Sampler;
 use super::step::StepBuffers;
-use super::{GpuBackend, GpuBuffer, GpuKvCache, GpuVector, MAX_WORKGROUPS};
+use super::{GpuBackend, GpuBuffer, GpuKvCache, GpuVector, MAX_WORKGROUPS, kv_blocks};
 use crate::hadamard::{CORES, Core, MOST_ORDER};
 use crate::{
     Activation, AttentionShape, Encoder, Hadamard, HostRoutes, Input, KernelError, LatentShape, QkNorm, SampleRow,
@@ -370,6 +370,14 @@ impl Encoder<GpuBackend> for GpuEncoder {
 
     fn copy_kv_blocks(&mut self, kv: &mut GpuKvCache, pairs: &[(u32, u32)]) {
         self.attention.copy_blocks(&mut self.recorder, kv, pairs);
+    }
+
+    fn read_kv_blocks(&mut self, kv: &GpuKvCache, blocks: &[u32], out: &mut [u8]) -> Result<(), KernelError> {
+        kv_blocks::read(&self.gpu, &mut self.recorder, kv, blocks, out)
+    }
+
+    fn write_kv_blocks(&mut self, kv: &mut GpuKvCache, blocks: &[u32], bytes: &[u8]) -> Result<(), KernelError> {
+        kv_blocks::write(&self.gpu, &mut self.recorder, kv, blocks, bytes)
     }
 
     fn start(&mut self) -> Result<(), KernelError> {

@@ -12,6 +12,7 @@ mod disk_cache;
 mod encoder;
 mod experts;
 mod kv;
+mod kv_blocks;
 mod linear;
 mod memory;
 mod msl;
@@ -103,6 +104,16 @@ impl GpuBackend {
     /// Whether kernels for many rows multiply matrices, in the device's matrix units or emulated.
     pub(crate) fn multiplies_matrices(&self) -> bool {
         self.gpu.matrices.is_some()
+    }
+
+    /// What its results depend on beside the model, as far as the device tells: see [`CpuBackend::numerics`](crate::cpu::CpuBackend::numerics).
+    pub fn numerics(&self) -> String {
+        let GpuCaps { name, driver, subgroup, subgroups, workgroup_memory, .. } = &self.gpu.caps;
+        let Gpu { arithmetic, batch_invariant, matrices, .. } = &*self.gpu;
+        format!(
+            "gpu {name}, {driver}, subgroups {subgroup:?} {subgroups}, {workgroup_memory} bytes of a workgroup, {arithmetic:?}, \
+             matrices {matrices:?}, batch invariant {batch_invariant}"
+        )
     }
 
     /// What the device can do.

@@ -97,12 +97,17 @@ impl Recorder {
 
     /// Starts what is recorded, and after it a copy of the first bytes of a buffer to one that the host can read.
     pub(super) fn flush_and_copy(&mut self, from: &Storage, to: &wgpu::Buffer, bytes: u64) -> wgpu::SubmissionIndex {
+        self.flush_and(|commands| commands.copy_buffer_to_buffer(&from.buffer, 0, to, 0, bytes))
+    }
+
+    /// Starts what is recorded, and after it the commands that `record` adds.
+    pub(super) fn flush_and(&mut self, record: impl FnOnce(&mut wgpu::CommandEncoder)) -> wgpu::SubmissionIndex {
         let new = || self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let mut commands = self.recording.take().map_or_else(new, |Recording { pass, commands, .. }| {
             drop(pass);
             commands
         });
-        commands.copy_buffer_to_buffer(&from.buffer, 0, to, 0, bytes);
+        record(&mut commands);
         self.gpu.queue.submit([commands.finish()])
     }
 

@@ -486,6 +486,16 @@ impl Encoder<ReferenceBackend> for ReferenceEncoder {
         kv.copy_blocks(pairs);
     }
 
+    fn read_kv_blocks(&mut self, kv: &HostKvCache, blocks: &[u32], out: &mut [u8]) -> Result<(), KernelError> {
+        kv.read_blocks(blocks, out);
+        Ok(())
+    }
+
+    fn write_kv_blocks(&mut self, kv: &mut HostKvCache, blocks: &[u32], bytes: &[u8]) -> Result<(), KernelError> {
+        kv.write_blocks(blocks, bytes);
+        Ok(())
+    }
+
     fn read_routes(&mut self, routes: &mut ReferenceRoutes, out: &mut HostRoutes) -> Result<(), KernelError> {
         out.clone_from(&routes.routes);
         out.one_tile_each(routes.dispatch.offsets.len() - 1);

@@ -160,6 +160,14 @@ impl<B: Backend> LanguageModel for Decoder<B> {
         Ok(self.encoder.sampled(sampling, tokens)?)
     }
 
+    fn read_kv_blocks(&mut self, blocks: &[u32], out: &mut [u8]) -> Result<(), ModelError> {
+        Ok(self.encoder.read_kv_blocks(&self.kv_cache, blocks, out)?)
+    }
+
+    fn write_kv_blocks(&mut self, blocks: &[u32], bytes: &[u8]) -> Result<(), ModelError> {
+        Ok(self.encoder.write_kv_blocks(&mut self.kv_cache, blocks, bytes)?)
+    }
+
     fn routing(&self) -> &[LayerRouting] {
         &self.routing
     }

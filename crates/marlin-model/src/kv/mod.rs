@@ -162,6 +162,11 @@ impl KvPool {
         self.known.name(sequence.blocks[index], hash, parent, tokens);
     }
 
+    /// The block that goes by a name, whether it belongs to somebody or not.
+    pub fn find(&self, name: &BlockHash) -> Option<u32> {
+        self.known.find(name)
+    }
+
     /// A sequence of as many of `tokens`, from the first on, as are known: whole blocks by their names `hashes`, and of the block after them
     /// as much as agrees. (That block is copied when the sequence goes on.) `root` is what stands before the first.
     pub fn cached_prefix(&mut self, root: BlockHash, hashes: &[BlockHash], tokens: &[u32]) -> KvSequence {

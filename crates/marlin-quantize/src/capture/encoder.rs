@@ -391,6 +391,14 @@ impl<B: Backend> Encoder<Observed<B>> for ObservedEncoder<B> {
         }
     }
 
+    fn read_kv_blocks(&mut self, kv: &B::KvCache, blocks: &[u32], out: &mut [u8]) -> Result<(), KernelError> {
+        self.inner.read_kv_blocks(kv, blocks, out)
+    }
+
+    fn write_kv_blocks(&mut self, kv: &mut B::KvCache, blocks: &[u32], bytes: &[u8]) -> Result<(), KernelError> {
+        self.inner.write_kv_blocks(kv, blocks, bytes)
+    }
+
     fn read_routes(&mut self, routes: &mut Routes<B>, out: &mut HostRoutes) -> Result<(), KernelError> {
         self.inner.read_routes(&mut routes.inner, out)
     }

@@ -4,10 +4,11 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use marlin_checkpoint::Checkpoint;
-use marlin_engine::{ChatTemplate, Engine, EngineError, EngineOptions, Pooling};
+use marlin_engine::{BlockStore, ChatTemplate, Engine, EngineError, EngineOptions, Pooling};
 use marlin_model::LoadOptions;
 use marlin_server::{ChatFormat, Dialect, ServedModel};
 use metal_marlin::device::{Device, KvFormat};
+use metal_marlin::kv_store::open_kv_store;
 use metal_marlin::memory::{self, MemoryOptions};
 use metal_marlin::{DeviceOptions, LoadError, load};
 
@@ -54,6 +55,22 @@ pub(crate) struct ServingOptions {
     /// Number format of cached keys and values
     #[arg(long, value_enum, default_value_t = KvFormat::F16, help_heading = "Device")]
     kv: KvFormat,
+
+    /// Keep what the KV cache holds in this folder, too, so that prompts that begin alike are not computed again after a restart;
+    /// who may read the folder can read the prompts
+    #[arg(long, value_name = "DIR", help_heading = "Device")]
+    kv_cache_dir: Option<PathBuf>,
+
+    /// Most that the folder may take; what was not used for the longest goes first
+    #[arg(
+        long,
+        value_name = "SIZE",
+        value_parser = memory::parse_size,
+        default_value = "16GiB",
+        requires = "kv_cache_dir",
+        help_heading = "Device"
+    )]
+    kv_cache_size: u64,
 
     #[command(flatten)]
     speculation: SpeculationOptions,
@@ -106,8 +123,18 @@ impl ServingOptions {
         let engine_options = EngineOptions { max_running: Some(self.max_running()), ..EngineOptions::default() };
         let eos_tokens = served.generation.eos_token_id.clone();
         let engine = Engine::with_options(loaded, tokenizer.into(), eos_tokens, &engine_options);
+        let engine = match self.block_store(&checkpoint, &device)? {
+            Some(store) => engine.with_block_store(store)?,
+            None => engine,
+        };
         let engine = self.speculation.apply(engine, &device, CONTEXTS)?;
         Ok(Serving { engine, model: served, device, _temporary: temporary })
+    }
+
+    /// Where blocks of the KV cache outlive this process, if that is wanted.
+    fn block_store(&self, checkpoint: &Checkpoint, device: &Device) -> anyhow::Result<Option<BlockStore>> {
+        let Some(folder) = &self.kv_cache_dir else { return Ok(None) };
+        Ok(Some(open_kv_store(folder.clone(), self.kv_cache_size, checkpoint, device)?))
     }
 
     fn served_model(&self, model: Option<&Path>, checkpoint: &Checkpoint) -> anyhow::Result<ServedModel> {

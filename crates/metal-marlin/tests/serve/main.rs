@@ -4,6 +4,7 @@
 mod answers;
 mod faults;
 mod load;
+mod restart;
 mod server;
 
 use serde_json::{Value, json};

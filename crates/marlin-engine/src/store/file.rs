@@ -1,0 +1,168 @@
+//! The file of a block.
+//!
+//! ```text
+//! magic     8 bytes
+//! version   u32
+//! tokens    u32, how many
+//! payload   u64, bytes
+//! name      32 bytes
+//! parent    32 bytes, the name of the block before
+//! token ids u32 each
+//! payload
+//! checksum  32 bytes, SHA-256 of everything before
+//! ```
+//!
+//! Numbers are little endian.
+
+use std::io::{self, Write};
+
+use marlin_model::BlockHash;
+use sha2::{Digest, Sha256};
+
+const MAGIC: &[u8; 8] = b"MarlinKV";
+/// Of this format; whatever else a payload depends on is in the names of blocks.
+pub(super) const VERSION: u32 = 1;
+const HASH_BYTES: usize = 32;
+/// What comes before the token ids.
+const HEADER_BYTES: usize = MAGIC.len() + 4 + 4 + 8 + 2 * HASH_BYTES;
+
+/// What a block must be to be the one that is meant.
+#[derive(Debug, Clone)]
+pub(crate) struct BlockKey {
+    /// By which it is known: a hash of all that its content depends on.
+    pub(crate) name: BlockHash,
+    /// The name of the block before it.
+    pub(crate) parent: BlockHash,
+    /// Its own tokens.
+    pub(crate) tokens: Box<[u32]>,
+}
+
+/// Why the bytes of a file are not the block that its name says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Damage {
+    /// They are no block of this version; whose they are is unknown.
+    Foreign,
+    /// They are a block that was cut, changed, or put under another's name.
+    Broken,
+}
+
+impl BlockKey {
+    /// Bytes of the file of a block with so many bytes of keys and values.
+    pub(crate) fn file_bytes(tokens: usize, payload: usize) -> u64 {
+        (Self::payload_start(tokens) + payload + HASH_BYTES) as u64
+    }
+
+    fn payload_start(tokens: usize) -> usize {
+        HEADER_BYTES + size_of::<u32>() * tokens
+    }
+
+    /// What stands before the payload.
+    fn header(&self, payload: usize) -> Vec<u8> {
+        let mut header = Vec::with_capacity(Self::payload_start(self.tokens.len()));
+        header.extend_from_slice(MAGIC);
+        header.extend_from_slice(&VERSION.to_le_bytes());
+        header.extend_from_slice(&(self.tokens.len() as u32).to_le_bytes());
+        header.extend_from_slice(&(payload as u64).to_le_bytes());
+        header.extend_from_slice(&self.name.0);
+        header.extend_from_slice(&self.parent.0);
+        self.tokens.iter().for_each(|token| header.extend_from_slice(&token.to_le_bytes()));
+        header
+    }
+
+    /// Writes the file of this block.
+    pub(super) fn write(&self, payload: &[u8], file: &mut impl Write) -> io::Result<()> {
+        let header = self.header(payload.len());
+        let checksum = Sha256::new().chain_update(&header).chain_update(payload).finalize();
+        file.write_all(&header)?;
+        file.write_all(payload)?;
+        file.write_all(&checksum)
+    }
+
+    /// Checks that a file's bytes are this block, every one of them, and leaves its `payload` bytes of keys and values.
+    pub(super) fn verify(&self, mut file: Vec<u8>, payload: usize) -> Result<Vec<u8>, Damage> {
+        let known = MAGIC.len() + size_of_val(&VERSION);
+        let ours = self.header(payload);
+        if file.get(..known) != Some(&ours[..known]) {
+            return Err(Damage::Foreign);
+        }
+        // The header is that of the block that is meant, so no length in it is believed.
+        if file.len() as u64 != Self::file_bytes(self.tokens.len(), payload) || !file.starts_with(&ours) {
+            return Err(Damage::Broken);
+        }
+        let (content, checksum) = file.split_at(file.len() - HASH_BYTES);
+        if Sha256::digest(content).as_slice() != checksum {
+            return Err(Damage::Broken);
+        }
+        file.truncate(file.len() - HASH_BYTES);
+        file.drain(..ours.len());
+        Ok(file)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn key() -> BlockKey {
+        BlockKey { name: BlockHash([7; 32]), parent: BlockHash([9; 32]), tokens: (0..32).collect() }
+    }
+
+    fn file(payload: &[u8]) -> Vec<u8> {
+        let mut file = Vec::new();
+        key().write(payload, &mut file).unwrap();
+        file
+    }
+
+    #[test]
+    fn what_was_written_is_read() {
+        for payload in [&b""[..], &b"keys and values"[..]] {
+            let file = file(payload);
+            assert_eq!(file.len() as u64, BlockKey::file_bytes(32, payload.len()));
+            assert_eq!(key().verify(file, payload.len()), Ok(payload.to_vec()));
+        }
+    }
+
+    #[test]
+    fn another_block_is_not_taken_for_this_one() {
+        let payload = [3; 100];
+        let others = [
+            BlockKey { name: BlockHash([8; 32]), ..key() },
+            BlockKey { parent: BlockHash([8; 32]), ..key() },
+            BlockKey { tokens: (1..33).collect(), ..key() },
+            BlockKey { tokens: (0..31).collect(), ..key() },
+        ];
+        for other in others {
+            assert_eq!(other.verify(file(&payload), payload.len()), Err(Damage::Broken), "{other:?}");
+        }
+        assert_eq!(key().verify(file(&payload), 99), Err(Damage::Broken), "other sizes of keys and values");
+        assert_eq!(key().verify(b"not ours".to_vec(), 100), Err(Damage::Foreign));
+        let mut newer = file(&payload);
+        newer[8] += 1;
+        assert_eq!(key().verify(newer, 100), Err(Damage::Foreign), "another version");
+    }
+
+    #[test]
+    fn every_bit_and_every_length_counts() {
+        let payload: Vec<u8> = (0..200).map(|i| (i * 31) as u8).collect();
+        let whole = file(&payload);
+        for bit in 0..8 * whole.len() {
+            let mut flipped = whole.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            assert!(key().verify(flipped, payload.len()).is_err(), "bit {bit}");
+        }
+        for len in 0..whole.len() {
+            assert!(key().verify(whole[..len].to_vec(), payload.len()).is_err(), "cut to {len}");
+        }
+        assert!(key().verify([&whole[..], b"x"].concat(), payload.len()).is_err(), "a byte more");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+        #[test]
+        fn any_bytes_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+            prop_assert!(key().verify(bytes, 100).is_err());
+        }
+    }
+}
