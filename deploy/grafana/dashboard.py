@@ -34,6 +34,12 @@ PANELS = [
     ("Answers by their end, and those that gave way, a second", "short", {
         "{{reason}}": "sum by (reason) (rate(metal_marlin_answers_total[$__rate_interval]))", "gave way": rate("preemptions"),
     }),
+    ("Answers by model", "short", {"{{model}}": "sum by (model) (metal_marlin_requests_running)"}),
+    ("Models that are loaded", "short", {"loaded": "sum(metal_marlin_models_loaded)"}),
+    ("Models that come and go, a minute", "short", {
+        "{{model}}, {{result}}": "60 * sum by (model, result) (rate(metal_marlin_model_loads_total[$__rate_interval]))",
+        "{{model}}, unloaded: {{reason}}": "60 * sum by (model, reason) (rate(metal_marlin_model_unloads_total[$__rate_interval]))",
+    }),
 ]
 
 

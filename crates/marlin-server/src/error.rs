@@ -141,6 +141,11 @@ impl From<Refusal> for ApiError {
         match refusal {
             Refusal::Engine(error) => error.into(),
             Refusal::Busy { .. } => Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message),
+            Refusal::Late => Self::timeout(message),
+            Refusal::NotLoaded(_) => Self::server(message).with_code("model_not_loaded"),
+            Refusal::NoRoom(_) => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message).with_code("model_not_loaded")
+            }
             Refusal::Gone => Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message),
         }
     }

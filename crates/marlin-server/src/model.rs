@@ -1,19 +1,19 @@
 //! The model that is served, and what requests of it have in common.
 
-use std::time::{Duration, Instant};
+use std::io;
+use std::sync::Arc;
 
 use marlin_checkpoint::{GenerationConfig, Tokenizer};
 use marlin_engine::{ChatTemplate, GrammarCompiler, Pooling, SamplingParams};
 
-use crate::api::responses::ResponseStore;
 use crate::dialect::Dialect;
-use crate::worker::Worker;
+use crate::metrics::ModelMetrics;
+use crate::registry::{Lease, LoadedModel, Running, Started};
+use crate::worker::{Worker, with_causes};
 
 /// What the server needs to know of a model besides the engine that runs it.
 #[derive(Debug)]
 pub struct ServedModel {
-    /// What requests call it; the first name is the one it gives itself.
-    pub names: Vec<String>,
     /// Its settings: what requests leave open is as they say.
     pub generation: GenerationConfig,
     /// How one talks with it; without that it continues texts only.
@@ -47,34 +47,56 @@ impl ChatFormat {
     }
 }
 
-/// What handlers share.
+/// A model that is loaded, as handlers use it.
 #[derive(Debug)]
-pub(crate) struct Served {
+pub(crate) struct Loaded {
     pub(crate) model: ServedModel,
-    pub(crate) tokenizer: std::sync::Arc<Tokenizer>,
+    pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) context: usize,
     /// Values of the vectors that it makes of texts.
     pub(crate) hidden_size: usize,
     /// What gives answers a form, or why nothing does.
     pub(crate) grammars: Result<GrammarCompiler, String>,
     pub(crate) worker: Worker,
-    /// Longest time for an answer.
-    pub(crate) timeout: Option<Duration>,
     /// Most answers of one request.
     pub(crate) most_choices: u32,
-    /// Seconds since 1970 when the server was started.
-    pub(crate) created: u64,
     pub(crate) log_prompts: bool,
-    /// Responses that are kept.
-    pub(crate) responses: ResponseStore,
+}
+
+/// The model that a request is for. It stays loaded for as long.
+pub(crate) type Served = Lease<Loaded>;
+
+impl Loaded {
+    /// Starts the thread of a model's engine.
+    pub(crate) fn start(
+        LoadedModel { engine, model, kept }: LoadedModel,
+        max_waiting: usize,
+        log_prompts: bool,
+        metrics: Arc<ModelMetrics>,
+    ) -> io::Result<Started<Self>> {
+        let tokenizer = engine.tokenizer().clone();
+        let (context, hidden_size) = (engine.info().context, engine.info().hidden_size);
+        let end_tokens = [&model.generation.eos_token_id[..], &model.end_tokens(&tokenizer)].concat();
+        let grammars = GrammarCompiler::new(&tokenizer, engine.info().vocabulary, &end_tokens);
+        let grammars = grammars.map_err(|error| with_causes(&error));
+        let most_choices = engine.max_running() as u32;
+        let (worker, thread) = Worker::start(engine, max_waiting, metrics)?;
+        let model = Self { model, tokenizer, context, hidden_size, grammars, worker, most_choices, log_prompts };
+        Ok(Started { model, thread, kept })
+    }
+}
+
+impl Running for Loaded {
+    fn context(&self) -> usize {
+        self.context
+    }
+
+    fn stop(&self) {
+        self.worker.stop();
+    }
 }
 
 impl ServedModel {
-    /// Its name.
-    pub(crate) fn name(&self) -> &str {
-        self.names.first().map_or("model", |name| name)
-    }
-
     /// How tokens are chosen where a request does not say: as generation_config.json does, and where that is silent by the model's own
     /// probabilities.
     pub(crate) fn sampling(&self) -> SamplingParams {
@@ -101,12 +123,7 @@ impl ServedModel {
     }
 }
 
-impl Served {
-    /// When a request that comes now must be answered.
-    pub(crate) fn deadline(&self) -> Option<Instant> {
-        self.timeout.and_then(|timeout| Instant::now().checked_add(timeout))
-    }
-
+impl Loaded {
     /// Text of one token, special or not.
     pub(crate) fn token_text(&self, token: u32) -> String {
         self.tokenizer.decode(&[token], false).unwrap_or_default()

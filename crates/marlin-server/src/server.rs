@@ -11,16 +11,15 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
-use marlin_engine::Engine;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
-use crate::model::ServedModel;
+use crate::registry::Models;
 use crate::service::{Service, ServiceOptions};
 
 /// Longest wait for the headers of a request, and for each further piece of its body.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
-/// How long to wait when no connection can be taken: others may end in the meantime.
+/// How long to wait when no connection can be taken, as others may end in the meantime, and for last words.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// How a server serves.
@@ -75,14 +74,14 @@ pub struct Server {
 }
 
 impl Server {
-    /// Listens, and starts the engine's thread.
+    /// Listens, and starts to look after the models.
     ///
     /// # Errors
     /// The address cannot be had, or an option is wrong.
-    pub async fn bind(engine: Engine, model: ServedModel, options: ServerOptions) -> Result<Self, ServerError> {
+    pub async fn bind(models: Models, options: ServerOptions) -> Result<Self, ServerError> {
         let ServerOptions { address, max_connections, drain, service } = options;
         let listener = TcpListener::bind(address).await.map_err(|source| ServerError::Bind { address, source })?;
-        let service = Service::start(engine, model, &service)?;
+        let service = Service::start(models, &service)?;
         Ok(Self { listener, service, max_connections, drain })
     }
 
@@ -132,9 +131,15 @@ impl Server {
         self.service.app.is_draining.store(true, Ordering::Relaxed);
         drop(self.listener);
         tracing::info!("draining");
-        if tokio::time::timeout(self.drain, graceful.shutdown()).await.is_err() {
+        let mut answered = std::pin::pin!(graceful.shutdown());
+        let is_late = tokio::time::timeout(self.drain, &mut answered).await.is_err();
+        if is_late {
             tracing::warn!("answers under way were given up after {} s", self.drain.as_secs());
         }
         self.service.stop().await;
+        if is_late {
+            // Who waited for a model is told that there will be none.
+            let _ = tokio::time::timeout(PAUSE, answered).await;
+        }
     }
 }

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes, to_bytes};
@@ -15,9 +14,9 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use hyper::service::Service as _;
 use hyper_util::service::TowerToHyperService;
-use marlin_engine::{Engine, GrammarCompiler};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
+use tokio::task::JoinHandle;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{Any, CorsLayer};
 use tower_http::timeout::RequestBodyTimeoutLayer;
@@ -26,11 +25,11 @@ use crate::api::answer::now;
 use crate::api::responses::ResponseStore;
 use crate::api::{chat, completions, embeddings, messages, models, perplexity, responses, status, tokens, web};
 use crate::error::ApiError;
-use crate::metrics::{Metrics, SharedStats};
-use crate::model::{Served, ServedModel};
+use crate::metrics::Metrics;
+use crate::model::Loaded;
 use crate::openapi;
+use crate::registry::{LoadFailure, Models, Registry, RegistryOptions};
 use crate::server::{PATIENCE, ServerError};
-use crate::worker::{Worker, with_causes};
 
 /// How requests are answered.
 #[derive(Debug, Clone)]
@@ -39,10 +38,12 @@ pub struct ServiceOptions {
     pub api_keys: Vec<String>,
     /// Largest body of a request, in bytes.
     pub max_body: usize,
-    /// Most answers that wait for their turn.
+    /// Most answers that wait for their turn with a model, and most requests that wait for models to be loaded.
     pub max_waiting: usize,
     /// Longest time for an answer.
     pub timeout: Option<Duration>,
+    /// Models that nobody has used for so long are unloaded; none is if there is no such time.
+    pub idle_unload: Option<Duration>,
     /// Pages of these origins may use it from a browser; `*` stands for all.
     pub cors_origins: Vec<String>,
     /// Write prompts to the log.
@@ -57,6 +58,7 @@ impl Default for ServiceOptions {
             max_body: 16 << 20,
             max_waiting: 256,
             timeout: None,
+            idle_unload: None,
             cors_origins: Vec::new(),
             log_prompts: false,
         }
@@ -66,61 +68,63 @@ impl Default for ServiceOptions {
 /// What all handlers share.
 #[derive(Debug, Clone)]
 pub(crate) struct App {
-    pub(crate) served: Arc<Served>,
+    pub(crate) models: Registry<Loaded>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) is_draining: Arc<AtomicBool>,
+    /// Seconds since 1970 when the server was started.
+    pub(crate) created: u64,
+    /// Responses that are kept.
+    pub(crate) responses: Arc<ResponseStore>,
     /// Hashes of the keys: of one length, so that comparing them tells nothing.
     keys: Arc<[[u8; 32]]>,
 }
 
-impl FromRef<App> for Arc<Served> {
+impl FromRef<App> for Registry<Loaded> {
     fn from_ref(app: &App) -> Self {
-        app.served.clone()
+        app.models.clone()
     }
 }
 
-/// The endpoints of one model, and the thread of its engine.
+impl FromRef<App> for Arc<ResponseStore> {
+    fn from_ref(app: &App) -> Self {
+        app.responses.clone()
+    }
+}
+
+/// The endpoints, and the task that looks after the models.
 #[derive(Debug)]
 pub struct Service {
     pub(crate) app: App,
     pub(crate) router: Router,
-    engine: JoinHandle<()>,
+    manager: JoinHandle<()>,
 }
 
 impl Service {
-    /// Starts the engine's thread.
+    /// Starts to look after the models. The caller is in a Tokio runtime.
     ///
     /// # Errors
     /// An option is wrong, or there is no thread to be had.
-    pub fn start(engine: Engine, model: ServedModel, options: &ServiceOptions) -> Result<Self, ServerError> {
+    pub fn start(models: Models, options: &ServiceOptions) -> Result<Self, ServerError> {
         let cors = cors(&options.cors_origins)?;
-        let stats = SharedStats::default();
-        let metrics = Arc::new(Metrics::new(stats.clone()));
-        let tokenizer = engine.tokenizer().clone();
-        let (context, hidden_size) = (engine.info().context, engine.info().hidden_size);
-        let end_tokens = [&model.generation.eos_token_id[..], &model.end_tokens(&tokenizer)].concat();
-        let grammars = GrammarCompiler::new(&tokenizer, engine.info().vocabulary, &end_tokens);
-        let grammars = grammars.map_err(|error| with_causes(&error));
-        let most_choices = engine.max_running() as u32;
-        let (worker, thread) =
-            Worker::start(engine, options.max_waiting, stats, metrics.clone()).map_err(ServerError::Thread)?;
-        let served = Arc::new(Served {
-            model,
-            tokenizer,
-            context,
-            hidden_size,
-            grammars,
-            worker,
-            timeout: options.timeout,
-            most_choices,
-            created: now(),
-            log_prompts: options.log_prompts,
-            responses: ResponseStore::default(),
+        let Models { names, loader, first } = models;
+        let metrics = Arc::new(Metrics::new(names.iter().map(|names| names.first().cloned().unwrap_or_default())));
+        let (max_waiting, log_prompts) = (options.max_waiting, options.log_prompts);
+        let start = {
+            let metrics = metrics.clone();
+            move |place: usize, model| Loaded::start(model, max_waiting, log_prompts, metrics.model(place).clone())
+        };
+        let first = first.map(|model| start(0, model)).transpose().map_err(ServerError::Thread)?;
+        let load = Arc::new(move |place: usize| {
+            let cannot = |error| LoadFailure::Broken(format!("there is no thread for its engine: {error}"));
+            start(place, loader.load(place)?).map_err(cannot)
         });
+        let registry_options =
+            RegistryOptions { max_waiting, timeout: options.timeout, idle_unload: options.idle_unload };
+        let (models, manager) = Registry::start(names, first, load, registry_options, metrics.clone());
         let keys = options.api_keys.iter().map(|key| Sha256::digest(key).into()).collect();
-        let app = App { served, metrics, is_draining: Arc::default(), keys };
+        let app = App { models, metrics, is_draining: Arc::default(), created: now(), responses: Arc::default(), keys };
         let router = router(&app, options.max_body, cors);
-        Ok(Self { app, router, engine: thread })
+        Ok(Self { app, router, manager })
     }
 
     /// Answers a request that came by no connection, with the status and the body of the answer: JSON, but for streams.
@@ -142,8 +146,8 @@ impl Service {
 
     /// Ends when the answers under way are finished.
     pub async fn stop(self) {
-        self.app.served.worker.stop();
-        let _ = tokio::task::spawn_blocking(move || self.engine.join()).await;
+        self.app.models.stop();
+        let _ = self.manager.await;
     }
 }
 
@@ -212,8 +216,8 @@ fn router(app: &App, max_body: usize, cors: Option<CorsLayer>) -> Router {
 }
 
 /// Describes the server.
-async fn describe(State(served): State<Arc<Served>>) -> Json<serde_json::Value> {
-    Json(openapi::document(&served.model.names))
+async fn describe(State(models): State<Registry<Loaded>>) -> Json<serde_json::Value> {
+    Json(openapi::document(&models.names()))
 }
 
 /// Lets nobody in without a key, if there are any.

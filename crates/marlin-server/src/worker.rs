@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
@@ -11,7 +11,8 @@ use marlin_engine::{Engine, EngineError, Event, Request, RequestId};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 
-use crate::metrics::{Metrics, SharedStats};
+use crate::metrics::ModelMetrics;
+use crate::model::Served;
 
 /// After so many steps in a row that fail, the requests under way are given up.
 const MOST_FAILURES: usize = 3;
@@ -30,6 +31,15 @@ pub(crate) enum Refusal {
         /// Most that may.
         most: usize,
     },
+    /// There is no memory for the model: what it needs, and what there is.
+    #[error("{0}; try again later")]
+    NoRoom(String),
+    /// The model cannot be loaded, because of this.
+    #[error("the model cannot be loaded: {0}")]
+    NotLoaded(String),
+    /// The model was not loaded in time.
+    #[error("the model was not loaded in time (--timeout of the server); try again")]
+    Late,
     /// The engine is gone.
     #[error("the server is shutting down")]
     Gone,
@@ -49,6 +59,7 @@ pub(crate) enum Update {
 enum Command {
     Add {
         request: Box<Request>,
+        since: Instant,
         deadline: Option<Instant>,
         updates: UnboundedSender<Update>,
         reply: oneshot::Sender<Result<RequestId, Refusal>>,
@@ -70,6 +81,8 @@ pub(crate) struct Ticket {
     updates: UnboundedReceiver<Update>,
     commands: Sender<Command>,
     answers_left: u32,
+    /// Keeps the model; dropped after the engine was told to cancel.
+    _served: Arc<Served>,
 }
 
 impl Worker {
@@ -77,32 +90,38 @@ impl Worker {
     pub(crate) fn start(
         engine: Engine,
         most_waiting: usize,
-        stats: SharedStats,
-        metrics: Arc<Metrics>,
+        metrics: Arc<ModelMetrics>,
     ) -> std::io::Result<(Self, JoinHandle<()>)> {
         let (commands, receiver) = mpsc::channel();
-        let mut desk =
-            Desk { engine, most_waiting, metrics, open: HashMap::new(), stats, failures: 0, is_stopping: false };
+        let mut desk = Desk { engine, most_waiting, metrics, open: HashMap::new(), failures: 0, is_stopping: false };
         desk.publish();
         let thread = thread::Builder::new().name("engine".into()).spawn(move || desk.run(&receiver))?;
         Ok((Self { commands }, thread))
     }
 
-    /// Queues a request, which is ended if it is not answered at `deadline`.
-    pub(crate) async fn submit(&self, request: Request, deadline: Option<Instant>) -> Result<Ticket, Refusal> {
+    /// Queues a request to the model whose worker this is, which is ended if it is not answered in time.
+    async fn submit(&self, request: Request, served: Arc<Served>) -> Result<Ticket, Refusal> {
         let answers_left = request.choices;
         let (sender, updates) = unbounded_channel();
         let (reply, answer) = oneshot::channel();
-        let command = Command::Add { request: Box::new(request), deadline, updates: sender, reply };
+        let (since, deadline) = (served.since(), served.deadline());
+        let command = Command::Add { request: Box::new(request), since, deadline, updates: sender, reply };
         self.commands.send(command).map_err(|_| Refusal::Gone)?;
         let id = answer.await.map_err(|_| Refusal::Gone)??;
-        Ok(Ticket { id, updates, commands: self.commands.clone(), answers_left })
+        Ok(Ticket { id, updates, commands: self.commands.clone(), answers_left, _served: served })
     }
 
     /// Lets the thread end, once the requests under way are answered.
     pub(crate) fn stop(&self) {
         // A thread that is gone has stopped.
         let _ = self.commands.send(Command::Stop);
+    }
+}
+
+impl Served {
+    /// Asks the engine for answers. The model stays loaded until they are there, or nobody waits for them.
+    pub(crate) async fn submit(self: &Arc<Self>, request: Request) -> Result<Ticket, Refusal> {
+        self.worker.submit(request, self.clone()).await
     }
 }
 
@@ -144,9 +163,8 @@ struct Open {
 struct Desk {
     engine: Engine,
     most_waiting: usize,
-    metrics: Arc<Metrics>,
+    metrics: Arc<ModelMetrics>,
     open: HashMap<RequestId, Open>,
-    stats: SharedStats,
     /// Steps in a row that failed.
     failures: usize,
     /// Nothing new is taken on.
@@ -172,12 +190,12 @@ impl Desk {
 
     fn handle(&mut self, command: Command) {
         match command {
-            Command::Add { request, deadline, updates, reply } => {
+            Command::Add { request, since, deadline, updates, reply } => {
                 let answers_left = request.choices;
                 let added = self.add(*request);
                 if let Ok(id) = &added {
                     let last_token = vec![None; answers_left as usize];
-                    self.open.insert(*id, Open { updates, answers_left, since: Instant::now(), deadline, last_token });
+                    self.open.insert(*id, Open { updates, answers_left, since, deadline, last_token });
                 }
                 // Who has gone in the meantime does not wait for an answer.
                 if let Err(Ok(id)) = reply.send(added) {
@@ -279,7 +297,7 @@ impl Desk {
     }
 
     fn publish(&mut self) {
-        *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = self.engine.stats();
+        self.metrics.publish(self.engine.stats());
     }
 }
 

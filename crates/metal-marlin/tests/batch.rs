@@ -128,3 +128,28 @@ fn nothing_is_sent_before_all_is_looked_at() {
     assert!(!output.status.success() && error.contains("line 2"), "{error}");
     assert!(!batch.answers().exists());
 }
+
+#[test]
+fn lines_name_different_models() {
+    let model = |id: usize, model: &str| {
+        let mut line = chat(id, 5);
+        line["body"]["model"] = model.into();
+        line
+    };
+    let batch = Batch::new(&[model(1, "two"), chat(2, 5), model(3, "two"), model(4, "one"), model(5, "three")]);
+    let output = batch.command().args(["one=bundled", "two=bundled"]).output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && error.contains("1 of 5 requests were refused"), "{error}");
+    let lines = lines(&batch.answers());
+    let mut answered: Vec<_> = lines
+        .iter()
+        .map(|line| {
+            let (id, body) = (line["custom_id"].as_str().unwrap(), &line["response"]["body"]);
+            (id, body["model"].as_str().or(body["error"]["code"].as_str()).unwrap())
+        })
+        .collect();
+    answered.sort_unstable();
+    let expected =
+        [("chat-1", "two"), ("chat-2", "one"), ("chat-3", "two"), ("chat-4", "one"), ("chat-5", "model_not_found")];
+    assert_eq!(answered, expected);
+}

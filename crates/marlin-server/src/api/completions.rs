@@ -13,10 +13,11 @@ use utoipa::ToSchema;
 
 use super::answer::{self, ServerSentEvent, Usage, data, done, finish_reason, gather, new_id, now};
 use super::format::{ResponseFormat, compile};
-use super::generation::{check_logprobs, check_model, generation_request};
+use super::generation::{check_logprobs, generation_request};
 use crate::body::Body;
 use crate::error::{ApiError, ErrorResponse};
-use crate::model::Served;
+use crate::model::{Loaded, Served};
+use crate::registry::Registry;
 use crate::worker::Ticket;
 
 /// Most prompts of one request.
@@ -103,10 +104,10 @@ pub(crate) struct CompletionLogprobs {
     ),
 )]
 pub(crate) async fn completions(
-    State(served): State<Arc<Served>>,
+    State(models): State<Registry<Loaded>>,
     Body(mut body): Body<CompletionRequest>,
 ) -> Result<Response, ApiError> {
-    check_model(&served, &body.model)?;
+    let served = models.lease(Some(&body.model)).await?;
     let generation = body.generation();
     let include_usage = generation.include_usage()?;
     let is_stream = generation.stream == Some(true);
@@ -121,11 +122,10 @@ pub(crate) async fn completions(
     let grammar = body.response_format.take().and_then(ResponseFormat::into_grammar);
     request.constraint = compile(&served, grammar, "response_format").await?;
     let prompts = prompts(served.clone(), body.prompt, "prompt", MOST_PROMPTS).await?;
-    let deadline = served.deadline();
     let mut tickets = Vec::with_capacity(prompts.len());
     for prompt in &prompts {
         let request = Request { prompt: prompt.tokens.clone(), ..request.clone() };
-        tickets.push(served.worker.submit(request, deadline).await?);
+        tickets.push(served.submit(request).await?);
     }
     let job = Job {
         id: new_id("cmpl"),
@@ -188,7 +188,7 @@ struct Job {
 
 impl Job {
     fn response(&self, choices: Vec<CompletionChoice>, usage: Option<Usage>) -> CompletionResponse {
-        let (id, model) = (self.id.clone(), self.served.model.name().to_owned());
+        let (id, model) = (self.id.clone(), self.served.name().to_owned());
         CompletionResponse { id, object: "text_completion", created: self.created, model, choices, usage }
     }
 

@@ -146,7 +146,7 @@ impl Conversation {
         };
         let parsers: Vec<OutputParser> = (0..request.choices).map(parser).collect();
         let prompt_tokens = request.prompt.len();
-        let ticket = served.worker.submit(request, served.deadline()).await?;
+        let ticket = served.submit(request).await?;
         Ok(Answers { ticket, parsers, prompt_tokens })
     }
 

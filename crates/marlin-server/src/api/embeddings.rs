@@ -1,7 +1,5 @@
 //! `POST /v1/embeddings`: texts as vectors.
 
-use std::sync::Arc;
-
 use axum::Json;
 use axum::extract::State;
 use base64::Engine as _;
@@ -13,10 +11,10 @@ use utoipa::ToSchema;
 
 use super::answer::gather;
 use super::completions::{Prompts, prompts};
-use super::generation::check_model;
 use crate::body::Body;
 use crate::error::{ApiError, ErrorResponse};
-use crate::model::Served;
+use crate::model::Loaded;
+use crate::registry::Registry;
 
 /// Most texts of one request, as many as OpenAI's.
 const MOST_INPUTS: usize = 2048;
@@ -100,10 +98,10 @@ pub(crate) struct EmbeddingUsage {
     ),
 )]
 pub(crate) async fn embeddings(
-    State(served): State<Arc<Served>>,
+    State(models): State<Registry<Loaded>>,
     Body(body): Body<EmbeddingRequest>,
 ) -> Result<Json<EmbeddingResponse>, ApiError> {
-    check_model(&served, &body.model)?;
+    let served = models.lease(Some(&body.model)).await?;
     let size = served.hidden_size;
     let dimensions = body.dimensions.map_or(size, |dimensions| dimensions as usize);
     if !(1..=size).contains(&dimensions) {
@@ -115,7 +113,6 @@ pub(crate) async fn embeddings(
     if let Some(place) = inputs.iter().position(|input| input.tokens.is_empty()) {
         return Err(ApiError::parameter("input", format!("text {place} of the input is empty; it has no vector")));
     }
-    let deadline = served.deadline();
     let (format, pooling) = (body.encoding_format.unwrap_or_default(), served.model.pooling);
     let embed = |(index, tokens): (usize, Vec<u32>)| {
         let request = Request {
@@ -127,7 +124,7 @@ pub(crate) async fn embeddings(
         };
         let served = served.clone();
         async move {
-            let mut ticket = served.worker.submit(request, deadline).await?;
+            let mut ticket = served.submit(request).await?;
             let answer = gather(&mut ticket, 1).await?.remove(0);
             let embedding = format.write(shorten(answer.embedding, dimensions)?);
             let embedding = Embedding { object: "embedding", index, embedding };
@@ -142,7 +139,7 @@ pub(crate) async fn embeddings(
     Ok(Json(EmbeddingResponse {
         object: "list",
         data: done.into_iter().map(|(embedding, _)| embedding).collect(),
-        model: served.model.name().to_owned(),
+        model: served.name().to_owned(),
         usage: EmbeddingUsage { prompt_tokens, total_tokens: prompt_tokens },
     }))
 }

@@ -247,13 +247,3 @@ fn logit_bias(biases: HashMap<String, f32>) -> Result<Vec<(u32, f32)>, ApiError>
     biases.sort_by_key(|(token, _)| *token);
     Ok(biases)
 }
-
-/// Refuses a model that is not the one served.
-pub(crate) fn check_model(served: &Served, name: &str) -> Result<(), ApiError> {
-    if served.model.names.iter().any(|known| known == name) {
-        return Ok(());
-    }
-    let names = served.model.names.join(", ");
-    let message = format!("there is no model {name:?} here; this server has {names}");
-    Err(ApiError::not_found(message).with_param("model").with_code("model_not_found"))
-}

@@ -1,15 +1,13 @@
 //! `GET /v1/models`: what is served.
 
-use std::sync::Arc;
-
 use axum::Json;
 use axum::extract::{Path, State};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::generation::check_model;
 use crate::error::{ApiError, ErrorResponse};
-use crate::model::Served;
+use crate::registry::{Entry, Status};
+use crate::service::App;
 
 /// The models of this server.
 #[derive(Debug, Serialize, ToSchema)]
@@ -28,26 +26,47 @@ pub(crate) struct Model {
     /// Seconds since 1970 when the server was started.
     created: u64,
     owned_by: &'static str,
-    /// Most tokens of prompt and answer together.
-    max_model_len: usize,
+    /// Whether it is loaded. One that is not is loaded when a request names it.
+    status: ModelStatus,
+    /// Most tokens of prompt and answer together; known while it is loaded.
+    max_model_len: Option<usize>,
+}
+
+/// Whether a model is loaded.
+#[derive(Debug, Clone, Copy, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum ModelStatus {
+    /// It answers at once.
+    Loaded,
+    /// It is about to.
+    Loading,
+    /// It is loaded when it is asked for.
+    Unloaded,
 }
 
 impl Model {
-    fn new(served: &Served, name: &str) -> Self {
+    fn new(app: &App, entry: &Entry, name: &str) -> Self {
+        let (status, max_model_len) = match entry.status() {
+            Status::Unloaded => (ModelStatus::Unloaded, None),
+            Status::Loading => (ModelStatus::Loading, None),
+            Status::Loaded { context } => (ModelStatus::Loaded, Some(context)),
+        };
         Self {
             id: name.to_owned(),
             object: "model",
-            created: served.created,
+            created: app.created,
             owned_by: "metal-marlin",
-            max_model_len: served.context,
+            status,
+            max_model_len,
         }
     }
 }
 
 /// Lists the models.
 #[utoipa::path(get, path = "/v1/models", tag = "OpenAI", responses((status = 200, body = ModelList)))]
-pub(crate) async fn list(State(served): State<Arc<Served>>) -> Json<ModelList> {
-    let data = served.model.names.iter().map(|name| Model::new(&served, name)).collect();
+pub(crate) async fn list(State(app): State<App>) -> Json<ModelList> {
+    let of_entry = |entry: &Entry| entry.names().iter().map(|name| Model::new(&app, entry, name)).collect::<Vec<_>>();
+    let data = app.models.entries().iter().flat_map(|entry| of_entry(entry)).collect();
     Json(ModelList { object: "list", data })
 }
 
@@ -57,10 +76,7 @@ pub(crate) async fn list(State(served): State<Arc<Served>>) -> Json<ModelList> {
     params(("model" = String, Path, description = "Its name")),
     responses((status = 200, body = Model), (status = 404, body = ErrorResponse)),
 )]
-pub(crate) async fn retrieve(
-    State(served): State<Arc<Served>>,
-    Path(name): Path<String>,
-) -> Result<Json<Model>, ApiError> {
-    check_model(&served, &name)?;
-    Ok(Json(Model::new(&served, &name)))
+pub(crate) async fn retrieve(State(app): State<App>, Path(name): Path<String>) -> Result<Json<Model>, ApiError> {
+    let place = app.models.find(&name)?;
+    Ok(Json(Model::new(&app, &app.models.entries()[place], &name)))
 }

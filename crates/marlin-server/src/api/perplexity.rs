@@ -1,7 +1,5 @@
 //! `POST /v1/perplexity`: how well the model knows a text.
 
-use std::sync::Arc;
-
 use axum::Json;
 use axum::extract::State;
 use marlin_engine::{Request, SamplingParams, StopConditions};
@@ -11,17 +9,17 @@ use utoipa::ToSchema;
 use super::answer::gather;
 use super::blocking;
 use super::completions::finite;
-use super::generation::check_model;
 use crate::body::Body;
 use crate::error::{ApiError, ErrorResponse};
-use crate::model::Served;
+use crate::model::Loaded;
+use crate::registry::Registry;
 
 /// A text to judge.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct PerplexityRequest {
-    /// The model, by a name that `GET /v1/models` gives.
-    model: String,
+    /// The model, by a name that `GET /v1/models` gives; the first one if nothing is said.
+    model: Option<String>,
     /// The text; at least two tokens, and no more than the context holds.
     text: String,
     /// Tell how likely each token was, too.
@@ -54,10 +52,10 @@ pub(crate) struct PerplexityResponse {
     ),
 )]
 pub(crate) async fn perplexity(
-    State(served): State<Arc<Served>>,
+    State(models): State<Registry<Loaded>>,
     Body(body): Body<PerplexityRequest>,
 ) -> Result<Json<PerplexityResponse>, ApiError> {
-    check_model(&served, &body.model)?;
+    let served = models.lease(body.model.as_deref()).await?;
     let prompt = {
         let served = served.clone();
         blocking(move || served.tokenizer.encode(&body.text, true))
@@ -75,13 +73,13 @@ pub(crate) async fn perplexity(
         prompt_logprobs: Some(0),
         ..Request::default()
     };
-    let mut ticket = served.worker.submit(request, served.deadline()).await?;
+    let mut ticket = served.submit(request).await?;
     let answers = gather(&mut ticket, 1).await?;
     let logprobs: Vec<f32> = answers[0].prompt_logprobs.iter().map(|scored| finite(scored.logprob)).collect();
     let mean = -logprobs.iter().map(|&logprob| f64::from(logprob)).sum::<f64>() / logprobs.len() as f64;
     Ok(Json(PerplexityResponse {
         object: "perplexity",
-        model: served.model.name().to_owned(),
+        model: served.name().to_owned(),
         tokens,
         mean_negative_log_likelihood: mean,
         // JSON has no infinity.

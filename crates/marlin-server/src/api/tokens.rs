@@ -1,23 +1,21 @@
 //! `POST /tokenize` and `POST /detokenize`: between texts and tokens.
 
-use std::sync::Arc;
-
 use axum::Json;
 use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::blocking;
-use super::generation::check_model;
 use crate::body::Body;
 use crate::error::{ApiError, ErrorResponse};
-use crate::model::Served;
+use crate::model::Loaded;
+use crate::registry::Registry;
 
 /// A text to take apart.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct TokenizeRequest {
-    /// The model, by a name that `GET /v1/models` gives; the one served if nothing is said.
+    /// The model, by a name that `GET /v1/models` gives; the first one if nothing is said.
     model: Option<String>,
     /// The text.
     prompt: String,
@@ -43,7 +41,7 @@ pub(crate) struct TokenizeResponse {
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct DetokenizeRequest {
-    /// The model, by a name that `GET /v1/models` gives; the one served if nothing is said.
+    /// The model, by a name that `GET /v1/models` gives; the first one if nothing is said.
     model: Option<String>,
     /// The tokens.
     tokens: Vec<u32>,
@@ -65,10 +63,10 @@ pub(crate) struct DetokenizeResponse {
     ),
 )]
 pub(crate) async fn tokenize(
-    State(served): State<Arc<Served>>,
+    State(models): State<Registry<Loaded>>,
     Body(body): Body<TokenizeRequest>,
 ) -> Result<Json<TokenizeResponse>, ApiError> {
-    body.model.as_deref().map_or(Ok(()), |name| check_model(&served, name))?;
+    let served = models.lease(body.model.as_deref()).await?;
     let max_model_len = served.context;
     let (tokens, token_strs) = blocking(move || {
         let tokens = served.tokenizer.encode(&body.prompt, body.add_special_tokens.unwrap_or(true))?;
@@ -91,10 +89,10 @@ pub(crate) async fn tokenize(
     ),
 )]
 pub(crate) async fn detokenize(
-    State(served): State<Arc<Served>>,
+    State(models): State<Registry<Loaded>>,
     Body(body): Body<DetokenizeRequest>,
 ) -> Result<Json<DetokenizeResponse>, ApiError> {
-    body.model.as_deref().map_or(Ok(()), |name| check_model(&served, name))?;
+    let served = models.lease(body.model.as_deref()).await?;
     let vocabulary = served.tokenizer.vocabulary_size();
     if let Some(token) = body.tokens.iter().find(|&&token| token as usize >= vocabulary) {
         let message = format!("token {token} is outside the vocabulary of {vocabulary} tokens");

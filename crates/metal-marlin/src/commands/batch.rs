@@ -8,6 +8,7 @@ use futures_util::stream;
 use marlin_server::{Service, ServiceOptions};
 use metal_marlin::batch::{BatchAnswers, BatchRequest, read_requests};
 
+use super::models::{ModelsOptions, Opened};
 use super::serving::ServingOptions;
 use crate::progress::Bar;
 
@@ -15,11 +16,12 @@ const EXAMPLES: &str = "\
 Examples:
   metal-marlin batch requests.jsonl answers.jsonl
   metal-marlin batch requests.jsonl answers.jsonl path/to/model --max-running 64
+  metal-marlin batch requests.jsonl answers.jsonl --models-dir models
 
 A line of IN is a request in OpenAI's batch format:
   {\"custom_id\": \"1\", \"method\": \"POST\", \"url\": \"/v1/chat/completions\", \"body\": {\"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}}
 url may be /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages or /v1/perplexity; docs/server.md says what they take. A body without a
-model is for the one that is loaded. A line of OUT is an answer, in the order in which they were ready:
+model is for the first one. A line of OUT is an answer, in the order in which they were ready:
   {\"id\": …, \"custom_id\": \"1\", \"response\": {\"status_code\": 200, \"request_id\": …, \"body\": {…}}, \"error\": null}
 If OUT has answers of an earlier run, the others are added.";
 
@@ -38,8 +40,8 @@ pub(crate) struct Args {
     #[arg(value_name = "OUT.jsonl")]
     answers: PathBuf,
 
-    /// Folder with a Hugging Face checkpoint, or one made by `quantize`, or an id on the Hub [default: the bundled model]
-    model: Option<PathBuf>,
+    #[command(flatten)]
+    models: ModelsOptions,
 
     #[command(flatten)]
     serving: ServingOptions,
@@ -50,16 +52,18 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let requests = read_requests(&args.requests)?;
     let mut answers = BatchAnswers::open(&args.answers, &requests)?;
     let before = answers.len();
-    let left: Vec<&BatchRequest> = requests.iter().filter(|request| !answers.has(&request.custom_id)).collect();
+    let mut left: Vec<&BatchRequest> = requests.iter().filter(|request| !answers.has(&request.custom_id)).collect();
     if !left.is_empty() {
-        let serving = args.serving.open(args.model.as_deref())?;
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         // Enough wait that no step is less full than it could be.
-        let at_a_time = 2 * args.serving.max_running();
+        let at_a_time = args.serving.max_running().saturating_mul(2);
+        let Opened { models, .. } = args.models.open(args.serving)?;
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let options = ServiceOptions { max_waiting: usize::MAX, max_body: usize::MAX, ..ServiceOptions::default() };
-        let name = serving.model.names[0].clone();
+        let name = models.names[0][0].clone();
+        // One model after the other, so that each is loaded once.
+        left.sort_by_key(|request| place(&models.names, request));
         runtime.block_on(async {
-            let service = Service::start(serving.engine, serving.model, &options)?;
+            let service = Service::start(models, &options)?;
             let mut bar = Bar::counting("Answering", "requests");
             let calls = left.into_iter().map(|request| call(&service, request, &name));
             let mut answered = stream::iter(calls).buffer_unordered(at_a_time);
@@ -89,7 +93,13 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Sends a request to the model.
+/// The place of a request's model among the names; the first one's if it names none, or one that is not there.
+fn place(names: &[Vec<String>], request: &BatchRequest) -> usize {
+    let name = request.body.get("model").and_then(|name| name.as_str());
+    names.iter().position(|names| names.iter().any(|known| Some(known.as_str()) == name)).unwrap_or(0)
+}
+
+/// Sends a request to its model, or the one named here.
 async fn call<'a>(service: &Service, request: &'a BatchRequest, model: &str) -> (&'a BatchRequest, u16, Vec<u8>) {
     let mut body = request.body.clone();
     body.entry("model").or_insert_with(|| model.into());

@@ -18,6 +18,7 @@ pub(crate) mod inspect;
 pub(crate) mod man;
 mod measure;
 mod model;
+mod models;
 pub(crate) mod plan;
 pub(crate) mod quality;
 pub(crate) mod quantize;

@@ -3,7 +3,6 @@
 use std::io::IsTerminal;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -11,6 +10,7 @@ use marlin_server::{Server, ServerOptions, ServiceOptions};
 use metal_marlin::memory;
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::models::{ModelsOptions, Opened};
 use super::serving::ServingOptions;
 
 const EXAMPLES: &str = "\
@@ -18,6 +18,8 @@ Examples:
   metal-marlin serve                                          the bundled model at http://127.0.0.1:8000/v1
   metal-marlin serve path/to/model --port 9000
   metal-marlin serve Qwen/Qwen3-4B --format fp4 --host 0.0.0.0 --api-key secret
+  metal-marlin serve big=path/to/model small=Qwen/Qwen3-0.6B  two models, the second loaded when a request names it
+  metal-marlin serve --models-dir models --idle-unload 10m    all that are in a folder, each while it is used
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{\"model\": \"NAME\", \"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'
 
@@ -27,13 +29,19 @@ Ctrl-C or SIGTERM ends the server when the answers under way are finished; a sec
 
 /// Serve OpenAI's and Anthropic's APIs
 ///
-/// Answers many requests at a time on one model: chats, texts to continue, tokens, perplexity. Listens on this machine only, unless told
-/// otherwise.
+/// Answers many requests at a time on one or more models: chats, texts to continue, tokens, perplexity. Listens on this machine only, unless
+/// told otherwise. Models are loaded beside each other as far as memory reaches (`--memory`); where it does not, the one least recently used
+/// makes room.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Folder with a Hugging Face checkpoint, or one made by `quantize`, or an id on the Hub [default: the bundled model]
-    model: Option<PathBuf>,
+    #[command(flatten)]
+    models: ModelsOptions,
+
+    /// Unload a model that nobody has used for so long, such as 90s, 10m or 2h; the next request loads it again [default: never, but to
+    /// make room for another]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    idle_unload: Option<Duration>,
 
     /// Address to listen at; 0.0.0.0 lets other machines in
     #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST), value_name = "ADDRESS")]
@@ -55,7 +63,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE", value_parser = memory::parse_size, default_value = "16MiB", help_heading = "Safety")]
     max_body: u64,
 
-    /// Most answers that wait for their turn; further requests are told to come again later (429)
+    /// Most answers that wait for their turn with a model, and most requests that wait for one to be loaded; further requests are told to come again later (429)
     #[arg(long, value_name = "N", default_value_t = 256, help_heading = "Safety")]
     max_waiting: usize,
 
@@ -63,7 +71,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value = "1024", help_heading = "Safety")]
     max_connections: NonZeroUsize,
 
-    /// Longest time for an answer, in seconds [default: no limit]
+    /// Longest time for an answer, with the wait for its model, in seconds [default: no limit]
     #[arg(long, value_name = "SECONDS", help_heading = "Safety")]
     timeout: Option<NonZeroUsize>,
 
@@ -83,17 +91,16 @@ pub(crate) struct Args {
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let is_terminal = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(is_terminal).with_target(false).init();
-    let serving = args.serving.open(args.model.as_deref())?;
-    let name = serving.model.names.join(", ");
-    let (context, running) = (serving.engine.info().context, args.serving.max_running());
+    let (running, options) = (args.serving.max_running(), args.server_options());
+    let Opened { models, device, context } = args.models.open(args.serving)?;
+    let names = models.names.iter().flatten().map(String::as_str).collect::<Vec<_>>().join(", ");
+    let context = context.map(|context| format!(", context {context}")).unwrap_or_default();
+    let each = if models.names.len() > 1 { " of each model" } else { "" };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
-        let server = Server::bind(serving.engine, serving.model, args.server_options()).await?;
+        let server = Server::bind(models, options).await?;
         let address = server.address()?;
-        eprintln!(
-            "Serving {name} at http://{address}/v1 ({}, context {context}, {running} answers at a time)",
-            serving.device.info().name
-        );
+        eprintln!("Serving {names} at http://{address}/v1 ({device}{context}, {running} answers{each} at a time)");
         let shutdown = shutdown()?;
         server.run(shutdown).await;
         Ok(())
@@ -124,6 +131,7 @@ impl Args {
             max_body: usize::try_from(self.max_body).unwrap_or(usize::MAX),
             max_waiting: self.max_waiting,
             timeout: self.timeout.map(|seconds| Duration::from_secs(seconds.get() as u64)),
+            idle_unload: self.idle_unload,
             cors_origins: self.cors_origin.clone(),
             log_prompts: self.log_prompts,
         };
@@ -132,6 +140,36 @@ impl Args {
             drain: Duration::from_secs(self.drain),
             service,
             ..ServerOptions::new(SocketAddr::new(self.host, self.port))
+        }
+    }
+}
+
+/// A time such as `90s`, `10m` or `2h`.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let wanted = || format!("`{text}` is no time; wanted a whole number above 0 with a unit, such as 90s, 10m or 2h");
+    let (number, unit) = text.split_at(text.find(|char: char| !char.is_ascii_digit()).unwrap_or(text.len()));
+    let seconds = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 86_400,
+        _ => return Err(wanted()),
+    };
+    let number = number.parse::<u64>().ok().filter(|&number| number > 0);
+    number.and_then(|number| number.checked_mul(seconds)).map(Duration::from_secs).ok_or_else(wanted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_have_units() {
+        for (text, seconds) in [("90s", 90), ("10m", 600), ("2h", 7200), ("1d", 86_400)] {
+            assert_eq!(parse_duration(text), Ok(Duration::from_secs(seconds)), "{text}");
+        }
+        for text in ["", "10", "m", "0s", "-1s", "1.5h", "10 m", "3w", "99999999999999999999s", "999999999999999999d"] {
+            assert!(parse_duration(text).unwrap_err().contains("10m"), "{text}");
         }
     }
 }

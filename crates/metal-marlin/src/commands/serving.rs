@@ -3,16 +3,18 @@
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use marlin_checkpoint::Checkpoint;
+use anyhow::{bail, ensure};
+use marlin_checkpoint::{Checkpoint, ExportLayout};
 use marlin_engine::{BlockStore, ChatTemplate, Engine, EngineError, EngineOptions, Pooling};
-use marlin_model::LoadOptions;
-use marlin_server::{ChatFormat, Dialect, ServedModel};
+use marlin_model::{LoadOptions, MemoryPlan};
+use marlin_server::{ChatFormat, Dialect, LoadedModel, ServedModel};
 use metal_marlin::device::{Device, KvFormat};
 use metal_marlin::kv_store::open_kv_store;
-use metal_marlin::memory::{self, MemoryOptions};
-use metal_marlin::{DeviceOptions, LoadError, load};
+use metal_marlin::memory::{self, MemoryBudget, MemoryOptions};
+use metal_marlin::{DeviceOptions, LoadError};
 
-use super::model::{self, HubOptions, QuantizeOptions, TemporaryFolder};
+use super::model::{self, HubOptions, QuantizeOptions};
+use super::models::{GivesBack, NoRoom, Room, SharedMemory};
 use super::speculation::SpeculationOptions;
 use super::template;
 use crate::progress;
@@ -20,18 +22,18 @@ use crate::progress;
 /// Tokens that the KV cache holds, in contexts, where neither the options nor the memory say otherwise.
 const CONTEXTS: usize = 4;
 
-/// How a model is served.
+/// How models are served.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ServingOptions {
-    /// Name that requests give for the model; may be given several times [default: the model's own]
+    /// Name that requests give for the first model; may be given several times [default: the model's own]
     #[arg(long, value_name = "NAME")]
     served_name: Vec<String>,
 
-    /// Jinja template of conversations [default: the model's chat_template.jinja or tokenizer_config.json]
+    /// Jinja template of conversations with the first model [default: the model's chat_template.jinja or tokenizer_config.json]
     #[arg(long, value_name = "FILE")]
     chat_template: Option<PathBuf>,
 
-    /// How the model writes reasoning and calls of tools: plain, hermes, qwen-xml, glm4, llama3, mistral or harmony [default: what
+    /// How the first model writes reasoning and calls of tools: plain, hermes, qwen-xml, glm4, llama3, mistral or harmony [default: what
     /// its chat template spells out]
     #[arg(long, value_name = "DIALECT")]
     dialect: Option<Dialect>,
@@ -40,7 +42,7 @@ pub(crate) struct ServingOptions {
     #[arg(long, value_enum, default_value_t = PoolingChoice::Last)]
     pooling: PoolingChoice,
 
-    /// Most answers that are computed at a time
+    /// Most answers that a model computes at a time
     #[arg(long, value_name = "N", default_value = "32", help_heading = "Device")]
     max_running: NonZeroUsize,
 
@@ -95,40 +97,73 @@ enum PoolingChoice {
     Mean,
 }
 
-/// A model that is ready to answer.
-pub(crate) struct Serving {
-    pub(crate) engine: Engine,
-    pub(crate) model: ServedModel,
-    pub(crate) device: Device,
-    /// Holds a model that was quantised for this process alone.
-    pub(crate) _temporary: Option<TemporaryFolder>,
-}
-
 impl ServingOptions {
-    /// Most answers that are computed at a time.
+    /// Most answers that a model computes at a time.
     pub(crate) fn max_running(&self) -> usize {
         self.max_running.get()
     }
 
-    /// Loads the model.
-    pub(crate) fn open(&self, model: Option<&Path>) -> anyhow::Result<Serving> {
-        let (checkpoint, temporary) = model::open_quantized(model, &self.hub, &self.quantize, self.device.threads)?;
-        let tokenizer = checkpoint.tokenizer()?;
-        let served = self.served_model(model, &checkpoint)?;
+    /// What requests call the first model, if the options say.
+    pub(crate) fn names(&self) -> &[String] {
+        &self.served_name
+    }
+
+    /// Refuses options that are about one model where none was named, and those that cannot be had for several.
+    pub(crate) fn check(&self, is_named: bool, is_for_several: bool) -> anyhow::Result<()> {
+        let of_one = [
+            ("--served-name", !self.served_name.is_empty()),
+            ("--chat-template", self.chat_template.is_some()),
+            ("--dialect", self.dialect.is_some()),
+            ("--revision", self.hub.revision.is_some()),
+            ("--draft-model", self.speculation.has_draft_model()),
+        ];
+        if let Some((option, _)) = of_one.iter().find(|(_, is_given)| *is_given && !is_named) {
+            bail!("{option} is about one model, and none is named: give it as MODEL, beside --models-dir");
+        }
+        ensure!(
+            !(is_for_several
+                && self.quantize.no_cache
+                && self.quantize.recipe.recipe(ExportLayout::MetalMarlin)?.is_some()),
+            "--no-cache quantises one model into a temporary folder, and there are several; leave it out, or serve one"
+        );
+        Ok(())
+    }
+
+    /// Opens the device, and tells how much memory there is.
+    pub(crate) fn open_device(&self) -> Result<(Device, Option<MemoryBudget>), LoadError> {
         let device = self.device.open().map_err(LoadError::Device)?;
-        let options = self.load_options(&checkpoint, &device)?;
+        let budget = self.memory.budget(&device);
+        Ok((device, budget))
+    }
+
+    /// Loads a model beside those that are loaded. What the options say of one model is meant for the first.
+    pub(crate) fn open(
+        &self,
+        model: Option<&Path>,
+        is_first: bool,
+        memory: &SharedMemory,
+    ) -> anyhow::Result<LoadedModel> {
+        let hub = if is_first { self.hub.clone() } else { HubOptions::default() };
+        let (checkpoint, temporary) = model::open_quantized(model, &hub, &self.quantize, self.device.threads)?;
+        let tokenizer = checkpoint.tokenizer()?;
+        let served = self.served_model(&checkpoint, is_first)?;
+        let machine = memory.machine(self)?;
+        let (device, room) = (&*machine.device, memory.room(&machine));
+        let (options, plan) = self.load_options(&checkpoint, device, room.as_ref(), memory.is_for_several())?;
+        let plan = plan.map(|plan| memory.take(plan));
         let loaded = progress::spinner(&format!("Loading {}", checkpoint.name()), || {
-            self.quantize.load()(&checkpoint, &device, &options)
+            self.quantize.load()(&checkpoint, device, &options)
         })?;
         let engine_options = EngineOptions { max_running: Some(self.max_running()), ..EngineOptions::default() };
         let eos_tokens = served.generation.eos_token_id.clone();
         let engine = Engine::with_options(loaded, tokenizer.into(), eos_tokens, &engine_options);
-        let engine = match self.block_store(&checkpoint, &device)? {
+        let engine = match self.block_store(&checkpoint, device)? {
             Some(store) => engine.with_block_store(store)?,
             None => engine,
         };
-        let engine = self.speculation.apply(engine, &device, CONTEXTS)?;
-        Ok(Serving { engine, model: served, device, _temporary: temporary })
+        let speculation = if is_first { self.speculation.clone() } else { self.speculation.without_draft_model() };
+        let engine = speculation.apply(engine, device, CONTEXTS)?;
+        Ok(LoadedModel { engine, model: served, kept: Box::new((machine, temporary, GivesBack, plan)) })
     }
 
     /// Where blocks of the KV cache outlive this process, if that is wanted.
@@ -137,14 +172,14 @@ impl ServingOptions {
         Ok(Some(open_kv_store(folder.clone(), self.kv_cache_size, checkpoint, device)?))
     }
 
-    fn served_model(&self, model: Option<&Path>, checkpoint: &Checkpoint) -> anyhow::Result<ServedModel> {
+    fn served_model(&self, checkpoint: &Checkpoint, is_first: bool) -> anyhow::Result<ServedModel> {
         let special_tokens = checkpoint.special_tokens()?;
         let tokenizer = checkpoint.tokenizer()?;
-        let source = template::source(self.chat_template.as_deref(), checkpoint)?;
+        let source = template::source(self.chat_template.as_deref().filter(|_| is_first), checkpoint)?;
         let end_of_turn = special_tokens.get("eos_token").and_then(|token| tokenizer.token_id(token));
         let chat = source.map(|source| {
             let template = ChatTemplate::new(&source, special_tokens)?;
-            let dialect = self.dialect.unwrap_or_else(|| Dialect::detect(&source));
+            let dialect = self.dialect.filter(|_| is_first).unwrap_or_else(|| Dialect::detect(&source));
             Ok::<_, EngineError>(ChatFormat { template, source, dialect })
         });
         let chat = chat.transpose()?;
@@ -152,7 +187,6 @@ impl ServingOptions {
             eprintln!("note: {} has no chat template; it continues texts only", checkpoint.name());
         }
         Ok(ServedModel {
-            names: if self.served_name.is_empty() { vec![default_name(model)] } else { self.served_name.clone() },
             generation: checkpoint.generation_config()?,
             chat,
             pooling: match self.pooling {
@@ -163,11 +197,21 @@ impl ServingOptions {
         })
     }
 
-    /// How to load the model: with the largest context and KV cache that the options, the model and the memory allow.
-    fn load_options(&self, checkpoint: &Checkpoint, device: &Device) -> anyhow::Result<LoadOptions> {
+    /// How to load the model: with the largest context and KV cache that the options, the model and the memory allow, and what it then takes.
+    /// Where there are several models, it leaves half of the memory that it could have to others, unless that is too little for a context
+    /// of a usual length.
+    fn load_options(
+        &self,
+        checkpoint: &Checkpoint,
+        device: &Device,
+        room: Option<&Room>,
+        is_for_several: bool,
+    ) -> anyhow::Result<(LoadOptions, Option<MemoryPlan>)> {
         let planner = device.planner(checkpoint).map_err(LoadError::Model)?;
         let allowed = planner.shape().context;
-        let context = self.context.map_or(allowed, NonZeroUsize::get);
+        // One of several need not know as long contexts as others do.
+        let most = if is_for_several { allowed } else { usize::MAX };
+        let context = self.context.map_or(allowed, |context| context.get().min(most));
         let defaults = LoadOptions::default();
         let rows = self.max_running.get() + self.speculation.logit_rows(device);
         let options = LoadOptions {
@@ -180,27 +224,31 @@ impl ServingOptions {
         let plan = planner.plan(&options).map_err(LoadError::Model)?;
         let blocks_of = |tokens: usize| tokens.div_ceil(plan.block_tokens) + 1;
         let wanted = blocks_of(self.kv_tokens.map_or(context.saturating_mul(CONTEXTS), NonZeroUsize::get));
-        let Some(budget) = self.memory.budget(device) else {
-            return Ok(LoadOptions { kv_blocks: Some(wanted), ..options });
-        };
-        let left = budget.device.saturating_sub(plan.total() - plan.kv_cache);
+        let Some(room) = room else { return Ok((LoadOptions { kv_blocks: Some(wanted), ..options }, None)) };
+        let left = room.left.device.saturating_sub(plan.total() - plan.kv_cache);
         let fit = usize::try_from((left / plan.block_bytes.max(1)).min(plan.most_blocks)).unwrap_or(usize::MAX);
-        let blocks = if self.kv_tokens.is_some() { wanted } else { wanted.min(fit) };
+        let mut most = fit;
+        if is_for_several {
+            let usual = if self.context.is_some() { context } else { memory::usual_context(&planner) };
+            let least = if self.kv_tokens.is_some() { wanted } else { wanted.min(blocks_of(usual)) };
+            if room.is_shared {
+                let options = LoadOptions { context: Some(usual), kv_blocks: Some(least), ..options.clone() };
+                let plan = Box::new(planner.plan(&options).map_err(LoadError::Model)?);
+                if !room.left.fits(&plan) {
+                    let alone = Room { left: room.all, is_shared: false, ..*room };
+                    self.load_options(checkpoint, device, Some(&alone), is_for_several)?;
+                    let (model, Room { all, left, .. }) = (checkpoint.name().to_owned(), *room);
+                    bail!(NoRoom { model, plan, left, all });
+                }
+            }
+            most = (fit / 2).max(least).min(fit);
+        }
+        let blocks = if self.kv_tokens.is_some() { wanted } else { wanted.min(most) };
         // One that nobody asked for is as long as the cache has room for.
-        let room = (blocks.max(2) - 1) * plan.block_tokens;
-        let context = if self.context.is_some() { context } else { context.min(room) };
+        let longest = (blocks.max(2) - 1) * plan.block_tokens;
+        let context = if self.context.is_some() { context } else { context.min(longest) };
         let options = LoadOptions { context: Some(context), kv_blocks: Some(blocks.max(2)), ..options };
-        memory::require_fit(device, checkpoint, &options, &budget)?;
-        Ok(options)
+        let plan = memory::require_fit(device, checkpoint, &options, &room.left)?;
+        Ok((options, Some(plan)))
     }
-}
-
-/// What the model is called where nobody says: by its id on the Hub, or as its folder or file is.
-fn default_name(model: Option<&Path>) -> String {
-    let Some(model) = model else { return "bundled".to_owned() };
-    if load::hub_id(model).is_some() {
-        return model.display().to_string();
-    }
-    let name = if model.is_file() { model.file_stem() } else { model.file_name() };
-    name.map_or_else(|| model.display().to_string(), |name| name.to_string_lossy().into_owned())
 }

@@ -38,6 +38,16 @@ enum Speculate {
 }
 
 impl SpeculationOptions {
+    /// Whether a smaller model guesses.
+    pub(crate) fn has_draft_model(&self) -> bool {
+        self.draft_model.is_some()
+    }
+
+    /// The same for a model that has no smaller one.
+    pub(crate) fn without_draft_model(&self) -> Self {
+        Self { draft_model: None, ..self.clone() }
+    }
+
     /// Rows of logits that guesses may take, beside one for each answer.
     pub(crate) fn logit_rows(&self, device: &Device) -> usize {
         if self.draft_model.is_some() || self.looks_up(device) { MOST_DRAFT } else { 0 }

@@ -4,6 +4,7 @@
 mod answers;
 mod faults;
 mod load;
+mod models;
 mod restart;
 mod server;
 

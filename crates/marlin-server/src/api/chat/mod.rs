@@ -20,11 +20,12 @@ pub(crate) use self::response::{ChatTokenLogprob, chat_logprobs};
 use super::answer::{self, ServerSentEvent, Usage, data, done, new_id, now};
 use super::conversation::{Answers, Conversation, Ending, Function, Piece, chat_format};
 use super::format::ResponseFormat;
-use super::generation::{check_logprobs, check_model};
+use super::generation::check_logprobs;
 use crate::body::Body;
 use crate::dialect::Delta;
 use crate::error::{ApiError, ErrorResponse};
-use crate::model::Served;
+use crate::model::{Loaded, Served};
+use crate::registry::Registry;
 
 /// Goes on with a conversation.
 #[utoipa::path(
@@ -39,10 +40,10 @@ use crate::model::Served;
     ),
 )]
 pub(crate) async fn chat_completions(
-    State(served): State<Arc<Served>>,
+    State(models): State<Registry<Loaded>>,
     Body(mut body): Body<ChatRequest>,
 ) -> Result<Response, ApiError> {
-    check_model(&served, &body.model)?;
+    let served = models.lease(Some(&body.model)).await?;
     let knows_developer = chat_format(&served)?.knows_developer();
     let mut generation = body.generation();
     generation.max_tokens = match (body.max_completion_tokens, generation.max_tokens) {
@@ -106,7 +107,7 @@ impl Job {
             });
         }
         let Self { id, created, served, .. } = self;
-        let model = served.model.name().to_owned();
+        let model = served.name().to_owned();
         Ok(Json(ChatResponse { id, object: "chat.completion", created, model, choices, usage }).into_response())
     }
 
@@ -168,7 +169,7 @@ impl Job {
             id: self.id.clone(),
             object: "chat.completion.chunk",
             created: self.created,
-            model: self.served.model.name().to_owned(),
+            model: self.served.name().to_owned(),
             choices: Vec::new(),
             usage: None,
         }

@@ -3,8 +3,6 @@
 mod request;
 mod response;
 
-use std::sync::Arc;
-
 use axum::Json;
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
@@ -21,11 +19,12 @@ use self::request::{
 use self::response::{Blocks, MessageEnd, MessageResponse, MessageUsage, StreamEvent, TokenCount, blocks, stop_reason};
 use super::answer::{ServerSentEvent, named, new_id, sse};
 use super::conversation::{Answers, Conversation, End, Function};
-use super::generation::{Generation, check_model};
+use super::generation::Generation;
 use crate::body::Body;
 use crate::dialect::Delta;
 use crate::error::{ApiError, ErrorBody};
-use crate::model::Served;
+use crate::model::Loaded;
+use crate::registry::Registry;
 
 /// An error in Anthropic's shape.
 #[derive(Debug, Serialize, ToSchema)]
@@ -89,10 +88,10 @@ pub(crate) async fn reshape_errors(request: Request, next: Next) -> Response {
     ),
 )]
 pub(crate) async fn messages(
-    State(served): State<Arc<Served>>,
+    State(models): State<Registry<Loaded>>,
     Body(mut body): Body<MessagesRequest>,
 ) -> Result<Response, ApiError> {
-    check_model(&served, &body.model)?;
+    let served = models.lease(Some(&body.model)).await?;
     let generation = body.generation();
     let is_stream = body.stream == Some(true);
     let tells_thoughts = body.thinking.as_ref().is_none_or(Thinking::is_told);
@@ -109,7 +108,7 @@ pub(crate) async fn messages(
         id: new_id("msg"),
         kind: "message",
         role: "assistant",
-        model: served.model.name().to_owned(),
+        model: served.name().to_owned(),
         content: Vec::new(),
         stop_reason: None,
         stop_sequence: None,
@@ -130,10 +129,10 @@ pub(crate) async fn messages(
     ),
 )]
 pub(crate) async fn count_tokens(
-    State(served): State<Arc<Served>>,
+    State(models): State<Registry<Loaded>>,
     Body(body): Body<CountTokensRequest>,
 ) -> Result<Json<TokenCount>, ApiError> {
-    check_model(&served, &body.model)?;
+    let served = models.lease(Some(&body.model)).await?;
     let asked = Asked {
         system: body.system,
         turns: body.messages,

@@ -23,10 +23,10 @@ use self::store::Stored;
 use super::answer::{ServerSentEvent, named, new_id, now, sse};
 use super::chat::variables;
 use super::conversation::{Answers, Conversation, Function, ToolUse, chat_format};
-use super::generation::check_model;
 use crate::body::Body;
 use crate::error::{ApiError, ErrorResponse};
-use crate::model::Served;
+use crate::model::Loaded;
+use crate::registry::Registry;
 
 /// Goes on with a conversation.
 #[utoipa::path(
@@ -41,14 +41,15 @@ use crate::model::Served;
     ),
 )]
 pub(crate) async fn create(
-    State(served): State<Arc<Served>>,
+    State(models): State<Registry<Loaded>>,
+    State(responses): State<Arc<ResponseStore>>,
     Body(mut body): Body<ResponseRequest>,
 ) -> Result<Response, ApiError> {
-    check_model(&served, &body.model)?;
+    let served = models.lease(Some(&body.model)).await?;
     let knows_developer = chat_format(&served)?.knows_developer();
     let (generation, logprobs, is_stream) = (body.generation(), body.logprobs()?, body.stream == Some(true));
     let mut said = match &body.previous_response_id {
-        Some(id) => find(&served, id)?.messages.clone(),
+        Some(id) => find(&responses, id)?.messages.clone(),
         None => Vec::new(),
     };
     add_input(&mut said, body.input, knows_developer);
@@ -87,7 +88,7 @@ pub(crate) async fn create(
         id: new_id("resp"),
         object: "response",
         created_at: now(),
-        model: served.model.name().to_owned(),
+        model: served.name().to_owned(),
         status: "in_progress",
         incomplete_details: None,
         error: None,
@@ -95,7 +96,7 @@ pub(crate) async fn create(
         usage: None,
         asked,
     };
-    let job = Job { builder: Builder::new(served.clone(), response), served, said };
+    let job = Job { builder: Builder::new(served, response), responses, said };
     if is_stream { Ok(job.stream(answers)) } else { job.whole(answers).await }
 }
 
@@ -109,10 +110,10 @@ pub(crate) async fn create(
     ),
 )]
 pub(crate) async fn retrieve(
-    State(served): State<Arc<Served>>,
+    State(responses): State<Arc<ResponseStore>>,
     Path(id): Path<String>,
 ) -> Result<Json<ResponseObject>, ApiError> {
-    Ok(Json(find(&served, &id)?.response.clone()))
+    Ok(Json(find(&responses, &id)?.response.clone()))
 }
 
 /// What was forgotten.
@@ -135,17 +136,17 @@ pub(crate) struct DeletedResponse {
     ),
 )]
 pub(crate) async fn delete(
-    State(served): State<Arc<Served>>,
+    State(responses): State<Arc<ResponseStore>>,
     Path(id): Path<String>,
 ) -> Result<Json<DeletedResponse>, ApiError> {
-    if !served.responses.remove(&id) {
+    if !responses.remove(&id) {
         return Err(unknown(&id));
     }
     Ok(Json(DeletedResponse { id, object: "response.deleted", deleted: true }))
 }
 
-fn find(served: &Served, id: &str) -> Result<Arc<Stored>, ApiError> {
-    served.responses.get(id).ok_or_else(|| unknown(id))
+fn find(responses: &ResponseStore, id: &str) -> Result<Arc<Stored>, ApiError> {
+    responses.get(id).ok_or_else(|| unknown(id))
 }
 
 fn unknown(id: &str) -> ApiError {
@@ -170,7 +171,7 @@ fn tool_choice_value(tool_use: &ToolUse) -> Value {
 
 /// A response on its way.
 struct Job {
-    served: Arc<Served>,
+    responses: Arc<ResponseStore>,
     builder: Builder,
     /// What was said before, without instructions.
     said: Vec<Message>,
@@ -209,11 +210,11 @@ impl Job {
     }
 
     fn keep(self) {
-        let Self { served, builder, mut said } = self;
+        let Self { responses, builder, mut said } = self;
         let response = builder.response;
         if response.asked.store {
             said.push(response.to_message());
-            served.responses.insert(Stored { response, messages: said });
+            responses.insert(Stored { response, messages: said });
         }
     }
 }

@@ -241,17 +241,28 @@ async function problemOf(response) {
   }
 }
 
+/** The models that are not loaded, as far as is known. */
+let unloaded = new Set();
+
 async function loadModels() {
   try {
     const response = await fetch("v1/models", { headers: headers() });
     if (!response.ok) throw new Error(await problemOf(response));
-    const models = (await response.json()).data.map((model) => model.id);
-    $("model").replaceChildren(...models.map((id) => make("option", { value: id }, id)));
-    if (models.includes(kept.settings.model)) $("model").value = kept.settings.model;
-    say("");
+    const models = (await response.json()).data;
+    unloaded = new Set(models.filter(({ status }) => status !== "loaded").map(({ id }) => id));
+    const chosen = $("model").value || kept.settings.model;
+    const name = (id) => (unloaded.has(id) ? `${id} (not loaded)` : id);
+    $("model").replaceChildren(...models.map(({ id }) => make("option", { value: id }, name(id))));
+    if (models.some(({ id }) => id === chosen)) $("model").value = chosen;
+    return true;
   } catch (error) {
     say(`No models: ${error.message}`, true);
+    return false;
   }
+}
+
+async function showModels() {
+  if (await loadModels()) say("");
 }
 
 function requestOf(messages) {
@@ -307,6 +318,7 @@ async function ask() {
     if (isAtEnd) log.scrollTop = log.scrollHeight;
   };
   let [first, tokens, usage] = [0, 0, null];
+  if (unloaded.has(request.model)) say(`Loading ${request.model} …`);
   try {
     const response = await fetch("v1/chat/completions", {
       method: "POST", headers: headers(), body: JSON.stringify(request), signal: abort.signal,
@@ -339,6 +351,7 @@ async function ask() {
   $("send").hidden = false;
   $("stop").hidden = true;
   say(message.speed ? `${request.model}: ${message.speed}` : "");
+  loadModels();
   if (kept.conversations.includes(conversation)) show();
   $("text").focus();
 }
@@ -406,7 +419,7 @@ for (const id of ["temperature", "most", "system", "key"]) {
   $(id).onchange = () => {
     kept.settings[id] = $(id).value;
     keep();
-    if (id === "key") loadModels();
+    if (id === "key") showModels();
   };
 }
 $("thinking").checked = kept.settings.thinking ?? true;
@@ -416,5 +429,5 @@ $("thinking").onchange = () => {
 };
 showTheme();
 show();
-loadModels();
+showModels();
 $("text").focus();
