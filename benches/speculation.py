@@ -1,6 +1,6 @@
 """Measures what guessing tokens ahead gains and costs: the same prompt with and without, in turns, the most likely token each time.
 
-    python3 benches/speculation.py MODEL PROMPT.txt -n 256 [--draft-model MODEL] [--device cpu] [--rounds 5]
+    python3 benches/speculation.py MODEL PROMPT.txt -n 256 [--speculate mtp | --draft-model MODEL] [--device cpu] [--rounds 5]
 
 Says whether both had the same tokens, how many guesses were right, and the ratio of the two speeds: the median of the rounds, with the smallest and
 the largest in brackets. docs/speculation.md has figures.
@@ -22,6 +22,7 @@ def main():
     parser.add_argument("prompt", type=Path)
     parser.add_argument("-n", "--max-tokens", type=int, default=256)
     parser.add_argument("--draft-model")
+    parser.add_argument("--speculate", default="lookup", choices=["lookup", "mtp"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads")
     parser.add_argument("--rounds", type=int, default=5)
@@ -38,7 +39,7 @@ def main():
             sys.exit(done.stderr)
         return json.loads(done.stdout)
 
-    guesses = ["--draft-model", arguments.draft_model] if arguments.draft_model else ["--speculate", "lookup"]
+    guesses = ["--draft-model", arguments.draft_model] if arguments.draft_model else ["--speculate", arguments.speculate]
     ratios, rates = [], []
     for _ in range(arguments.rounds):
         plain, guessed = run("--speculate", "off"), run(*guesses)

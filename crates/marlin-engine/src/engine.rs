@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use marlin_checkpoint::Tokenizer;
 use marlin_kernels::{SampleRow, SamplingId};
-use marlin_model::{LanguageModel, ModelInfo, StepBatch};
+use marlin_model::{LanguageModel, ModelInfo, PredictionLayer, StepBatch};
 
 use crate::persistence::Persistence;
 use crate::prefix::BlockNames;
@@ -114,6 +114,7 @@ struct Started {
     parts: Vec<Part>,
     /// If one of the parts wants them.
     logits: Vec<f32>,
+    /// If one of the parts or the drafter wants them.
     hidden: Vec<f32>,
 }
 
@@ -182,6 +183,11 @@ impl Engine {
         self.fingerprint = format!("{} {:?} {}", self.fingerprint, info.kv_layout, store.fingerprint());
         self.persistence = Some(Persistence::new(store, self.model.as_mut())?);
         Ok(self)
+    }
+
+    /// The model's layer that predicts further tokens, if it was loaded with it: what a [`crate::MtpDrafter`] guesses by.
+    pub fn take_prediction_layer(&mut self) -> Option<Box<dyn PredictionLayer>> {
+        self.model.take_prediction_layer()
     }
 
     /// The model's sizes and names.
@@ -369,11 +375,18 @@ impl Engine {
 
     /// Waits for the oldest step under way, and hands out its tokens.
     fn finish_step(&mut self, events: &mut Vec<Event>) -> Result<(), EngineError> {
-        let Some(step) = self.started.pop_front() else { return Ok(()) };
+        let Some(mut step) = self.started.pop_front() else { return Ok(()) };
         self.sampled.clear();
         self.sampled.resize(step.rows, SampleRow::NOT_FINITE);
         if let Some(sampling) = step.sampling {
             self.model.sampled(sampling, &mut self.sampled)?;
+        }
+        // Where the next step has started, they are its own.
+        if step.hidden.is_empty()
+            && self.started.is_empty()
+            && self.drafter.as_ref().is_some_and(|drafter| drafter.wants_hidden())
+        {
+            self.model.read_hidden(&mut step.hidden)?;
         }
         self.deliver(step, events);
         Ok(())
@@ -402,8 +415,12 @@ impl Engine {
             if let Some(kept) = kept.as_mut().filter(|_| !has_failed) {
                 kept.offer(sequence.blocks_to_offer(is_finished));
             }
-            if let Some(drafter) = drafter.as_mut().filter(|_| is_finished) {
-                drafter.forget(sequence.rank.answer());
+            match drafter {
+                Some(drafter) if is_finished => drafter.forget(sequence.rank.answer()),
+                Some(drafter) if drafter.wants_hidden() && !hidden.is_empty() => {
+                    sequence.show(drafter.as_mut(), part, hidden, hidden_size);
+                }
+                _ => {}
             }
             is_finished
         });

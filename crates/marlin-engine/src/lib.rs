@@ -33,7 +33,7 @@ pub use error::EngineError;
 pub use pooling::Pooling;
 pub use request::{Event, Finish, Request, RequestId, TokenLogprobs};
 pub use sampling::SamplingParams;
-pub use speculation::{AnswerId, DraftModel, Drafter, MOST_DRAFT, PromptLookup};
+pub use speculation::{AnswerId, DraftModel, Drafter, MOST_DRAFT, MtpDrafter, PromptLookup};
 pub use stop::{FinishReason, StopConditions};
 pub use store::{BlockStore, BlockStoreOptions, StoreError, StoreStats};
 pub use text::TextStream;

@@ -66,6 +66,27 @@ pub enum ModelError {
         /// What is wrong, and what there is.
         problem: String,
     },
+    /// The model has no layer that predicts further tokens.
+    #[error(
+        "{model} has no layer that predicts further tokens (--speculate mtp): {problem}; take a checkpoint that keeps it, or guess \
+         otherwise (--speculate lookup)"
+    )]
+    NoPrediction {
+        /// The checkpoint.
+        model: String,
+        /// What was looked for, and not found.
+        problem: String,
+    },
+    /// Hidden states for another number of tokens than a step of the prediction layer has.
+    #[error("{found} values of hidden states for a step of {tokens} tokens; {wanted} are wanted")]
+    HiddenStates {
+        /// Tokens of the step.
+        tokens: usize,
+        /// Values given.
+        found: usize,
+        /// Values that belong to so many tokens.
+        wanted: usize,
+    },
     /// The device failed.
     #[error(transparent)]
     Kernel(#[from] KernelError),

@@ -2,7 +2,7 @@
 
 use marlin_kernels::{DeviceInfo, KvLayout, KvType, RouterLoad, SampleRow, SamplingId};
 
-use crate::{ExpertLayers, KvPool, ModelError, StepBatch};
+use crate::{ExpertLayers, KvPool, ModelError, PredictionLayer, StepBatch};
 
 /// A decoder ready to run: what an engine, an evaluation or a quantiser needs of it.
 ///
@@ -55,6 +55,11 @@ pub trait LanguageModel: Send {
     /// Where tokens went in each layer with experts since the model was loaded with [`LoadOptions::measure_routing`]; empty otherwise.
     fn routing(&self) -> &[LayerRouting] {
         &[]
+    }
+
+    /// Hands out the layer that predicts further tokens, if the model was loaded with [`LoadOptions::prediction`] and nobody has taken it.
+    fn take_prediction_layer(&mut self) -> Option<Box<dyn PredictionLayer>> {
+        None
     }
 }
 
@@ -129,6 +134,8 @@ pub struct LoadOptions {
     pub kv_type: KvType,
     /// Read where tokens go after each layer with experts ([`LanguageModel::routing`]), for which a device that works by itself waits.
     pub measure_routing: bool,
+    /// Load the layer that predicts further tokens as well ([`LanguageModel::take_prediction_layer`]), with a KV cache for as many tokens.
+    pub prediction: bool,
 }
 
 impl Default for LoadOptions {
@@ -140,6 +147,7 @@ impl Default for LoadOptions {
             kv_blocks: None,
             kv_type: KvType::F16,
             measure_routing: false,
+            prediction: false,
         }
     }
 }

@@ -13,6 +13,7 @@ mod families;
 mod kv;
 mod language_model;
 mod plan;
+mod prediction_layer;
 mod rope;
 mod rotation;
 mod spec;
@@ -25,6 +26,7 @@ pub use families::supported_architectures;
 pub use kv::{BlockHash, KvPool, KvSequence};
 pub use language_model::{HostExpertsInfo, LanguageModel, LayerRouting, LoadOptions, ModelInfo};
 pub use plan::{Conversion, ExpertShape, HostPlan, MemoryPlan, ModelShape, Planner, format_size};
+pub use prediction_layer::{PredictionInfo, PredictionLayer};
 pub use rotation::{
     InputNorms, NormWeights, Rotation, RotationBlocks, RotationParts, RowRotation, TensorRotation, WeightRotation,
 };

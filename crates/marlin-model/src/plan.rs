@@ -12,8 +12,8 @@ use marlin_format::Scheme;
 use marlin_kernels::{KernelError, KvLayout, KvType, MemoryUse};
 
 use crate::decoder::{
-    Sizes, angle_shapes, expert_bytes, expert_work_bytes, host_work_bytes, is_routed, kv_b_bytes, kv_blocks,
-    loaded_scheme, workspace_shapes,
+    PredictionMemory, Sizes, angle_shapes, eh_proj_bytes, expert_bytes, expert_work_bytes, host_work_bytes, is_routed,
+    is_shared, kv_b_bytes, kv_blocks, loaded_scheme, require_prediction, workspace_shapes,
 };
 use crate::spec::{AttentionSpec, DecoderSpec, layer_of};
 use crate::{ExpertLayers, LoadOptions, ModelError, families};
@@ -334,25 +334,43 @@ impl<'a> Planner<'a> {
         let (hidden, tokens) = (self.spec.hidden_size, options.step_tokens);
         let experts = self.spec.device_experts();
         let experts = experts.map_or(0, |experts| expert_work_bytes(self.device, hidden, &experts, tokens));
-        let (weights, host_weights) = self.weights(scheme)?;
+        let (mut weights, host_weights) = self.weights(&scheme, |name| self.is_loaded(name))?;
         let host = self.host.zip(self.spec.host_experts()).map(|(host, experts)| HostPlan {
             weights: host_weights,
             activations: host_work_bytes(host, &self.spec, &experts, tokens),
         });
+        let mut activations = buffers
+            .into_iter()
+            .chain(angle_shapes(&self.spec, options.step_tokens))
+            .map(buffer)
+            .fold(scratch.saturating_add(experts), u64::saturating_add);
+        let mut logits = buffer(logits);
+        let [mut kv_cache, mut block_bytes] =
+            [sizes.kv_blocks, 1].map(|blocks| self.kv_layout.pool_bytes(options.kv_type, blocks) as u64);
+        if options.prediction {
+            // It has as many KV blocks as the model.
+            let (index, spec) = require_prediction(&self.spec, self.checkpoint)?;
+            let memory = PredictionMemory::new(&spec, options, &sizes);
+            let [own_activations, own_logits] = memory.work_bytes(self.device, &spec);
+            let (own_weights, _) = self.weights(&scheme, |name| layer_of(name) == Some(index) && !is_shared(name))?;
+            let own_kv = [sizes.kv_blocks, 1].map(|blocks| memory.kv_bytes(options.kv_type, blocks));
+            for (sum, own) in [&mut activations, &mut logits, &mut weights, &mut kv_cache, &mut block_bytes]
+                .into_iter()
+                .zip([own_activations, own_logits, own_weights, own_kv[0], own_kv[1]])
+            {
+                *sum = sum.saturating_add(own);
+            }
+        }
         Ok(MemoryPlan {
             context: sizes.context,
             model_context: self.spec.max_position_embeddings,
             weights,
-            kv_cache: self.kv_layout.pool_bytes(options.kv_type, sizes.kv_blocks) as u64,
-            activations: buffers
-                .into_iter()
-                .chain(angle_shapes(&self.spec, options.step_tokens))
-                .map(buffer)
-                .fold(scratch.saturating_add(experts), u64::saturating_add),
-            logits: buffer(logits),
+            kv_cache,
+            activations,
+            logits,
             program: self.program()?,
             block_tokens: self.kv_layout.block_tokens,
-            block_bytes: self.kv_layout.pool_bytes(options.kv_type, 1) as u64,
+            block_bytes,
             most_blocks: self.device.most_kv_blocks(&self.kv_layout, options.kv_type) as u64,
             host,
             shares_memory: self.device.shares_memory(),
@@ -408,6 +426,11 @@ impl<'a> Planner<'a> {
         ModelError::Weight { model: self.checkpoint.name().to_owned(), tensor: name.to_owned(), source }
     }
 
+    /// Whether the model has a layer that predicts further tokens ([`LoadOptions::prediction`]).
+    pub fn has_prediction_layer(&self) -> bool {
+        require_prediction(&self.spec, self.checkpoint).is_ok()
+    }
+
     /// Whether the model is made of this tensor: a checkpoint may hold towers and prediction layers besides. A tied model's own head
     /// counts, since only its values tell whether it is loaded.
     pub fn is_loaded(&self, name: &str) -> bool {
@@ -430,17 +453,25 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Bytes on the device and on the host.
-    fn weights(&self, scheme: impl Fn(&str, &TensorInfo) -> Option<Scheme>) -> Result<(u64, u64), ModelError> {
+    /// Bytes on the device and on the host of the tensors of which `is_counted` is true.
+    fn weights(
+        &self,
+        scheme: impl Fn(&str, &TensorInfo) -> Option<Scheme>,
+        is_counted: impl Fn(&str) -> bool,
+    ) -> Result<(u64, u64), ModelError> {
         // The host has a copy of the norm before its experts.
         let norms = (self.spec.host_layers.len() * self.spec.hidden_size * size_of::<f32>()) as u64;
         let (mut of_device, mut of_host) = (0u64, norms);
-        for name in self.checkpoint.tensor_names().filter(|name| self.is_loaded(name)) {
+        for name in self.checkpoint.tensor_names().filter(|name| is_counted(name)) {
             let Some(info) = self.checkpoint.info(name) else { continue };
             let (device, is_host) = self.device_of(name);
             let of_experts = expert_bytes(device, &self.spec, name, &info);
             let bytes = match (of_experts, info.shape.as_slice(), scheme(name, &info).or(info.scheme())) {
                 (Some(bytes), ..) => bytes.map_err(|source| self.weight_error(name, source))? as u64,
+                (_, _, Some(scheme)) if name.ends_with(".eh_proj.weight") => {
+                    let bytes = eh_proj_bytes(device, &info, &scheme);
+                    bytes.map_err(|source| self.weight_error(name, source))? as u64
+                }
                 (_, &[rows, cols], Some(scheme)) => self.matrix_bytes(name, rows, cols, &scheme)?,
                 // Vectors become f32.
                 (_, &[len], _) => (len as u64).saturating_mul(4),

@@ -47,7 +47,7 @@ pub(crate) struct DecoderSpec {
     /// What differs from layer to layer.
     pub(crate) layers: Vec<LayerSpec>,
     /// Layers that a checkpoint may hold behind the decoder's, numbered on, which predict further tokens (multi-token prediction, DeepSeek-V3,
-    /// section 2.2). They are for speculation: the decoder itself does not load them.
+    /// section 2.2). They are for speculation: the decoder itself does not run them.
     pub(crate) prediction_layers: usize,
     /// Layers whose routed experts the host computes. Loading chooses them, no family does.
     pub(crate) host_layers: BTreeSet<usize>,
@@ -318,6 +318,40 @@ impl DecoderSpec {
         let experts = self.device_experts().map_or(0, |experts| experts.width);
         let shared = self.shared_mlp().map_or(0, |mlp| mlp.intermediate_size);
         self.hidden_size.max(attention).max(self.mlp.intermediate_size).max(experts).max(shared)
+    }
+
+    /// The first of the layers that predict further tokens, by itself: a decoder of one layer, which is of the kind of the last one, with a
+    /// residual stream of its own that nothing rotates. `None` if there is none.
+    pub(crate) fn prediction(&self) -> Option<Self> {
+        let last = *self.layers.last().filter(|_| self.prediction_layers > 0)?;
+        Some(Self {
+            rotation: None,
+            mlp: MlpSpec { rotation: None, ..self.mlp },
+            layers: vec![last],
+            prediction_layers: 0,
+            host_layers: BTreeSet::new(),
+            ..self.clone()
+        })
+    }
+
+    /// How many weights a token is multiplied with in a layer.
+    pub(crate) fn weights_of(&self, layer: &LayerSpec) -> usize {
+        let hidden = self.hidden_size;
+        let attention = match self.attention {
+            AttentionSpec::Grouped(spec) => 2 * hidden * (spec.q_width() + spec.kv_width()),
+            AttentionSpec::Latent(spec) => {
+                let queries = spec.q_rank.map_or(hidden * spec.q_width(), |rank| rank * (hidden + spec.q_width()));
+                let heads = spec.heads * spec.rank * (spec.nope_dim + spec.value_dim);
+                queries + hidden * spec.latent_shape().key_dim() + heads + spec.v_width() * hidden
+            }
+        };
+        let width = match self.experts.filter(|_| layer.has_experts) {
+            Some(experts) => {
+                experts.routing.slots() * experts.width + experts.beside.map_or(0, |mlp| mlp.intermediate_size)
+            }
+            None => self.mlp.intermediate_size,
+        };
+        attention + 3 * hidden * width
     }
 
     /// Whether a tensor belongs to a layer that predicts further tokens.

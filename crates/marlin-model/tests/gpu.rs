@@ -6,6 +6,7 @@ mod common;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use common::prediction::{PREDICTING, assert_predictions};
 use common::{
     Device, Golden, assert_hidden_parity, assert_parity, assert_parity_of_most, each_packed_model, golden, goldens,
     gpu_trials, has_experts, host, options, packed, packed_in, same_bits, schemes, sparse_schemes, top_two,
@@ -22,6 +23,8 @@ use marlin_model::{ExpertLayers, ExpertOffload, LoadOptions, Planner, load_model
 const EXACT_BOUND: f32 = 1e-5;
 /// With keys, values, activations, scales and, of few rows, sums of 32 products rounded to half precision: the largest error seen is 6.5e-3.
 const HALF_BOUND: f32 = 1e-2;
+/// Of prediction layers, which begin with what the model has computed like this: the largest error seen is 1.2e-2.
+const HALF_PREDICTION_BOUND: f32 = 2e-2;
 /// Their heads have 10 dimensions, like those of no trained model.
 const ODD_HEADS: [&str; 2] = ["llama-mha-untied", "mixtral-window-fused-sharded"];
 
@@ -35,6 +38,9 @@ fn main() -> ExitCode {
                 ("logits_agree_with_transformers", |gpu| logits(gpu, KvType::F32, EXACT_BOUND)),
                 ("packed_models_agree_with_the_reference", |gpu| packed_models(gpu, EXACT_BOUND)),
                 ("logits_agree_with_experts_on_the_host", |gpu| host_experts(gpu, KvType::F32, EXACT_BOUND)),
+                ("predictions_agree_with_transformers", |gpu| {
+                    assert_predictions(Device::Gpu(gpu), KvType::F32, EXACT_BOUND);
+                }),
             ],
         ));
         trials.extend(trials_of(
@@ -44,6 +50,9 @@ fn main() -> ExitCode {
                 ("packed_models_agree_with_the_reference", |gpu| packed_models(gpu, HALF_BOUND)),
                 ("logits_agree_with_experts_on_the_host", |gpu| host_experts(gpu, KvType::F16, HALF_BOUND)),
                 ("the_most_likely_token_is_sampled", sampling),
+                ("predictions_agree_with_transformers", |gpu| {
+                    assert_predictions(Device::Gpu(gpu), KvType::F16, HALF_PREDICTION_BOUND);
+                }),
             ],
         ));
         // On a device of its own: the others take memory meanwhile.
@@ -156,9 +165,11 @@ fn plans(gpu: &'static GpuBackend) {
     let mixtures = ["glm4moelite-shared-mtp", "glm4moe-fused-shared2", "gptoss-mxfp4"].map(golden);
     let offload = ExpertOffload { host: host(Arithmetic::Int8), layers: ExpertLayers::All };
     let whole = folders.into_iter().chain(packed.iter().map(packed_in)).map(|folder| (folder, None));
-    for (folder, offload) in whole.chain(mixtures.map(|folder| (folder, Some(&offload)))) {
+    let predicts = PREDICTING.map(|name| (golden(name), None));
+    for (folder, offload) in whole.chain(mixtures.map(|folder| (folder, Some(&offload)))).chain(predicts) {
         let checkpoint = Checkpoint::open(&folder).unwrap();
-        for options in [LoadOptions::default(), wide, many] {
+        let prediction = Planner::new(gpu, &checkpoint).unwrap().has_prediction_layer();
+        for options in [LoadOptions::default(), wide, many].map(|options| LoadOptions { prediction, ..options }) {
             let mut planner = Planner::new(gpu, &checkpoint).unwrap();
             if let Some(offload) = offload {
                 planner = planner.with_offload(&offload.host, &offload.layers).unwrap();

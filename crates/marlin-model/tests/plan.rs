@@ -5,7 +5,8 @@ mod common;
 use std::alloc::System;
 use std::path::{Path, PathBuf};
 
-use common::{golden, goldens, packed, schemes, sparse_schemes};
+use common::prediction::PREDICTING;
+use common::{golden, goldens, packed, packed_in, schemes, sparse_schemes};
 use marlin_checkpoint::Checkpoint;
 use marlin_format::Format;
 use marlin_kernels::KvType;
@@ -34,6 +35,7 @@ fn plans_are_what_loading_allocates() {
     let backend = backend();
     each_load(&backend, goldens());
     each_offloaded_load(&backend);
+    each_predicting_load(&backend);
     answers_agree_with_plans(&backend);
     unsuitable_options_are_refused(&backend);
 }
@@ -78,6 +80,27 @@ fn each_offloaded_load(device: &CpuBackend) {
             assert_allocates(&plan, &folder, || {
                 load_model_offloaded(device, Some(&offload), &checkpoint, &options).unwrap()
             });
+        }
+    }
+}
+
+/// Loads models with the layer that predicts further tokens, as they are and packed.
+fn each_predicting_load(backend: &CpuBackend) {
+    let formats = schemes([Format::Int4, Format::Fp8, Format::Bf16]);
+    let packed: Vec<_> = PREDICTING.iter().map(|name| packed(&golden(name), &formats)).collect();
+    for folder in PREDICTING.map(golden).into_iter().chain(packed.iter().map(packed_in)) {
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        let planner = Planner::new(backend, &checkpoint).unwrap();
+        assert!(planner.has_prediction_layer());
+        for (step_tokens, kv_blocks, kv_type) in [(512, None, KvType::F16), (2048, Some(9000), KvType::F32)] {
+            let options = LoadOptions { step_tokens, kv_blocks, kv_type, ..LoadOptions::default() };
+            let without = planner.plan(&options).unwrap();
+            let options = LoadOptions { prediction: true, ..options };
+            let plan = planner.plan(&options).unwrap();
+            // A third layer beside two.
+            assert_eq!(2 * plan.block_bytes, 3 * without.block_bytes);
+            assert!(plan.weights > without.weights && plan.activations > without.activations);
+            assert_allocates(&plan, &folder, || load_model(backend, &checkpoint, &options).unwrap());
         }
     }
 }

@@ -8,6 +8,7 @@ use std::path::Path;
 use common::{Device, golden, options};
 use marlin_checkpoint::Checkpoint;
 use marlin_kernels::gpu::{GpuBackend, GpuCaps, GpuOptions};
+use marlin_kernels::reference::ReferenceBackend;
 use marlin_kernels::{KernelError, KvType};
 use marlin_model::{LoadOptions, ModelError, Planner, load_model};
 use safetensors::SafeTensors;
@@ -302,6 +303,31 @@ fn prediction_layers_are_counted() {
             &["num_nextn_predict_layers", "from 0 to"],
         );
     }
+}
+
+/// Who asks for such a layer is told if there is none, by loading and by the plan.
+#[test]
+fn a_prediction_layer_must_be_there() {
+    let options = LoadOptions { prediction: true, ..options(KvType::F16) };
+    let refused = |folder: &Path| {
+        let checkpoint = Checkpoint::open(folder).unwrap();
+        let planner = Planner::new(&ReferenceBackend, &checkpoint).unwrap();
+        let error = load_error(folder, &options);
+        assert!(!planner.has_prediction_layer());
+        assert_eq!(planner.plan(&options).unwrap_err().to_string(), error);
+        error
+    };
+    let none = refused(&golden("qwen3-gqa2-tied"));
+    assert_says(&none, &["no layer that predicts", "--speculate mtp", "num_nextn_predict_layers"]);
+    // config.json speaks of it, as transformers leaves it when it saves a model without.
+    let folder = tempfile::tempdir().unwrap();
+    let source = golden("glm4moe-qknorm-mtp");
+    std::fs::copy(source.join("config.json"), folder.path().join("config.json")).unwrap();
+    let bytes = std::fs::read(source.join("model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let kept = tensors.tensors().into_iter().filter(|(name, _)| !name.starts_with("model.layers.2."));
+    safetensors::serialize_to_file(kept, None, &folder.path().join("model.safetensors")).unwrap();
+    assert_says(&refused(folder.path()), &["lacks the tensor model.layers.2.eh_proj.weight"]);
 }
 
 #[test]

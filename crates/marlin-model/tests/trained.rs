@@ -23,6 +23,7 @@ const OPTIONS: LoadOptions = LoadOptions {
     kv_blocks: None,
     kv_type: KvType::F32,
     measure_routing: false,
+    prediction: false,
 };
 
 /// Grouped queries and dense MLPs.

@@ -12,11 +12,13 @@
 
 mod draft_model;
 mod lookup;
+mod mtp;
 #[cfg(test)]
 mod tests;
 
 pub use self::draft_model::DraftModel;
 pub use self::lookup::PromptLookup;
+pub use self::mtp::MtpDrafter;
 use crate::{EngineError, RequestId};
 
 /// Most tokens that are guessed at a time.
@@ -53,9 +55,24 @@ pub trait Drafter: Send {
         Ok(())
     }
 
-    /// What a token costs it, as a share of what it costs the model: an estimate, until that is measured.
+    /// Whether it guesses by what the model makes of tokens, which it is shown by [`Drafter::observe`].
+    fn wants_hidden(&self) -> bool {
+        false
+    }
+
+    /// The model has computed tokens of an answer, those that were guessed wrong left out: `hidden`, `[n, hidden size]`, are the hidden states
+    /// after its last norm of the tokens at positions `first` to `first + n`. Positions come in order, but some may be left out (what the
+    /// prefix cache had is not computed), and some come again (of an answer that had given way to others).
+    fn observe(&mut self, _answer: AnswerId, _first: usize, _hidden: &[f32]) {}
+
+    /// What a guessed token costs it, as a share of what a token costs the model: an estimate, until that is measured.
     fn relative_cost(&self) -> f64 {
         0.0
+    }
+
+    /// The same of a token that it reads.
+    fn reading_cost(&self) -> f64 {
+        self.relative_cost()
     }
 
     /// An answer has ended.
@@ -80,8 +97,11 @@ pub(crate) struct Pace {
     read: f64,
     /// Of a guessed token, before the model looks at it.
     draft: f64,
-    /// What drafting costs as a share of what the model does, where that is not known.
+    /// What guessing and reading a token cost as a share of what the model does, where that is not known.
     relative_cost: f64,
+    reading_cost: f64,
+    /// What the drafter has taken since the last step, which is no part of the next.
+    drafting: f64,
     /// How likely guesses are right, of all answers: where a new one begins.
     success: f64,
     /// Seconds that all answers have gained by guesses, less those that the drafter has read.
@@ -146,6 +166,8 @@ impl Default for Pace {
             read: 0.0,
             draft: 0.0,
             relative_cost: 0.0,
+            reading_cost: 0.0,
+            drafting: 0.0,
             success: FIRST_SUCCESS,
             earned: 0.0,
             trial: None,
@@ -156,6 +178,7 @@ impl Default for Pace {
 impl Pace {
     /// Takes note of a step, and of whether everything waited for it.
     pub(crate) fn record(&mut self, tokens: usize, seconds: f64, has_waited: bool) {
+        let seconds = self.without_drafting(seconds);
         let times = if has_waited { &mut self.waited } else { &mut self.overlapped };
         times.record(tokens, seconds);
         self.overlapped_steps += usize::from(!has_waited);
@@ -168,11 +191,13 @@ impl Pace {
 
     /// For a drafter of this cost.
     pub(crate) fn of(drafter: &dyn Drafter) -> Self {
-        Self { relative_cost: drafter.relative_cost(), ..Self::default() }
+        let (relative_cost, reading_cost) = (drafter.relative_cost(), drafter.reading_cost());
+        Self { relative_cost, reading_cost, ..Self::default() }
     }
 
     /// Takes note of a step that computes prompts.
     pub(crate) fn record_prompt(&mut self, tokens: usize, seconds: f64) {
+        let seconds = self.without_drafting(seconds);
         learn(&mut self.prompt, tokens, seconds);
     }
 
@@ -180,16 +205,23 @@ impl Pace {
     pub(crate) fn record_read(&mut self, tokens: usize, seconds: f64) {
         learn(&mut self.read, tokens, seconds);
         self.earned -= seconds;
+        self.drafting += seconds;
     }
 
     /// Takes note of guessed tokens.
     pub(crate) fn record_draft(&mut self, tokens: usize, seconds: f64) {
         learn(&mut self.draft, tokens, seconds);
+        self.drafting += seconds;
+    }
+
+    /// The time from step to step, less what the drafter took of it, which has an account of its own.
+    fn without_drafting(&mut self, seconds: f64) -> f64 {
+        (seconds - std::mem::take(&mut self.drafting)).max(f64::MIN_POSITIVE)
     }
 
     /// What it takes the drafter to read so many tokens.
     fn read(&self, tokens: usize) -> f64 {
-        let each = if self.read > 0.0 { self.read } else { self.relative_cost * self.prompt };
+        let each = if self.read > 0.0 { self.read } else { self.reading_cost * self.prompt };
         tokens as f64 * each
     }
 

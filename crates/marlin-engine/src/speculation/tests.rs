@@ -80,6 +80,23 @@ fn luck_may_turn() {
     assert!(run(DEVICES[0], 2000, |place| place % 3 != 0) < 2000.0);
 }
 
+/// What the drafter takes is no part of the step that follows, which would make guesses seem to cost twice as much.
+#[test]
+fn drafting_is_told_apart_from_the_step() {
+    let mut pace = Pace::default();
+    pace.record(1, 0.1, true);
+    for _ in 0..20 {
+        pace.record_draft(2, 0.04);
+        pace.record_read(10, 0.05);
+        pace.record(3, 0.2 + 0.04 + 0.05, true);
+    }
+    assert!((pace.extra(1, 2).unwrap() - (0.1 + 0.04)).abs() < 1e-9);
+    assert!((pace.earned + 20.0 * 0.05).abs() < 1e-9);
+    // It is taken off once.
+    pace.record(3, 0.2, true);
+    assert!((pace.waited.step(3).unwrap() - 0.2).abs() < 1e-9);
+}
+
 #[test]
 fn waiting_for_a_guess_that_does_not_come_costs_little() {
     // A device that is ahead of the host takes a step in 10 ms, and 12 if it must wait to be told the next.

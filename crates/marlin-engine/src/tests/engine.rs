@@ -7,11 +7,12 @@ use marlin_checkpoint::Tokenizer;
 use marlin_kernels::SampleRow;
 use proptest::prelude::*;
 
+use super::fake_layer::{FakeLayer, Watcher};
 use super::fake_model::{FakeModel, Sizes, VOCABULARY, Wire, logits, next_token};
 use super::tokenizers::byte_level;
 use crate::{
-    AnswerId, Drafter, Engine, EngineError, EngineOptions, Event, FinishReason, Grammar, GrammarCompiler, Request,
-    RequestId, SamplingParams, StopConditions, TokenLogprobs,
+    AnswerId, Drafter, Engine, EngineError, EngineOptions, Event, FinishReason, Grammar, GrammarCompiler, MtpDrafter,
+    Request, RequestId, SamplingParams, StopConditions, TokenLogprobs,
 };
 
 pub(super) const ROOMY: Sizes =
@@ -52,10 +53,49 @@ impl Drafter for Guesser {
 
 /// An engine that guesses wherever it can.
 fn guessing_engine(sizes: Sizes, wrong: usize) -> (Engine, Arc<Mutex<Wire>>) {
+    engine_with(sizes, Box::new(Guesser { wrong }))
+}
+
+fn engine_with(sizes: Sizes, drafter: Box<dyn Drafter>) -> (Engine, Arc<Mutex<Wire>>) {
     let (model, wire) = FakeModel::new(sizes);
     let options = EngineOptions { always_draft: true, ..EngineOptions::default() };
     let engine = Engine::with_options(Box::new(model), TOKENIZER.clone(), vec![EOS], &options);
-    (engine.with_drafter(Box::new(Guesser { wrong })), wire)
+    (engine.with_drafter(drafter), wire)
+}
+
+/// Who guesses in the random test.
+#[derive(Debug, Clone, Copy)]
+enum Guesses {
+    Nobody,
+    /// The fake model's own words, wrong in one of so many places.
+    Known(usize),
+    /// A layer, in steps of so many slots, with so many blocks.
+    Layer(usize, usize),
+    /// What is shown is looked at.
+    Watched,
+}
+
+impl Guesses {
+    fn any() -> impl Strategy<Value = Self> {
+        prop_oneof![
+            Just(Self::Nobody),
+            (0..9usize).prop_map(Self::Known),
+            (1..9usize, 1..60usize).prop_map(|(step, blocks)| Self::Layer(step, blocks)),
+            Just(Self::Watched),
+        ]
+    }
+
+    fn engine(self, sizes: Sizes) -> (Engine, Arc<Mutex<Wire>>) {
+        match self {
+            Self::Nobody => engine(sizes),
+            Self::Known(wrong) => guessing_engine(sizes, wrong),
+            Self::Layer(step_tokens, blocks) => {
+                let layer = FakeLayer::new(sizes, step_tokens, blocks);
+                engine_with(sizes, Box::new(MtpDrafter::new(Box::new(layer))))
+            }
+            Self::Watched => engine_with(sizes, Box::<Watcher>::default()),
+        }
+    }
 }
 
 pub(super) fn greedy(prompt: &[u32], max_tokens: usize) -> Request {
@@ -576,6 +616,44 @@ fn what_is_guessed_right_comes_at_once() {
     }
 }
 
+/// A layer of the model that has seen all of a text guesses as the fake model does, so that answers come in a few steps: after a prompt in
+/// chunks, of two answers at once, and on a device that works by itself.
+#[test]
+fn what_the_models_own_layer_guesses_comes_at_once() {
+    for overlaps in [false, true] {
+        let sizes = Sizes { step_tokens: 20, logit_rows: 20, overlaps, ..ROOMY };
+        let (mut engine, wire) = Guesses::Layer(5, 60).engine(sizes);
+        let prompts = [(0..23).collect::<Vec<u32>>(), vec![7, 8]];
+        let ids = prompts.each_ref().map(|prompt| engine.add(greedy(prompt, 40)).unwrap());
+        let outputs = finish(&mut engine);
+        for (prompt, id) in prompts.iter().zip(&ids) {
+            assert_eq!(outputs[id].tokens, expected(prompt, 40));
+        }
+        let (steps, stats) = (wire.lock().unwrap().steps.len(), engine.stats());
+        assert!(steps < 20 && stats.accepted_tokens > 60, "{steps} steps, {stats:?}");
+        assert_eq!(stats.drafted_tokens, stats.accepted_tokens, "all are right");
+        // Where the cache has the beginning, the layer sees the rest only, and guesses what is not so.
+        let again = [&prompts[0][..], &[99, 98]].concat();
+        let id = engine.add(greedy(&again, 20)).unwrap();
+        let output = finish(&mut engine).remove(&id).unwrap();
+        assert!(output.cached.0 > 0);
+        assert_eq!(output.tokens, expected(&again, 20));
+        assert!(engine.stats().drafted_tokens > stats.drafted_tokens, "it guesses nevertheless");
+    }
+}
+
+/// Of a long prompt the layer reads the end, and goes on from there.
+#[test]
+fn a_layer_begins_near_the_end_of_a_long_prompt() {
+    let sizes = Sizes { context: 1024, step_tokens: 300, blocks: 300, ..ROOMY };
+    let (mut engine, _) = Guesses::Layer(50, 100).engine(sizes);
+    let prompt: Vec<u32> = (0..700).map(|i| i % 251).collect();
+    let id = engine.add(greedy(&prompt, 30)).unwrap();
+    let output = finish(&mut engine).remove(&id).unwrap();
+    assert_eq!(output.tokens, expected(&prompt, 30));
+    assert!(engine.stats().drafted_tokens > 0);
+}
+
 /// A request of the random test, and when it comes and goes.
 #[derive(Debug, Clone)]
 struct Visit {
@@ -650,14 +728,14 @@ proptest! {
         block_tokens in 1..9usize,
         spare_blocks in 0..40usize,
         overlaps in any::<bool>(),
-        wrong in prop::option::of(0..9usize),
+        guesses in Guesses::any(),
         is_kept in any::<bool>(),
     ) {
         // The smallest pool that any of the requests can run in, or a larger one.
         let context = 48;
         let blocks = usize::div_ceil(context - 1, block_tokens) + spare_blocks;
         let sizes = Sizes { context, step_tokens, logit_rows, block_tokens, blocks, overlaps };
-        let (mut together, _) = wrong.map_or_else(|| engine(sizes), |wrong| guessing_engine(sizes, wrong));
+        let (mut together, _) = guesses.engine(sizes);
         if is_kept {
             // Of all cases with blocks of one size.
             together = super::store::kept(together, KEPT.path(), "");

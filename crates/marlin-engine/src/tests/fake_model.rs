@@ -166,6 +166,7 @@ impl LanguageModel for FakeModel {
         let slot = |s: usize, position: u32| {
             step.table(s)[position as usize / block_tokens] as usize * block_tokens + position as usize % block_tokens
         };
+        self.hidden.clear();
         for s in 0..step.sequences() {
             for row in step.rows(s) {
                 let token = match step.tokens[row].checked_sub(Step::SAMPLED) {
@@ -173,11 +174,9 @@ impl LanguageModel for FakeModel {
                     None => step.tokens[row],
                 };
                 self.slots.insert(slot(s, step.positions[row]), (token, step.positions[row]));
+                self.hidden.extend(hidden_state(token, step.positions[row]));
             }
         }
-        self.hidden.clear();
-        let tokens = step.tokens.iter().zip(step.positions);
-        self.hidden.extend(tokens.flat_map(|(&token, &position)| hidden_state(token, position)));
         self.histories.clear();
         for &row in step.logit_rows {
             let s = (0..step.sequences()).find(|&s| step.rows(s).contains(&(row as usize))).unwrap();

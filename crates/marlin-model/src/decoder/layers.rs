@@ -132,7 +132,7 @@ impl<'a, B: Backend> LayerRunner<'a, B> {
     pub fn load(&self, checkpoint: &Checkpoint, index: usize) -> Result<LoadedLayer<B>, ModelError> {
         let (read, inputs) = (RefCell::default(), RefCell::default());
         let loader = Loader { backend: self.backend, checkpoint, spec: &self.spec, read: &read, inputs: Some(&inputs) };
-        let layer = loader.layer(index, None)?;
+        let layer = loader.layer(index, &self.spec.layers[index], None)?;
         let KvLayout { block_tokens, layers } = self.spec.kv_layout();
         let layout = KvLayout { block_tokens, layers: vec![layers[index]] };
         let blocks = self.sizes.kv_blocks;

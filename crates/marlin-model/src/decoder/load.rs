@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::collections::HashSet;
 use std::ops::Range;
+use std::sync::Arc;
 
 use marlin_checkpoint::Checkpoint;
 use marlin_format::PackedMatrix;
@@ -10,9 +11,10 @@ use marlin_kernels::cpu::CpuBackend;
 use marlin_kernels::{Backend, HostRoutes, KernelError, KvLayout, LinearPart, PartHeader, RouterLoad, StepLimits};
 
 use super::experts::loaded_scheme;
+use super::prediction::load_prediction;
 use super::{Attention, Decoder, FeedForward, HostWork, Layer, Rope, SharedInput, Workspace};
 use crate::families;
-use crate::spec::{AttentionSpec, DecoderSpec};
+use crate::spec::{AttentionSpec, DecoderSpec, LayerSpec};
 use crate::{
     ExpertLayers, ExpertOffload, HostExpertsInfo, KvPool, LanguageModel, LayerRouting, LoadOptions, ModelError,
     ModelInfo,
@@ -66,10 +68,19 @@ pub(super) fn load_decoder<B: Backend>(
     let loader = Loader { backend, checkpoint, spec: &spec, read: &read, inputs: None };
     let host =
         offload.map(|offload| Loader { backend: &offload.host, checkpoint, spec: &spec, read: &read, inputs: None });
-    let embed_tokens = loader.embedding()?;
-    let layers = (0..spec.layers.len()).map(|index| loader.layer(index, host.as_ref())).collect::<Result<_, _>>()?;
+    let embed_tokens = Arc::new(loader.embedding()?);
+    let host_of = |index| host.as_ref().filter(|_| spec.host_layers.contains(&index));
+    let layer = |(index, layer)| loader.layer(index, layer, host_of(index));
+    let layers = spec.layers.iter().enumerate().map(layer).collect::<Result<_, _>>()?;
     let (norm, lm_head) = loader.end()?;
+    let lm_head = lm_head.map(Arc::new);
     let host_norm = loader.norm_weights(LAST_NORM, spec.hidden_size)?;
+    let prediction = if options.prediction {
+        let shared = [&embed_tokens, lm_head.as_ref().unwrap_or(&embed_tokens)].map(Arc::clone);
+        Some(load_prediction(&loader, options, &sizes, shared)?)
+    } else {
+        None
+    };
     loader.refuse_unread()?;
     checkpoint.release_all();
 
@@ -88,6 +99,7 @@ pub(super) fn load_decoder<B: Backend>(
         norm,
         host_norm,
         lm_head,
+        prediction,
         kv_cache: backend.kv_cache(&kv_layout, options.kv_type, sizes.kv_blocks)?,
         pool: KvPool::new(kv_layout.clone(), sizes.kv_blocks),
         encoder: backend.encoder(&limits)?,
@@ -187,10 +199,14 @@ pub(super) struct Loader<'a, B: Backend> {
 }
 
 impl<B: Backend> Loader<'_, B> {
-    /// A layer, whose experts may be the host's.
-    pub(super) fn layer(&self, index: usize, host: Option<&Loader<'_, CpuBackend>>) -> Result<Layer<B>, ModelError> {
-        let (spec, layer) = (self.spec, &self.spec.layers[index]);
-        let block = format!("model.layers.{index}");
+    /// The layer that has this index in the checkpoint, its experts on the host if there is one.
+    pub(super) fn layer(
+        &self,
+        index: usize,
+        layer: &LayerSpec,
+        host: Option<&Loader<'_, CpuBackend>>,
+    ) -> Result<Layer<B>, ModelError> {
+        let (spec, block) = (self.spec, format!("model.layers.{index}"));
         let (self_attn, mlp) = (format!("{block}.self_attn"), format!("{block}.mlp"));
         let norm = |name: &str| self.norm(&format!("{block}.{name}"), spec.hidden_size);
         let [attn_out_norm, mlp_out_norm] = match spec.norms.outputs {
@@ -208,7 +224,7 @@ impl<B: Backend> Loader<'_, B> {
                 }
             },
             mlp_norm: norm(spec.norms.mlp)?,
-            feed_forward: match (&spec.experts, host.filter(|_| spec.host_layers.contains(&index))) {
+            feed_forward: match (&spec.experts, host) {
                 (Some(experts), Some(host)) => {
                     let norm = format!("{block}.{}", spec.norms.mlp);
                     FeedForward::HostExperts(Box::new(self.host_experts(host, &block, &norm, experts)?))
@@ -325,7 +341,7 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     /// What a norm multiplies by.
-    fn norm_weights(&self, module: &str, len: usize) -> Result<Vec<f32>, ModelError> {
+    pub(super) fn norm_weights(&self, module: &str, len: usize) -> Result<Vec<f32>, ModelError> {
         let mut weights = self.vector(&weight(module), len)?;
         weights.iter_mut().for_each(|weight| *weight += self.spec.norm_offset);
         Ok(weights)

@@ -7,6 +7,7 @@ mod latent;
 mod layers;
 mod load;
 mod mlp;
+mod prediction;
 mod stacks;
 #[cfg(test)]
 mod tests;
@@ -18,7 +19,10 @@ pub(crate) use latent::kv_b_bytes;
 pub use layers::{LayerRunner, LoadedHead, LoadedLayer, SharedInput};
 pub(crate) use load::{Sizes, kv_blocks};
 pub use load::{load_model, load_model_offloaded};
+pub(crate) use prediction::{PredictionMemory, eh_proj_bytes, is_shared, require_prediction};
 pub(crate) use workspace::{angle_shapes, expert_work_bytes, workspace_shapes};
+
+use std::sync::Arc;
 
 use marlin_kernels::{Backend, Encoder, Hadamard, HostRoutes, Input, SampleRow, SamplingId, StepLimits};
 
@@ -28,7 +32,7 @@ use self::host_experts::{HostExperts, HostWork};
 use self::latent::LatentAttention;
 use self::mlp::Mlp;
 use self::workspace::{ExpertWork, Workspace};
-use crate::{KvPool, LanguageModel, LayerRouting, ModelError, ModelInfo, StepBatch};
+use crate::{KvPool, LanguageModel, LayerRouting, ModelError, ModelInfo, PredictionLayer, StepBatch};
 
 /// A loaded model. Fields are named after the checkpoint's tensors.
 struct Decoder<B: Backend> {
@@ -40,13 +44,15 @@ struct Decoder<B: Backend> {
     rotation: Option<Hadamard>,
     logit_cap: Option<f32>,
     ropes: Vec<Rope<B>>,
-    embed_tokens: B::Linear,
+    embed_tokens: Arc<B::Linear>,
     layers: Vec<Layer<B>>,
     norm: B::Vector,
     /// The same in host memory, for those who ask for hidden states.
     host_norm: Vec<f32>,
     /// `None` if the head is the embedding.
-    lm_head: Option<B::Linear>,
+    lm_head: Option<Arc<B::Linear>>,
+    /// Until someone takes it.
+    prediction: Option<Box<dyn PredictionLayer>>,
     pool: KvPool,
     kv_cache: B::KvCache,
     encoder: B::Encoder,
@@ -170,6 +176,10 @@ impl<B: Backend> LanguageModel for Decoder<B> {
 
     fn routing(&self) -> &[LayerRouting] {
         &self.routing
+    }
+
+    fn take_prediction_layer(&mut self) -> Option<Box<dyn PredictionLayer>> {
+        self.prediction.take()
     }
 }
 

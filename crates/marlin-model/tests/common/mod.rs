@@ -1,6 +1,8 @@
 //! Goldens, devices, and a model that is driven as an engine drives one.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub(crate) mod prediction;
+
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 

@@ -14,6 +14,7 @@ use metal_marlin::{DeviceOptions, LoadError};
 use serde_json::{Value, json};
 
 use super::model::{self, HubOptions};
+use super::speculation::Speculate;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -22,6 +23,7 @@ Examples:
   metal-marlin plan path/to/model --memory 8GiB --format int4
   metal-marlin plan Qwen/Qwen3-4B --memory 8GiB
   metal-marlin plan zai-org/GLM-4.7-Flash --format fp4 --memory 8GiB --expert-device cpu
+  metal-marlin plan zai-org/GLM-4.7-Flash --format fp4 --speculate mtp
   metal-marlin plan bundled --json
 
 Only headers are read, and of a model on the Hub no more is fetched unless it is packed. Weights are
@@ -59,6 +61,10 @@ pub(crate) struct Args {
     #[arg(long, short, value_parser = marlin_quantize::quantized_format)]
     format: Option<Format>,
 
+    /// Plan for how tokens are guessed: `mtp` loads the model's layer for that as well
+    #[arg(long, value_name = "HOW")]
+    speculate: Option<Speculate>,
+
     #[command(flatten)]
     device: DeviceOptions,
 
@@ -75,7 +81,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let budget = args.memory.budget(&device);
     let budget = budget.context("the system does not tell how much memory is available; say --memory")?;
     let context = args.context.map_or_else(|| usual_context(&planner), NonZeroUsize::get);
-    let options = LoadOptions { kv_type: args.kv.into(), ..planner.load_options(context, args.concurrency.get()) };
+    let prediction = args.speculate == Some(Speculate::Mtp);
+    let usual = planner.load_options(context, args.concurrency.get());
+    let options = LoadOptions { kv_type: args.kv.into(), prediction, ..usual };
     planner.check_kv_cache(&options)?;
     let plan_of = |planner: &Planner<'_>| match args.format {
         Some(format) => plan_in(planner, &options, format),
@@ -97,7 +105,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             plan,
             budget,
             sequences: args.concurrency.get(),
-            kv_bytes_per_token: planner.kv_bytes_per_token(args.kv.into()),
+            kv_bytes_per_token: plan.block_bytes as usize / plan.block_tokens,
         },
         formats: formats.collect::<anyhow::Result<_>>()?,
     };

@@ -233,8 +233,13 @@ impl Args {
         let usable = needed.clamp(1, shape.context);
         let context = self.context.map_or(usable, NonZeroUsize::get);
         let logit_rows = 1 + self.speculation.logit_rows(device);
-        let options =
-            LoadOptions { context: Some(context), kv_type: self.kv.into(), logit_rows, ..LoadOptions::default() };
+        let options = LoadOptions {
+            context: Some(context),
+            kv_type: self.kv.into(),
+            logit_rows,
+            prediction: self.speculation.predicts(),
+            ..LoadOptions::default()
+        };
         let Some(budget) = self.memory.budget(device) else { return Ok(options) };
         let plan = planner.plan(&options).map_err(LoadError::Model)?;
         let context = match plan.longest_context(budget.device, 1) {

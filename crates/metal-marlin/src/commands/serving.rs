@@ -219,6 +219,7 @@ impl ServingOptions {
             kv_type: self.kv.into(),
             logit_rows: rows,
             step_tokens: defaults.step_tokens.max(rows),
+            prediction: self.speculation.predicts(),
             ..defaults
         };
         let plan = planner.plan(&options).map_err(LoadError::Model)?;

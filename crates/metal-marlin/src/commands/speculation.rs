@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use clap::ValueEnum;
 use marlin_checkpoint::Tokenizer;
-use marlin_engine::{DraftModel, Engine, MOST_DRAFT, PromptLookup};
+use marlin_engine::{DraftModel, Engine, MOST_DRAFT, MtpDrafter, PromptLookup};
 use marlin_kernels::KvType;
 use marlin_model::LoadOptions;
 use metal_marlin::LoadError;
@@ -19,8 +19,8 @@ use crate::progress;
 #[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Speculation")]
 pub(crate) struct SpeculationOptions {
-    /// Guess what comes next from the text itself, and look at several guessed tokens at a time where that pays; answers stay what they are
-    /// [default: lookup on a CPU, off on a GPU]
+    /// Guess what comes next from the text itself (lookup) or by the model's own layer for that (mtp), and look at several guessed tokens at a
+    /// time where that pays; answers stay what they are [default: lookup on a CPU, off on a GPU]
     #[arg(long, value_name = "HOW")]
     speculate: Option<Speculate>,
 
@@ -30,9 +30,11 @@ pub(crate) struct SpeculationOptions {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Speculate {
+pub(crate) enum Speculate {
     /// What followed on the same words before follows again.
     Lookup,
+    /// By the layer for multi-token prediction that checkpoints of GLM-4.5 to 4.7 and DeepSeek-V3 have.
+    Mtp,
     /// Not at all.
     Off,
 }
@@ -50,7 +52,12 @@ impl SpeculationOptions {
 
     /// Rows of logits that guesses may take, beside one for each answer.
     pub(crate) fn logit_rows(&self, device: &Device) -> usize {
-        if self.draft_model.is_some() || self.looks_up(device) { MOST_DRAFT } else { 0 }
+        if self.draft_model.is_some() || self.predicts() || self.looks_up(device) { MOST_DRAFT } else { 0 }
+    }
+
+    /// Whether the model is to be loaded with its layer that predicts further tokens ([`LoadOptions::prediction`]).
+    pub(crate) fn predicts(&self) -> bool {
+        self.speculate == Some(Speculate::Mtp)
     }
 
     fn looks_up(&self, device: &Device) -> bool {
@@ -61,7 +68,11 @@ impl SpeculationOptions {
     }
 
     /// Lets the engine guess as the options say. A draft model is loaded beside its model, with room for `sequences` answers.
-    pub(crate) fn apply(&self, engine: Engine, device: &Device, sequences: usize) -> anyhow::Result<Engine> {
+    pub(crate) fn apply(&self, mut engine: Engine, device: &Device, sequences: usize) -> anyhow::Result<Engine> {
+        if self.predicts() {
+            let layer = engine.take_prediction_layer().context("the model was loaded without its prediction layer")?;
+            return Ok(engine.with_drafter(Box::new(MtpDrafter::new(layer))));
+        }
         let Some(path) = &self.draft_model else {
             let looks_up = self.looks_up(device);
             return Ok(if looks_up { engine.with_drafter(Box::new(PromptLookup::default())) } else { engine });

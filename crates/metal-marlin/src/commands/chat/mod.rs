@@ -121,6 +121,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         context: args.context.map(NonZeroUsize::get).or(default_context),
         kv_type: args.kv.into(),
         logit_rows: 1 + args.speculation.logit_rows(&device),
+        prediction: args.speculation.predicts(),
         ..Default::default()
     };
     let model = progress::spinner(&format!("Loading {}", checkpoint.name()), || {

@@ -1,69 +1,23 @@
 //! One answer on its way: its tokens, their place in the KV cache, and what is still to come.
 
-use std::ops::Range;
+mod part;
+
 use std::time::Instant;
 
 use marlin_checkpoint::Tokenizer;
 use marlin_kernels::{SampleRow, Step};
 use marlin_model::{KvPool, KvSequence, LogitRows, ModelError, StepBatch};
 
+pub(crate) use self::part::{Computed, Lookup, Part, Rank, Room};
 use crate::logprobs::token_logprobs;
 use crate::pooling::{Pooled, Pooling};
 use crate::prefix::BlockNames;
 use crate::sampling::Sampler;
-use crate::speculation::{Account, AnswerId, DraftedStep, Drafter, MOST_UNREAD, Pace};
+use crate::speculation::{Account, DraftedStep, Drafter, MOST_UNREAD, Pace};
 use crate::store::BlockKey;
 use crate::{
     Constraint, EngineError, Event, Finish, FinishReason, Request, RequestId, StopConditions, TextStream, TokenLogprobs,
 };
-
-/// Where an answer stands in line: by the priority of its request, then by when that came.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Rank {
-    pub(crate) priority: i32,
-    pub(crate) request: RequestId,
-    pub(crate) choice: u32,
-}
-
-/// Whether the store on disk was asked for what an answer begins with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Lookup {
-    NotYet,
-    /// Blocks are on their way.
-    Waiting,
-    Done,
-}
-
-/// An answer's part in a step.
-#[derive(Debug, Clone)]
-pub(crate) struct Part {
-    pub(crate) rank: Rank,
-    /// Tokens that it has computed when the step is done.
-    computed: usize,
-    /// Its rows of the step's logits.
-    pub(crate) rows: Range<usize>,
-    /// Its rows of the step's tokens.
-    tokens: Range<usize>,
-    /// The step computes the last of its tokens.
-    is_complete: bool,
-    /// Its next token comes from the last of the rows, but for those of guesses.
-    pub(crate) is_sampled: bool,
-    /// Guesses, each of which has a row behind that of the next token.
-    pub(crate) drafted: usize,
-}
-
-/// What came of a step.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Computed<'a> {
-    /// If they were read, `vocabulary` to a row.
-    pub(crate) logits: &'a [f32],
-    pub(crate) vocabulary: usize,
-    /// Hidden states of all tokens, if they were read, `hidden_size` to a row.
-    pub(crate) hidden: &'a [f32],
-    pub(crate) hidden_size: usize,
-    /// A token to a row.
-    pub(crate) sampled: &'a [u32],
-}
 
 /// The state of an answer from the request to its last token.
 #[derive(Debug)]
@@ -111,20 +65,6 @@ pub(crate) struct Sequence {
     /// Tokens that end it: its own, and the model's unless it ignores them.
     end_tokens: Vec<u32>,
     text: TextStream,
-}
-
-impl Rank {
-    /// The answer's name.
-    pub(crate) fn answer(self) -> AnswerId {
-        AnswerId { request: self.request, choice: self.choice }
-    }
-}
-
-impl Part {
-    /// The row of its next token; those of its guesses follow.
-    fn next_row(&self) -> usize {
-        self.rows.end - 1 - self.drafted
-    }
 }
 
 impl Sequence {
@@ -387,6 +327,15 @@ impl Sequence {
         self.accepted
     }
 
+    /// A step is over in which it had a part: shows the drafter what the model made of those of its tokens that stay. `hidden` are the hidden
+    /// states of the whole step, `width` to a token.
+    pub(crate) fn show(&self, drafter: &mut dyn Drafter, part: &Part, hidden: &[f32], width: usize) {
+        let (first, count) = (part.tokens.start, self.computed - part.start);
+        if self.may_draft() {
+            drafter.observe(self.rank.answer(), part.start, &hidden[first * width..(first + count) * width]);
+        }
+    }
+
     /// Adds the next `count` of its pending tokens to a step; those beyond are guesses.
     pub(crate) fn take_part(
         &mut self,
@@ -411,8 +360,16 @@ impl Sequence {
         let first = batch.tokens();
         let rows = batch.push(&self.kv, tokens, logits);
         self.tokens.truncate(self.tokens.len() - drafted);
-        let (rank, computed, tokens) = (self.rank, self.kv.len() - drafted, first..first + count);
-        Ok(Part { rank, computed, rows, tokens, is_complete, is_sampled, drafted })
+        Ok(Part {
+            rank: self.rank,
+            tokens: first..first + count,
+            start,
+            computed: self.kv.len() - drafted,
+            rows,
+            is_complete,
+            is_sampled,
+            drafted,
+        })
     }
 
     /// How its next token is chosen, and those behind its guesses, by the rows of its part in the sampling that is about to start.
@@ -603,23 +560,5 @@ impl Sequence {
         let Some(constraint) = &mut self.constraint else { return Ok(false) };
         constraint.accept(token)?;
         Ok(constraint.is_finished())
-    }
-}
-
-/// The room an answer takes at worst.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Room {
-    /// Tokens, prompt included.
-    pub(crate) tokens: usize,
-    /// KV blocks for them.
-    pub(crate) kv_blocks: usize,
-}
-
-impl Room {
-    pub(crate) fn new(prompt: usize, max_tokens: usize, context: usize, block_tokens: usize) -> Self {
-        let tokens = prompt.saturating_add(max_tokens).min(context);
-        // The last generated token is never fed back.
-        let computed = prompt.max(tokens - 1);
-        Self { tokens, kv_blocks: computed.div_ceil(block_tokens) }
     }
 }
