@@ -20,6 +20,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+BLOCK_TOKENS = 32
 ROOT = Path(__file__).resolve().parents[1]
 # Each is a token of most models, and of those that `benches/peers/random_checkpoint.py` makes.
 WORDS = (
@@ -64,10 +65,6 @@ class Server:
                 usage = event.get("usage") or usage
         return first, text, usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]
 
-    def metric(self, name):
-        with urllib.request.urlopen(self.url + "/metrics") as answer:
-            return float(re.search(rf"^metal_marlin_{name} (\S+)", answer.read().decode(), re.M)[1])
-
     def kill(self):
         self.process.kill()
         self.process.wait()
@@ -79,7 +76,7 @@ def main():
     parser.add_argument("--words", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--options", nargs="*", default=[], help="further options of `serve`, such as --options=--context=4096")
+    parser.add_argument("--option", action="append", default=[], help="a further option of `serve`, such as --option=--context=4096")
     parser.add_argument("--metal-marlin", default=str(ROOT / "target/release/metal-marlin"))
     arguments = parser.parse_args()
     words = random.Random(0)
@@ -89,7 +86,7 @@ def main():
         return system + " " + " ".join(random.Random(number).choice(WORDS) for _ in range(8))
 
     def round_of(number, *options):
-        server = Server(arguments, *arguments.options, *options)
+        server = Server(arguments, *arguments.option, *options)
         server.ask("case number", 1)
         answer = server.ask(question(number), 4)
         server.kill()
@@ -97,12 +94,14 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         kept = ["--kv-cache-dir", folder]
-        server = Server(arguments, *arguments.options, *kept)
+        server = Server(arguments, *arguments.option, *kept)
         *_, tokens = server.ask(question(0), 1)
-        while server.metric("kv_store_blocks") < tokens // 32:
+        blocks = []
+        while len(blocks) < tokens // BLOCK_TOKENS:
             time.sleep(0.1)
-        size = server.metric("kv_store_bytes")
+            blocks = list(Path(folder).rglob("*.block"))
         server.kill()
+        size = sum(block.stat().st_size for block in blocks)
         print(f"a prompt of {tokens} tokens; {size / 2**20:.0f} MiB on disk", flush=True)
         ratios = []
         for number in range(1, arguments.rounds + 1):

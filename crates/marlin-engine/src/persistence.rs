@@ -31,8 +31,10 @@ pub(crate) struct Persistence {
     /// Blocks to save, and their names.
     to_save: VecDeque<(BlockKey, LastUse)>,
     names: HashSet<BlockHash>,
-    /// Since when no more could be saved.
-    full_since: Option<Instant>,
+    /// Blocks were handed over, and may not be written yet.
+    is_writing: bool,
+    /// Since when nothing was done but to wait for the disk.
+    waiting_since: Option<Instant>,
     /// What is on its way from the disk, in the order in which it was asked for, and for whom.
     fetches: VecDeque<(Rank, Fetch)>,
     /// Tokens that came.
@@ -54,7 +56,8 @@ impl Persistence {
             payload,
             to_save: VecDeque::new(),
             names: HashSet::new(),
-            full_since: None,
+            is_writing: false,
+            waiting_since: None,
             fetches: VecDeque::new(),
             hits: 0,
         })
@@ -69,9 +72,9 @@ impl Persistence {
         self.store.stats()
     }
 
-    /// Whether nothing is left to save. (Those who wait for blocks know themselves.)
+    /// Whether nothing is left to save, and what was saved is known. (Those who wait for blocks know themselves.)
     pub(crate) fn is_idle(&self) -> bool {
-        self.to_save.is_empty()
+        self.to_save.is_empty() && !self.is_writing
     }
 
     /// These blocks, with their places in a sequence, shall be saved, those that are on disk counted as used.
@@ -88,14 +91,17 @@ impl Persistence {
 
     /// Hands blocks over to be written, as many as there is time and room for.
     pub(crate) fn save(&mut self, model: &mut dyn LanguageModel, is_busy: bool) -> Result<(), EngineError> {
-        if self.to_save.is_empty() {
+        let room = self.store.room(self.payload);
+        let is_written = self.store.is_written();
+        if self.to_save.is_empty() && (!self.is_writing || is_written) {
+            (self.is_writing, self.waiting_since) = (false, None);
             return Ok(());
         }
-        let room = self.store.room(self.payload);
-        if room == 0 {
-            return Ok(self.wait_for_room(is_busy));
+        if self.to_save.is_empty() || room == 0 {
+            self.wait(is_busy);
+            return Ok(());
         }
-        self.full_since = None;
+        (self.is_writing, self.waiting_since) = (true, None);
         let most = room.min((budget(is_busy) / self.payload.max(1)).max(1));
         let (mut blocks, mut keys) = (Vec::new(), Vec::new());
         while blocks.len() < most
@@ -113,20 +119,20 @@ impl Persistence {
         }
         let mut bytes = vec![0; blocks.len() * self.payload];
         model.read_kv_blocks(&blocks, &mut bytes)?;
-        for ((key, used), payload) in keys.into_iter().zip(bytes.chunks_exact(self.payload)) {
+        for ((key, used), payload) in keys.into_iter().zip(bytes.chunks_exact(self.payload.max(1))) {
             self.store.save(key, used, payload.to_vec());
         }
         Ok(())
     }
 
     /// The disk is slower than the model. What it does not take in a while is not saved.
-    fn wait_for_room(&mut self, is_busy: bool) {
-        let since = *self.full_since.get_or_insert_with(Instant::now);
+    fn wait(&mut self, is_busy: bool) {
+        let since = *self.waiting_since.get_or_insert_with(Instant::now);
         if since.elapsed() > PATIENCE {
             self.store.note_dropped(self.to_save.len());
             self.to_save.clear();
             self.names.clear();
-            self.full_since = None;
+            (self.is_writing, self.waiting_since) = (false, None);
         } else if !is_busy {
             thread::sleep(PAUSE);
         }

@@ -9,6 +9,16 @@ use crate::kv_codes::KvCodes;
 use crate::sampling::host::token_of;
 use crate::{KernelError, KvLayout, KvType, Step};
 
+/// Gives the memory of what was dropped back to the system, of which glibc keeps pieces of up to 32 MiB for itself: most matrices of a
+/// model.
+pub fn return_freed_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it may be called at any time, from any thread.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Activations `[rows, width]` in host memory, row-major.
 #[derive(Debug, Clone)]
 pub struct HostBuffer {

@@ -30,7 +30,7 @@ pub use backend::{
 };
 pub use error::{BeyondBinding, KernelError};
 pub use hadamard::Hadamard;
-pub use host::{HostBuffer, HostKvCache};
+pub use host::{HostBuffer, HostKvCache, return_freed_memory};
 pub use kv::{KvLayer, KvLayout, KvType};
 pub use routing::{HostRoutes, RouterLoad, RouterScore, Routing};
 pub use sampling::{SampleRow, SamplingId, TokenCount};

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use marlin_checkpoint::{Checkpoint, Storage};
-use marlin_format::{Format, ScaleSearch};
+use marlin_format::{Format, ScaleSearch, Scheme};
 use marlin_kernels::KvType;
 use marlin_kernels::reference::ReferenceBackend;
 use marlin_model::{LoadOptions, LogitRows, Planner, RotationParts, StepBatch, load_model};
@@ -57,14 +57,15 @@ fn error(found: &[f32], wanted: &[f32]) -> f64 {
     (difference / wanted.iter().map(|&w| square(f64::from(w))).sum::<f64>()).sqrt()
 }
 
-/// Rotated, too: the decoder turns its hidden states back, and the layer stays as it is.
+/// In 8 bits nearly; rotated in single precision exactly: the decoder turns its hidden states back, and the layer stays as it is.
 #[test]
 fn a_quantised_model_guesses_as_it_did() {
+    let int8 = (Format::Int8.scheme(None).unwrap(), RotationParts::default(), 1e-4..0.1);
+    let rotated = (Scheme::F32, RotationParts::ALL, 1e-9..1e-4);
     for name in ["glm4moe-qknorm-mtp", "glm4moelite-shared-mtp"] {
         let (tokens, wanted) = wanted(&golden(name));
-        for rotate in [RotationParts::default(), RotationParts::ALL] {
-            let int8 = Format::Int8.scheme(None).unwrap();
-            let recipe = Recipe { rotate, ..Recipe::uniform(int8, None, ScaleSearch::Mse) };
+        for (scheme, rotate, range) in [int8.clone(), rotated.clone()] {
+            let recipe = Recipe { rotate, ..Recipe::uniform(scheme, None, ScaleSearch::Mse) };
             let folder = tempfile::tempdir().unwrap();
             let out = folder.path().join("quantised");
             let source = Checkpoint::open(&golden(name)).unwrap();
@@ -75,10 +76,13 @@ fn a_quantised_model_guesses_as_it_did() {
                 let info = checkpoint.info(&format!("model.layers.2.{tensor}.weight")).unwrap();
                 matches!(info.storage, Storage::Packed(_))
             };
-            assert!(is_packed("self_attn.o_proj") && is_packed("mlp.experts.3.up_proj"), "{name}");
+            for tensor in ["self_attn.o_proj", "mlp.experts.3.up_proj"] {
+                assert_eq!(is_packed(tensor), !scheme.is_dense(), "{name}: {tensor}");
+            }
+            assert_eq!(checkpoint.rotations().hidden.is_some(), rotate.hidden);
             assert!(!is_packed("eh_proj") && !is_packed("enorm"), "{name}: as they were");
             let error = error(&logits(&checkpoint, &tokens), &wanted);
-            assert!((1e-4..0.1).contains(&error), "{name}, {rotate:?}: {error}");
+            assert!(range.contains(&error), "{name} in {scheme}, {rotate:?}: {error}");
         }
     }
 }

@@ -321,15 +321,6 @@ pub fn available() -> Option<u64> {
     Some(limit.map_or(machine, |(max, current)| machine.min(max.saturating_sub(current))))
 }
 
-/// Gives memory that was freed back to the system, of which glibc keeps blocks of up to 32 MiB for itself: most matrices of a model.
-pub fn give_back() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: it may be called at any time, from any thread.
-    unsafe {
-        libc::malloc_trim(0);
-    }
-}
-
 /// `MemAvailable` of /proc/meminfo, which counts in KiB.
 fn meminfo_available(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;

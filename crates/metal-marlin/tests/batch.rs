@@ -153,3 +153,22 @@ fn lines_name_different_models() {
         [("chat-1", "two"), ("chat-2", "one"), ("chat-3", "two"), ("chat-4", "one"), ("chat-5", "model_not_found")];
     assert_eq!(answered, expected);
 }
+
+#[test]
+fn blocks_on_disk_are_found_by_the_next_batch() {
+    let prompt = "There was an old house at the end of the lane, and nobody lived in it. ".repeat(8);
+    let body = json!({ "prompt": prompt, "max_tokens": 4, "seed": 1 });
+    let request = json!({ "custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body });
+    let kept = TempDir::new().unwrap();
+    let answer = || {
+        let batch = Batch::new(std::slice::from_ref(&request));
+        let output = batch.command().arg("--kv-cache-dir").arg(kept.path()).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let body = lines(&batch.answers()).remove(0)["response"]["body"].clone();
+        let cached = body["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+        (body["choices"][0]["text"].clone(), cached)
+    };
+    let (first, again) = (answer(), answer());
+    assert_eq!((&first.0, first.1), (&again.0, 0));
+    assert!(again.1 >= 64, "{} tokens", again.1);
+}

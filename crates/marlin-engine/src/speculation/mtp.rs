@@ -10,7 +10,7 @@ use crate::EngineError;
 
 /// Hidden states of an answer that wait to be read; of more, the last. So an answer takes little memory, and a long prompt little time: the
 /// layer then begins where they do, and sees nothing before.
-const MOST_WAITING: usize = 256;
+const MOST_WAITING: usize = 64;
 
 /// The layer that a model has for predicting further tokens (multi-token prediction, MTP): it guesses the token after the next from what the model
 /// made of the last one. Its KV cache follows each answer.

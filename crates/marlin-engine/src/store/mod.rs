@@ -233,6 +233,11 @@ impl BlockStore {
         room.max(u64::from(queued == 0)) as usize
     }
 
+    /// Whether all blocks that were handed over are on disk, or never will be.
+    pub(crate) fn is_written(&self) -> bool {
+        self.shared.queued.load(Ordering::Acquire) == 0
+    }
+
     /// Writes a block, in a while.
     pub(crate) fn save(&self, key: BlockKey, used: LastUse, payload: Vec<u8>) {
         self.shared.queued.fetch_add(payload.len() as u64, Ordering::AcqRel);

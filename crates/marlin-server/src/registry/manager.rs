@@ -171,7 +171,10 @@ impl<T: Running> Manager<T> {
         self.slots[model].state = State::Unloaded;
         self.slots[model].entry.set_status(Status::Unloaded);
         let failure = match result {
-            Ok(started) => return self.keep(model, started),
+            Ok(started) => {
+                tracing::info!("{} is loaded", self.slots[model].entry.name());
+                return self.keep(model, started);
+            }
             Err(LoadFailure::NoRoom(shortage)) if self.slots.iter().any(Slot::is_loaded) => {
                 self.wanted = Some(Wanted { model, shortage, leaving: None });
                 return;
@@ -330,7 +333,7 @@ impl<T: Running> Manager<T> {
         let Some(events) = self.sender.upgrade() else { return };
         let slot = &mut self.slots[model];
         let State::Loaded(running, thread, kept) = std::mem::replace(&mut slot.state, State::Changing) else { return };
-        tracing::info!("unloading {} ({})", slot.entry.name(), reason.name());
+        tracing::info!("{} is unloaded ({})", slot.entry.name(), reason.name());
         slot.entry.set_status(Status::Unloaded);
         self.is_at_work = true;
         let metrics = self.metrics.clone();

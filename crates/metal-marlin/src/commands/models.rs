@@ -11,7 +11,7 @@ use marlin_server::{LoadFailure, LoadedModel, ModelLoader, Models};
 use metal_marlin::LoadError;
 use metal_marlin::device::Device;
 use metal_marlin::load;
-use metal_marlin::memory::{self, MemoryBudget};
+use metal_marlin::memory::MemoryBudget;
 
 use super::serving::ServingOptions;
 
@@ -197,7 +197,10 @@ impl ModelLoader for Loader {
 
 /// The models that are loaded leave too little memory for one more.
 #[derive(Debug, thiserror::Error)]
-#[error("{model} needs {} with room for {} tokens; {} of {} are left by the models that are loaded", format_size(plan.total()), plan.context, format_size(left.device), format_size(all.device))]
+#[error(
+    "{model} needs {} with room for {} tokens; {} of {} are left by the models that are loaded",
+    format_size(plan.total()), plan.context, format_size(left.device), format_size(all.device)
+)]
 pub(crate) struct NoRoom {
     pub(crate) model: String,
     /// What it takes at least.
@@ -218,7 +221,7 @@ pub(crate) struct GivesBack;
 
 impl Drop for GivesBack {
     fn drop(&mut self) {
-        memory::give_back();
+        marlin_kernels::return_freed_memory();
     }
 }
 

@@ -233,7 +233,7 @@ impl ServingOptions {
             let usual = if self.context.is_some() { context } else { memory::usual_context(&planner) };
             let least = if self.kv_tokens.is_some() { wanted } else { wanted.min(blocks_of(usual)) };
             if room.is_shared {
-                let options = LoadOptions { context: Some(usual), kv_blocks: Some(least), ..options.clone() };
+                let options = LoadOptions { context: Some(usual), kv_blocks: Some(least), ..options };
                 let plan = Box::new(planner.plan(&options).map_err(LoadError::Model)?);
                 if !room.left.fits(&plan) {
                     let alone = Room { left: room.all, is_shared: false, ..*room };

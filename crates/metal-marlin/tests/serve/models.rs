@@ -59,7 +59,7 @@ impl Copies {
         self.0.path().join(name).to_str().unwrap().to_owned()
     }
 
-    /// What each of them says, with options.
+    /// A server of all of them.
     fn start(&self, options: &[&str]) -> Server {
         Server::start(&[&["--models-dir", self.folder(), "--no-cache", "--threads", "1"], options].concat())
     }
@@ -342,7 +342,7 @@ fn models_share_a_gpu() {
         let answers = thread::scope(|scope| {
             let ask = |name: &'static str| {
                 let server = &server;
-                scope.spawn(move || said(server, name, "Hello"))
+                scope.spawn(move || said(server, name, "Tell me a story about a dog."))
             };
             ["alpha", "beta"].map(ask).map(|answer| answer.join().unwrap())
         });

@@ -2,19 +2,22 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde_json::{Value, json};
 
 use crate::server::Server;
 use crate::{TEXT, has_gpu};
 
+const SENTENCE: &str = "There was an old house at the end of the lane, and nobody had lived in it for a long time. ";
+
 /// About 190 tokens.
 fn prompt() -> String {
-    "There was an old house at the end of the lane, and nobody had lived in it for a long time. ".repeat(9)
+    SENTENCE.repeat(9)
 }
 
 fn body(prompt: &str) -> Value {
-    json!({ "model": "bundled", "prompt": prompt, "max_tokens": 8, "seed": 1, "logprobs": 3, "ignore_eos": true })
+    json!({ "model": "bundled", "prompt": prompt, "max_tokens": 4, "seed": 1, "logprobs": 3, "ignore_eos": true })
 }
 
 fn start(device: &str, folder: &Path, options: &[&str]) -> Server {
@@ -41,28 +44,28 @@ fn files(folder: &Path) -> Vec<PathBuf> {
 
 #[test]
 fn prompts_outlive_a_server_that_is_killed() {
-    survives("cpu");
+    survives("cpu", &prompt());
 }
 
-/// On whichever there is.
+/// On whichever there is; a processor that plays one takes its time for long prompts.
 #[test]
 fn prompts_outlive_a_server_on_a_gpu() {
     if has_gpu() {
-        survives("gpu");
+        survives("gpu", &SENTENCE.repeat(4));
     }
 }
 
-fn survives(device: &str) {
+fn survives(device: &str, prompt: &str) {
     let folder = tempfile::tempdir().unwrap();
     let first = start(device, folder.path(), &[]);
-    let fresh = first.ask(TEXT, &body(&prompt()));
+    let fresh = first.ask(TEXT, &body(prompt));
     let tokens = fresh["usage"]["prompt_tokens"].as_u64().unwrap();
     assert_eq!(cached(&fresh), 0);
-    let blocks = (tokens + 7) / 32;
+    let blocks = (tokens + 3) / 32;
     kill_with_blocks(first, blocks as f64);
 
     let second = start(device, folder.path(), &["--threads", "1"]);
-    let again = second.ask(TEXT, &body(&prompt()));
+    let again = second.ask(TEXT, &body(prompt));
     let whole = (tokens - 1) / 32 * 32;
     assert_eq!((cached(&again), second.metric("metal_marlin_kv_store_hits_total") as u64), (whole, whole));
     if device == "cpu" {
@@ -73,10 +76,10 @@ fn survives(device: &str) {
     second.assert_idle();
 
     // A changing first line: everything after it depends on it, and nothing is used.
-    let changed = second.ask(TEXT, &body(&format!("It is 12:01. {}", prompt())));
+    let changed = second.ask(TEXT, &body(&format!("It is 12:01. {prompt}")));
     assert!(cached(&changed) < 32, "{}", changed["usage"]);
     // Instead, what changes comes last.
-    let ended = second.ask(TEXT, &body(&format!("{}It is 12:01.", prompt())));
+    let ended = second.ask(TEXT, &body(&format!("{prompt}It is 12:01.")));
     assert!(cached(&ended) >= whole, "{}", ended["usage"]);
 }
 
@@ -135,4 +138,29 @@ fn damaged_files_are_computed_again() {
     let third = start("cpu", folder.path(), &[]);
     let again = third.ask(TEXT, &body(&prompt()));
     assert!(cached(&again) > 0 && again["choices"] == fresh["choices"]);
+}
+
+#[test]
+fn a_folder_that_cannot_be_used_is_an_error_at_the_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    fs::write(&file, "x").unwrap();
+    let (file, good) = (file.to_str().unwrap(), folder.path().to_str().unwrap());
+    let cases: [(&[&str], &str); 3] = [
+        (&["--kv-cache-dir", file], "may write to"),
+        (
+            &["--kv-cache-dir", good, "--kv-cache-size", "1KiB"],
+            "may take 1024 bytes, but one block of this model takes",
+        ),
+        (&["--kv-cache-size", "1GiB"], "--kv-cache-dir <DIR>"),
+    ];
+    for (options, wanted) in cases {
+        let output = Command::new(env!("CARGO_BIN_EXE_metal-marlin"))
+            .args(["serve", "--port", "0", "--device", "cpu"])
+            .args(options)
+            .output()
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && said.contains(wanted), "{options:?}: {said}");
+    }
 }

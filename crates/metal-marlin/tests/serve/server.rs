@@ -90,11 +90,13 @@ impl Server {
         response.json()
     }
 
-    /// A number among the metrics.
+    /// A number among the metrics, of all models together.
     pub(crate) fn metric(&self, name: &str) -> f64 {
         let metrics = self.get("/metrics").body;
-        let line = metrics.lines().find(|line| line.split([' ', '{']).next() == Some(name));
-        line.unwrap_or_else(|| panic!("{name} in {metrics}")).rsplit_once(' ').unwrap().1.parse().unwrap()
+        let lines = metrics.lines().filter(|line| line.split([' ', '{']).next() == Some(name));
+        let numbers: Vec<f64> = lines.map(|line| line.rsplit_once(' ').unwrap().1.parse().unwrap()).collect();
+        assert!(!numbers.is_empty(), "{name} in {metrics}");
+        numbers.iter().sum()
     }
 
     pub(crate) fn wait_for(&self, what: &str, mut is_so: impl FnMut(&Self) -> bool) {
