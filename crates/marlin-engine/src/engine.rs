@@ -111,6 +111,8 @@ struct Started {
     sampling: Option<SamplingId>,
     /// Rows of logits.
     rows: usize,
+    /// It was started when everything before it was finished, so that the device had nothing to do in the meantime.
+    has_waited: bool,
     parts: Vec<Part>,
     /// If one of the parts wants them.
     logits: Vec<f32>,
@@ -298,7 +300,12 @@ impl Engine {
         let Some(kept) = &mut self.persistence else { return Ok(()) };
         let is_busy = self.scheduler.running() > 0 || !self.started.is_empty();
         kept.restore(self.model.as_mut(), is_busy, &mut self.scheduler)?;
-        kept.save(self.model.as_mut(), is_busy)
+        kept.save(self.model.as_mut(), is_busy)?;
+        if !is_busy {
+            // To wait for the disk is no part of the next step.
+            self.last_finished = Instant::now();
+        }
+        Ok(())
     }
 
     fn admit(&mut self) {
@@ -343,6 +350,7 @@ impl Engine {
 
         step.rows = self.batch.logit_rows();
         step.tokens = self.batch.tokens();
+        step.has_waited = self.started.is_empty();
         step.sampling = None;
         step.logits.clear();
         if self.scheduler.members(&step.parts).any(|(sequence, part)| sequence.wants_logits(part)) {
@@ -436,6 +444,9 @@ impl Engine {
         self.last_finished = Instant::now();
         let drafted: usize = step.parts.iter().map(|part| part.drafted).sum();
         let tokens = step.tokens - drafted;
+        if let Some(kept) = self.persistence.as_mut().filter(|_| tokens != step.parts.len()) {
+            kept.note_computed(tokens, seconds);
+        }
         if self.drafter.is_none() {
             return;
         }
@@ -443,9 +454,8 @@ impl Engine {
             // Beside a chunk of a prompt, what answers add is little.
             return self.pace.record_prompt(step.tokens, seconds);
         }
-        let has_waited = self.started.is_empty();
-        self.pace.record(step.tokens, seconds, has_waited);
-        let drafted = DraftedStep { tokens, drafted, has_waited };
+        self.pace.record(step.tokens, seconds, step.has_waited);
+        let drafted = DraftedStep { tokens, drafted, has_waited: step.has_waited };
         for (sequence, part) in self.scheduler.members(&step.parts) {
             sequence.settle(&mut self.pace, drafted, part);
         }

@@ -11,7 +11,7 @@ use marlin_model::{BlockHash, KvPool, LanguageModel, ModelError};
 
 use crate::scheduler::Scheduler;
 use crate::sequence::{Rank, Sequence};
-use crate::store::{Arrival, BlockKey, Fetch, LastUse, PATIENCE};
+use crate::store::{Arrival, BlockKey, Fetch, FetchPace, LastUse, PATIENCE};
 use crate::{BlockStore, EngineError, StoreStats};
 
 /// Bytes that go to disk, or come from there, between two steps beside answers under way, at least a block: so that these do not stop.
@@ -37,6 +37,7 @@ pub(crate) struct Persistence {
     waiting_since: Option<Instant>,
     /// What is on its way from the disk, in the order in which it was asked for, and for whom.
     fetches: VecDeque<(Rank, Fetch)>,
+    pace: FetchPace,
     /// Tokens that came.
     hits: u64,
 }
@@ -59,6 +60,7 @@ impl Persistence {
             is_writing: false,
             waiting_since: None,
             fetches: VecDeque::new(),
+            pace: FetchPace::default(),
             hits: 0,
         })
     }
@@ -138,12 +140,17 @@ impl Persistence {
         }
     }
 
-    /// Begins to read what an answer may begin with and the pool does not have; tells whether there is any.
+    /// A step has computed so many tokens, of prompts for the most part.
+    pub(crate) fn note_computed(&mut self, tokens: usize, seconds: f64) {
+        self.pace.note_computed(tokens, seconds);
+    }
+
+    /// Begins to read what an answer may begin with and the pool does not have; tells whether there is any that comes sooner than it is computed.
     pub(crate) fn look_up(&mut self, sequence: &mut Sequence, kv: &KvPool) -> bool {
         let mut keys = sequence.missing_blocks(kv);
         let stored = keys.iter().take_while(|key| self.store.contains(&key.name)).count();
         keys.truncate(stored);
-        if keys.is_empty() {
+        if keys.is_empty() || !self.pace.is_worth_it() {
             return false;
         }
         let fetch = self.store.fetch(keys, self.payload);
@@ -178,6 +185,7 @@ impl Persistence {
                     }
                 }
                 Arrival::End => {
+                    self.pace.note_fetched(fetch.came * self.block_tokens, fetch.seconds());
                     self.end_fetch();
                     scheduler.end_lookups(|other| other == rank);
                 }

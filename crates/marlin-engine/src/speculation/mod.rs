@@ -89,7 +89,7 @@ pub(crate) struct Pace {
     overlapped: Times,
     /// How many of those were measured.
     overlapped_steps: usize,
-    /// Those after which everything waited, as one must to guess; on a device that is never ahead, all.
+    /// Those before which everything waited, as one must to guess; on a device that is never ahead, all.
     waited: Times,
     /// Of a token of a prompt.
     prompt: f64,
@@ -176,7 +176,7 @@ impl Default for Pace {
 }
 
 impl Pace {
-    /// Takes note of a step, and of whether everything waited for it.
+    /// Takes note of a step, and of whether it began when everything before it was finished.
     pub(crate) fn record(&mut self, tokens: usize, seconds: f64, has_waited: bool) {
         let seconds = self.without_drafting(seconds);
         let times = if has_waited { &mut self.waited } else { &mut self.overlapped };
@@ -261,7 +261,7 @@ pub(crate) struct DraftedStep {
     pub(crate) tokens: usize,
     /// Tokens that were.
     pub(crate) drafted: usize,
-    /// Everything waited for it.
+    /// It began when everything before it was finished.
     pub(crate) has_waited: bool,
 }
 

@@ -9,20 +9,22 @@
 //! parent    32 bytes, the name of the block before
 //! token ids u32 each
 //! payload
-//! checksum  32 bytes, SHA-256 of everything before
+//! checksum  16 bytes, XXH3-128 of everything before
 //! ```
 //!
-//! Numbers are little endian.
+//! Numbers are little endian. The checksum tells what a disk or a power cut does to a file; who may write to the folder can write any block with
+//! its checksum, whatever the hash.
 
 use std::io::{self, Write};
 
 use marlin_model::BlockHash;
-use sha2::{Digest, Sha256};
+use xxhash_rust::xxh3::Xxh3;
 
 const MAGIC: &[u8; 8] = b"MarlinKV";
 /// Of this format; whatever else a payload depends on is in the names of blocks.
 pub(super) const VERSION: u32 = 1;
 const HASH_BYTES: usize = 32;
+const CHECKSUM_BYTES: usize = 16;
 /// What comes before the token ids.
 const HEADER_BYTES: usize = MAGIC.len() + 4 + 4 + 8 + 2 * HASH_BYTES;
 
@@ -49,7 +51,7 @@ pub(super) enum Damage {
 impl BlockKey {
     /// Bytes of the file of a block with so many bytes of keys and values.
     pub(crate) fn file_bytes(tokens: usize, payload: usize) -> u64 {
-        (Self::payload_start(tokens) + payload + HASH_BYTES) as u64
+        (Self::payload_start(tokens) + payload + CHECKSUM_BYTES) as u64
     }
 
     fn payload_start(tokens: usize) -> usize {
@@ -72,7 +74,7 @@ impl BlockKey {
     /// Writes the file of this block.
     pub(super) fn write(&self, payload: &[u8], file: &mut impl Write) -> io::Result<()> {
         let header = self.header(payload.len());
-        let checksum = Sha256::new().chain_update(&header).chain_update(payload).finalize();
+        let checksum = checksum(&[&header, payload]);
         file.write_all(&header)?;
         file.write_all(payload)?;
         file.write_all(&checksum)
@@ -89,14 +91,21 @@ impl BlockKey {
         if file.len() as u64 != Self::file_bytes(self.tokens.len(), payload) || !file.starts_with(&ours) {
             return Err(Damage::Broken);
         }
-        let (content, checksum) = file.split_at(file.len() - HASH_BYTES);
-        if Sha256::digest(content).as_slice() != checksum {
+        let (content, stored) = file.split_at(file.len() - CHECKSUM_BYTES);
+        if stored != checksum(&[content]) {
             return Err(Damage::Broken);
         }
-        file.truncate(file.len() - HASH_BYTES);
+        file.truncate(file.len() - CHECKSUM_BYTES);
         file.drain(..ours.len());
         Ok(file)
     }
+}
+
+/// The checksum of pieces that follow each other.
+fn checksum(pieces: &[&[u8]]) -> [u8; CHECKSUM_BYTES] {
+    let mut hash = Xxh3::new();
+    pieces.iter().for_each(|piece| hash.update(piece));
+    hash.digest128().to_le_bytes()
 }
 
 #[cfg(test)]

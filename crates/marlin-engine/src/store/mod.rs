@@ -13,6 +13,7 @@
 
 mod file;
 mod index;
+mod pace;
 mod threads;
 
 use std::io;
@@ -29,6 +30,7 @@ pub(crate) use self::file::BlockKey;
 use self::file::VERSION;
 use self::index::Index;
 pub(crate) use self::index::LastUse;
+pub(crate) use self::pace::FetchPace;
 use self::threads::{FetchJob, Job, Shared, Writer, make_private_folder, try_to_write};
 
 /// Bytes of blocks that wait to be written, at most; one block may always wait.
@@ -146,6 +148,8 @@ pub(crate) struct Fetch {
     /// How many of them came.
     pub(crate) came: usize,
     blocks: Receiver<Vec<u8>>,
+    /// When somebody began to wait for it, and when something came last.
+    begun: Instant,
     last: Instant,
 }
 
@@ -270,7 +274,8 @@ impl BlockStore {
             self.shared.fetching.fetch_sub(1, Ordering::AcqRel);
             return None;
         }
-        Some(Fetch { keys, came: 0, blocks, last: Instant::now() })
+        let now = Instant::now();
+        Some(Fetch { keys, came: 0, blocks, begun: now, last: now })
     }
 
     /// A fetch was given up because nothing came.
@@ -295,7 +300,13 @@ impl Drop for BlockStore {
 impl Fetch {
     /// From now on somebody waits for what comes.
     pub(crate) fn begin_to_wait(&mut self) {
-        self.last = Instant::now();
+        self.begun = Instant::now();
+        self.last = self.begun;
+    }
+
+    /// For how long somebody has waited for it.
+    pub(crate) fn seconds(&self) -> f64 {
+        self.begun.elapsed().as_secs_f64()
     }
 
     /// What has come, waiting no longer than `wait`.

@@ -156,9 +156,12 @@ fn is_plausible(counts: &[f64], probabilities: &[f64]) -> bool {
     statistic <= degrees * (1.0 - spread + DEVIATIONS * spread.sqrt()).powi(3)
 }
 
+/// Where a pair of tokens is counted.
+type Cell = fn(usize, usize) -> usize;
+
 /// The three tests of one setting: second tokens, third tokens, and both.
 fn verdicts(pairs: &[[u32; 2]], probabilities: &[f64]) -> [bool; 3] {
-    let cells: [(usize, fn(usize, usize) -> usize); 3] = [
+    let cells: [(usize, Cell); 3] = [
         (VOCABULARY, |two, _| two),
         (VOCABULARY, |_, three| three),
         (GROUPS, |two, three| (31 * two + three) % GROUPS),
