@@ -275,8 +275,13 @@ pub(crate) struct Account {
     /// Seconds that its tokens have taken, and that the drafter has taken to read.
     spent: f64,
     read: f64,
+    /// Waits in a row on a device that could be ahead, after which there was nothing to guess, and steps until the next.
+    barren: u32,
+    pause: u32,
 }
 
+/// The most waits in a row by each of which the pause after the next is doubled.
+const MOST_BARREN: u32 = 5;
 /// Steps that an answer may lose before it knows anything.
 const CREDIT: f64 = 0.5;
 /// Steps that all answers together may lose besides.
@@ -294,7 +299,7 @@ const MOST_CREDIT: f64 = 4.0;
 impl Account {
     /// How many tokens to guess, at most `most`, in a step of `tokens` others that serves as many answers.
     pub(crate) fn plan(&self, pace: &Pace, tokens: usize, most: usize) -> usize {
-        self.best(pace, tokens, most).0
+        if self.pause > 0 { 0 } else { self.best(pace, tokens, most).0 }
     }
 
     /// The same, and what that gains in seconds.
@@ -335,8 +340,24 @@ impl Account {
         self.read += seconds;
     }
 
+    /// Waits less and less often where there is nothing to guess. What waiting costs is known from the device's first steps only, as long as
+    /// everything waits, and these may have been slow.
+    fn note_wait(&mut self, has_waited: bool, drafted: usize) {
+        if drafted > 0 {
+            self.barren = 0;
+        } else if self.pause > 0 {
+            self.pause -= 1;
+        } else if has_waited {
+            self.barren = (self.barren + 1).min(MOST_BARREN);
+            self.pause = 1 << self.barren;
+        }
+    }
+
     /// A step is over in which `drafted` guesses were this answer's, and `accepted` of them right.
     pub(crate) fn settle(&mut self, pace: &mut Pace, step: DraftedStep, drafted: usize, accepted: usize) {
+        if pace.knows_overlap() {
+            self.note_wait(step.has_waited, drafted);
+        }
         let extra = |drafted| pace.extra(step.tokens, drafted);
         let (Some(seconds), Some(wait), Some(all)) = (pace.step(step.tokens), extra(0), extra(step.drafted)) else {
             return;

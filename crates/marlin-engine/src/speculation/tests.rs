@@ -112,6 +112,20 @@ fn waiting_for_a_guess_that_does_not_come_costs_little() {
 }
 
 #[test]
+fn waiting_that_looked_cheap_at_first_costs_little() {
+    // The first steps take as long as those that wait.
+    let (mut pace, mut account, mut time) = (Pace::default(), Account::default(), 0.0);
+    for step in 0..1000 {
+        let has_waited = pace.knows_overlap() && account.plan(&pace, 1, MOST_DRAFT) > 0;
+        let seconds = if has_waited || step < 16 { 0.012 } else { 0.010 };
+        time += if has_waited { 0.002 } else { 0.0 };
+        pace.record(1, seconds, has_waited);
+        account.settle(&mut pace, DraftedStep { tokens: 1, drafted: 0, has_waited }, 0, 0);
+    }
+    assert!(time < 0.03 * 1000.0 * 0.010, "{time}");
+}
+
+#[test]
 fn what_is_not_known_lies_between_what_is() {
     let mut known = Times::default();
     assert_eq!(known.step(1), None);
