@@ -1,7 +1,11 @@
 //! A quantised model keeps its layer that predicts further tokens, and guesses with it.
 
+#[path = "common/error.rs"]
+mod error;
+
 use std::path::{Path, PathBuf};
 
+use error::error;
 use marlin_checkpoint::{Checkpoint, Storage};
 use marlin_format::{Format, ScaleSearch, Scheme};
 use marlin_kernels::KvType;
@@ -47,14 +51,6 @@ fn logits(checkpoint: &Checkpoint, tokens: &[u32]) -> Vec<f32> {
         all.append(&mut logits);
     }
     all
-}
-
-/// Norm of the difference relative to that of what is wanted.
-fn error(found: &[f32], wanted: &[f32]) -> f64 {
-    assert_eq!(found.len(), wanted.len());
-    let square = |x: f64| x * x;
-    let difference: f64 = found.iter().zip(wanted).map(|(&f, &w)| square(f64::from(f) - f64::from(w))).sum();
-    (difference / wanted.iter().map(|&w| square(f64::from(w))).sum::<f64>()).sqrt()
 }
 
 /// In 8 bits nearly; rotated in single precision exactly: the decoder turns its hidden states back, and the layer stays as it is.

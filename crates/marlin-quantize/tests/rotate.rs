@@ -1,10 +1,14 @@
 //! Rotated models: the same function before they are rounded, whatever the architecture, and the same on every device after.
 
+#[path = "common/error.rs"]
+mod error;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use error::error;
 use marlin_checkpoint::{Checkpoint, CheckpointError, ExportLayout, MemoryTensor, Rotations};
 use marlin_format::{Format, Grouping, ScaleSearch, Scheme};
 use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions};
@@ -97,14 +101,6 @@ fn logits<B: Backend>(backend: &B, checkpoint: &Checkpoint) -> Vec<f32> {
         all.append(&mut logits);
     }
     all
-}
-
-/// Norm of the difference relative to that of what is wanted.
-fn error(found: &[f32], wanted: &[f32]) -> f64 {
-    assert_eq!(found.len(), wanted.len());
-    let square = |x: f64| x * x;
-    let difference: f64 = found.iter().zip(wanted).map(|(&f, &w)| square(f64::from(f) - f64::from(w))).sum();
-    (difference / wanted.iter().map(|&w| square(f64::from(w))).sum::<f64>()).sqrt()
 }
 
 fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {

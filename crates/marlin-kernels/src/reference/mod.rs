@@ -536,7 +536,11 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
 }
 
-fn rms_norm(x: &mut [f32], weight: &[f32], eps: f32) {
+/// `x / sqrt(mean(x²) + eps) · weight`, summed in f64: what [`Encoder::rms_norm`] gives of a row but for rounding.
+///
+/// # Panics
+/// If there is not a weight for each value.
+pub fn rms_norm(x: &mut [f32], weight: &[f32], eps: f32) {
     assert_eq!(x.len(), weight.len());
     let mean_square = dot(x, x) / x.len() as f64;
     let scale = 1.0 / (mean_square + f64::from(eps)).sqrt();

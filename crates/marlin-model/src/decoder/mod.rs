@@ -24,6 +24,7 @@ pub(crate) use workspace::{angle_shapes, expert_work_bytes, workspace_shapes};
 
 use std::sync::Arc;
 
+use marlin_kernels::reference::rms_norm;
 use marlin_kernels::{Backend, Encoder, Hadamard, HostRoutes, Input, SampleRow, SamplingId, StepLimits};
 
 use self::attention::GroupedAttention;
@@ -181,13 +182,6 @@ impl<B: Backend> LanguageModel for Decoder<B> {
     fn take_prediction_layer(&mut self) -> Option<Box<dyn PredictionLayer>> {
         self.prediction.take()
     }
-}
-
-/// `x / sqrt(mean(x²) + eps) · weight`, as [`Encoder::rms_norm`] has it.
-fn rms_norm(x: &mut [f32], weight: &[f32], eps: f32) {
-    let mean_square = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / x.len() as f64;
-    let scale = 1.0 / (mean_square + f64::from(eps)).sqrt();
-    x.iter_mut().zip(weight).for_each(|(x, &weight)| *x = (f64::from(*x) * scale * f64::from(weight)) as f32);
 }
 
 impl<B: Backend> Decoder<B> {

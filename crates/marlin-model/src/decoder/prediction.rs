@@ -7,13 +7,14 @@ use std::sync::Arc;
 
 use marlin_checkpoint::{Checkpoint, TensorInfo};
 use marlin_format::{PackedMatrix, Scheme};
+use marlin_kernels::reference::rms_norm;
 use marlin_kernels::{
     Backend, Encoder, Input, KernelError, KvLayout, KvType, LinearPart, MemoryUse, SampleRow, StepLimits,
 };
 
 use super::load::{Loader, Sizes, load_ropes, weight};
 use super::workspace::{Workspace, angle_shapes, expert_work_bytes, workspace_shapes};
-use super::{FeedForward, Layer, Rope, rms_norm};
+use super::{FeedForward, Layer, Rope};
 use crate::spec::DecoderSpec;
 use crate::{KvPool, LoadOptions, ModelError, PredictionInfo, PredictionLayer, StepBatch};
 
