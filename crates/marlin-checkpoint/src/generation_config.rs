@@ -25,15 +25,15 @@ pub struct GenerationConfig {
     /// Sample rather than take the most likely token.
     pub do_sample: Option<bool>,
     /// Divides the logits.
-    pub temperature: Option<f32>,
+    pub temperature: Option<f64>,
     /// Keep this many of the most likely tokens.
     pub top_k: Option<u32>,
     /// Keep the smallest set of most likely tokens that reaches this probability.
-    pub top_p: Option<f32>,
+    pub top_p: Option<f64>,
     /// Drop tokens less likely than this share of the most likely one.
-    pub min_p: Option<f32>,
+    pub min_p: Option<f64>,
     /// Divides positive and multiplies negative logits of tokens seen.
-    pub repetition_penalty: Option<f32>,
+    pub repetition_penalty: Option<f64>,
     /// Most tokens to generate.
     pub max_new_tokens: Option<usize>,
 }

@@ -10,23 +10,24 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use crate::EngineError;
 
-/// How to choose the next token; [`SampleRow`] says in which order its fields are applied.
+/// How to choose the next token; [`SampleRow`] says in which order its fields are applied. Numbers with bounds are f64, as they come: one that
+/// is out of bounds by less than an f32 can tell is out of bounds.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
     /// Divides the logits: below 1 the likely tokens become likelier. 0 always takes the most likely token (greedy).
-    pub temperature: f32,
+    pub temperature: f64,
     /// Keep this many of the most likely tokens; 0 keeps all.
     pub top_k: u32,
     /// Keep the smallest set of most likely tokens whose probability reaches this; in (0, 1], 1 keeps all.
-    pub top_p: f32,
+    pub top_p: f64,
     /// Drop tokens less likely than this share of the most likely one; in [0, 1], 0 keeps all.
-    pub min_p: f32,
+    pub min_p: f64,
     /// Divides positive and multiplies negative logits of tokens that occurred, prompt included; 1 is neutral.
-    pub repetition_penalty: f32,
+    pub repetition_penalty: f64,
     /// Subtracted from logits of tokens already generated; in [−2, 2], 0 is neutral.
-    pub presence_penalty: f32,
+    pub presence_penalty: f64,
     /// Subtracted from logits of tokens already generated, as often as they were; in [−2, 2], 0 is neutral.
-    pub frequency_penalty: f32,
+    pub frequency_penalty: f64,
     /// Added to the logits of these tokens.
     pub logit_bias: Vec<(u32, f32)>,
     /// The same seed chooses the same tokens, whatever else runs at the same time; `None` takes a random one.
@@ -81,19 +82,37 @@ impl SamplingParams {
         check("repetition_penalty", self.repetition_penalty, "a number above 0", |p| p > 0.0)?;
         check("presence_penalty", self.presence_penalty, "between -2 and 2", |p| p.abs() <= 2.0)?;
         check("frequency_penalty", self.frequency_penalty, "between -2 and 2", |p| p.abs() <= 2.0)?;
-        self.logit_bias.iter().try_for_each(|&(_, bias)| check("logit_bias", bias, "a number", |_| true))
+        self.logit_bias.iter().try_for_each(|&(_, bias)| check("logit_bias", bias.into(), "a number", |_| true))
     }
 
     fn has_penalties(&self) -> bool {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
     }
+
+    /// What kernels take of these: numbers beyond an f32 become its largest or, where 0 means something else or nothing at all, its smallest.
+    fn row(&self) -> SampleRow<'static> {
+        let positive = |value: f64| (value as f32).clamp(f32::MIN_POSITIVE, f32::MAX);
+        SampleRow {
+            // Next to 0 it is what it tends to: greedy.
+            temperature: (self.temperature as f32).min(f32::MAX),
+            top_k: self.top_k,
+            top_p: positive(self.top_p),
+            min_p: self.min_p as f32,
+            repetition_penalty: positive(self.repetition_penalty),
+            presence_penalty: self.presence_penalty as f32,
+            frequency_penalty: self.frequency_penalty as f32,
+            ..SampleRow::GREEDY
+        }
+    }
 }
 
-fn check(name: &'static str, value: f32, wanted: &'static str, valid: fn(f32) -> bool) -> Result<(), EngineError> {
+fn check(name: &'static str, value: f64, wanted: &'static str, valid: fn(f64) -> bool) -> Result<(), EngineError> {
     if value.is_finite() && valid(value) {
         return Ok(());
     }
-    Err(EngineError::Parameter { name, wanted, found: value.to_string() })
+    // Large and small numbers are spelled with an exponent.
+    let found = format!("{value:?}");
+    Err(EngineError::Parameter { name, wanted, found: found.strip_suffix(".0").unwrap_or(&found).to_owned() })
 }
 
 /// A sequence's side of sampling: its parameters, its random numbers and what it has already said.
@@ -169,19 +188,14 @@ impl Sampler {
             self.drafted.push(self.counts.and(before, token));
         }
         let this = &*self;
+        let chosen_by = this.params.row();
         (generated..).zip(&this.uniforms).enumerate().map(move |(row, (place, &uniform))| SampleRow {
-            temperature: this.params.temperature,
-            top_k: this.params.top_k,
-            top_p: this.params.top_p,
-            min_p: this.params.min_p,
             uniform,
-            repetition_penalty: this.params.repetition_penalty,
-            presence_penalty: this.params.presence_penalty,
-            frequency_penalty: this.params.frequency_penalty,
             counts: row.checked_sub(1).and_then(|row| this.drafted.get(row)).unwrap_or(&this.counts.counts),
             last_sampled: last_sampled.filter(|_| has_penalties),
             bias: if place < min_tokens { &this.early_bias } else { &this.params.logit_bias },
             allowed,
+            ..chosen_by
         })
     }
 
@@ -263,14 +277,25 @@ mod tests {
         type Break = fn(&mut SamplingParams);
         let broken: &[(&str, Break)] = &[
             ("temperature must be a number from 0 up, found -1", |p| p.temperature = -1.0),
-            ("temperature must be a number from 0 up, found NaN", |p| p.temperature = f32::NAN),
-            ("temperature must be a number from 0 up, found inf", |p| p.temperature = f32::INFINITY),
+            ("temperature must be a number from 0 up, found NaN", |p| p.temperature = f64::NAN),
+            ("temperature must be a number from 0 up, found inf", |p| p.temperature = f64::INFINITY),
             ("top_p must be above 0 and at most 1, found 0", |p| p.top_p = 0.0),
             ("top_p must be above 0 and at most 1, found 1.5", |p| p.top_p = 1.5),
             ("min_p must be between 0 and 1, found -0.1", |p| p.min_p = -0.1),
             ("repetition_penalty must be a number above 0, found 0", |p| p.repetition_penalty = 0.0),
             ("presence_penalty must be between -2 and 2, found 2.5", |p| p.presence_penalty = 2.5),
-            ("frequency_penalty must be between -2 and 2, found NaN", |p| p.frequency_penalty = f32::NAN),
+            ("frequency_penalty must be between -2 and 2, found NaN", |p| p.frequency_penalty = f64::NAN),
+            // An f32 cannot tell these from what is allowed.
+            ("temperature must be a number from 0 up, found -1e-60", |p| p.temperature = -1e-60),
+            ("top_p must be above 0 and at most 1, found 1.0000000000000002", |p| p.top_p = 1.0 + f64::EPSILON),
+            ("min_p must be between 0 and 1, found 1.00000000001", |p| p.min_p = 1.000_000_000_01),
+            ("presence_penalty must be between -2 and 2, found -2.000000000000001", |p| {
+                p.presence_penalty = -2.000_000_000_000_001;
+            }),
+            ("frequency_penalty must be between -2 and 2, found 2.000000000000001", |p| {
+                p.frequency_penalty = 2.000_000_000_000_001;
+            }),
+            ("frequency_penalty must be between -2 and 2, found 1e300", |p| p.frequency_penalty = 1e300),
             ("logit_bias must be a number, found -inf", |p| p.logit_bias = vec![(0, f32::NEG_INFINITY)]),
         ];
         for (message, break_it) in broken {
@@ -279,6 +304,29 @@ mod tests {
             break_it(&mut params);
             assert_eq!(params.validate().unwrap_err().to_string(), *message);
         }
+    }
+
+    #[test]
+    fn numbers_beyond_an_f32_are_taken_as_far_as_it_goes() {
+        let extremes = |number: f64| SamplingParams {
+            temperature: number,
+            repetition_penalty: number,
+            ..SamplingParams::greedy()
+        };
+        let small = SamplingParams { top_p: 1e-60, min_p: 1e-60, ..extremes(1e-60) };
+        let large = extremes(1e60);
+        small.validate().unwrap();
+        large.validate().unwrap();
+        let (small, large) = (small.row(), large.row());
+        assert_eq!((small.temperature, small.min_p), (0.0, 0.0));
+        assert!(small.top_p > 0.0 && small.repetition_penalty > 0.0, "{small:?}");
+        assert!(large.temperature.is_finite() && large.repetition_penalty.is_finite(), "{large:?}");
+        let ordinary =
+            SamplingParams { presence_penalty: -0.3, frequency_penalty: 0.1, min_p: 0.05, ..SamplingParams::default() }
+                .row();
+        assert_eq!((ordinary.temperature, ordinary.top_k, ordinary.top_p, ordinary.min_p), (0.7, 40, 0.95, 0.05));
+        let penalties = (ordinary.repetition_penalty, ordinary.presence_penalty, ordinary.frequency_penalty);
+        assert_eq!(penalties, (1.1, -0.3, 0.1));
     }
 
     #[test]

@@ -37,7 +37,7 @@ fn model() -> Box<dyn LanguageModel> {
     load_model(&CpuBackend::new(cpu).unwrap(), &checkpoint, &options).unwrap()
 }
 
-fn sampling(temperature: f32, top_k: u32) -> SamplingParams {
+fn sampling(temperature: f64, top_k: u32) -> SamplingParams {
     SamplingParams { temperature, top_k, ..SamplingParams::greedy() }
 }
 
@@ -101,7 +101,7 @@ fn softmax(logits: &[f32], params: &SamplingParams) -> Vec<f64> {
     sorted.sort_by(|a, b| b.total_cmp(a));
     let least = if params.top_k == 0 { f32::NEG_INFINITY } else { sorted[params.top_k as usize - 1] };
     let weight = |&logit: &f32| {
-        if logit < least { 0.0 } else { (f64::from(logit - sorted[0]) / f64::from(params.temperature)).exp() }
+        if logit < least { 0.0 } else { (f64::from(logit - sorted[0]) / params.temperature).exp() }
     };
     let weights: Vec<f64> = logits.iter().map(weight).collect();
     let sum: f64 = weights.iter().sum();

@@ -62,27 +62,27 @@ macro_rules! generation_request {
             pub(crate) model: String,
             /// Divides the logits; 0 takes the most likely token.
             #[schema(minimum = 0)]
-            pub(crate) temperature: Option<f32>,
+            pub(crate) temperature: Option<f64>,
             /// Keep the smallest set of most likely tokens whose probability reaches this.
             #[schema(exclusive_minimum = 0, maximum = 1)]
-            pub(crate) top_p: Option<f32>,
+            pub(crate) top_p: Option<f64>,
             /// Keep this many of the most likely tokens; 0 and -1 keep all.
             #[schema(minimum = -1)]
             pub(crate) top_k: Option<i32>,
             /// Drop tokens less likely than this share of the most likely one.
             #[schema(minimum = 0, maximum = 1)]
-            pub(crate) min_p: Option<f32>,
+            pub(crate) min_p: Option<f64>,
             /// Divides positive and multiplies negative logits of tokens that occurred.
             #[schema(exclusive_minimum = 0)]
-            pub(crate) repetition_penalty: Option<f32>,
+            pub(crate) repetition_penalty: Option<f64>,
             /// Subtracted from logits of tokens already generated.
             #[schema(minimum = -2, maximum = 2)]
-            pub(crate) presence_penalty: Option<f32>,
+            pub(crate) presence_penalty: Option<f64>,
             /// Subtracted from logits of tokens already generated, as often as they were.
             #[schema(minimum = -2, maximum = 2)]
-            pub(crate) frequency_penalty: Option<f32>,
+            pub(crate) frequency_penalty: Option<f64>,
             /// Added to the logits of tokens, by their ids.
-            pub(crate) logit_bias: Option<std::collections::HashMap<String, f32>>,
+            pub(crate) logit_bias: Option<std::collections::HashMap<String, f64>>,
             /// The same seed gives the same text.
             pub(crate) seed: Option<i64>,
             /// How many answers to give.
@@ -149,14 +149,14 @@ pub(crate) use generation_request;
 /// The fields of [`generation_request`].
 #[derive(Debug, Default)]
 pub(crate) struct Generation {
-    pub(crate) temperature: Option<f32>,
-    pub(crate) top_p: Option<f32>,
+    pub(crate) temperature: Option<f64>,
+    pub(crate) top_p: Option<f64>,
     pub(crate) top_k: Option<i32>,
-    pub(crate) min_p: Option<f32>,
-    pub(crate) repetition_penalty: Option<f32>,
-    pub(crate) presence_penalty: Option<f32>,
-    pub(crate) frequency_penalty: Option<f32>,
-    pub(crate) logit_bias: Option<HashMap<String, f32>>,
+    pub(crate) min_p: Option<f64>,
+    pub(crate) repetition_penalty: Option<f64>,
+    pub(crate) presence_penalty: Option<f64>,
+    pub(crate) frequency_penalty: Option<f64>,
+    pub(crate) logit_bias: Option<HashMap<String, f64>>,
     pub(crate) seed: Option<i64>,
     pub(crate) n: Option<u32>,
     pub(crate) max_tokens: Option<u32>,
@@ -230,8 +230,8 @@ impl Generation {
 }
 
 /// Biases by token ids, which JSON spells as texts.
-fn logit_bias(biases: HashMap<String, f32>) -> Result<Vec<(u32, f32)>, ApiError> {
-    let parse = |(token, bias): (String, f32)| {
+fn logit_bias(biases: HashMap<String, f64>) -> Result<Vec<(u32, f32)>, ApiError> {
+    let parse = |(token, bias): (String, f64)| {
         let id = token.parse().map_err(|_| {
             ApiError::parameter("logit_bias", format!("logit_bias goes by token ids, and {token:?} is none"))
         })?;
@@ -241,7 +241,7 @@ fn logit_bias(biases: HashMap<String, f32>) -> Result<Vec<(u32, f32)>, ApiError>
                 format!("a bias must be between -100 and 100, found {bias}"),
             ));
         }
-        Ok((id, bias))
+        Ok((id, bias as f32))
     };
     let mut biases: Vec<_> = biases.into_iter().map(parse).collect::<Result<_, _>>()?;
     biases.sort_by_key(|(token, _)| *token);

@@ -9,7 +9,7 @@ use marlin_engine::SamplingParams;
 pub(crate) struct SamplingOptions {
     /// Randomness: 0 always takes the most likely token, 1 samples the model's own distribution
     #[arg(long, short, value_name = "T", allow_negative_numbers = true)]
-    temperature: Option<f32>,
+    temperature: Option<f64>,
 
     /// Choose among this many of the most likely tokens; 0 for all
     #[arg(long, value_name = "K")]
@@ -17,23 +17,23 @@ pub(crate) struct SamplingOptions {
 
     /// Choose among the fewest most likely tokens that together have this probability; 1 for all
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
-    top_p: Option<f32>,
+    top_p: Option<f64>,
 
     /// Drop tokens less likely than this share of the most likely one; 0 for none
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
-    min_p: Option<f32>,
+    min_p: Option<f64>,
 
     /// Make tokens that have occurred, prompt included, less likely by this factor; 1 for none
     #[arg(long, value_name = "R", allow_negative_numbers = true)]
-    repetition_penalty: Option<f32>,
+    repetition_penalty: Option<f64>,
 
     /// Make tokens already generated less likely by this much, once; between -2 and 2
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
-    presence_penalty: Option<f32>,
+    presence_penalty: Option<f64>,
 
     /// Make tokens already generated less likely by this much for each occurrence; between -2 and 2
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
-    frequency_penalty: Option<f32>,
+    frequency_penalty: Option<f64>,
 
     /// The same seed gives the same text [default: another one each time]
     #[arg(long, value_name = "N")]

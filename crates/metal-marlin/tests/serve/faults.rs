@@ -56,6 +56,28 @@ fn what_is_wrong_is_said_in_the_shape_of_the_api() {
         let error = response.error();
         assert_eq!((response.status, error.contains(message)), (*status, true), "{error}, wanted {message}");
     }
+    // Out of bounds by less than an f32 can tell.
+    let text = json!({ "model": "bundled", "prompt": "x" });
+    let input = json!({ "model": "bundled", "input": "x" });
+    let turns = json!({ "model": "bundled", "max_tokens": 1, "messages": [{ "role": "user", "content": "x" }] });
+    let slight = [
+        (CHAT, chat("x"), "temperature", -1e-60),
+        (CHAT, chat("x"), "frequency_penalty", 2.000_000_000_000_001),
+        (CHAT, chat("x"), "presence_penalty", -2.000_000_000_000_001),
+        (TEXT, text.clone(), "min_p", 1.000_000_000_000_001),
+        (TEXT, text.clone(), "top_p", 1.000_000_000_000_001),
+        ("/v1/responses", input, "top_p", 1.000_000_000_000_001),
+        ("/v1/messages", turns, "top_p", 1.000_000_000_000_001),
+    ];
+    for (path, body, name, number) in slight {
+        let response = server.post(path, &with(body, json!({ name: number })));
+        let ends = format!("found {number}");
+        assert!(response.status == 400 && response.error().contains(&ends), "{path} {name}: {}", response.body);
+    }
+    let bias = server.post(TEXT, &with(text.clone(), json!({ "logit_bias": { "1": 100.000_000_1 } })));
+    assert!(bias.error().contains("a bias must be between -100 and 100, found 100.0000001"), "{}", bias.body);
+    let extremes = json!({ "repetition_penalty": 1e-60, "temperature": 1e300, "top_p": 1e-60, "max_tokens": 4 });
+    assert_eq!(server.ask(TEXT, &with(text, extremes))["choices"].as_array().unwrap().len(), 1);
     let odd: &[(u16, &str, &str, Vec<u8>, &str)] = &[
         (405, "GET", "", Vec::new(), "does not take GET"),
         (415, "POST", "Content-Type: text/plain\r\n", b"{}".to_vec(), "Content-Type: application/json"),

@@ -39,10 +39,10 @@ pub(crate) struct MessagesRequest {
     stop_sequences: Option<Vec<String>>,
     /// Divides the logits; 0 takes the most likely token.
     #[schema(minimum = 0)]
-    temperature: Option<f32>,
+    temperature: Option<f64>,
     /// Keep the smallest set of most likely tokens whose probability reaches this.
     #[schema(exclusive_minimum = 0, maximum = 1)]
-    top_p: Option<f32>,
+    top_p: Option<f64>,
     /// Keep this many of the most likely tokens; 0 and -1 keep all.
     #[schema(minimum = -1)]
     top_k: Option<i32>,

@@ -32,10 +32,10 @@ pub(crate) struct ResponseRequest {
     pub(crate) max_output_tokens: Option<u32>,
     /// Divides the logits; 0 takes the most likely token.
     #[schema(minimum = 0)]
-    pub(crate) temperature: Option<f32>,
+    pub(crate) temperature: Option<f64>,
     /// Keep the smallest set of most likely tokens whose probability reaches this.
     #[schema(exclusive_minimum = 0, maximum = 1)]
-    pub(crate) top_p: Option<f32>,
+    pub(crate) top_p: Option<f64>,
     /// How likely each token and so many alternatives were, if `include` asks for that.
     #[schema(minimum = 0, maximum = 20)]
     pub(crate) top_logprobs: Option<u32>,
