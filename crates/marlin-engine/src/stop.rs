@@ -73,6 +73,16 @@ impl FinishReason {
         }
     }
 
+    /// The stop token that was said.
+    pub fn stop_token(&self) -> Option<u32> {
+        if let Self::StopToken(token) = self { Some(*token) } else { None }
+    }
+
+    /// The stop string that was reached.
+    pub fn stop_string(&self) -> Option<&str> {
+        if let Self::StopString(text) = self { Some(text) } else { None }
+    }
+
     /// The error, if the request ended by one.
     pub fn error(&self) -> Option<EngineError> {
         match self {

@@ -16,6 +16,7 @@ pub mod batch;
 pub mod bench;
 #[cfg(feature = "bundled-model")]
 mod bundled;
+pub mod cli;
 pub mod device;
 pub mod doctor;
 pub mod hub;

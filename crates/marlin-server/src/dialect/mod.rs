@@ -88,7 +88,7 @@ impl Dialect {
     }
 
     /// Tokens that end an answer, besides those that end every text of the model.
-    pub(crate) fn end_tokens(self) -> &'static [&'static str] {
+    pub fn end_tokens(self) -> &'static [&'static str] {
         match self {
             Self::Harmony => &["<|call|>", "<|return|>"],
             Self::Llama3 => &["<|eom_id|>", "<|eot_id|>"],
