@@ -272,6 +272,49 @@ impl CpuRoutes {
         values.saturating_mul(size_of::<u32>()).saturating_add(busy).saturating_add(activations)
     }
 
+    /// Routes the tokens of a step as given, instead of as a router chooses: `experts` and their `weights` are `[T, slots]`. Shared experts
+    /// ([`Routing::shared`]) are given like all others. There are no logits to read back.
+    ///
+    /// # Errors
+    /// They do not fill rows of slots, are of more tokens than there is room for, or name an expert that there is not, or that a token
+    /// goes to already; routes then stay what they were.
+    pub fn assign(&mut self, experts: &[u32], weights: &[f32]) -> Result<(), KernelError> {
+        let (slots, all_experts) = (self.routing.slots(), self.routing.all_experts());
+        let fail = |problem: String| Err(KernelError::Device(problem));
+        if experts.len() != weights.len() || !experts.len().is_multiple_of(slots) {
+            let (experts, weights) = (experts.len(), weights.len());
+            return fail(format!(
+                "routes need {slots} experts and weights a token, found {experts} and {weights} in all"
+            ));
+        }
+        let tokens = experts.len() / slots;
+        if tokens > self.tokens {
+            let most = self.tokens;
+            return fail(format!(
+                "{tokens} tokens in routes for at most {most}; make routes for as many, or fewer a step"
+            ));
+        }
+        for (token, experts) in experts.chunks_exact(slots).enumerate() {
+            for (slot, expert) in experts.iter().enumerate() {
+                if *expert as usize >= all_experts {
+                    let last = all_experts - 1;
+                    return fail(format!(
+                        "token {token} goes to expert {expert} in slot {slot}; experts are 0 to {last}"
+                    ));
+                }
+                if experts[..slot].contains(expert) {
+                    return fail(format!("token {token} goes to expert {expert} twice; its experts must differ"));
+                }
+            }
+        }
+        let HostRoutes { logits, experts: of_tokens, weights: their_weights, .. } = &mut self.routes;
+        logits.clear();
+        experts.clone_into(of_tokens);
+        weights.clone_into(their_weights);
+        self.sorted.sort(&self.routes);
+        Ok(())
+    }
+
     /// The routes as they were chosen.
     pub(super) fn host(&self) -> &HostRoutes {
         &self.routes
@@ -368,7 +411,10 @@ impl Sorted {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::RouterScore;
+    use crate::conformance::matrices;
+    use crate::conformance::support::{Rng, limits};
+    use crate::cpu::{CpuBackend, CpuLinearGroup, CpuOptions};
+    use crate::{Activation, Backend, Encoder, HostBuffer, Input, LinearPart, RouterScore};
 
     const ROUTING: Routing = Routing {
         experts: 6,
@@ -417,6 +463,108 @@ mod tests {
                 let all = sorted.busy().flat_map(|e| (0..panels).map(move |panel| (e, panel)));
                 assert_eq!(seen, all.collect::<Vec<_>>(), "{panels} panels, {tasks} tasks");
             }
+        }
+    }
+
+    const HIDDEN: usize = 40;
+    const WIDTH: usize = 24;
+
+    /// A layer of experts for [`ROUTING`], and rows that go through it.
+    struct Layer {
+        backend: CpuBackend,
+        gate_up: CpuLinearGroup,
+        down: CpuLinearGroup,
+        x: HostBuffer,
+    }
+
+    impl Layer {
+        fn new(tokens: usize, rng: &mut Rng) -> Self {
+            let backend = CpuBackend::new(CpuOptions { threads: Some(2), ..CpuOptions::default() }).unwrap();
+            let scheme = marlin_format::Format::Fp4.scheme(None).unwrap();
+            let mut group = |parts: usize, n: usize, k: usize| {
+                let mut part =
+                    || LinearPart { weight: matrices::random(scheme, n, k, rng), bias: Some(rng.normals(n)) };
+                let mut linear = || backend.load_linear(&(0..parts).map(|_| part()).collect::<Vec<_>>()).unwrap();
+                backend.group_linears((0..ROUTING.all_experts()).map(|_| linear()).collect()).unwrap()
+            };
+            let (gate_up, down) = (group(2, WIDTH, HIDDEN), group(1, HIDDEN, WIDTH));
+            let mut x = backend.buffer(tokens, HIDDEN).unwrap();
+            backend.upload(&mut x, tokens, &rng.normals(tokens * HIDDEN)).unwrap();
+            Self { backend, gate_up, down, x }
+        }
+
+        fn routes(&self, tokens: usize) -> CpuRoutes {
+            self.backend.routes(&ROUTING, tokens, HIDDEN).unwrap()
+        }
+
+        /// What experts make of the rows, `[T, hidden]`.
+        fn run(&self, routes: &mut CpuRoutes) -> Vec<f32> {
+            let (tokens, pairs) = (self.x.rows(), self.x.rows() * ROUTING.slots());
+            let mut encoder = self.backend.encoder(&limits(pairs, HIDDEN)).unwrap();
+            let mut gated = self.backend.buffer(pairs, WIDTH).unwrap();
+            let mut out = self.backend.buffer(tokens, HIDDEN).unwrap();
+            self.backend.upload(&mut out, tokens, &vec![0.0; tokens * HIDDEN]).unwrap();
+            encoder.expert_gated(Input::Rows(&self.x), routes, &self.gate_up, Activation::Silu, &mut gated);
+            encoder.expert_combine(&gated, routes, &self.down, &mut out);
+            out.values().to_vec()
+        }
+    }
+
+    #[test]
+    fn assigned_routes_do_what_those_of_a_router_do() {
+        let mut rng = Rng(41);
+        for tokens in [1, 2, 9, 70] {
+            let layer = Layer::new(tokens, &mut rng);
+            let weight = rng.normals(ROUTING.experts * HIDDEN);
+            let router = RouterWeights { routing: ROUTING, weight: &weight, bias: None, correction: None };
+            let router = layer.backend.load_router(&router).unwrap();
+            let mut encoder = layer.backend.encoder(&limits(tokens, HIDDEN)).unwrap();
+            let mut routes = layer.routes(tokens);
+            encoder.route(Input::Rows(&layer.x), &router, &mut routes);
+            let wanted = layer.run(&mut routes);
+            let mut chosen = HostRoutes::default();
+            encoder.read_routes(&mut routes, &mut chosen).unwrap();
+
+            // Others before, and room for more tokens.
+            let mut assigned = layer.routes(tokens + 2);
+            assigned.assign(&[0, 1, 2, 3, 4, 5], &[1.0; 6]).unwrap();
+            assigned.assign(&chosen.experts, &chosen.weights).unwrap();
+            assert_eq!(layer.run(&mut assigned), wanted, "{tokens} tokens");
+            let mut found = HostRoutes::default();
+            encoder.read_routes(&mut assigned, &mut found).unwrap();
+            assert_eq!(found, HostRoutes { logits: Vec::new(), ..chosen });
+            // A router then chooses again.
+            encoder.route(Input::Rows(&layer.x), &router, &mut assigned);
+            assert_eq!(layer.run(&mut assigned), wanted, "{tokens} tokens, routed");
+        }
+    }
+
+    #[test]
+    fn no_tokens_can_be_assigned() {
+        let mut routes = CpuRoutes::new(&ROUTING, 2, 40, &Threads::new(1).unwrap()).unwrap();
+        routes.assign(&[0, 1, 6], &[1.0; 3]).unwrap();
+        routes.assign(&[], &[]).unwrap();
+        assert_eq!((routes.sorted.token_count(), routes.sorted.busy().len()), (0, 0));
+    }
+
+    #[test]
+    fn routes_that_do_not_fit_are_refused_and_change_nothing() {
+        let mut routes = CpuRoutes::new(&ROUTING, 2, 40, &Threads::new(1).unwrap()).unwrap();
+        let right = ([0, 5, 6], [0.5, 0.25, 1.0]);
+        routes.assign(&right.0, &right.1).unwrap();
+        let cases: [(&[u32], usize, &str); 6] = [
+            (&[0, 1], 2, "3 experts and weights a token, found 2 and 2 in all"),
+            (&[0, 1, 2], 6, "found 3 and 6 in all"),
+            (&[0; 9], 9, "3 tokens in routes for at most 2"),
+            (&[0, 1, 6, 2, 7, 6], 6, "token 1 goes to expert 7 in slot 1; experts are 0 to 6"),
+            (&[0, 1, 6, 2, 6, 2], 6, "token 1 goes to expert 2 twice"),
+            (&[u32::MAX, 0, 0], 3, "token 0 goes to expert 4294967295 in slot 0"),
+        ];
+        for (experts, weights, problem) in cases {
+            let found = routes.assign(experts, &vec![1.0; weights]).unwrap_err().to_string();
+            assert!(found.contains(problem), "{found}");
+            assert_eq!((&routes.routes.experts[..], &routes.routes.weights[..]), (&right.0[..], &right.1[..]));
+            assert_eq!(routes.sorted.busy().collect::<Vec<_>>(), [0, 5, 6]);
         }
     }
 

@@ -12,6 +12,7 @@ mod disjoint;
 mod experts;
 mod hadamard;
 mod kv;
+mod layers;
 mod linear;
 mod peak;
 mod rows;
@@ -26,6 +27,7 @@ use marlin_format::Scheme;
 
 pub use cores::default_threads;
 pub use experts::{CpuRouter, CpuRoutes};
+pub use layers::{Assigned, CpuLayers};
 pub use linear::Arithmetic;
 pub use simd::SimdLevel;
 pub use threads::Threads;
@@ -135,6 +137,26 @@ impl CpuBackend {
         self.arithmetic
     }
 
+    /// Takes a linear back out of tile order: its parts as [`Backend::load_linear`] was given them, to the bit. Two things may differ, and neither
+    /// in what it means. Bits at the end of a row that no code uses come back as 0. A part that no kernel reads as it was comes back in what
+    /// was made of it, f32: of a scheme that [`MemoryUse::conversion`] names, with NaN codes of E4M3, with groups of an index that are not of
+    /// their usual size, or with columns in another order than an earlier part has.
+    ///
+    /// # Errors
+    /// There is no memory for the matrices. Or tiles hold none: those of a damaged file, or of a scale of a whole matrix so large that kernels
+    /// multiply by infinity.
+    pub fn unpack_linear(&self, linear: &CpuLinear) -> Result<Vec<LinearPart<'static>>, KernelError> {
+        linear.0.restore(&self.threads)
+    }
+
+    /// [`CpuBackend::unpack_linear`] of each linear of a group, one after the other: no more than one need be held.
+    pub fn unpack_group(
+        &self,
+        group: &CpuLinearGroup,
+    ) -> impl ExactSizeIterator<Item = Result<Vec<LinearPart<'static>>, KernelError>> {
+        group.0.linears().iter().map(|linear| linear.restore(&self.threads))
+    }
+
     /// Multiply-adds a second that its threads reach together in its arithmetic with nothing to load or to store: what bounds
     /// linears of many rows. Measured anew by each call, for 20 ms or a little longer.
     pub fn multiply_adds_per_second(&self) -> f64 {
@@ -143,9 +165,41 @@ impl CpuBackend {
 }
 
 impl CpuLinear {
+    /// Output features of each part.
+    pub fn part_rows(&self) -> &[usize] {
+        self.0.part_rows()
+    }
+
+    /// Input features, K.
+    pub fn cols(&self) -> usize {
+        self.0.cols()
+    }
+
     /// Bytes it takes in memory.
     pub fn bytes(&self) -> usize {
         self.0.bytes()
+    }
+}
+
+impl CpuLinearGroup {
+    /// Number of linears.
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Output features of each part of one.
+    pub fn part_rows(&self) -> &[usize] {
+        self.0.part_rows()
+    }
+
+    /// Input features of each, K.
+    pub fn cols(&self) -> usize {
+        self.0.cols()
+    }
+
+    /// Bytes they take in memory.
+    pub fn bytes(&self) -> usize {
+        self.0.linears().iter().map(TiledLinear::bytes).sum()
     }
 }
 

@@ -82,7 +82,7 @@ impl Activations {
     }
 
     /// Rows of so many values that there is room for.
-    pub(super) fn room(&self, width: usize) -> usize {
+    pub(crate) fn room(&self, width: usize) -> usize {
         self.blocks.len() / width.div_ceil(CHUNK).max(1)
     }
 

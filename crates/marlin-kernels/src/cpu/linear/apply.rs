@@ -170,7 +170,7 @@ impl Output<'_> {
         write: impl Fn(&mut f32, f32),
     ) {
         let lanes = part.kernel.lanes();
-        let columns = lanes.min(part.tiles.rows - panel * lanes);
+        let columns = part.tiles.panel_rows(panel);
         let column = self.start + part.first + panel * lanes;
         for (row, values) in rows.zip(values.chunks_exact(lanes)) {
             // SAFETY: of rows that several linears write, a panel belongs to one task; its columns belong to no other panel.

@@ -23,6 +23,9 @@ pub(super) trait Codes: Send + Sync + 'static {
     /// Puts four or eight quads, of `quad` bytes each, into tile order.
     fn pack(quads: &[u8], quad: usize, tile: &mut [u8]);
 
+    /// Takes them back out of it: the inverse of [`Codes::pack`].
+    fn restore(tile: &[u8], quad: usize, quads: &mut [u8]);
+
     /// The integers of so many quads, four or eight.
     fn unpack<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS];
 }
@@ -33,6 +36,16 @@ fn pack_nibbles(quads: &[u8], quad: usize, tile: &mut [u8]) {
         let (even, odd) = pair.split_at(quad);
         for (byte, (low, high)) in bytes.iter_mut().zip(even.iter().zip(odd)) {
             *byte = low | high << 4;
+        }
+    }
+}
+
+/// The inverse of [`pack_nibbles`].
+fn restore_nibbles(tile: &[u8], quad: usize, quads: &mut [u8]) {
+    for (bytes, pair) in tile.chunks_exact(quad).zip(quads.chunks_exact_mut(2 * quad)) {
+        let (even, odd) = pair.split_at_mut(quad);
+        for (byte, (low, high)) in bytes.iter().zip(even.iter_mut().zip(odd)) {
+            (*low, *high) = (byte & 0x0f, byte >> 4);
         }
     }
 }
@@ -81,6 +94,10 @@ impl Codes for E2M1 {
         pack_nibbles(quads, quad, tile);
     }
 
+    fn restore(tile: &[u8], quad: usize, quads: &mut [u8]) {
+        restore_nibbles(tile, quad, quads);
+    }
+
     #[inline(always)]
     fn unpack<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS] {
         lookup_nibbles(simd, tile, &Self::TABLE)
@@ -112,6 +129,10 @@ impl Codes for Iq4Nl {
         pack_nibbles(quads, quad, tile);
     }
 
+    fn restore(tile: &[u8], quad: usize, quads: &mut [u8]) {
+        restore_nibbles(tile, quad, quads);
+    }
+
     #[inline(always)]
     fn unpack<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS] {
         lookup_nibbles(simd, tile, &Self::TABLE)
@@ -130,6 +151,10 @@ impl Codes for Int4 {
         pack_nibbles(quads, quad, tile);
     }
 
+    fn restore(tile: &[u8], quad: usize, quads: &mut [u8]) {
+        restore_nibbles(tile, quad, quads);
+    }
+
     #[inline(always)]
     fn unpack<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS] {
         unpack_nibbles(simd, tile)
@@ -137,10 +162,19 @@ impl Codes for Int4 {
 }
 
 /// The low two bits of the quads, four a vector.
-fn pack_pairs(quads: &[u8], quad: usize, tile: &mut [u8]) {
+pub(super) fn pack_pairs(quads: &[u8], quad: usize, tile: &mut [u8]) {
     for (four, bytes) in quads.chunks_exact(4 * quad).zip(tile.chunks_exact_mut(quad)) {
         for (i, byte) in bytes.iter_mut().enumerate() {
             *byte = (0..4).fold(0, |byte, q| byte | (four[q * quad + i] & 3) << (2 * q));
+        }
+    }
+}
+
+/// The inverse of [`pack_pairs`].
+pub(super) fn restore_pairs(tile: &[u8], quad: usize, quads: &mut [u8]) {
+    for (bytes, four) in tile.chunks_exact(quad).zip(quads.chunks_exact_mut(4 * quad)) {
+        for (q, codes) in four.chunks_exact_mut(quad).enumerate() {
+            codes.iter_mut().zip(bytes).for_each(|(code, byte)| *code = byte >> (2 * q) & 3);
         }
     }
 }
@@ -172,6 +206,10 @@ impl Codes for Int2 {
         pack_pairs(quads, quad, tile);
     }
 
+    fn restore(tile: &[u8], quad: usize, quads: &mut [u8]) {
+        restore_pairs(tile, quad, quads);
+    }
+
     #[inline(always)]
     fn unpack<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS] {
         unpack_pairs(simd, tile)
@@ -197,6 +235,19 @@ impl Codes for Int3 {
                 if quads.len() == 8 * quad {
                     *byte |= if v < 2 { code(6 + v) << 6 } else { (code(6) >> 2) << 6 | (code(7) >> 2) << 7 };
                 }
+            }
+        }
+    }
+
+    fn restore(tile: &[u8], quad: usize, quads: &mut [u8]) {
+        for (v, pair) in quads.chunks_exact_mut(2 * quad).enumerate() {
+            let (even, odd) = pair.split_at_mut(quad);
+            for i in 0..quad {
+                let byte = |v: usize| tile[v * quad + i];
+                (even[i], odd[i]) = match v {
+                    3 => (byte(0) >> 6 | byte(2) >> 4 & 4, byte(1) >> 6 | byte(2) >> 5 & 4),
+                    _ => (byte(v) & 7, byte(v) >> 3 & 7),
+                };
             }
         }
     }
@@ -228,6 +279,13 @@ fn pack_bits(quads: &[u8], quad: usize, bit: u32, tile: &mut [u8]) {
     }
 }
 
+/// The inverse of [`pack_bits`]: adds the bit to quads that have the others.
+fn restore_bits(tile: &[u8], quad: usize, bit: u32, quads: &mut [u8]) {
+    for (q, codes) in quads.chunks_exact_mut(quad).enumerate() {
+        codes.iter_mut().zip(tile).for_each(|(code, byte)| *code |= (byte >> q & 1) << bit);
+    }
+}
+
 /// Adds bits packed by [`pack_bits`] to quads.
 #[inline(always)]
 fn add_bits<S: Simd, const QUADS: usize>(simd: S, quads: &mut [S::Bytes; QUADS], bit: u32, tile: &[u8]) {
@@ -254,6 +312,12 @@ impl Codes for Int5 {
         pack_bits(quads, quad, 4, high);
     }
 
+    fn restore(tile: &[u8], quad: usize, quads: &mut [u8]) {
+        let (low, high) = tile.split_at(quads.len() / 2);
+        restore_nibbles(low, quad, quads);
+        restore_bits(high, quad, 4, quads);
+    }
+
     #[inline(always)]
     fn unpack<S: Simd, const QUADS: usize>(simd: S, tile: &[u8]) -> [S::Bytes; QUADS] {
         let mut quads = unpack_nibbles(simd, tile);
@@ -275,6 +339,14 @@ impl Codes for Int6 {
         pack_nibbles(&low_nibbles(quads), quad, low);
         let high_pairs: Vec<u8> = quads.iter().map(|code| code >> 4).collect();
         pack_pairs(&high_pairs, quad, high);
+    }
+
+    fn restore(tile: &[u8], quad: usize, quads: &mut [u8]) {
+        let (low, high) = tile.split_at(quads.len() / 2);
+        let mut high_pairs = vec![0; quads.len()];
+        restore_pairs(high, quad, &mut high_pairs);
+        restore_nibbles(low, quad, quads);
+        quads.iter_mut().zip(high_pairs).for_each(|(code, high)| *code |= high << 4);
     }
 
     #[inline(always)]
@@ -309,6 +381,12 @@ impl Codes for Int8 {
     fn pack(quads: &[u8], _: usize, tile: &mut [u8]) {
         for (byte, code) in tile.iter_mut().zip(quads) {
             *byte = code ^ 0x80;
+        }
+    }
+
+    fn restore(tile: &[u8], _: usize, quads: &mut [u8]) {
+        for (code, byte) in quads.iter_mut().zip(tile) {
+            *code = byte ^ 0x80;
         }
     }
 

@@ -30,6 +30,8 @@ pub(super) trait Dot: Send + Sync + Sized + 'static {
     fn inputs(inputs: Inputs<'_>) -> &[Self::Input];
     /// Puts code `t` of row `r`, at `(r · stride + t) · CODE_BYTES` of `rows`, into tile order; there are `lanes` rows.
     fn pack(rows: &[u8], stride: usize, lanes: usize, tile: &mut [u8]);
+    /// Takes codes back out of tile order: the inverse of [`Dot::pack`].
+    fn restore(tile: &[u8], lanes: usize, stride: usize, rows: &mut [u8]);
     fn decode<S: Simd>(simd: S, tile: &[u8]) -> Self::Weights<'_, S>;
     /// Code `t` of each row, unscaled.
     fn column<S: Simd>(simd: S, weights: &Self::Weights<'_, S>, offset: &Offset<S>, t: usize) -> S::F32;
@@ -100,6 +102,10 @@ impl<C: Codes, P: Pattern> Dot for IntegerDot<C, P> {
 
     fn pack(rows: &[u8], stride: usize, lanes: usize, tile: &mut [u8]) {
         C::pack(quads::<P>(rows, stride, lanes, &mut [0; CHUNK * MOST_LANES]), 4 * lanes, tile);
+    }
+
+    fn restore(tile: &[u8], lanes: usize, stride: usize, rows: &mut [u8]) {
+        restore_integers::<C, P>(tile, lanes, stride, rows);
     }
 
     #[inline(always)]
@@ -204,6 +210,22 @@ pub(super) fn quads<'a, P: Pattern>(
     quads
 }
 
+/// Takes the codes of a chunk back out of quads: the inverse of [`quads`].
+pub(super) fn restore_rows(quads: &[u8], lanes: usize, stride: usize, rows: &mut [u8]) {
+    for (q, quad) in quads.chunks_exact(4 * lanes).enumerate() {
+        for (row, bytes) in quad.chunks_exact(4).enumerate() {
+            rows[row * stride + 4 * q..][..4].copy_from_slice(bytes);
+        }
+    }
+}
+
+/// [`Dot::restore`] of integers.
+fn restore_integers<C: Codes, P: Pattern>(tile: &[u8], lanes: usize, stride: usize, rows: &mut [u8]) {
+    let quads = &mut [0; CHUNK * MOST_LANES][..P::STORED * lanes];
+    C::restore(tile, 4 * lanes, quads);
+    restore_rows(quads, lanes, stride, rows);
+}
+
 impl<C: Codes, P: Pattern> Dot for ExactDot<C, P> {
     type Pattern = P;
     type Input = [f32; CHUNK];
@@ -219,6 +241,10 @@ impl<C: Codes, P: Pattern> Dot for ExactDot<C, P> {
 
     fn pack(rows: &[u8], stride: usize, lanes: usize, tile: &mut [u8]) {
         C::pack(quads::<P>(rows, stride, lanes, &mut [0; CHUNK * MOST_LANES]), 4 * lanes, tile);
+    }
+
+    fn restore(tile: &[u8], lanes: usize, stride: usize, rows: &mut [u8]) {
+        restore_integers::<C, P>(tile, lanes, stride, rows);
     }
 
     #[inline(always)]
@@ -265,6 +291,14 @@ impl<F: Floats, P: Pattern> Dot for FloatDot<F, P> {
         for (i, code) in tile.chunks_exact_mut(F::BYTES).enumerate() {
             let (t, row) = (i / lanes, i % lanes);
             code.copy_from_slice(&rows[(row * stride + t) * F::BYTES..][..F::BYTES]);
+        }
+    }
+
+    fn restore(tile: &[u8], lanes: usize, stride: usize, rows: &mut [u8]) {
+        for (t, codes) in tile.chunks_exact(lanes * F::BYTES).enumerate() {
+            for (row, code) in codes.chunks_exact(F::BYTES).enumerate() {
+                rows[(row * stride + t) * F::BYTES..][..F::BYTES].copy_from_slice(code);
+            }
         }
     }
 

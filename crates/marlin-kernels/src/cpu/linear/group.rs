@@ -38,6 +38,11 @@ impl LinearGroup {
         Ok(Self { linears, forms })
     }
 
+    /// All of them.
+    pub(crate) fn linears(&self) -> &[TiledLinear] {
+        &self.linears
+    }
+
     /// Number of linears.
     pub(crate) fn len(&self) -> usize {
         self.linears.len()

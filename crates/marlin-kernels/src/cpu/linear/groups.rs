@@ -4,6 +4,7 @@ use marlin_format::{ColumnOrder, Element, PackedMatrix, ScaleKind, Scheme, Spars
 
 use super::codes::{CHUNK, E2M1, Int8};
 use super::kernel::PanelKernel;
+use super::tiles::Tiles;
 
 /// How the groups of a matrix are stored in tile order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -177,6 +178,14 @@ impl GroupFormat {
         groups.div_ceil(self.super_group)
     }
 
+    /// Where a lane's inner scale or minimum of a group stands among those of a panel.
+    fn inner_place(&self, group: usize, lane: usize, lanes: usize) -> usize {
+        match self.span {
+            GroupSpan::Chunks(_) => group * lanes + lane,
+            GroupSpan::HalfChunk => (group / 2 * lanes + lane) * 2 + group % 2,
+        }
+    }
+
     /// Bytes of scales, of zero points or biases, and of what super-groups share, for a panel; `None` if they cannot be addressed.
     pub(super) fn panel_bytes(&self, chunks: usize, kernel: &dyn PanelKernel) -> Option<[usize; 3]> {
         let (groups, lanes) = (self.span.groups(chunks), kernel.lanes());
@@ -279,11 +288,7 @@ impl<'a> Groups<'a> {
 
     /// Where an inner scale or minimum of a panel stands, of which there are so many before it in `[groups, lanes]`.
     fn inner_place(&self, place: usize) -> usize {
-        let (group, lane) = (place / self.lanes, place % self.lanes);
-        match self.format.span {
-            GroupSpan::Chunks(_) => place,
-            GroupSpan::HalfChunk => (group / 2 * self.lanes + lane) * 2 + group % 2,
-        }
+        self.format.inner_place(place / self.lanes, place % self.lanes, self.lanes)
     }
 
     /// An inner scale or minimum as an i8, which it fits ([`ScaleType::of`], [`ZeroType::of`]).
@@ -291,5 +296,63 @@ impl<'a> Groups<'a> {
         let row_bytes = packed.len() / self.matrix.rows;
         let code = bits::get(&packed[row * row_bytes..], group, width.into());
         if signed && code >> (width - 1) == 1 { code.wrapping_sub(((1u16) << width) as u8) } else { code }
+    }
+}
+
+/// The inverse of [`Groups`]. Where rows of the matrix share what their groups have, it is taken from one of them.
+impl Tiles {
+    /// The scales of a row's groups, packed as in [`PackedMatrix::scales`].
+    pub(super) fn restore_scales(&self, row: usize, scales: &mut [u8]) {
+        let tiled = self.panel_scales(row / self.lanes);
+        match self.scheme.scale {
+            ScaleKind::TwoLevel { bits, .. } => self.restore_inner(tiled, row, bits, scales),
+            _ => self.restore_numbers(tiled, row, self.format.scale.bytes(), scales),
+        }
+    }
+
+    /// Their zero points, biases or inner minima, as in [`PackedMatrix::zeros`].
+    pub(super) fn restore_zeros(&self, row: usize, zeros: &mut [u8]) {
+        let tiled = self.panel_zeros(row / self.lanes);
+        match self.scheme.zero {
+            ZeroKind::Integer => {
+                let (element, lane) = (self.scheme.element, row % self.lanes);
+                let of_first_code = offset(element, element.value(0) as i32);
+                let code = |group| i32::from(tiled[group * self.lanes + lane] as i8) - of_first_code;
+                let codes: Vec<u8> = self.tile_groups().map(|group| code(group) as u8).collect();
+                bits::pack(&codes, element.bits(), zeros);
+            }
+            ZeroKind::TwoLevelMin { bits } => self.restore_inner(tiled, row, bits, zeros),
+            _ => self.restore_numbers(tiled, row, self.format.zero.bytes(), zeros),
+        }
+    }
+
+    /// What super-groups of a row share on one level.
+    pub(super) fn restore_supers(&self, level: usize, row: usize, supers: &mut [u8]) {
+        let (tiled, lane) = (self.supers(row / self.lanes), row % self.lanes);
+        for (super_group, shared) in supers.chunks_exact_mut(SUPER_BYTES).enumerate() {
+            let from = ((super_group * self.format.levels() + level) * self.lanes + lane) * SUPER_BYTES;
+            shared.copy_from_slice(&tiled[from..][..SUPER_BYTES]);
+        }
+    }
+
+    /// The group of tiles, or the first of several, for each of a row's groups.
+    fn tile_groups(&self) -> impl Iterator<Item = usize> {
+        let (groups, group_cols) = (self.scheme.groups_per_row(self.cols), self.scheme.group_cols(self.cols));
+        let tile_cols = self.format.span.cols();
+        (0..groups).map(move |group| group * group_cols / tile_cols)
+    }
+
+    /// Scales or biases of so many bytes.
+    fn restore_numbers(&self, tiled: &[u8], row: usize, size: usize, numbers: &mut [u8]) {
+        for (number, group) in numbers.chunks_exact_mut(size).zip(self.tile_groups()) {
+            number.copy_from_slice(&tiled[(group * self.lanes + row % self.lanes) * size..][..size]);
+        }
+    }
+
+    /// Inner scales or minima, of which an i8 has the bits at its lower end.
+    fn restore_inner(&self, tiled: &[u8], row: usize, width: u8, packed: &mut [u8]) {
+        let place = |group| self.format.inner_place(group, row % self.lanes, self.lanes);
+        let inner: Vec<u8> = self.tile_groups().map(|group| tiled[place(group)] & (0xff >> (8 - width))).collect();
+        bits::pack(&inner, width.into(), packed);
     }
 }

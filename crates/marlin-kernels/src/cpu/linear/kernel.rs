@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 
 use super::activations::{Forms, Inputs};
 use super::codes::CHUNK;
-use super::dot::{Dot, Index, quads};
+use super::dot::{Dot, Index, quads, restore_rows};
 use super::groups::{GroupSpan, ScaleType, ZeroType};
 use super::pattern::{FIRST_HALF, Pattern, SECOND_HALF, WHOLE};
 use super::super_groups::super_group_sums;
@@ -60,6 +60,10 @@ pub(super) trait PanelKernel: fmt::Debug + Send + Sync {
     fn code_bytes(&self) -> usize;
     /// Puts a panel into tile order.
     fn pack(&self, panel: &PanelCodes, tiles: &mut [u8]);
+    /// Takes the codes of a panel back out of tile order, into [`PanelCodes::codes`].
+    fn restore_codes(&self, tiles: &[u8], codes: &mut [u8]);
+    /// The same of where they stand under 2:4, into [`PanelCodes::positions`].
+    fn restore_positions(&self, tiles: &[u8], positions: &mut [u8]);
     /// The forms of input that it reads.
     fn forms(&self) -> Forms;
     /// `sums[i] = x[first_row + i] · W(panel)ᵀ`, rows counted in the order that they are multiplied in; `sums` is `[rows, lanes]`.
@@ -111,6 +115,24 @@ impl<S: Simd, D: Dot> PanelKernel for Kernel<S, D> {
                 let positions = quads::<D::Pattern>(positions, stride, S::LANES, &mut memory);
                 D::Pattern::pack_index(positions, 4 * S::LANES, index);
             }
+        }
+    }
+
+    fn restore_codes(&self, tiles: &[u8], codes: &mut [u8]) {
+        let stride = codes.len() / S::LANES / D::CODE_BYTES;
+        for chunk in 0..tiles.len() / self.chunk_bytes() {
+            let (tile, _) = chunk_of::<S, D>(tiles, chunk);
+            D::restore(tile, S::LANES, stride, &mut codes[chunk * D::Pattern::STORED * D::CODE_BYTES..]);
+        }
+    }
+
+    fn restore_positions(&self, tiles: &[u8], positions: &mut [u8]) {
+        let (stored, stride) = (D::Pattern::STORED, positions.len() / S::LANES);
+        let quads = &mut [0; CHUNK * MOST_LANES][..stored * S::LANES];
+        for chunk in 0..tiles.len() / self.chunk_bytes() {
+            let (_, index) = chunk_of::<S, D>(tiles, chunk);
+            D::Pattern::restore_index(index, 4 * S::LANES, quads);
+            restore_rows(quads, S::LANES, stride, &mut positions[chunk * stored..]);
         }
     }
 

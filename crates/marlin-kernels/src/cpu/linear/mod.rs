@@ -133,6 +133,11 @@ impl TiledLinear {
         self.parts.iter().map(|part| part.tiles.bytes() + size_of_val(part.bias.as_slice())).sum()
     }
 
+    /// Its parts in canonical order, as they were loaded; in f32 what was converted.
+    pub(crate) fn restore(&self, threads: &Threads) -> Result<Vec<LinearPart<'static>>, KernelError> {
+        self.parts.iter().map(|part| part.restore(threads)).collect()
+    }
+
     /// The weights of one row (of all parts, counted one after the other), `[K]`; no bias.
     pub(crate) fn decode_row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.rows() && out.len() == self.cols, "row {row} of {}, {} values", self.rows(), out.len());
@@ -170,6 +175,11 @@ impl Part {
         let mut bias = bias.map_or_else(Vec::new, <[f32]>::to_vec);
         bias.resize(bias.len().next_multiple_of(kernel.lanes()), 0.0);
         Self { tiles, kernel, bias, converted, first: 0 }
+    }
+
+    fn restore(&self, threads: &Threads) -> Result<LinearPart<'static>, KernelError> {
+        let bias = (!self.bias.is_empty()).then(|| self.bias[..self.tiles.rows].to_vec());
+        Ok(LinearPart { weight: self.tiles.restore(self.kernel.as_ref(), threads)?, bias })
     }
 
     /// `x · Wᵀ + bias` of one panel.

@@ -5,7 +5,7 @@
 //! gathered: there are half as many products as in a dense chunk.
 
 use super::activations::Block;
-use super::codes::{CHUNK, Codes};
+use super::codes::{CHUNK, Codes, pack_pairs, restore_pairs};
 use super::tiles::Offset;
 use crate::cpu::simd::{MOST_LANES, Simd};
 
@@ -28,6 +28,8 @@ pub(super) trait Pattern: Send + Sync + 'static {
     fn unpack<S: Simd, C: Codes>(simd: S, tile: &[u8]) -> Self::Quads<S>;
     /// Puts the positions of the stored codes (0 to 3, in quads of `quad` bytes) into tile order.
     fn pack_index(positions: &[u8], quad: usize, index: &mut [u8]);
+    /// Takes them back out of it: the inverse of [`Pattern::pack_index`].
+    fn restore_index(index: &[u8], quad: usize, positions: &mut [u8]);
     fn load_index<S: Simd>(simd: S, index: &[u8]) -> Self::Index<S>;
     /// The column of code `t` of a row.
     fn column(index: &[u8], row: usize, t: usize) -> usize;
@@ -72,6 +74,8 @@ impl Pattern for Dense {
     }
 
     fn pack_index(_: &[u8], _: usize, _: &mut [u8]) {}
+
+    fn restore_index(_: &[u8], _: usize, _: &mut [u8]) {}
 
     #[inline(always)]
     fn load_index<S: Simd>(_: S, _: &[u8]) {}
@@ -200,9 +204,11 @@ impl Pattern for TwoOfFour {
     }
 
     fn pack_index(positions: &[u8], quad: usize, index: &mut [u8]) {
-        for (i, byte) in index.iter_mut().enumerate() {
-            *byte = positions.chunks_exact(quad).rev().fold(0, |byte, quad| byte << 2 | quad[i]);
-        }
+        pack_pairs(positions, quad, index);
+    }
+
+    fn restore_index(index: &[u8], quad: usize, positions: &mut [u8]) {
+        restore_pairs(index, quad, positions);
     }
 
     #[inline(always)]

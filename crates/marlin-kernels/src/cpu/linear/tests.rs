@@ -1,5 +1,7 @@
 //! Linears against sums in f64 over the decoded weights.
 
+mod restore;
+
 use marlin_format::{ColumnOrder, Element, Format, Grouping, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind};
 
 use super::*;

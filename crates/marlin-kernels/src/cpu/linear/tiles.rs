@@ -1,7 +1,9 @@
 //! Weights in tile order: made once, at load, and streamed by the kernels.
 
+use std::borrow::Cow;
+
 use half::f16;
-use marlin_format::{ColumnOrder, Element, PackedMatrix, ScaleKind, Scheme, Sparsity, bits};
+use marlin_format::{ColumnOrder, Element, FormatError, PackedMatrix, ScaleKind, Scheme, Sparsity, bits};
 
 use super::bytes::TileBytes;
 use super::codes::{CHUNK, E2M1, E4M3};
@@ -16,10 +18,14 @@ use crate::host::allocate;
 /// K are padded with zeros. Under 2:4 sparsity chunks hold 16 codes a row, and where they stand.
 #[derive(Debug)]
 pub(super) struct Tiles {
+    /// How the matrix was stored.
+    pub(super) scheme: Scheme,
     /// Output features, N.
     pub(super) rows: usize,
+    /// Input features, K.
+    pub(super) cols: usize,
     /// Rows of a panel.
-    lanes: usize,
+    pub(super) lanes: usize,
     /// Chunks of a panel.
     pub(super) chunks: usize,
     /// Groups of a panel.
@@ -99,6 +105,17 @@ fn section_bytes(scheme: &Scheme, rows: usize, cols: usize, kernel: &dyn PanelKe
     Some([of_panels(codes)?, of_panels(scales)?, of_panels(zeros)?, of_panels(supers)?, columns])
 }
 
+/// What kernels leave out of the codes and scales of a scheme: a power of two.
+fn constant_factor(scheme: &Scheme) -> f32 {
+    let of_codes = match scheme.element {
+        Element::E2M1 => E2M1::FACTOR,
+        Element::E4M3 => E4M3::FACTOR,
+        _ => 1.0,
+    };
+    let of_scales = if scheme.scale == ScaleKind::E4M3Global { E4M3::FACTOR } else { 1.0 };
+    of_codes * of_scales
+}
+
 /// The kernels know no NaN of E4M3.
 fn has_e4m3_nan(codes: &[u8]) -> bool {
     // Without leaving a run early, so that the search is vectorised.
@@ -151,19 +168,113 @@ impl Tiles {
         let supers = section("scales of scales", bytes[2], &|panel, supers| groups.fill_supers(panel, supers))?;
         let mut order = TileBytes::zeroed("the order of columns", 1, size_of_val(columns))?;
         order.bytes_mut().copy_from_slice(bytemuck::cast_slice(columns));
-        let element_factor = match scheme.element {
-            Element::E2M1 => E2M1::FACTOR,
-            Element::E4M3 => E4M3::FACTOR,
-            _ => 1.0,
-        };
-        let scale_factor = if format.scale == ScaleType::E4M3 { E4M3::FACTOR } else { 1.0 };
         let global = match scheme.scale {
             ScaleKind::E4M3Global => f32::from_le_bytes(*matrix.globals.first_chunk().expect("a global scale")),
             _ => 1.0,
         };
         let sections = [codes, scales, zeros, supers, order];
-        Self::from_sections(scheme, matrix.rows, matrix.cols, kernel, element_factor * scale_factor * global, sections)
-            .ok_or_else(not_native)
+        let factor = constant_factor(scheme) * global;
+        Self::from_sections(scheme, matrix.rows, matrix.cols, kernel, factor, sections).ok_or_else(not_native)
+    }
+
+    /// The matrix that was packed, to the bit; bits at the end of a row that no code uses are 0.
+    pub(super) fn restore(
+        &self,
+        kernel: &dyn PanelKernel,
+        threads: &Threads,
+    ) -> Result<PackedMatrix<'static>, KernelError> {
+        let Self { scheme, rows, cols, lanes, .. } = *self;
+        type Fill<'a> = &'a (dyn Fn(usize, &mut [u8]) + Sync);
+        // So many rows, of which each call fills `some`.
+        let buffer = |bytes: Result<usize, FormatError>, rows: usize, some: usize, fill: Fill<'_>| {
+            let mut buffer: Vec<u8> = allocate("a matrix taken out of tile order", &[bytes?], "cpu")?;
+            if !buffer.is_empty() {
+                let row_bytes = buffer.len() / rows;
+                threads.for_each_chunk(&mut buffer, some * row_bytes, fill);
+            }
+            Ok::<_, KernelError>(Cow::Owned(buffer))
+        };
+        // Rows of the matrix in a row of its groups.
+        let shared = scheme.group_rows(rows);
+        let (group_rows, levels) = (rows.div_ceil(shared), self.format.levels());
+        let matrix = PackedMatrix {
+            codes: buffer(scheme.codes_bytes(rows, cols), rows, lanes, &|panel, codes| {
+                self.restore_codes(kernel, panel, codes);
+            })?,
+            scales: buffer(scheme.scales_bytes(rows, cols), group_rows, 1, &|row, scales| {
+                self.restore_scales(row * shared, scales);
+            })?,
+            zeros: buffer(scheme.zeros_bytes(rows, cols), group_rows, 1, &|row, zeros| {
+                self.restore_zeros(row * shared, zeros);
+            })?,
+            globals: match scheme.scale {
+                ScaleKind::E4M3Global => Cow::Owned((self.factor / constant_factor(&scheme)).to_le_bytes().to_vec()),
+                _ => buffer(scheme.globals_bytes(rows, cols), levels * rows, 1, &|row, supers| {
+                    self.restore_supers(row / rows, row % rows, supers);
+                })?,
+            },
+            group_index: Cow::Owned(self.restore_group_index()),
+            sparse_index: buffer(scheme.sparse_index_bytes(rows, cols), rows, lanes, &|panel, index| {
+                self.restore_sparse_index(kernel, panel, index);
+            })?,
+            ..PackedMatrix::empty(scheme, rows, cols)
+        };
+        // What sections of a mapped file hold was not checked before.
+        matrix.validate().map_err(|error| {
+            KernelError::Device(format!(
+                "the tiles of a matrix [{rows}, {cols}] of {scheme} hold none: {error}; if they come from a file, remove it"
+            ))
+        })?;
+        Ok(matrix)
+    }
+
+    /// The codes of a panel's rows, packed: the inverse of [`PanelCodes::of`].
+    fn restore_codes(&self, kernel: &dyn PanelKernel, panel: usize, packed: &mut [u8]) {
+        let (element, size) = (self.scheme.element, kernel.code_bytes());
+        let stored = self.scheme.stored_cols(self.cols) * size;
+        let padded = self.scheme.stored_cols(self.chunks * CHUNK) * size;
+        let mut codes = vec![0; self.lanes * padded];
+        kernel.restore_codes(self.panel(panel), &mut codes);
+        let mut natural = vec![0; stored];
+        let packed_bytes = packed.len() / self.panel_rows(panel);
+        for (codes, packed) in codes.chunks_exact(padded).zip(packed.chunks_exact_mut(packed_bytes)) {
+            let mut codes = &codes[..stored];
+            if !self.columns().is_empty() {
+                for (code, &column) in codes.chunks_exact(size).zip(self.columns()) {
+                    natural[column as usize * size..][..size].copy_from_slice(code);
+                }
+                codes = &natural;
+            }
+            if element.is_dense() {
+                packed.copy_from_slice(codes);
+            } else {
+                bits::pack(codes, element.bits(), packed);
+            }
+        }
+    }
+
+    /// Where the codes of a panel's rows stand under 2:4, packed.
+    fn restore_sparse_index(&self, kernel: &dyn PanelKernel, panel: usize, packed: &mut [u8]) {
+        let (stored, padded) = (self.scheme.stored_cols(self.cols), self.scheme.stored_cols(self.chunks * CHUNK));
+        let mut positions = vec![0; self.lanes * padded];
+        kernel.restore_positions(self.panel(panel), &mut positions);
+        let packed_bytes = packed.len() / self.panel_rows(panel);
+        for (positions, packed) in positions.chunks_exact(padded).zip(packed.chunks_exact_mut(packed_bytes)) {
+            bits::pack(&positions[..stored], 2, packed);
+        }
+    }
+
+    /// The group of each column: columns stand in the order of their groups.
+    fn restore_group_index(&self) -> Vec<u8> {
+        if self.scheme.order == ColumnOrder::Natural {
+            return Vec::new();
+        }
+        let group_cols = self.scheme.group_cols(self.cols);
+        let mut index = vec![0; self.cols];
+        for (place, &column) in self.columns().iter().enumerate() {
+            index[column as usize] = (place / group_cols) as u32;
+        }
+        index.into_iter().flat_map(u32::to_le_bytes).collect()
     }
 
     /// Tiles whose bytes are there: the sections of a matrix in a native scheme. `None` if they are not as long as they must
@@ -191,7 +302,23 @@ impl Tiles {
         let (offset, format) = (offset(scheme.element, 0), GroupFormat::of(scheme, cols)?);
         let chunks = cols.div_ceil(CHUNK);
         let (groups, lanes) = (format.span.groups(chunks), kernel.lanes());
-        Some(Self { rows, lanes, chunks, groups, format, factor, codes, scales, offset, zeros, supers, columns })
+        let scheme = *scheme;
+        Some(Self {
+            scheme,
+            rows,
+            cols,
+            lanes,
+            chunks,
+            groups,
+            format,
+            factor,
+            codes,
+            scales,
+            offset,
+            zeros,
+            supers,
+            columns,
+        })
     }
 
     /// The bytes of each section.
@@ -211,6 +338,11 @@ impl Tiles {
         self.rows.div_ceil(self.lanes)
     }
 
+    /// Rows of the matrix in a panel.
+    pub(super) fn panel_rows(&self, panel: usize) -> usize {
+        self.lanes.min(self.rows - panel * self.lanes)
+    }
+
     /// Memory held.
     pub(super) fn bytes(&self) -> usize {
         self.sections().map(|section| section.bytes().len()).iter().sum()
@@ -222,16 +354,28 @@ impl Tiles {
         self.of_panel(&self.codes, panel)
     }
 
+    /// The scales of a panel.
+    #[inline(always)]
+    pub(super) fn panel_scales(&self, panel: usize) -> &[u8] {
+        self.of_panel(&self.scales, panel)
+    }
+
+    /// The zero points, biases or inner minima of a panel.
+    #[inline(always)]
+    pub(super) fn panel_zeros(&self, panel: usize) -> &[u8] {
+        self.of_panel(&self.zeros, panel)
+    }
+
     /// The inner scales of a panel.
     #[inline(always)]
     pub(super) fn inner_scales(&self, panel: usize) -> &[i8] {
-        bytemuck::cast_slice(self.of_panel(&self.scales, panel))
+        bytemuck::cast_slice(self.panel_scales(panel))
     }
 
     /// The inner minima of a panel.
     #[inline(always)]
     pub(super) fn inner_minima(&self, panel: usize) -> &[i8] {
-        bytemuck::cast_slice(self.of_panel(&self.zeros, panel))
+        bytemuck::cast_slice(self.panel_zeros(panel))
     }
 
     /// What a panel has of a section.

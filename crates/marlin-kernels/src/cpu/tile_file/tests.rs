@@ -113,6 +113,10 @@ fn what_is_found_is_what_was_loaded_to_the_bit() {
                 let linear = found.find_linear(name, &headers(parts)).expect("it was kept");
                 let packed = backend.load_linear(parts).unwrap();
                 assert_eq!(packed.0.sections(), linear.0.sections(), "{name} {simd} {arithmetic:?}");
+                let unpacked = [&packed, &linear].map(|linear| backend.unpack_linear(linear).unwrap());
+                for (packed, found) in unpacked[0].iter().zip(&unpacked[1]) {
+                    assert_eq!((&packed.weight, &packed.bias), (&found.weight, &found.bias), "{name}");
+                }
                 assert_eq!((packed.bytes(), packed.0.rows()), (linear.bytes(), linear.0.rows()), "{name}");
                 assert_eq!(outputs(&backend, &linear), *wanted, "{name} {simd} {arithmetic:?}");
             }
