@@ -252,6 +252,11 @@ pub enum CheckpointError {
 }
 
 impl CheckpointError {
+    /// Unfinished work in the folder `partial` that is not what is to be written.
+    pub(crate) fn other_unfinished(partial: &Path, problem: &str) -> Self {
+        Self::OtherUnfinished { path: partial.to_path_buf(), problem: problem.to_owned() }
+    }
+
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_path_buf();
         move |source| Self::Io { action, path, source }

@@ -27,11 +27,11 @@ pub use checkpoint::{CONFIG_FILE, Checkpoint, SIDE_FILES, Storage, Tensor, Tenso
 pub use error::CheckpointError;
 pub use generation_config::GenerationConfig;
 pub use gguf::{Gguf, GgufArray, GgufTensor, GgufType, GgufValue, GgufValueType, GgufWriter};
-pub use layouts::{ExportLayout, Layout};
+pub use layouts::{ExportLayout, Layout, PackedTensor, packed_tensors};
 pub use memory::MemoryTensor;
 pub use quantization::{QuantizationConfig, QuantizedTensor, Rotations};
 pub use safetensors::Dtype;
 pub use stack::MatrixStack;
 pub use tokenizer::{TOKENIZER_FILE, Tokenizer, is_panic_caught};
 pub use weights::{INDEX_FILE, WEIGHTS_FILE, shards_of_index};
-pub use writer::{CheckpointWriter, CompleteFolder, PlannedTensor, WriterOptions};
+pub use writer::{CheckpointWriter, CompleteFolder, PlannedTensor, ShardWriter, Shards, WriterOptions};

@@ -10,8 +10,11 @@ use crate::ErrorStats;
 /// Weights of a slice, about: large enough to be worth a task, small enough for f32 copies not to count.
 const SLICE_WEIGHTS: usize = 1 << 16;
 
-/// Encodes a matrix and compares the result with it.
-pub(crate) fn encode_matrix(
+/// Encodes a matrix and compares the result with it, in slices of rows on rayon's current thread pool.
+///
+/// # Errors
+/// A weight is not finite or too large for the scheme, or the scheme is decoded only or has no such shape.
+pub fn encode_matrix(
     source: &PackedMatrix<'_>,
     scheme: Scheme,
     options: &EncodeOptions,

@@ -167,6 +167,36 @@ pub enum QuantizeError {
     /// The temporary file of recorded logits failed.
     #[error("the temporary file of the baseline's logits (4 bytes a logit; TMPDIR says where) failed")]
     Recording(#[source] io::Error),
+    /// A weight file cannot be written apart from the others, because it takes running the model.
+    #[error(
+        "a weight file cannot be written apart from the others where {what}, because that runs the model layer by layer; \
+         round each weight by itself (--method mse or rtn, without --scale-channels)"
+    )]
+    ShardNeedsModel {
+        /// What runs the model.
+        what: &'static str,
+    },
+    /// A layout of a single file.
+    #[error(
+        "the layout {layout} is one file, which cannot be written in parts; choose another layout, or quantise at once"
+    )]
+    NotSharded {
+        /// The layout.
+        layout: ExportLayout,
+    },
+    /// There is no such weight file.
+    #[error("the output has {count} weight files, and number {shard} is asked for")]
+    NoShard {
+        /// What was asked for, from 1.
+        shard: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// What a process said of the weight file that it wrote cannot be read.
+    #[error(
+        "what is noted in OUT.partial/shards of a weight file cannot be read; remove that folder and quantise again"
+    )]
+    Note(#[source] serde_json::Error),
     /// The hidden states that an interrupted run kept cannot be read.
     #[error("the hidden states that an interrupted run kept in the unfinished output cannot be read")]
     State(#[source] io::Error),

@@ -19,9 +19,11 @@ mod quantize;
 mod recipe;
 mod role;
 mod scaling;
+mod shard;
 mod source;
 
 pub use calibrate::{Calibration, Kept};
+pub use encode_matrix::encode_matrix;
 pub use error::QuantizeError;
 pub use error_stats::ErrorStats;
 pub use evaluate::{Divergence, LogitSource, ModelLogits, Quality, RecordedLogits, Windows, evaluate};
@@ -36,3 +38,4 @@ pub use moe::{
 pub use quantize::{MatrixReport, Progress, QuantizeOptions, Report, quantize, source_fingerprint};
 pub use recipe::{Recipe, embedding_scheme, quantized_format, quantized_formats, scheme_by_name};
 pub use role::{TensorRole, kind_of, layer_and_kind};
+pub use shard::{PlannedShard, plan_shards, quantize_shard};

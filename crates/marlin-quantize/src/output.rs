@@ -43,6 +43,14 @@ impl Output {
         }
     }
 
+    /// What other processes said of the shards that they wrote.
+    pub(crate) fn notes(&self) -> &[Vec<u8>] {
+        match self {
+            Self::Folder(writer) => writer.notes(),
+            Self::Gguf(_) => &[],
+        }
+    }
+
     /// Whether an earlier run wrote a tensor.
     pub(crate) fn is_done(&self, name: &str) -> bool {
         match self {

@@ -6,7 +6,7 @@ use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
-use marlin_checkpoint::{Checkpoint, ExportLayout, PlannedTensor, Storage, WriterOptions};
+use marlin_checkpoint::{Checkpoint, ExportLayout, PlannedTensor, Storage, Tensor, WriterOptions};
 use marlin_format::{EncodeOptions, PackedMatrix, ScaleSearch, Scheme};
 use marlin_model::{RotationBlocks, RotationParts};
 
@@ -16,6 +16,7 @@ use crate::encode_matrix::{encode_matrix, matrix_error};
 use crate::moe::{ExpertMatrix, ExpertTensors, MoeLayer, find_moe_layers};
 use crate::output::Output;
 use crate::scaling::find_scales;
+use crate::shard;
 use crate::source::Source;
 use crate::{ErrorStats, Footprint, QuantizeError, Recipe, TensorRole};
 
@@ -25,6 +26,8 @@ pub struct QuantizeOptions<'a> {
     pub force: bool,
     /// Bytes written between two syncs to disk: about what has to be done again after a kill.
     pub sync_bytes: u64,
+    /// Largest weight file.
+    pub max_shard_bytes: u64,
     /// How the output lays packed matrices out.
     pub layout: ExportLayout,
     /// Round weights by what they are multiplied with; each by itself if there is none.
@@ -41,10 +44,11 @@ pub struct QuantizeOptions<'a> {
 
 impl Default for QuantizeOptions<'_> {
     fn default() -> Self {
-        let WriterOptions { sync_bytes, layout, .. } = WriterOptions::default();
+        let WriterOptions { sync_bytes, max_shard_bytes, layout, .. } = WriterOptions::default();
         Self {
             force: false,
             sync_bytes,
+            max_shard_bytes,
             layout,
             calibration: None,
             scaling: None,
@@ -73,7 +77,7 @@ pub struct Report {
     pub matrices: Vec<MatrixReport>,
     /// Matrices of unknown kind, kept as they were.
     pub kept: Vec<String>,
-    /// Tensors that an earlier, interrupted run had finished.
+    /// Tensors that an earlier, interrupted run had finished, or other processes in shards.
     pub resumed: usize,
     /// What was kept on the calibration's held-out text, if there was one.
     pub kept_quality: Option<Kept>,
@@ -109,10 +113,18 @@ pub(crate) struct Task<'a> {
     pub(crate) from: Origin<'a>,
     weights: u64,
     /// Of the source.
-    bytes: u64,
+    pub(crate) bytes: u64,
     /// Shape and storage of a matrix that is encoded; `None` keeps the tensor.
     pub(crate) matrix: Option<([usize; 2], Scheme)>,
-    planned: PlannedTensor,
+    pub(crate) planned: PlannedTensor,
+}
+
+/// What a tensor of the output is made of.
+pub(crate) enum Made<'a> {
+    /// A tensor that is not quantised.
+    Kept(Tensor<'a>),
+    /// A matrix that is, and how far it is from the source.
+    Encoded(PackedMatrix<'static>, ErrorStats),
 }
 
 /// Where a tensor of the output comes from.
@@ -145,7 +157,7 @@ impl Assignment {
 ///
 /// Weights are decoded, encoded and compared in slices of rows on rayon's current thread pool; memory stays near one tensor.
 /// The output is the same to the byte whatever the number of threads, and whether or not a run was interrupted: the same call goes on where
-/// the earlier one stopped. (A GGUF file is begun anew.)
+/// the earlier one stopped. (A GGUF file is begun anew.) It also takes over what other processes wrote by [`crate::quantize_shard`].
 ///
 /// # Errors
 /// The source is quantised or rotated already, cannot be rotated as the recipe wants it, holds NaN or infinity, has no decoder linears known here; the output cannot be written (see
@@ -158,9 +170,6 @@ pub fn quantize(
 ) -> Result<Report, QuantizeError> {
     let recipe = in_layout(recipe, options.layout)?;
     let decides = recipe.fingerprint(options.layout);
-    if recipe.rotate != RotationParts::default() && !options.layout.rotates() {
-        return Err(QuantizeError::NotRotatedIn { layout: options.layout });
-    }
     let source = Source::new(source, recipe.rotate)?;
     run(source, out, &|name| recipe.scheme(name, 2), recipe.search, decides, options)
 }
@@ -192,7 +201,7 @@ fn run(
     let (layout, checkpoint) = (options.layout, source.checkpoint);
     let moe_layers = find_moe_layers(checkpoint)?;
     refuse_source_as_output(checkpoint, out)?;
-    let encode = EncodeOptions { search, power_of_two_global: layout.stores_inverse_globals() };
+    let encode = encode_options(search, layout);
     let text = |calibration: &Option<Calibration<'_>>| calibration.as_ref().map(Calibration::fingerprint);
     let calibration = text(&options.calibration).map_or(String::new(), |text| format!(", {text}"));
     let scaling = text(&options.scaling).map_or(String::new(), |text| format!(", channels scaled, {text}"));
@@ -205,14 +214,7 @@ fn run(
     };
     let source = &source;
     let tasks = tasks(source, &moe_layers, scheme)?;
-    let writer_options = WriterOptions {
-        fingerprint: format!("source {}, {decides}{scaling}{calibration}", source_fingerprint(checkpoint)?),
-        force: options.force,
-        sync_bytes: options.sync_bytes,
-        layout,
-        rotations: source.rotations(),
-        ..WriterOptions::default()
-    };
+    let writer_options = writer_options(source, &format!("{decides}{scaling}{calibration}"), &options)?;
     // What stands against running the model is said before anything is written.
     let backend = options.calibration.as_ref().map(|calibration| Observed::new(calibration.backend.clone()));
     let calibrator = backend
@@ -231,10 +233,11 @@ fn run(
             progress(Progress { tensor, done, total });
         }
     };
-    // The error of a matrix that an earlier run wrote is measured when the output can be read.
-    let mut errors = vec![None; tasks.len()];
+    // The error of a matrix that another process wrote is in its note; of one that an earlier run wrote, it is measured when the output can be read.
+    let noted = shard::noted_errors(writer.notes())?;
+    let mut errors: Vec<_> = tasks.iter().map(|task| noted.get(&*task.name).copied()).collect();
     let written = write_all(source, &tasks, &encode, calibrator, &mut writer, &mut |task, error| {
-        errors[task] = error;
+        errors[task] = error.or(errors[task]);
         done += tasks[task].bytes;
         progress(&tasks[task].name, done);
     });
@@ -278,8 +281,34 @@ fn write_all<'a>(
     calibrator.map_or(Ok(None), |calibrator| calibrator.run(writer, finished))
 }
 
+pub(crate) fn encode_options(search: ScaleSearch, layout: ExportLayout) -> EncodeOptions {
+    EncodeOptions { search, power_of_two_global: layout.stores_inverse_globals() }
+}
+
+/// How the output is written; `decides` is all that it depends on beside the source.
+pub(crate) fn writer_options(
+    source: &Source<'_>,
+    decides: &str,
+    options: &QuantizeOptions<'_>,
+) -> Result<WriterOptions, QuantizeError> {
+    Ok(WriterOptions {
+        fingerprint: format!("source {}, {decides}", source_fingerprint(source.checkpoint)?),
+        force: options.force,
+        max_shard_bytes: options.max_shard_bytes,
+        sync_bytes: options.sync_bytes,
+        layout: options.layout,
+        rotations: source.rotations(),
+    })
+}
+
 /// The recipe with schemes as the layout stores them.
-fn in_layout(recipe: &Recipe, layout: ExportLayout) -> Result<Recipe, QuantizeError> {
+///
+/// # Errors
+/// The layout does not have them, or cannot say what is rotated.
+pub(crate) fn in_layout(recipe: &Recipe, layout: ExportLayout) -> Result<Recipe, QuantizeError> {
+    if recipe.rotate != RotationParts::default() && !layout.rotates() {
+        return Err(QuantizeError::NotRotatedIn { layout });
+    }
     let embedding = match recipe.embedding {
         Some(scheme) if !scheme.is_dense() && !layout.packs_embeddings() => {
             return Err(QuantizeError::EmbeddingNotPacked { layout, scheme: scheme.to_string() });
@@ -370,7 +399,7 @@ fn matrices_of_experts<'a>(
 }
 
 /// With `force`, the source would be replaced by its own rounding.
-fn refuse_source_as_output(source: &Checkpoint, out: &Path) -> Result<(), QuantizeError> {
+pub(crate) fn refuse_source_as_output(source: &Checkpoint, out: &Path) -> Result<(), QuantizeError> {
     match (source.path().map(fs::canonicalize), fs::canonicalize(out)) {
         (Some(Ok(source)), Ok(out)) if source == out => Err(QuantizeError::OutputIsSource { path: out }),
         _ => Ok(()),
@@ -402,17 +431,16 @@ fn write(
     encode: &EncodeOptions,
     writer: &mut Output,
 ) -> Result<Option<ErrorStats>, QuantizeError> {
-    let name = &task.name;
-    let Some((_, scheme)) = task.matrix else {
-        let tensor = source.tensor(name)?;
-        writer.write_raw(name, tensor.dtype, tensor.shape, &tensor.bytes)?;
-        return Ok(None);
-    };
-    let matrix = task.source(source)?;
-    let encoded = encode_matrix(&matrix, scheme, encode);
-    let (encoded, error) = encoded.map_err(|e| encode_error(source.checkpoint, name, e))?;
-    writer.write_matrix(name, &encoded)?;
-    Ok(Some(error))
+    match task.make(source, encode)? {
+        Made::Kept(tensor) => {
+            writer.write_raw(&task.name, tensor.dtype, tensor.shape, &tensor.bytes)?;
+            Ok(None)
+        }
+        Made::Encoded(matrix, error) => {
+            writer.write_matrix(&task.name, &matrix)?;
+            Ok(Some(error))
+        }
+    }
 }
 
 pub(crate) fn encode_error(source: &Checkpoint, tensor: &str, error: marlin_format::FormatError) -> QuantizeError {
@@ -426,9 +454,17 @@ impl Task<'_> {
         Footprint::of_tensor(self.role, self.weights, packed.map_or(self.bytes, |bytes| bytes as u64))
     }
 
+    /// What is written, of what the source has.
+    pub(crate) fn make<'a>(&self, source: &Source<'a>, encode: &EncodeOptions) -> Result<Made<'a>, QuantizeError> {
+        let Some((_, scheme)) = self.matrix else { return Ok(Made::Kept(source.tensor(&self.name)?)) };
+        let encoded = encode_matrix(&self.source(source)?, scheme, encode);
+        let (matrix, error) = encoded.map_err(|e| encode_error(source.checkpoint, &self.name, e))?;
+        Ok(Made::Encoded(matrix, error))
+    }
+
     /// Gives back the memory of what was read of the source, so that a model larger than memory does not stay mapped. Of experts that are one
     /// tensor, with the last of them.
-    fn release(&self, source: &Checkpoint) {
+    pub(crate) fn release(&self, source: &Checkpoint) {
         match self.from {
             Origin::Same => source.release(&self.name),
             Origin::Expert(layer, expert, _) if expert + 1 == layer.experts() => {
@@ -455,7 +491,11 @@ fn report(
     resumed: usize,
 ) -> Result<Report, QuantizeError> {
     // What an earlier run wrote is compared with the source as it is read.
-    let output = output.filter(|_| resumed > 0).map(|folder| Checkpoint::open(&folder)).transpose()?;
+    let is_measured = |(task, error): (&Task<'_>, &Option<ErrorStats>)| task.matrix.is_none() || error.is_some();
+    let output = output
+        .filter(|_| !tasks.iter().zip(&errors).all(is_measured))
+        .map(|folder| Checkpoint::open(&folder))
+        .transpose()?;
     let mut matrices = Vec::new();
     for (task, error) in tasks.iter().zip(errors) {
         let Some((shape, scheme)) = task.matrix else { continue };

@@ -1,11 +1,12 @@
 //! Our own layout.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
-use marlin_format::{ColumnOrder, FormatError, Grouping, ScaleKind, Scheme, Sparsity, ZeroKind};
+use marlin_format::{ColumnOrder, FormatError, Grouping, PackedMatrix, ScaleKind, Scheme, Sparsity, ZeroKind};
 use safetensors::Dtype;
 
-use super::{Buffer, Content, Entry, Form, Gathered, Part, Stored};
+use super::{Buffer, Content, Entry, Form, Gathered, Part, Stored, dense_dtype};
 use crate::shard::{Location, Shard};
 use crate::{CheckpointError, QuantizationConfig};
 
@@ -19,6 +20,54 @@ fn suffix(buffer: Buffer) -> &'static str {
         Buffer::GroupIndex => "_group_index",
         Buffer::SparseIndex => "_sparse_index",
     }
+}
+
+/// One of the tensors that hold a packed matrix in our own layout.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PackedTensor {
+    /// Type of an element.
+    pub dtype: Dtype,
+    /// Dimensions, outermost first.
+    pub shape: Vec<usize>,
+    buffer: Buffer,
+}
+
+impl PackedTensor {
+    /// What is appended to the name of the matrix; nothing for its codes.
+    pub fn suffix(&self) -> &'static str {
+        suffix(self.buffer)
+    }
+
+    /// Its size.
+    pub fn bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    }
+
+    /// Its bytes in a matrix.
+    pub fn get<'m>(&self, matrix: &'m PackedMatrix<'_>) -> &'m [u8] {
+        self.buffer.of(matrix)
+    }
+
+    /// Gives a matrix its bytes.
+    pub fn set<'a>(&self, matrix: &mut PackedMatrix<'a>, bytes: impl Into<Cow<'a, [u8]>>) {
+        self.buffer.set(matrix, bytes.into());
+    }
+}
+
+/// The tensors that hold a matrix `[rows, cols]` in our own layout, codes first. Of plain floats there is one.
+///
+/// # Errors
+/// The scheme is invalid, or has no such shape.
+pub fn packed_tensors(scheme: &Scheme, rows: usize, cols: usize) -> Result<Vec<PackedTensor>, FormatError> {
+    if let Some(dtype) = dense_dtype(scheme) {
+        scheme.packed_bytes(rows, cols)?;
+        return Ok(vec![PackedTensor { dtype, shape: vec![rows, cols], buffer: Buffer::Codes }]);
+    }
+    let tensor = |part: Part| match part.content {
+        Content::Buffer(buffer, Form::Same) => Some(PackedTensor { dtype: part.dtype, shape: part.shape, buffer }),
+        _ => None,
+    };
+    Ok(parts("", scheme, rows, cols)?.into_iter().filter_map(tensor).collect())
 }
 
 /// Gathers the stored tensors of each packed matrix into one entry; the others stay as they are.

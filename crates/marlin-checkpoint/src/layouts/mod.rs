@@ -24,6 +24,7 @@ use serde_json::Value;
 
 pub(crate) use self::form::Form;
 use self::gptq_export::Transposed;
+pub use self::metal_marlin::{PackedTensor, packed_tensors};
 use crate::shard::{Location, Shard};
 use crate::{CheckpointError, QuantizationConfig, Rotations, gguf};
 

@@ -2,10 +2,12 @@
 
 mod journal;
 mod plan;
+mod shards;
+mod weight_files;
 mod workspace;
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use marlin_format::PackedMatrix;
@@ -15,9 +17,12 @@ use serde_json::Value;
 use self::journal::{Journal, Record};
 use self::plan::Plan;
 pub use self::plan::PlannedTensor;
+use self::shards::{ShardFolder, has_header};
+pub use self::shards::{ShardWriter, Shards};
+use self::weight_files::WeightFiles;
 use self::workspace::Workspace;
 pub(crate) use self::workspace::lock;
-use crate::{CheckpointError, ExportLayout, Rotations, layouts, weights};
+use crate::{CheckpointError, ExportLayout, Rotations, weights};
 
 const GIB: u64 = 1 << 30;
 const MIB: u64 = 1 << 20;
@@ -58,22 +63,18 @@ impl Default for WriterOptions {
 /// Everything grows in `OUT.partial` beside the output and becomes `OUT` by one rename in [`CheckpointWriter::finish`].
 /// Sizes are known from the plan, so weight files get their headers first and each tensor is written straight to its
 /// place. A writer that is dropped or killed leaves its work; the next one with the same fingerprint and plan goes on
-/// from there ([`CheckpointWriter::is_done`]) and the result is the same to the byte.
+/// from there ([`CheckpointWriter::is_done`]) and the result is the same to the byte. It also takes over what other processes
+/// wrote of the same plan ([`Shards`]).
 #[derive(Debug)]
 pub struct CheckpointWriter {
     workspace: Workspace,
-    plan: Plan,
+    weights: WeightFiles,
     config: Value,
     side_files: Vec<(String, Vec<u8>)>,
-    /// One a shard.
-    files: Vec<File>,
     journal: Journal,
-    done: Vec<bool>,
-    /// Tensors written but not yet in the journal.
-    unsynced: Vec<usize>,
-    unsynced_bytes: u64,
     sync_bytes: u64,
     resumed: usize,
+    notes: Vec<Vec<u8>>,
 }
 
 impl CheckpointWriter {
@@ -102,57 +103,45 @@ impl CheckpointWriter {
             Err(CheckpointError::OtherUnfinished { .. }) if options.force => None,
             other => other?,
         };
-        let (files, journal, done) = match unfinished {
+        let shards = ShardFolder::new(workspace.folder(), &plan, &options.fingerprint);
+        for other in shards.others()? {
+            if !options.force {
+                return Err(CheckpointError::other_unfinished(workspace.folder(), OTHER_SETTINGS));
+            }
+            workspace::remove(&other)?;
+        }
+        let (mut journal, mut done) = match unfinished {
             Some(unfinished) => unfinished,
             None => start(&workspace, &plan, &options.fingerprint)?,
         };
+        take_over(&shards, &workspace, &plan, &mut journal, &mut done)?;
+        let notes = plan.shards.iter().filter_map(|shard| shards.read_note(&shard.name).transpose());
+        let notes = notes.collect::<Result<_, _>>()?;
+        let files = open_files(&workspace, &plan)?;
         let resumed = done.iter().filter(|done| **done).count();
-        Ok(Self {
-            workspace,
-            plan,
-            config,
-            side_files,
-            files,
-            journal,
-            done,
-            unsynced: Vec::new(),
-            unsynced_bytes: 0,
-            sync_bytes: options.sync_bytes,
-            resumed,
-        })
+        let weights = WeightFiles::new(&workspace.out, plan, files, done);
+        Ok(Self { workspace, weights, config, side_files, journal, sync_bytes: options.sync_bytes, resumed, notes })
     }
 
-    /// Tensors that an earlier, interrupted run had finished.
+    /// Tensors that an earlier, interrupted run had finished, or other processes in shards.
     pub fn resumed(&self) -> usize {
         self.resumed
     }
 
+    /// What was said of the shards that other processes wrote ([`ShardWriter::finish`]).
+    pub fn notes(&self) -> &[Vec<u8>] {
+        &self.notes
+    }
+
     /// Whether a planned tensor is written.
     pub fn is_done(&self, name: &str) -> bool {
-        self.plan.find(name).is_some_and(|tensor| self.done[tensor])
+        self.weights.plan.find(name).is_some_and(|tensor| self.weights.done[tensor])
     }
 
     /// Writes a planned matrix, packed or not.
     pub fn write_matrix(&mut self, name: &str, matrix: &PackedMatrix<'_>) -> Result<(), CheckpointError> {
-        matrix.validate().map_err(|source| CheckpointError::Format {
-            file: self.workspace.out.display().to_string(),
-            tensor: name.to_owned(),
-            source,
-        })?;
-        if let Some(dtype) = layouts::dense_dtype(&matrix.scheme) {
-            return self.write_raw(name, dtype, &[matrix.rows, matrix.cols], &matrix.codes);
-        }
-        let tensor = self.pending(name)?;
-        let wanted = self.plan.tensors()[tensor].packed();
-        if wanted != Some((matrix.scheme, [matrix.rows, matrix.cols])) {
-            let found = format!("[{}, {}] as {}", matrix.rows, matrix.cols, matrix.scheme);
-            return Err(self.not_as_planned(tensor, &found));
-        }
-        for slot in 0..self.plan.slots(tensor).len() {
-            let content = self.plan.slots(tensor)[slot].content.clone();
-            self.write_slot(tensor, slot, &content.bytes(matrix))?;
-        }
-        self.finished(tensor)
+        self.weights.write_matrix(name, matrix)?;
+        self.sync_if_due()
     }
 
     /// Writes a planned ordinary tensor.
@@ -163,13 +152,8 @@ impl CheckpointWriter {
         shape: &[usize],
         bytes: &[u8],
     ) -> Result<(), CheckpointError> {
-        let tensor = self.pending(name)?;
-        let as_planned = self.plan.tensors()[tensor].raw_content() == Some((dtype, shape));
-        if !as_planned || bytes.len() as u64 != self.plan.bytes(tensor) {
-            return Err(self.not_as_planned(tensor, &format!("{dtype} {shape:?} of {} bytes", bytes.len())));
-        }
-        self.write_slot(tensor, 0, bytes)?;
-        self.finished(tensor)
+        self.weights.write_raw(name, dtype, shape, bytes)?;
+        self.sync_if_due()
     }
 
     /// Keeps what the next run needs to go on after the tensors written so far, in place of what was kept before.
@@ -180,7 +164,7 @@ impl CheckpointWriter {
         // It must not be ahead of the tensors.
         self.sync()?;
         let saved = self.workspace.save_state(write);
-        saved.map_err(|e| write_error(&self.workspace.state(), self.bytes_left(), e))
+        saved.map_err(|e| write_error(&self.workspace.state(), self.weights.bytes_left(), e))
     }
 
     /// What an earlier run kept, if it was interrupted after it did.
@@ -198,7 +182,7 @@ impl CheckpointWriter {
 
     /// Removes what was written. For work that can never be finished as planned; a writer that is only dropped can be resumed.
     pub fn discard(self) -> Result<(), CheckpointError> {
-        drop(self.files);
+        drop(self.weights);
         self.workspace.discard()
     }
 
@@ -216,76 +200,29 @@ impl CheckpointWriter {
     /// # Errors
     /// A planned tensor is missing.
     pub fn complete(mut self) -> Result<CompleteFolder, CheckpointError> {
-        if let Some(missing) = self.done.iter().position(|done| !done) {
-            let name = &self.plan.tensors()[missing].name;
-            return Err(self.problem(format!("tensor `{name}` has not been written")));
-        }
+        self.weights.require_all()?;
         self.sync()?;
         let mut files = std::mem::take(&mut self.side_files);
-        if let Some(index) = self.plan.index_json() {
+        if let Some(index) = self.weights.plan.index_json() {
             files.push((weights::INDEX_FILE.to_owned(), pretty(&index)));
         }
         files.push(("config.json".to_owned(), pretty(&self.config)));
-        drop(self.files);
+        drop(self.weights);
         let folder = CompleteFolder { workspace: self.workspace };
         files.iter().try_for_each(|(name, bytes)| folder.add(name, bytes))?;
         Ok(folder)
     }
 
-    /// A planned tensor that is yet to be written.
-    fn pending(&self, name: &str) -> Result<usize, CheckpointError> {
-        match self.plan.find(name) {
-            None => Err(self.problem(format!("tensor `{name}` is not planned"))),
-            Some(tensor) if self.done[tensor] => Err(self.problem(format!("tensor `{name}` is already written"))),
-            Some(tensor) => Ok(tensor),
-        }
-    }
-
-    fn write_slot(&mut self, tensor: usize, slot: usize, bytes: &[u8]) -> Result<(), CheckpointError> {
-        let slot = &self.plan.slots(tensor)[slot];
-        let mut file = &self.files[slot.shard];
-        file.seek(SeekFrom::Start(slot.offset)).and_then(|_| file.write_all(bytes)).map_err(|e| {
-            write_error(&self.workspace.model_file(&self.plan.shards[slot.shard].name), self.bytes_left(), e)
-        })
-    }
-
-    fn finished(&mut self, tensor: usize) -> Result<(), CheckpointError> {
-        self.done[tensor] = true;
-        self.unsynced.push(tensor);
-        self.unsynced_bytes += self.plan.bytes(tensor);
-        if self.unsynced_bytes >= self.sync_bytes { self.sync() } else { Ok(()) }
+    fn sync_if_due(&mut self) -> Result<(), CheckpointError> {
+        if self.weights.unsynced_bytes >= self.sync_bytes { self.sync() } else { Ok(()) }
     }
 
     /// Makes what is written permanent, then says so in the journal.
     fn sync(&mut self) -> Result<(), CheckpointError> {
-        let mut shards: Vec<usize> = self.unsynced.iter().map(|t| self.plan.slots(*t)[0].shard).collect();
-        shards.sort_unstable();
-        shards.dedup();
-        for shard in shards {
-            let path = self.workspace.model_file(&self.plan.shards[shard].name);
-            self.files[shard].sync_data().map_err(|e| write_error(&path, self.bytes_left(), e))?;
-        }
-        let names = self.unsynced.iter().map(|t| self.plan.tensors()[*t].name.as_str());
+        let synced = self.weights.sync()?;
+        let names = synced.iter().map(|tensor| self.weights.plan.tensors()[*tensor].name.as_str());
         let written = self.journal.append(names);
-        written.map_err(|e| write_error(&self.workspace.journal(), self.bytes_left(), e))?;
-        self.unsynced.clear();
-        self.unsynced_bytes = 0;
-        Ok(())
-    }
-
-    /// Bytes of tensors that are not safely on disk.
-    fn bytes_left(&self) -> u64 {
-        let unwritten = (0..self.done.len()).filter(|tensor| !self.done[*tensor]);
-        unwritten.map(|tensor| self.plan.bytes(tensor)).sum::<u64>() + self.unsynced_bytes
-    }
-
-    fn not_as_planned(&self, tensor: usize, found: &str) -> CheckpointError {
-        let planned = &self.plan.tensors()[tensor];
-        self.problem(format!("tensor `{}` is {found}; planned is {}", planned.name, planned.content()))
-    }
-
-    fn problem(&self, problem: String) -> CheckpointError {
-        CheckpointError::Plan { path: self.workspace.out.clone(), problem }
+        written.map_err(|e| write_error(&self.workspace.journal(), self.weights.bytes_left(), e))
     }
 }
 
@@ -322,37 +259,27 @@ impl CompleteFolder {
     }
 }
 
-type Unfinished = (Vec<File>, Journal, Vec<bool>);
+/// The journal, and which tensors it says are written.
+type Unfinished = (Journal, Vec<bool>);
+
+const OTHER_SETTINGS: &str = "of another source or other settings";
 
 /// Makes weight files of full length with their headers, then the journal that says so.
 fn start(workspace: &Workspace, plan: &Plan, fingerprint: &str) -> Result<Unfinished, CheckpointError> {
     workspace.clear()?;
-    let mut files = Vec::with_capacity(plan.shards.len());
     for shard in &plan.shards {
-        let path = workspace.model_file(&shard.name);
-        let file = File::create_new(&path)
-            .and_then(|mut file| {
-                file.write_all(&shard.header)?;
-                file.set_len(shard.bytes)?;
-                file.sync_all()?;
-                Ok(file)
-            })
-            .map_err(|e| write_error(&path, shard.bytes, e))?;
-        files.push(file);
+        weight_files::create(&workspace.model_file(&shard.name), shard)?;
     }
     let path = workspace.journal();
     let journal = Journal::create(&path, fingerprint).map_err(CheckpointError::io("write", &path))?;
     workspace::sync_folder(&workspace.model())?;
     workspace::sync_folder(workspace.folder())?;
-    Ok((files, journal, vec![false; plan.tensors().len()]))
+    Ok((journal, vec![false; plan.tensors().len()]))
 }
 
-/// Reopens the work of an interrupted run; `None` if there is none.
+/// Finds the work of an interrupted run; `None` if there is none.
 fn unfinished(workspace: &Workspace, plan: &Plan, fingerprint: &str) -> Result<Option<Unfinished>, CheckpointError> {
-    let other = |problem: &str| CheckpointError::OtherUnfinished {
-        path: workspace.folder().to_path_buf(),
-        problem: problem.to_owned(),
-    };
+    let other = |problem: &str| CheckpointError::other_unfinished(workspace.folder(), problem);
     let path = workspace.journal();
     let record = match Record::read(&path) {
         Ok(Some(record)) => record,
@@ -361,30 +288,51 @@ fn unfinished(workspace: &Workspace, plan: &Plan, fingerprint: &str) -> Result<O
         Err(e) => return Err(CheckpointError::io("read", &path)(e)),
     };
     if record.fingerprint != fingerprint {
-        return Err(other("of another source or other settings"));
+        return Err(other(OTHER_SETTINGS));
     }
-    let mut files = Vec::with_capacity(plan.shards.len());
-    for shard in &plan.shards {
-        let path = workspace.model_file(&shard.name);
-        let opened = OpenOptions::new().read(true).write(true).open(&path);
-        let mut file = match opened {
-            Ok(file) => file,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(other("of another layout")),
-            Err(e) => return Err(CheckpointError::io("open", &path)(e)),
-        };
-        let mut header = vec![0; shard.header.len()];
-        let length = file.metadata().map_err(CheckpointError::io("read", &path))?.len();
-        if length != shard.bytes || file.read_exact(&mut header).is_err() || header != shard.header {
+    for (index, shard) in plan.shards.iter().enumerate() {
+        if !has_header(&workspace.model_file(&shard.name), plan, index)? {
             return Err(other("of another layout"));
         }
-        files.push(file);
     }
     let mut done = vec![false; plan.tensors().len()];
     for name in &record.finished {
         done[plan.find(name).ok_or_else(|| other("with a damaged journal"))?] = true;
     }
     let journal = Journal::resume(&path, &record).map_err(CheckpointError::io("open", &path))?;
-    Ok(Some((files, journal, done)))
+    Ok(Some((journal, done)))
+}
+
+/// Puts shards that other processes have finished in the place of what is not finished here.
+fn take_over(
+    shards: &ShardFolder,
+    workspace: &Workspace,
+    plan: &Plan,
+    journal: &mut Journal,
+    done: &mut [bool],
+) -> Result<(), CheckpointError> {
+    for (index, shard) in plan.shards.iter().enumerate() {
+        let of_shard = |tensor: &usize| plan.shard_of(*tensor) == index;
+        let missing: Vec<usize> = (0..done.len()).filter(of_shard).filter(|tensor| !done[*tensor]).collect();
+        if missing.is_empty() || !shards.is_finished(plan, index)? {
+            continue;
+        }
+        shards.hand_over(&shard.name, &workspace.model_file(&shard.name))?;
+        let names = missing.iter().map(|tensor| plan.tensors()[*tensor].name.as_str());
+        let path = workspace.journal();
+        journal.append(names).map_err(|e| write_error(&path, shard.bytes, e))?;
+        missing.into_iter().for_each(|tensor| done[tensor] = true);
+    }
+    Ok(())
+}
+
+/// The weight files, one a shard.
+fn open_files(workspace: &Workspace, plan: &Plan) -> Result<Vec<Option<(PathBuf, File)>>, CheckpointError> {
+    let open = |path: PathBuf| match OpenOptions::new().read(true).write(true).open(&path) {
+        Ok(file) => Ok(Some((path, file))),
+        Err(e) => Err(CheckpointError::io("open", &path)(e)),
+    };
+    plan.shards.iter().map(|shard| open(workspace.model_file(&shard.name))).collect()
 }
 
 fn check_side_files(files: &[(String, Vec<u8>)]) -> Result<(), String> {

@@ -179,6 +179,11 @@ impl Plan {
         &self.slots[tensor]
     }
 
+    /// The weight file that a tensor is in, with all of its parts.
+    pub(super) fn shard_of(&self, tensor: usize) -> usize {
+        self.slots[tensor][0].shard
+    }
+
     pub(super) fn bytes(&self, tensor: usize) -> u64 {
         self.slots[tensor].iter().map(|slot| slot.bytes).sum()
     }

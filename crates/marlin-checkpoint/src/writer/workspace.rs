@@ -5,6 +5,7 @@
 //!   lock       held by the process that writes
 //!   journal    fingerprint of the work and names of finished tensors
 //!   state      what whoever makes the tensors needs to go on, if he keeps anything
+//!   shards/    weight files that are written apart; see `shards`
 //!   model/     becomes OUT by one rename
 //!   replaced/  the old OUT, between two renames only
 //! ```
@@ -16,7 +17,9 @@ use std::path::{Path, PathBuf};
 
 use crate::CheckpointError;
 
-const ENTRIES: [&str; 6] = ["lock", "journal", "state", "state.new", "model", "replaced"];
+pub(super) const JOURNAL: &str = "journal";
+pub(super) const SHARDS: &str = "shards";
+const ENTRIES: [&str; 7] = ["lock", JOURNAL, "state", "state.new", SHARDS, "model", "replaced"];
 
 #[derive(Debug)]
 pub(super) struct Workspace {
@@ -30,16 +33,8 @@ pub(super) struct Workspace {
 impl Workspace {
     /// Makes or reopens the folder for `out` and locks it. An existing output is refused unless `force`.
     pub(super) fn open(out: &Path, force: bool) -> Result<Self, CheckpointError> {
-        let out = std::path::absolute(out).map_err(CheckpointError::io("resolve", out))?;
-        let (Some(parent), Some(name)) = (out.parent(), out.file_name()) else {
-            let problem = "the output needs a folder name of its own".to_owned();
-            return Err(CheckpointError::Plan { path: out, problem });
-        };
+        let (out, folder) = partial(out)?;
         check_output(&out, force)?;
-
-        let mut partial = name.to_owned();
-        partial.push(".partial");
-        let folder = parent.join(partial);
         fs::create_dir_all(&folder).map_err(CheckpointError::io("create", &folder))?;
         let lock = lock(&folder.join("lock"), &folder)?;
         let workspace = Self { out, folder, force, _lock: lock };
@@ -55,7 +50,7 @@ impl Workspace {
     }
 
     pub(super) fn journal(&self) -> PathBuf {
-        self.folder.join("journal")
+        self.folder.join(JOURNAL)
     }
 
     pub(super) fn state(&self) -> PathBuf {
@@ -118,6 +113,7 @@ impl Workspace {
         let _ = remove(&replaced)
             .and_then(|()| remove(&self.journal()))
             .and_then(|()| self.remove_state())
+            .and_then(|()| remove(&self.folder.join(SHARDS)))
             .and_then(|()| remove(&self.folder.join("lock")));
         let _ = fs::remove_dir(&self.folder);
         Ok(())
@@ -157,8 +153,21 @@ impl Workspace {
     }
 }
 
+/// The output as an absolute path, and the folder beside it.
+pub(super) fn partial(out: &Path) -> Result<(PathBuf, PathBuf), CheckpointError> {
+    let out = std::path::absolute(out).map_err(CheckpointError::io("resolve", out))?;
+    let (Some(parent), Some(name)) = (out.parent(), out.file_name()) else {
+        let problem = "the output needs a folder name of its own".to_owned();
+        return Err(CheckpointError::Plan { path: out, problem });
+    };
+    let mut partial = name.to_owned();
+    partial.push(".partial");
+    let folder = parent.join(partial);
+    Ok((out, folder))
+}
+
 /// Only a model folder may be replaced, and only if asked; an empty folder is as good as none then.
-fn check_output(out: &Path, force: bool) -> Result<(), CheckpointError> {
+pub(super) fn check_output(out: &Path, force: bool) -> Result<(), CheckpointError> {
     let found = match fs::symlink_metadata(out) {
         Ok(found) => found,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -195,12 +204,12 @@ pub(crate) fn lock(path: &Path, work: &Path) -> Result<File, CheckpointError> {
     }
 }
 
-fn rename(from: &Path, to: &Path) -> Result<(), CheckpointError> {
+pub(super) fn rename(from: &Path, to: &Path) -> Result<(), CheckpointError> {
     fs::rename(from, to).map_err(CheckpointError::io("rename into place", to))
 }
 
 /// Removes a file or a folder of the workspace, if it is there.
-fn remove(path: &Path) -> Result<(), CheckpointError> {
+pub(super) fn remove(path: &Path) -> Result<(), CheckpointError> {
     let removed = match fs::symlink_metadata(path) {
         Ok(found) if found.is_dir() => fs::remove_dir_all(path),
         Ok(_) => fs::remove_file(path),

@@ -57,6 +57,11 @@ pub(super) struct Cold {
 }
 
 impl ColdOptions {
+    /// Whether the model is run to tell which experts are cold.
+    pub(super) fn are_given(&self) -> bool {
+        self.cold_expert_format.is_some()
+    }
+
     /// Runs the model over the text; `None` if nothing is asked for.
     pub(super) fn measure(
         &self,

@@ -57,6 +57,11 @@ pub(super) struct Measured {
 }
 
 impl MeasureOptions {
+    /// Whether the model is run to measure it.
+    pub(super) fn are_given(&self) -> bool {
+        self.text.is_some()
+    }
+
     /// Reads the text and opens the device, so that whatever stands against measuring is said before hours of quantising;
     /// `None` if nothing is to be measured.
     pub(super) fn prepare<'a>(

@@ -7,6 +7,7 @@ mod exception;
 mod measured;
 mod report;
 mod rotate;
+mod shards;
 
 use std::collections::BTreeMap;
 use std::io::{Write, stdout};
@@ -19,7 +20,7 @@ use marlin_checkpoint::{Checkpoint, ExportLayout};
 use marlin_kernels::KvType;
 use marlin_kernels::cpu::CpuBackend;
 use marlin_model::Planner;
-use marlin_quantize::{Budget, Fit, QuantizeOptions, fit, quantize};
+use marlin_quantize::{Budget, Fit, QuantizeOptions, Recipe, fit, quantize};
 use serde_json::Value;
 
 use self::bits::{BitOptions, Bits};
@@ -28,6 +29,7 @@ use self::exception::Exception;
 use self::measured::{MeasureOptions, Measured};
 use self::report::Summary;
 use self::rotate::RotateOptions;
+use self::shards::ShardOptions;
 use super::calibration::{CalibrationOptions, Rounding, Run};
 use super::model::HubOptions;
 use super::recipe::{HEADING, Method, NUMBER_FORMAT, RecipeOptions};
@@ -57,6 +59,7 @@ Examples:
   metal-marlin quantize path/to/model out --format fp4 --method mse
   metal-marlin quantize path/to/model out --format int3 --rotate
   metal-marlin quantize path/to/model out --format int4 --method mse --scale-channels
+  metal-marlin quantize path/to/model out --format fp4 --method mse --shard 3/17
 
 Group sizes, where they are not given: fp4, int4, int4-sym and int8 128, int3 64, int2 32, fp8 row;
 mxfp4 always has 32 and nvfp4 16. Norms and biases are kept as they are. An interrupted run leaves
@@ -81,6 +84,10 @@ size without measuring again.
 
 --sparse-24 keeps two of every four weights, those of largest magnitude. That saves a quarter of fp4's and
 int4's bytes and three eighths of fp8's, and costs much quality unless the model was trained for it.
+
+--shard writes one weight file of a large model while other processes, on other machines that share the folder, write others: each a
+command with the same options and another --shard, as --list-shards counts them. One that is killed is run again. At last the same command
+without --shard finishes OUT, which is the same to the byte as if it had been quantised at once. docs/ray.md has a command that does all of it on a cluster.
 
 The layout compressed-tensors is for other engines (vLLM, transformers). It takes int4, int4-sym and int8 in
 groups of columns or rows, fp8 a row, a tensor or a tile, mxfp4 and nvfp4; embedding and head are kept.
@@ -165,6 +172,9 @@ pub(crate) struct Args {
     #[arg(long, value_parser = layout, default_value_t = ExportLayout::MetalMarlin)]
     layout: ExportLayout,
 
+    #[command(flatten)]
+    shards: ShardOptions,
+
     /// Replace OUT if it is a model folder
     #[arg(long)]
     force: bool,
@@ -182,8 +192,20 @@ pub(crate) struct Args {
     json: bool,
 }
 
+impl Args {
+    /// Says what is wrong with options before the model is opened.
+    fn check(&self) -> anyhow::Result<()> {
+        self.recipe.recipe(self.layout).of_arguments()?;
+        self.rotate.parts(self.layout).of_arguments()?;
+        Ok(())
+    }
+}
+
 /// Runs the command.
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
+    if args.shards.are_given() {
+        return shards::run(&args);
+    }
     let summary = write(&args)?;
     let text = if args.json { format!("{}\n", summary.to_json()) } else { summary.to_text() };
     stdout().write_all(text.as_bytes())?;
@@ -192,36 +214,22 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
 
 /// What `--json` prints.
 pub(super) fn report(args: Args) -> anyhow::Result<Value> {
+    if args.shards.are_given() {
+        return Ok(shards::write(&args)?.to_json());
+    }
     Ok(write(&args)?.to_json())
 }
 
 /// Writes the quantised model.
 fn write(args: &Args) -> anyhow::Result<Summary<'_>> {
     let started = Instant::now();
-    let uniform = args.recipe.recipe(args.layout).of_arguments()?;
-    let rotate = args.rotate.parts(args.layout).of_arguments()?;
+    args.check()?;
     let checkpoint = model::open(Some(&args.model), &args.hub)?;
     let measurement = args.measure.prepare(&checkpoint, args.threads)?;
     let threads = DeviceOptions { threads: args.threads, ..DeviceOptions::default() };
     let cold = args.cold.measure(&checkpoint, &args.calibration, &threads)?;
     let bits = args.bits.plan(&checkpoint, &args.calibration, args.layout, args.threads)?;
-    let (mut recipe, account) = match (uniform, args.fit, &bits) {
-        (Some(mut recipe), ..) => {
-            recipe.exceptions = cold.as_ref().map_or_else(BTreeMap::new, Cold::schemes);
-            recipe.exceptions.extend(exception::resolve(&args.matrix, &checkpoint).of_arguments()?);
-            (recipe, None)
-        }
-        (None, _, Some(Bits { plan, .. })) => {
-            (plan.recipe(&checkpoint, args.recipe.embedding(args.layout)?, args.recipe.search())?, None)
-        }
-        (None, Some(memory), None) => {
-            let (fit, account) = best_mix(args, &checkpoint, memory)?;
-            (fit.recipe, Some(account))
-        }
-        // clap has seen to it that there is one of them.
-        (None, None, None) => bail!(UsageError::new("name a --format, a --target-bpw, or what to --fit")),
-    };
-    recipe.rotate = rotate;
+    let (recipe, account) = recipe(args, &checkpoint, cold.as_ref(), bits.as_ref())?;
     let method = args.recipe.method.unwrap_or(if recipe.linears.is_dense() { Method::Mse } else { Method::Gptq });
     if method != Method::Gptq
         && cold.is_none()
@@ -249,6 +257,7 @@ fn write(args: &Args) -> anyhow::Result<Summary<'_>> {
         let mut progress = |progress: marlin_quantize::Progress<'_>| bar.set(progress.done, progress.total);
         let options = QuantizeOptions {
             force: args.force,
+            max_shard_bytes: args.shards.max_shard_size,
             layout: args.layout,
             calibration: rounding.calibration(),
             scaling: scaling.as_ref().map(Run::calibration),
@@ -271,6 +280,33 @@ fn write(args: &Args) -> anyhow::Result<Summary<'_>> {
     }
     drop(measurement);
     Ok(Summary { args, recipe, rounding, account, bits, cold, report, measured, time: started.elapsed() })
+}
+
+/// What becomes of each matrix, and of `--fit` what it takes.
+fn recipe(
+    args: &Args,
+    checkpoint: &Checkpoint,
+    cold: Option<&Cold>,
+    bits: Option<&Bits>,
+) -> anyhow::Result<(Recipe, Option<Account>)> {
+    let (mut recipe, account) = match (args.recipe.recipe(args.layout)?, args.fit, bits) {
+        (Some(mut recipe), ..) => {
+            recipe.exceptions = cold.map_or_else(BTreeMap::new, Cold::schemes);
+            recipe.exceptions.extend(exception::resolve(&args.matrix, checkpoint).of_arguments()?);
+            (recipe, None)
+        }
+        (None, _, Some(Bits { plan, .. })) => {
+            (plan.recipe(checkpoint, args.recipe.embedding(args.layout)?, args.recipe.search())?, None)
+        }
+        (None, Some(memory), None) => {
+            let (fit, account) = best_mix(args, checkpoint, memory)?;
+            (fit.recipe, Some(account))
+        }
+        // clap has seen to it that there is one of them.
+        (None, None, None) => bail!(UsageError::new("name a --format, a --target-bpw, or what to --fit")),
+    };
+    recipe.rotate = args.rotate.parts(args.layout)?;
+    Ok((recipe, account))
 }
 
 /// What calibration measured by itself.
