@@ -1,0 +1,181 @@
+//! Values that Python gives and takes: float32, float16, or bfloat16 as its bits in uint16, in memory that both share.
+
+use half::bf16;
+use half::f16;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use numpy::{Element, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyReadwriteArrayDyn, PyUntypedArrayMethods};
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+
+/// Values to read.
+pub(crate) enum Floats<'py> {
+    F32(PyReadonlyArrayDyn<'py, f32>),
+    F16(PyReadonlyArrayDyn<'py, f16>),
+    Bf16(PyReadonlyArrayDyn<'py, u16>),
+}
+
+/// Values to write.
+pub(crate) enum FloatsMut<'py> {
+    F32(PyReadwriteArrayDyn<'py, f32>),
+    F16(PyReadwriteArrayDyn<'py, f16>),
+    Bf16(PyReadwriteArrayDyn<'py, u16>),
+}
+
+/// Contiguous values, without what ties them to Python.
+#[derive(Clone, Copy)]
+pub(crate) enum Slice<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    Bf16(&'a [bf16]),
+}
+
+/// Contiguous values to write.
+pub(crate) enum SliceMut<'a> {
+    F32(&'a mut [f32]),
+    F16(&'a mut [f16]),
+    Bf16(&'a mut [bf16]),
+}
+
+const WANTED: &str = "float32, float16, or bfloat16 as uint16";
+
+impl<'py> Floats<'py> {
+    /// Takes hold of an array. `name` is what messages call it.
+    pub(crate) fn of(array: &Bound<'py, PyAny>, name: &str) -> PyResult<Self> {
+        if let Ok(array) = array.cast::<PyArrayDyn<f32>>() {
+            return Ok(Self::F32(borrow(array, name)?));
+        }
+        if let Ok(array) = array.cast::<PyArrayDyn<u16>>() {
+            return Ok(Self::Bf16(borrow(array, name)?));
+        }
+        if let Ok(array) = array.cast::<PyArrayDyn<f16>>() {
+            return Ok(Self::F16(borrow(array, name)?));
+        }
+        Err(not_floats(array, name))
+    }
+
+    pub(crate) fn shape(&self) -> &[usize] {
+        match self {
+            Self::F32(array) => array.shape(),
+            Self::F16(array) => array.shape(),
+            Self::Bf16(array) => array.shape(),
+        }
+    }
+
+    /// The values, row by row.
+    ///
+    /// # Errors
+    /// They are not contiguous.
+    pub(crate) fn slice(&self, name: &str) -> PyResult<Slice<'_>> {
+        Ok(match self {
+            Self::F32(array) => Slice::F32(array.as_slice().map_err(|_| not_contiguous(name))?),
+            Self::F16(array) => Slice::F16(array.as_slice().map_err(|_| not_contiguous(name))?),
+            Self::Bf16(array) => Slice::Bf16(array.as_slice().map_err(|_| not_contiguous(name))?.reinterpret_cast()),
+        })
+    }
+}
+
+impl<'py> FloatsMut<'py> {
+    /// Takes hold of an array that nobody else reads or writes. `name` is what messages call it.
+    pub(crate) fn of(array: &Bound<'py, PyAny>, name: &str) -> PyResult<Self> {
+        if let Ok(array) = array.cast::<PyArrayDyn<f32>>() {
+            return Ok(Self::F32(borrow_mut(array, name)?));
+        }
+        if let Ok(array) = array.cast::<PyArrayDyn<u16>>() {
+            return Ok(Self::Bf16(borrow_mut(array, name)?));
+        }
+        if let Ok(array) = array.cast::<PyArrayDyn<f16>>() {
+            return Ok(Self::F16(borrow_mut(array, name)?));
+        }
+        Err(not_floats(array, name))
+    }
+
+    pub(crate) fn shape(&self) -> &[usize] {
+        match self {
+            Self::F32(array) => array.shape(),
+            Self::F16(array) => array.shape(),
+            Self::Bf16(array) => array.shape(),
+        }
+    }
+
+    /// The values, row by row.
+    ///
+    /// # Errors
+    /// They are not contiguous.
+    pub(crate) fn slice(&mut self, name: &str) -> PyResult<SliceMut<'_>> {
+        Ok(match self {
+            Self::F32(array) => SliceMut::F32(array.as_slice_mut().map_err(|_| not_contiguous(name))?),
+            Self::F16(array) => SliceMut::F16(array.as_slice_mut().map_err(|_| not_contiguous(name))?),
+            Self::Bf16(array) => {
+                SliceMut::Bf16(array.as_slice_mut().map_err(|_| not_contiguous(name))?.reinterpret_cast_mut())
+            }
+        })
+    }
+}
+
+impl<'a> Slice<'a> {
+    /// The values in single precision, in `converted` where they are not already.
+    pub(crate) fn to_f32<'b>(self, converted: &'b mut Vec<f32>) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        match self {
+            Self::F32(values) => values,
+            Self::F16(values) => {
+                converted.resize(values.len(), 0.0);
+                values.convert_to_f32_slice(converted);
+                converted
+            }
+            Self::Bf16(values) => {
+                converted.resize(values.len(), 0.0);
+                values.convert_to_f32_slice(converted);
+                converted
+            }
+        }
+    }
+}
+
+impl SliceMut<'_> {
+    /// Lets `write` write values in single precision, in `converted` where they are to be stored otherwise. They are zeros or whatever was there.
+    pub(crate) fn fill<E>(
+        &mut self,
+        converted: &mut Vec<f32>,
+        write: impl FnOnce(&mut [f32]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        match self {
+            Self::F32(values) => write(values),
+            Self::F16(values) => {
+                converted.resize(values.len(), 0.0);
+                write(converted)?;
+                values.convert_from_f32_slice(converted);
+                Ok(())
+            }
+            Self::Bf16(values) => {
+                converted.resize(values.len(), 0.0);
+                write(converted)?;
+                values.convert_from_f32_slice(converted);
+                Ok(())
+            }
+        }
+    }
+}
+
+fn borrow<'py, T: Element>(array: &Bound<'py, PyArrayDyn<T>>, name: &str) -> PyResult<PyReadonlyArrayDyn<'py, T>> {
+    array.try_readonly().map_err(|_| PyValueError::new_err(format!("{name} is written to by another call")))
+}
+
+fn borrow_mut<'py, T: Element>(array: &Bound<'py, PyArrayDyn<T>>, name: &str) -> PyResult<PyReadwriteArrayDyn<'py, T>> {
+    let in_use = |_| PyValueError::new_err(format!("{name} is read-only, or used by another call or argument"));
+    array.try_readwrite().map_err(in_use)
+}
+
+fn not_contiguous(name: &str) -> PyErr {
+    PyValueError::new_err(format!("{name} must be C-contiguous: numpy.ascontiguousarray makes it so"))
+}
+
+fn not_floats(found: &Bound<'_, PyAny>, name: &str) -> PyErr {
+    let found = match found.getattr("dtype") {
+        Ok(dtype) => format!("an array of {dtype}"),
+        Err(_) => found.get_type().to_string(),
+    };
+    PyTypeError::new_err(format!("{name} must be a numpy array of {WANTED}, found {found}"))
+}
