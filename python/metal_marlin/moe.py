@@ -264,10 +264,10 @@ class MetalQuantizedMoE(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._packed is None:
             return
-        for index, expert in enumerate(self._packed.unpack()):
-            for part, matrix in zip(PARTS, expert, strict=True):
-                tensors = matrix_to_tensors(matrix)
-                destination.update({f"{prefix}{index}.{part}.weight{suffix}": tensor for suffix, tensor in tensors.items()})
+        experts = self._packed.unpack()
+        for index, part, name in _weight_names(prefix, self.num_experts):
+            tensors = matrix_to_tensors(experts[index][part])
+            destination.update({name + suffix: tensor for suffix, tensor in tensors.items()})
 
     def _load_from_state_dict(
         self,
@@ -282,15 +282,11 @@ class MetalQuantizedMoE(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         # Looked for below one by one; what is known is no surprise.
         unknown = [key for key in unexpected_keys if key.startswith(prefix)]
-        experts: list[list[Matrix | None]] = []
-        for index, schemes in enumerate(self.schemes):
-            names = [f"{prefix}{index}.{part}.weight" for part in PARTS]
-            experts.append(
-                [
-                    load_matrix_tensors(state_dict, name, scheme, self.layout.shape(part), missing_keys, unknown, error_msgs)
-                    for part, (name, scheme) in enumerate(zip(names, schemes, strict=True))
-                ]
-            )
+        experts: list[list[Matrix | None]] = [[] for _ in self.schemes]
+        for index, part, name in _weight_names(prefix, self.num_experts):
+            scheme, shape = self.schemes[index][part], self.layout.shape(part)
+            found = load_matrix_tensors(state_dict, name, scheme, shape, missing_keys, unknown, error_msgs)
+            experts[index].append(found)
         unexpected_keys[:] = [key for key in unexpected_keys if not key.startswith(prefix)] + unknown
         if all(matrix is not None for expert in experts for matrix in expert):
             self.load_matrices([cast(Expert, tuple(expert)) for expert in experts])
@@ -362,6 +358,13 @@ def _holds_experts(module: nn.Module) -> bool:
     return first is not None and down is not None and first.dim() == down.dim() == 3
 
 
+def _weight_names(prefix: str, experts: int) -> Iterator[tuple[int, int, str]]:
+    """Expert, part, and name in a state dict of all weights of a layer's experts."""
+    for index in range(experts):
+        for part, name in enumerate(PARTS):
+            yield index, part, f"{prefix}{index}.{name}.weight"
+
+
 def _parameter(module: nn.Module, name: str) -> torch.Tensor:
     parameter = module._parameters[name]
     assert parameter is not None
@@ -423,10 +426,3 @@ def _gated(module: nn.Module, gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     product: torch.Tensor = act_fn(gate) * up
     return product
-
-
-def expert_names(prefix: str, experts: int) -> Iterator[tuple[int, int, str]]:
-    """Expert, part, and name of the weight, of all experts of a layer."""
-    for index in range(experts):
-        for part, name in enumerate(PARTS):
-            yield index, part, f"{prefix}.{index}.{name}.weight"
