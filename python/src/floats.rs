@@ -36,21 +36,38 @@ pub(crate) enum SliceMut<'a> {
     Bf16(&'a mut [bf16]),
 }
 
+/// An array whose dtype is known.
+enum Typed<'a, 'py> {
+    F32(&'a Bound<'py, PyArrayDyn<f32>>),
+    F16(&'a Bound<'py, PyArrayDyn<f16>>),
+    Bf16(&'a Bound<'py, PyArrayDyn<u16>>),
+}
+
+impl<'a, 'py> Typed<'a, 'py> {
+    fn of(array: &'a Bound<'py, PyAny>, name: &str) -> PyResult<Self> {
+        if let Ok(array) = array.cast() {
+            return Ok(Self::F32(array));
+        }
+        if let Ok(array) = array.cast() {
+            return Ok(Self::Bf16(array));
+        }
+        if let Ok(array) = array.cast() {
+            return Ok(Self::F16(array));
+        }
+        Err(not_floats(array, name))
+    }
+}
+
 const WANTED: &str = "float32, float16, or bfloat16 as uint16";
 
 impl<'py> Floats<'py> {
     /// Takes hold of an array. `name` is what messages call it.
     pub(crate) fn of(array: &Bound<'py, PyAny>, name: &str) -> PyResult<Self> {
-        if let Ok(array) = array.cast::<PyArrayDyn<f32>>() {
-            return Ok(Self::F32(borrow(array, name)?));
-        }
-        if let Ok(array) = array.cast::<PyArrayDyn<u16>>() {
-            return Ok(Self::Bf16(borrow(array, name)?));
-        }
-        if let Ok(array) = array.cast::<PyArrayDyn<f16>>() {
-            return Ok(Self::F16(borrow(array, name)?));
-        }
-        Err(not_floats(array, name))
+        Ok(match Typed::of(array, name)? {
+            Typed::F32(array) => Self::F32(borrow(array, name)?),
+            Typed::F16(array) => Self::F16(borrow(array, name)?),
+            Typed::Bf16(array) => Self::Bf16(borrow(array, name)?),
+        })
     }
 
     pub(crate) fn shape(&self) -> &[usize] {
@@ -77,16 +94,11 @@ impl<'py> Floats<'py> {
 impl<'py> FloatsMut<'py> {
     /// Takes hold of an array that nobody else reads or writes. `name` is what messages call it.
     pub(crate) fn of(array: &Bound<'py, PyAny>, name: &str) -> PyResult<Self> {
-        if let Ok(array) = array.cast::<PyArrayDyn<f32>>() {
-            return Ok(Self::F32(borrow_mut(array, name)?));
-        }
-        if let Ok(array) = array.cast::<PyArrayDyn<u16>>() {
-            return Ok(Self::Bf16(borrow_mut(array, name)?));
-        }
-        if let Ok(array) = array.cast::<PyArrayDyn<f16>>() {
-            return Ok(Self::F16(borrow_mut(array, name)?));
-        }
-        Err(not_floats(array, name))
+        Ok(match Typed::of(array, name)? {
+            Typed::F32(array) => Self::F32(borrow_mut(array, name)?),
+            Typed::F16(array) => Self::F16(borrow_mut(array, name)?),
+            Typed::Bf16(array) => Self::Bf16(borrow_mut(array, name)?),
+        })
     }
 
     pub(crate) fn shape(&self) -> &[usize] {
@@ -120,16 +132,8 @@ impl<'a> Slice<'a> {
     {
         match self {
             Self::F32(values) => values,
-            Self::F16(values) => {
-                converted.resize(values.len(), 0.0);
-                values.convert_to_f32_slice(converted);
-                converted
-            }
-            Self::Bf16(values) => {
-                converted.resize(values.len(), 0.0);
-                values.convert_to_f32_slice(converted);
-                converted
-            }
+            Self::F16(values) => widen(values, converted),
+            Self::Bf16(values) => widen(values, converted),
         }
     }
 }
@@ -143,20 +147,35 @@ impl SliceMut<'_> {
     ) -> Result<(), E> {
         match self {
             Self::F32(values) => write(values),
-            Self::F16(values) => {
-                converted.resize(values.len(), 0.0);
-                write(converted)?;
-                values.convert_from_f32_slice(converted);
-                Ok(())
-            }
-            Self::Bf16(values) => {
-                converted.resize(values.len(), 0.0);
-                write(converted)?;
-                values.convert_from_f32_slice(converted);
-                Ok(())
-            }
+            Self::F16(values) => write_narrow(values, converted, write),
+            Self::Bf16(values) => write_narrow(values, converted, write),
         }
     }
+}
+
+/// Values of half the bits in single precision.
+fn widen<'a, T>(values: &[T], converted: &'a mut Vec<f32>) -> &'a [f32]
+where
+    [T]: HalfFloatSliceExt,
+{
+    converted.resize(values.len(), 0.0);
+    values.convert_to_f32_slice(converted);
+    converted
+}
+
+/// Rounds what `write` writes in single precision to values of half the bits.
+fn write_narrow<T, E>(
+    values: &mut [T],
+    converted: &mut Vec<f32>,
+    write: impl FnOnce(&mut [f32]) -> Result<(), E>,
+) -> Result<(), E>
+where
+    [T]: HalfFloatSliceExt,
+{
+    converted.resize(values.len(), 0.0);
+    write(converted)?;
+    values.convert_from_f32_slice(converted);
+    Ok(())
 }
 
 fn borrow<'py, T: Element>(array: &Bound<'py, PyArrayDyn<T>>, name: &str) -> PyResult<PyReadonlyArrayDyn<'py, T>> {
