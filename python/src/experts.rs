@@ -7,7 +7,7 @@ use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::error::{runtime_error, value_error};
-use crate::floats::{Floats, FloatsMut};
+use crate::floats::{Floats, FloatsMut, map_rows};
 use crate::linear::check_shapes;
 use crate::matrix::Matrix;
 use crate::runtime::{Runtime, Work};
@@ -102,23 +102,23 @@ impl Experts {
         out: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         let (x, mut out) = (Floats::of(x, "x")?, FloatsMut::of(out, "out")?);
-        check_shapes(x.shape(), self.hidden, out.shape(), self.hidden)?;
-        let &[tokens, slots] = experts.shape() else {
-            return Err(PyRuntimeError::new_err("a matrix has two dimensions"));
-        };
-        if tokens != x.shape()[0] || weights.shape() != [tokens, slots] {
+        let tokens = check_shapes(x.shape(), self.hidden, out.shape(), self.hidden)?;
+        let slots = experts.shape()[1];
+        if experts.shape()[0] != tokens || weights.shape() != experts.shape() {
             let found = [x.shape(), experts.shape(), weights.shape()];
             let problem = format!("x must be [tokens, hidden], experts and weights [tokens, top_k], found {found:?}");
             return Err(PyValueError::new_err(problem));
         }
         let experts = experts.as_array().iter().map(|&expert| self.number(expert)).collect::<PyResult<Vec<u32>>>()?;
         let weights: Vec<f32> = weights.as_array().iter().copied().collect();
-        let (x, mut out) = (x.slice("x")?, out.slice("out")?);
+        let (x, out) = (x.slice("x")?, out.slice("out")?);
         let done = py.detach(|| {
-            let Work { layers, input, output } = &mut *self.runtime.work();
-            let x = x.to_f32(input);
-            let assigned = Assigned { experts: &experts, weights: &weights, slots };
-            out.fill(output, |out| layers.experts(x, assigned, &self.gate_up, self.activation, &self.down, out))
+            let Work { layers, scratch } = &mut *self.runtime.work();
+            map_rows(scratch, (x, self.hidden), (out, self.hidden), tokens, |step, x, out| {
+                let pairs = step.start * slots..step.end * slots;
+                let assigned = Assigned { experts: &experts[pairs.clone()], weights: &weights[pairs], slots };
+                layers.experts(x, assigned, &self.gate_up, self.activation, &self.down, out)
+            })
         });
         done.map_err(runtime_error)
     }

@@ -1,5 +1,7 @@
 //! Values that Python gives and takes: float32, float16, or bfloat16 as its bits in uint16, in memory that both share.
 
+use std::ops::Range;
+
 use half::bf16;
 use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
@@ -125,8 +127,21 @@ impl<'py> FloatsMut<'py> {
 }
 
 impl<'a> Slice<'a> {
+    fn is_f32(self) -> bool {
+        matches!(self, Self::F32(_))
+    }
+
+    /// Some of the values.
+    fn part(self, range: Range<usize>) -> Self {
+        match self {
+            Self::F32(values) => Self::F32(&values[range]),
+            Self::F16(values) => Self::F16(&values[range]),
+            Self::Bf16(values) => Self::Bf16(&values[range]),
+        }
+    }
+
     /// The values in single precision, in `converted` where they are not already.
-    pub(crate) fn to_f32<'b>(self, converted: &'b mut Vec<f32>) -> &'b [f32]
+    fn to_f32<'b>(self, converted: &'b mut Vec<f32>) -> &'b [f32]
     where
         'a: 'b,
     {
@@ -139,8 +154,21 @@ impl<'a> Slice<'a> {
 }
 
 impl SliceMut<'_> {
+    fn is_f32(&self) -> bool {
+        matches!(self, Self::F32(_))
+    }
+
+    /// Some of the values.
+    fn part(&mut self, range: Range<usize>) -> SliceMut<'_> {
+        match self {
+            Self::F32(values) => SliceMut::F32(&mut values[range]),
+            Self::F16(values) => SliceMut::F16(&mut values[range]),
+            Self::Bf16(values) => SliceMut::Bf16(&mut values[range]),
+        }
+    }
+
     /// Lets `write` write values in single precision, in `converted` where they are to be stored otherwise. They are zeros or whatever was there.
-    pub(crate) fn fill<E>(
+    fn fill<E>(
         &mut self,
         converted: &mut Vec<f32>,
         write: impl FnOnce(&mut [f32]) -> Result<(), E>,
@@ -151,6 +179,35 @@ impl SliceMut<'_> {
             Self::Bf16(values) => write_narrow(values, converted, write),
         }
     }
+}
+
+/// Memory for rows in single precision that Python has otherwise.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    input: Vec<f32>,
+    output: Vec<f32>,
+}
+
+/// Bytes of a [`Scratch`], about, unless a single row takes more.
+const SCRATCH_BYTES: usize = 32 << 20;
+
+/// Lets `work` make rows of `out`, `[rows, width]`, from rows of `x`, `[rows, cols]`, both in single precision. It is told which: all of them,
+/// or where Python has other values as many at a time as there is scratch memory for, since logits of a long text take gigabytes.
+pub(crate) fn map_rows<E>(
+    scratch: &mut Scratch,
+    (x, cols): (Slice<'_>, usize),
+    (mut out, width): (SliceMut<'_>, usize),
+    rows: usize,
+    mut work: impl FnMut(Range<usize>, &[f32], &mut [f32]) -> Result<(), E>,
+) -> Result<(), E> {
+    let most = if x.is_f32() && out.is_f32() { rows } else { SCRATCH_BYTES / (size_of::<f32>() * (cols + width)) };
+    for first in (0..rows).step_by(most.max(1)) {
+        let step = first..rows.min(first + most.max(1));
+        let x = x.part(step.start * cols..step.end * cols).to_f32(&mut scratch.input);
+        let mut out = out.part(step.start * width..step.end * width);
+        out.fill(&mut scratch.output, |out| work(step, x, out))?;
+    }
+    Ok(())
 }
 
 /// Values of half the bits in single precision.

@@ -7,7 +7,7 @@ use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::error::{runtime_error, value_error};
-use crate::floats::{Floats, FloatsMut};
+use crate::floats::{Floats, FloatsMut, map_rows};
 use crate::matrix::Matrix;
 use crate::runtime::{Runtime, Work};
 
@@ -40,12 +40,11 @@ impl Linear {
     /// `out = x · Wᵀ + bias` for x `[rows, in_features]` and out `[rows, out_features]`, both C-contiguous and of any of the dtypes. Releases the GIL.
     fn forward(&self, py: Python<'_>, x: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>) -> PyResult<()> {
         let (x, mut out) = (Floats::of(x, "x")?, FloatsMut::of(out, "out")?);
-        check_shapes(x.shape(), self.cols, out.shape(), self.rows)?;
-        let (x, mut out) = (x.slice("x")?, out.slice("out")?);
+        let rows = check_shapes(x.shape(), self.cols, out.shape(), self.rows)?;
+        let (x, out) = (x.slice("x")?, out.slice("out")?);
         let done = py.detach(|| {
-            let Work { layers, input, output } = &mut *self.runtime.work();
-            let x = x.to_f32(input);
-            out.fill(output, |out| layers.linear(x, &self.linear, out))
+            let Work { layers, scratch } = &mut *self.runtime.work();
+            map_rows(scratch, (x, self.cols), (out, self.rows), rows, |_, x, out| layers.linear(x, &self.linear, out))
         });
         done.map_err(runtime_error)
     }
@@ -68,14 +67,14 @@ impl Linear {
     }
 }
 
-/// Checks that `x` has rows of `cols` values, and `out` as many rows of `width`.
-pub(crate) fn check_shapes(x: &[usize], cols: usize, out: &[usize], width: usize) -> PyResult<()> {
+/// Checks that `x` has rows of `cols` values, and `out` as many rows of `width`; gives their number.
+pub(crate) fn check_shapes(x: &[usize], cols: usize, out: &[usize], width: usize) -> PyResult<usize> {
     if let (&[rows, found], &[out_rows, out_width]) = (x, out)
         && found == cols
         && rows == out_rows
         && out_width == width
     {
-        return Ok(());
+        return Ok(rows);
     }
     let problem = format!("x must be [rows, {cols}] and out [rows, {width}], found {x:?} and {out:?}");
     Err(PyValueError::new_err(problem))

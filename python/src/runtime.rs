@@ -8,6 +8,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::error::runtime_error;
+use crate::floats::Scratch;
 
 /// A processor: its threads and how linears multiply. Layers of one runtime share its threads and scratch memory, and take turns.
 #[pyclass(frozen, module = "metal_marlin._native")]
@@ -24,10 +25,7 @@ struct Shared {
 #[derive(Debug)]
 pub(crate) struct Work {
     pub(crate) layers: CpuLayers,
-    /// An input in single precision.
-    pub(crate) input: Vec<f32>,
-    /// An output before it is rounded.
-    pub(crate) output: Vec<f32>,
+    pub(crate) scratch: Scratch,
 }
 
 impl Runtime {
@@ -66,7 +64,7 @@ impl Runtime {
         }
         let backend = CpuBackend::new(CpuOptions { threads, arithmetic, simd: None }).map_err(runtime_error)?;
         let layers = CpuLayers::new(&backend).map_err(runtime_error)?;
-        let work = Mutex::new(Work { layers, input: Vec::new(), output: Vec::new() });
+        let work = Mutex::new(Work { layers, scratch: Scratch::default() });
         Ok(Self(Arc::new(Shared { backend, work })))
     }
 
