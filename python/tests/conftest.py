@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,3 +16,11 @@ def models() -> Path:
     if folder is None:
         pytest.skip("METAL_MARLIN_MODELS names no folder of models")
     return Path(folder)
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """Computes without gradients, as quantised layers do."""
+    torch = pytest.importorskip("torch")
+    with torch.no_grad():
+        yield

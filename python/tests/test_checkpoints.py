@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 
@@ -21,16 +22,11 @@ from metal_marlin import (
     from_pretrained,
     replace_linear_layers,
     replace_moe_layers,
+    set_activations,
 )
 from metal_marlin._native import Checkpoint, Matrix, Scheme
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-
-
-@pytest.fixture
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 def quantize(model, **options):
@@ -123,6 +119,27 @@ def test_mixed_formats_survive(tmp_path):
     assert loaded.model.layers[0].self_attn.q_proj.scheme == Scheme.of("int8")
     assert loaded.model.layers[0].mlp.up_proj.scheme == Scheme.of("mxfp4")
     assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt_oss"])
+def test_activations_of_a_model_that_transformers_opened(family, tmp_path):
+    quantize(tiny_model(family), bits=4).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    rounded, exact = logits(model), logits(from_pretrained(tmp_path, activations="f32"))
+    assert not torch.equal(rounded, exact)
+    other = copy.deepcopy(model)
+    assert set_activations(model, "f32") is model
+    assert torch.equal(logits(model), exact)
+    assert torch.equal(logits(other), rounded)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(again), exact)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    assert torch.equal(logits(set_activations(model, "int8")), rounded)
+    with pytest.raises(ValueError, match="activations must be one of 'int8', 'f32', found 'bf16'"):
+        set_activations(model, "bf16")
+    assert torch.equal(logits(model), rounded)
+    with pytest.raises(ValueError, match="Linear has no quantised layer"):
+        set_activations(nn.Linear(2, 2), "f32")
 
 
 def test_dtype_is_of_what_is_not_packed(tmp_path):

@@ -16,12 +16,6 @@ from metal_marlin.schemes import FORMATS, USUAL_FORMATS, resolve_scheme
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-@pytest.fixture
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
 def linear(in_features=256, out_features=48, bias=True, dtype=torch.float32):
     torch.manual_seed(0)
     return nn.Linear(in_features, out_features, bias, dtype=dtype)
@@ -205,6 +199,14 @@ def test_a_row_does_not_depend_on_its_batch():
     assert torch.equal(layer(x), torch.cat([layer(row[None]) for row in x]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_many_wide_rows_of_half_precision_are_those_of_single_precision(dtype):
+    # As many as are widened in several steps, the last of them shorter.
+    layer = MetalQuantizedLinear.from_linear(linear(32, 60_000, bias=False, dtype=dtype), group_size=32)
+    x = torch.randn(300, 32).to(dtype)
+    assert torch.equal(layer(x), layer(x.float()).to(dtype))
+
+
 def test_gradients_are_refused():
     layer = MetalQuantizedLinear.from_linear(linear())
     x = torch.randn(2, 256, requires_grad=True)
@@ -262,6 +264,7 @@ def test_a_layer_without_weights_says_so():
         ({"format": "int5"}, r"int5"),
         ({"format": "mxfp4", "group_size": 64}, r"32"),
         ({"format": "fp4", "group_size": 0}, r"group_size must be positive"),
+        ({"bits": 4, "scheme": Scheme.of("int8")}, r"scheme \(int8 .*leave these out, or scheme"),
     ],
 )
 def test_formats_that_there_are_not(arguments, message):

@@ -10,14 +10,10 @@ from transformers import AutoModelForCausalLM, NemotronHConfig
 from metal_marlin import MetalQuantizedMoE, find_moe_layers, quantize_moe_experts
 from metal_marlin.moe import ExpertsLayout
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 # Modules of Transformers, and where Mixtral's tiny model has one.
 LAYER = "model.layers.1.mlp.experts"
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 def routed(experts, tokens=7, dtype=torch.float32):

@@ -42,6 +42,7 @@ KEY = "secret"
 MODEL = "tiny"
 #: More than the first and the last steps of anything, on any machine.
 PATIENCE = 60.0
+OF_SERVERS = ["--served-name", MODEL, "--max-running", "8", "--kv-tokens", "8192"]
 SYSTEM = "You are a narrator who tells long stories of the sea, the wind and the people who live by them. " * 2
 
 
@@ -104,8 +105,9 @@ def cluster() -> Iterator[Cluster]:
 class Served:
     """An application that serves, and its replicas."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, application: str = APPLICATION) -> None:
         self.url = url
+        self.application = application
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=PATIENCE)
 
     def http(self, method: str, path: str, **options: Any) -> Any:
@@ -130,10 +132,13 @@ class Served:
         """The process of a replica's server."""
         return descendants(self.workers()[replica])[-1]
 
+    def replica_states(self) -> dict[str, int]:
+        """How many replicas are in which state."""
+        return dict(ray_serve.status().applications[self.application].deployments["Replica"].replica_states)
+
     def is_whole(self) -> bool:
         """Whether all replicas run."""
-        states = ray_serve.status().applications[APPLICATION].deployments["Replica"].replica_states
-        return dict(states) == {"RUNNING": 2} and len(self.workers()) == 2
+        return self.replica_states() == {"RUNNING": 2} and len(self.workers()) == 2
 
     def complete(self, prompt: str, **options: Any) -> tuple[Any, str]:
         """A completion, and the replica that it is from."""
@@ -161,8 +166,7 @@ def served(cluster: Cluster) -> Iterator[Served]:
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"})
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv(API_KEY_VARIABLE, KEY)
-        options = ["--served-name", MODEL, "--max-running", "8", "--kv-tokens", "8192"]
-        run(ServeArgs(replicas="2", cpus=1, options=options, drain=5))
+        run(ServeArgs(replicas="2", cpus=1, options=OF_SERVERS, drain=5))
     yield Served(f"http://127.0.0.1:{port}")
     ray_serve.shutdown()  # type: ignore[no-untyped-call]
 
@@ -225,6 +229,37 @@ def test_load_outweighs_prefixes(whole: Served) -> None:
         answers = list(pool.map(lambda _: whole.complete(prompt, max_tokens=256), range(40)))
     # How many each gets depends on how fast they are; by the prompt alone all would go to one.
     assert {replica for _, replica in answers} == set(whole.workers())
+
+
+def test_a_replica_is_added_under_load(whole: Served) -> None:
+    prompts = [f"Tale number {number} is of a ship" for number in range(8)]
+    expected = {prompt: whole.complete(prompt, max_tokens=64)[0].choices[0].text for prompt in prompts}
+    growing = Served(f"{whole.url}/growing", "growing")
+    answered: set[str] = set()
+    done = threading.Event()
+
+    def ask(prompt: str) -> None:
+        """Asks again and again."""
+        while not done.is_set():
+            answer, replica = growing.complete(prompt, max_tokens=64)
+            assert answer.choices[0].text == expected[prompt]
+            answered.add(replica)
+
+    args = ServeArgs(replicas="1-2", cpus=1, options=OF_SERVERS, target_requests=2, upscale_delay=0, drain=5)
+    run(args, name=growing.application, route_prefix="/growing")
+    try:
+        assert growing.replica_states() == {"RUNNING": 1}
+        with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+            asked = [pool.submit(ask, prompt) for prompt in prompts]
+            try:
+                until(lambda: len(answered) == 2, "an answer of a second replica")
+            finally:
+                done.set()
+        # None of them was wrong, or missing.
+        assert [task.exception() for task in asked] == [None] * len(prompts)
+        assert growing.replica_states() == {"RUNNING": 2}
+    finally:
+        ray_serve.delete(growing.application)
 
 
 def test_stored_responses_are_found(whole: Served) -> None:
@@ -454,6 +489,8 @@ def test_the_commands_say_what_is_wrong(cluster: Cluster, tmp_path: Path, capsys
     assert "--replicas" in capsys.readouterr().err
     assert main(["serve", "--cpus", "-1"]) == 2
     assert "--cpus" in capsys.readouterr().err
+    assert main(["serve", "--upscale-delay", "-1", "--downscale-delay", "soon"]) == 2
+    assert re.findall(r"--\w+-delay", capsys.readouterr().err) == ["--upscale-delay", "--downscale-delay"]
 
 
 def test_the_command_quantises(cluster: Cluster, model: str, at_once: dict[str, bytes], tmp_path: Path) -> None:

@@ -3,7 +3,16 @@ import pickle
 
 import pytest
 import torch
-from tiny_models import CONFIGS, MOE, dequantized_like, relative_error, tiny_model, token_ids, trained_model_folder
+from tiny_models import (
+    CONFIGS,
+    MOE,
+    assert_same_tokens,
+    dequantized_like,
+    relative_error,
+    tiny_model,
+    token_ids,
+    trained_model_folder,
+)
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -13,39 +22,10 @@ from metal_marlin._native import Scheme
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-@pytest.fixture
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
 def quantized_copy(model, **options):
     """The model with all that can be packed packed."""
     model = replace_linear_layers(copy.deepcopy(model), MetalQuantizedLinear, **options)
     return replace_moe_layers(model, MetalQuantizedMoE, **options) if find_moe_layers(model) else model
-
-
-def assert_same_tokens(quantized, reference, **inputs):
-    """Greedy tokens agree, until the reference itself can hardly tell which of two it would choose."""
-    options = {
-        "max_new_tokens": 24,
-        "do_sample": False,
-        "use_cache": True,
-        "return_dict_in_generate": True,
-        "output_logits": True,
-    }
-    found = quantized.generate(**inputs, **options)
-    wanted = reference.generate(**inputs, **options)
-    start = inputs["input_ids"].shape[1]
-    compared = 0
-    for row in range(len(wanted.sequences)):
-        for step, logits in enumerate(wanted.logits):
-            best, second = logits[row].topk(2).values
-            if best - second < 2e-3 * logits[row].std():
-                break
-            assert found.sequences[row, start + step] == wanted.sequences[row, start + step], f"row {row}, step {step}"
-            compared += 1
-    assert compared >= 12
 
 
 @pytest.mark.parametrize("format", ["fp4", "int8"])

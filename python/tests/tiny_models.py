@@ -117,3 +117,26 @@ def token_ids(model: PreTrainedModel, rows: int = 2, length: int = 12) -> torch.
     """Some tokens, the same for the same model."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(3, model.config.vocab_size, (rows, length), generator=generator)
+
+
+def assert_same_tokens(quantized, reference, **inputs):
+    """Greedy tokens agree, until the reference itself can hardly tell which of two it would choose."""
+    options = {
+        "max_new_tokens": 24,
+        "do_sample": False,
+        "use_cache": True,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+    found = quantized.generate(**inputs, **options)
+    wanted = reference.generate(**inputs, **options)
+    start = inputs["input_ids"].shape[1]
+    compared = 0
+    for row in range(len(wanted.sequences)):
+        for step, logits in enumerate(wanted.logits):
+            best, second = logits[row].topk(2).values
+            if best - second < 2e-3 * logits[row].std():
+                break
+            assert found.sequences[row, start + step] == wanted.sequences[row, start + step], f"row {row}, step {step}"
+            compared += 1
+    assert compared >= 12

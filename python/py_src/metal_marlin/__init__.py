@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .loader import from_pretrained
     from .moe import MetalQuantizedMoE, find_moe_layers, quantize_moe_experts
     from .quantizer import MetalMarlinConfig
-    from .replace import replace_linear_layers, replace_moe_layers
+    from .replace import replace_linear_layers, replace_moe_layers, set_activations
 
 __all__ = [
     "MarlinPipeline",
@@ -34,6 +34,7 @@ __all__ = [
     "quantize_moe_experts",
     "replace_linear_layers",
     "replace_moe_layers",
+    "set_activations",
     "verify_kernels",
 ]
 
@@ -51,6 +52,7 @@ _MODULES = {
     "quantize_moe_experts": "moe",
     "replace_linear_layers": "replace",
     "replace_moe_layers": "replace",
+    "set_activations": "replace",
     "verify_kernels": "commands",
 }
 

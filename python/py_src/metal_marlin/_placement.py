@@ -14,7 +14,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from ._native import Checkpoint, Matrix, Scheme
 from ._tensors import as_tensor
-from .layers import MetalQuantizedEmbedding, MetalQuantizedLinear, rows_are_separate
+from .layers import MetalQuantizedEmbedding, MetalQuantizedLinear, PackedModule, rows_are_separate
 from .moe import PARTS, Expert, ExpertsLayout, MetalQuantizedMoE, find_moe_layers
 from .replace import is_linear, is_skipped
 
@@ -25,6 +25,9 @@ _PART_ALIASES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _STACK = re.compile(r"(?P<experts>.+)\.(?P<stack>gate_up_proj|down_proj)(?P<kind>|_blocks|_scales)")
 # Biases of all experts, as MLX has them.
 _BIAS = re.compile(r"(?P<experts>.+)\.(?P<part>gate_proj|up_proj|down_proj)\.bias")
+# A head's half of latent attention's `kv_b_proj`, as MLX has it: rows that make keys, transposed, and rows that make values.
+_HEAD = re.compile(r"(?P<attention>.+)\.(?P<half>embed_q|unembed_out)\.(?P<head>\d+)\.weight")
+_HALVES = ("embed_q", "unembed_out")
 
 
 @dataclass
@@ -60,6 +63,8 @@ class Placement:
         self.linears: dict[str, str] = {}
         self.embeddings: dict[str, str] = {}
         self.dequantized: dict[str, str] = {}
+        # Those of `kv_b_proj` by half and head.
+        self.heads: dict[str, dict[tuple[str, int], str]] = {}
         self.experts: dict[str, ExpertSource] = {}
         # Heads that are the embedding, which is packed.
         self.tied: dict[str, str] = {}
@@ -84,6 +89,9 @@ class Placement:
                 continue
             if (matched := _BIAS.fullmatch(name)) and (layer := matched["experts"]) in layers:
                 self._source(layer).biases[matched["part"]] = stored
+                continue
+            if (matched := _HEAD.fullmatch(name)) and (parameter := _kv_b(matched)) in parameters:
+                self.heads.setdefault(parameter, {})[matched["half"], int(matched["head"])] = stored
                 continue
             module = name.removesuffix(".weight")
             owner = modules.get(module)
@@ -130,7 +138,8 @@ class Placement:
         # What an untied head was rounded from is the embedding's, which stays.
         linears = {stored for name, stored in self.linears.items() if name not in self.untied}
         experts = {stored for source in self.experts.values() for stored in source.names()}
-        return linears | experts | set(self.embeddings.values()) | set(self.dequantized.values())
+        heads = {stored for halves in self.heads.values() for stored in halves.values()}
+        return linears | experts | heads | set(self.embeddings.values()) | set(self.dequantized.values())
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Puts packed modules without weights in their places, and takes away parameters that `load` gives back."""
@@ -168,11 +177,12 @@ class Placement:
                 embed_scale=getattr(embedding, "scalar_embed_scale", None),
             )
             model.set_submodule(name, table)
-        self._dtypes: dict[str, torch.dtype] = {}
-        for name in self.dequantized:
+        # As they were, without values.
+        self._removed: dict[str, torch.Tensor] = {}
+        for name in (*self.dequantized, *self.heads):
             owner, _, parameter = name.rpartition(".")
             module = model.get_submodule(owner)
-            self._dtypes[name] = getattr(module, parameter).dtype
+            self._removed[name] = getattr(module, parameter)
             delattr(module, parameter)
             # Or else its family would look for the parameter, to fill it with random values.
             module._is_hf_initialized = True  # type: ignore[assignment]
@@ -191,7 +201,8 @@ class Placement:
 
     def _ignored(self, model: PreTrainedModel) -> list[str]:
         """Patterns of keys that Transformers need not miss, since `load` takes them."""
-        names = [*self.linears, *self.experts, *self.embeddings, *(name.removesuffix(".weight") for name in self.dequantized)]
+        removed = [name.removesuffix(".weight") for name in (*self.dequantized, *self.heads)]
+        names = [*self.linears, *self.experts, *self.embeddings, *removed]
         base = f"{model.base_model_prefix}."
         return [rf"(^|\.){re.escape(name.removeprefix(base))}(\.|_|$)" for name in names]
 
@@ -201,28 +212,48 @@ class Placement:
         Raises:
             ValueError: A matrix is of another shape than the model's, or missing; the message names it.
         """
-        for name, stored in self.linears.items():
-            self._named(name, cast(MetalQuantizedLinear, model.get_submodule(name)), stored, search)
-        for name, stored in self.embeddings.items():
-            self._named(name, cast(MetalQuantizedEmbedding, model.get_submodule(name)), stored, search)
+        for name, stored in (*self.linears.items(), *self.embeddings.items()):
+            self._named(name, cast(PackedModule, model.get_submodule(name)), stored, search)
         for name, source in self.experts.items():
             moe = cast(MetalQuantizedMoE, model.get_submodule(name))
             if source.biases:
                 self._load_biases(moe, source)
             moe.load_matrices(self._matrices(name, moe.layout, source, search))
         for name, stored in self.dequantized.items():
-            owner, _, parameter = name.rpartition(".")
-            values = torch.from_numpy(self.checkpoint.dequantized(stored)).to(self._dtypes[name])
-            model.get_submodule(owner).register_parameter(parameter, nn.Parameter(values, requires_grad=False))
+            self._give_back(model, name, torch.from_numpy(self.checkpoint.dequantized(stored)))
+        for name, halves in self.heads.items():
+            self._give_back(model, name, self._joined_heads(name, halves))
         for stored in self.names():
             self.checkpoint.release(stored)
 
-    def _named(self, name: str, module: MetalQuantizedLinear | MetalQuantizedEmbedding, stored: str, search: str) -> None:
+    def _named(self, name: str, module: PackedModule, stored: str, search: str) -> None:
         try:
             module.load_matrix(self._matrix(stored, search))
         except ValueError as error:
             raise ValueError(f"{self.checkpoint.name}: tensor {stored} does not fit layer {name}: {error}") from error
         self.checkpoint.release(stored)
+
+    def _give_back(self, model: PreTrainedModel, name: str, values: torch.Tensor) -> None:
+        wanted = self._removed.pop(name)
+        if values.shape != wanted.shape:
+            raise ValueError(
+                f"{self.checkpoint.name}: {name} must have the shape {list(wanted.shape)}, found {list(values.shape)}"
+            )
+        owner, _, parameter = name.rpartition(".")
+        given = nn.Parameter(values.to(wanted.dtype), requires_grad=False)
+        model.get_submodule(owner).register_parameter(parameter, given)
+
+    def _joined_heads(self, name: str, halves: dict[tuple[str, int], str]) -> torch.Tensor:
+        """`kv_b_proj`: of one head after the other the rows that make keys, and those that make values."""
+        heads = range(1 + max(head for _, head in halves))
+        missing = [f"{half}.{head}" for head in heads for half in _HALVES if (half, head) not in halves]
+        if missing:
+            raise ValueError(f"{self.checkpoint.name} lacks {missing[0]} and {len(missing) - 1} more of the heads of {name}")
+        rows = []
+        for head in heads:
+            keys, values = (torch.from_numpy(self.checkpoint.dequantized(halves[half, head])) for half in _HALVES)
+            rows += [keys.T, values]
+        return torch.cat(rows)
 
     def _scheme(self, stored: str) -> Scheme:
         info = self.checkpoint.info(stored)
@@ -292,6 +323,11 @@ class Placement:
         return plain_tensor(self.checkpoint, stored)
 
 
+def _kv_b(head: re.Match[str]) -> str:
+    """The parameter that the heads of MLX are parts of."""
+    return f"{head['attention']}.kv_b_proj.weight"
+
+
 def _is_table(embedding: nn.Embedding, scheme: Scheme) -> bool:
     """Whether a packed table can take the place of an embedding, which may scale its rows and do nothing else with them."""
     is_plain = type(embedding).forward is nn.Embedding.forward or hasattr(embedding, "scalar_embed_scale")
@@ -325,6 +361,8 @@ def _places(
     def known(name: str) -> bool:
         if name in parameters:
             return True
+        if matched := _HEAD.fullmatch(name):
+            return _kv_b(matched) in parameters
         matched = _EXPERT.fullmatch(name) or _STACK.fullmatch(name) or _BIAS.fullmatch(name)
         return matched is not None and matched["experts"] in layers
 

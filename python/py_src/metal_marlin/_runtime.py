@@ -52,6 +52,10 @@ class PackedLinear:
         """Bytes it takes in memory."""
         return self._linear.nbytes
 
+    def with_activations(self, activations: str) -> "PackedLinear":
+        """The same matrix for other activations, which may have another order."""
+        return self if activations == self.activations else PackedLinear(self.unpack(), activations)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
         return self
 
@@ -86,6 +90,12 @@ class PackedExperts:
     def nbytes(self) -> int:
         """Bytes they take in memory."""
         return self._experts.nbytes
+
+    def with_activations(self, activations: str) -> "PackedExperts":
+        """The same matrices for other activations, which may have another order."""
+        if activations == self.activations:
+            return self
+        return PackedExperts(self.unpack(), self.activation, self.biases, activations)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedExperts":
         return self

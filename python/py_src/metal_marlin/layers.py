@@ -18,7 +18,65 @@ _INFERENCE_ONLY = (
 )
 
 
-class MetalQuantizedLinear(nn.Module):
+class PackedModule(nn.Module):
+    """A module of one packed matrix, which its state dict has as a checkpoint does: `weight`, `weight_scale` and so on."""
+
+    def __init__(self, rows: int, cols: int, scheme: Scheme, dtype: torch.dtype | None) -> None:
+        """Without the matrix yet. Raises ValueError if the scheme has no such shape."""
+        super().__init__()
+        scheme.parts(rows, cols)
+        self.shape = (rows, cols)
+        self.scheme = scheme
+        self.dtype = dtype if dtype is not None else torch.get_default_dtype()
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether there is a matrix yet."""
+        raise NotImplementedError
+
+    @property
+    def matrix(self) -> Matrix:
+        """The packed matrix in canonical order, made anew."""
+        raise NotImplementedError
+
+    def load_matrix(self, matrix: Matrix) -> None:
+        """Takes another matrix, in whatever scheme it has. Raises ValueError if it is of another shape."""
+        if (matrix.rows, matrix.cols) != self.shape:
+            raise ValueError(f"the weight must be {list(self.shape)}, found [{matrix.rows}, {matrix.cols}]")
+        self._take(matrix)
+        self.scheme = matrix.scheme
+
+    def _take(self, matrix: Matrix) -> None:
+        raise NotImplementedError
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weights as this module computes with them, of its dtype if left out."""
+        return torch.from_numpy(self.matrix.dequantize()).to(self.dtype if dtype is None else dtype)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_loaded:
+            tensors = matrix_to_tensors(self.matrix)
+            destination.update({f"{prefix}weight{suffix}": tensor for suffix, tensor in tensors.items()})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        name = f"{prefix}weight"
+        matrix = load_matrix_tensors(state_dict, name, self.scheme, self.shape, missing_keys, unexpected_keys, error_msgs)
+        if matrix is not None:
+            self.load_matrix(matrix)
+
+
+class MetalQuantizedLinear(PackedModule):
     """`y = x · Wᵀ + b` with W packed in 2 to 8 bits, in place of `torch.nn.Linear`.
 
     Weights are held once, in the order in which the processor reads them; `state_dict()` gives them in the canonical order of
@@ -50,20 +108,17 @@ class MetalQuantizedLinear(nn.Module):
             in_features: Columns of the weight.
             out_features: Rows of the weight.
             bias: Whether there is one.
-            bits: See `resolve_scheme`.
-            format: See `resolve_scheme`.
-            group_size: See `resolve_scheme`.
-            scheme: What these three say otherwise.
+            bits: As of `resolve_scheme`, like the next ones.
+            format: See there.
+            group_size: See there.
+            scheme: See there.
             activations: "int8" rounds inputs to 8 bits in fine groups, which is fast; "f32" computes with them as they are.
             dtype: Of the bias, and what `weight.dtype` says; torch's default if left out.
         """
-        super().__init__()
+        super().__init__(out_features, in_features, resolve_scheme(bits, format, group_size, scheme), dtype)
         self.in_features = in_features
         self.out_features = out_features
-        self.scheme = scheme if scheme is not None else resolve_scheme(bits, format, group_size)
-        self.scheme.parts(out_features, in_features)
         self.activations = activations
-        self.dtype = dtype if dtype is not None else torch.get_default_dtype()
         self._packed: PackedLinear | None = None
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=self.dtype), requires_grad=False)
@@ -86,11 +141,10 @@ class MetalQuantizedLinear(nn.Module):
 
         Args:
             linear: A `torch.nn.Linear` with its weights in memory.
-            bits: Bits of a weight: 4 for fp4, 8 for int8, 3 for int3, 2 for int2, unless `format` says which of so many bits.
-            format: fp4 (if `bits` is left out, too), int4, int4-sym, mxfp4, nvfp4, int8, fp8, int3, int2, bf16, f16, f32.
-            group_size: Columns that share a scale; the format's own if left out. The last group of a row may be shorter where the
-                format has a scale for every so many columns.
-            scheme: What these three say otherwise.
+            bits: As of `resolve_scheme`, like the next ones.
+            format: See there.
+            group_size: See there.
+            scheme: See there.
             search: How scales are chosen: "mse" for the least squared error, "absmax" so that the largest weight just fits.
             activations: "int8" or "f32", as for the layer itself.
 
@@ -105,8 +159,7 @@ class MetalQuantizedLinear(nn.Module):
             )
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"expected a torch.nn.Linear, found {type(linear).__name__}")
-        scheme = scheme if scheme is not None else resolve_scheme(bits, format, group_size)
-        matrix = encode(linear.weight, scheme, search)
+        matrix = encode(linear.weight, resolve_scheme(bits, format, group_size, scheme), search)
         return cls.from_packed(matrix, bias=linear.bias, activations=activations, dtype=linear.weight.dtype)
 
     @classmethod
@@ -152,18 +205,19 @@ class MetalQuantizedLinear(nn.Module):
         layer.load_matrix(weight)
         return layer
 
-    def load_matrix(self, matrix: Matrix) -> None:
-        """Takes another weight, in whatever scheme it has.
-
-        Raises:
-            ValueError: It is not `[out_features, in_features]`.
-        """
-        if (matrix.rows, matrix.cols) != (self.out_features, self.in_features):
-            raise ValueError(
-                f"the weight must be [{self.out_features}, {self.in_features}], found [{matrix.rows}, {matrix.cols}]"
-            )
+    def _take(self, matrix: Matrix) -> None:
         self._packed = PackedLinear(matrix, self.activations)
-        self.scheme = matrix.scheme
+
+    def set_activations(self, activations: str) -> None:
+        """Computes with "int8" or "f32" activations from now on. Raises ValueError for others."""
+        if self._packed is not None:
+            self._packed = self._packed.with_activations(activations)
+        self.activations = activations
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether there is a weight yet."""
+        return self._packed is not None
 
     @property
     def matrix(self) -> Matrix:
@@ -179,11 +233,6 @@ class MetalQuantizedLinear(nn.Module):
     def weight(self) -> torch.Tensor:
         """What code expects that looks at a linear layer's weight: shape, dtype and device. Values are dequantised when used."""
         return _WeightOnDemand.of(self)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The weights as this layer computes with them, `[out_features, in_features]`; of the layer's dtype if left out."""
-        weight = torch.from_numpy(self.matrix.dequantize())
-        return weight.to(self.dtype if dtype is None else dtype)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A `torch.nn.Linear` of the dequantised weights; of the layer's dtype if left out."""
@@ -224,45 +273,16 @@ class MetalQuantizedLinear(nn.Module):
             )
         return self._packed
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._packed is not None:
-            tensors = matrix_to_tensors(self._packed.unpack())
-            destination.update({f"{prefix}weight{suffix}": tensor for suffix, tensor in tensors.items()})
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        matrix = load_matrix_tensors(
-            state_dict,
-            f"{prefix}weight",
-            self.scheme,
-            (self.out_features, self.in_features),
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
-        if matrix is not None:
-            self.load_matrix(matrix)
-
     def extra_repr(self) -> str:
         """As `torch.nn.Linear` has it, and how weights are stored."""
-        bits = self.scheme.bits_per_weight(self.out_features, self.in_features)
+        bits = self.scheme.bits_per_weight(*self.shape)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={str(self.scheme)!r}, bits_per_weight={bits:.2f}"
         )
 
 
-class MetalQuantizedEmbedding(nn.Module):
+class MetalQuantizedEmbedding(PackedModule):
     """Rows of a packed table, in place of `torch.nn.Embedding`. Rows are dequantised as they are looked up."""
 
     weight: torch.Tensor
@@ -285,23 +305,16 @@ class MetalQuantizedEmbedding(nn.Module):
             dtype: Of what is looked up; torch's default if left out.
             embed_scale: What rows are multiplied by in families that do so, such as Gemma; rounded to `dtype` first, as there.
         """
-        super().__init__()
+        super().__init__(num_embeddings, embedding_dim, scheme, dtype)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
-        self.scheme = scheme
-        self.dtype = dtype if dtype is not None else torch.get_default_dtype()
         self.embed_scale = None if embed_scale is None else torch.tensor(embed_scale, dtype=self.dtype, device="cpu").item()
         # Bytes of the packed matrix by suffix, a row for each of its own, or flat where rows share them.
         self._bytes: dict[str, torch.Tensor] = {}
 
-    def load_matrix(self, matrix: Matrix) -> None:
-        """Takes the table. Raises ValueError if it is not `[num_embeddings, embedding_dim]`, or rows share scales."""
-        if (matrix.rows, matrix.cols) != (self.num_embeddings, self.embedding_dim):
-            wanted = f"[{self.num_embeddings}, {self.embedding_dim}]"
-            raise ValueError(f"the embedding must be {wanted}, found [{matrix.rows}, {matrix.cols}]")
+    def _take(self, matrix: Matrix) -> None:
         if not rows_are_separate(matrix.scheme, matrix.rows, matrix.cols):
             raise ValueError(f"rows of {matrix.scheme} share scales and cannot be looked up by themselves")
-        self.scheme = matrix.scheme
         shapes = {suffix: shape for suffix, _, shape in matrix.scheme.parts(matrix.rows, matrix.cols)}
         self._bytes = {
             suffix: torch.from_numpy(found if is_shared_by_rows(suffix, shapes[suffix]) else found.reshape(matrix.rows, -1))
@@ -309,20 +322,21 @@ class MetalQuantizedEmbedding(nn.Module):
         }
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether there is a table yet."""
+        return bool(self._bytes)
+
+    @property
     def matrix(self) -> Matrix:
         """The packed table in canonical order."""
         self._check_loaded()
         found = {suffix: of.reshape(-1).numpy() for suffix, of in self._bytes.items()}
-        return Matrix.from_tensors(self.scheme, self.num_embeddings, self.embedding_dim, found)
+        return Matrix.from_tensors(self.scheme, *self.shape, found)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the table takes in memory."""
         return sum(of.nbytes for of in self._bytes.values())
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The table, `[num_embeddings, embedding_dim]`; of the module's dtype if left out."""
-        return torch.from_numpy(self.matrix.dequantize()).to(self.dtype if dtype is None else dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Indices of any shape to rows `[..., embedding_dim]`.
@@ -340,33 +354,12 @@ class MetalQuantizedEmbedding(nn.Module):
         return output if self.embed_scale is None else output * self.embed_scale
 
     def _check_loaded(self) -> None:
-        if not self._bytes:
+        if not self.is_loaded:
             raise RuntimeError("the embedding has no weights yet: load_state_dict() or load_matrix() fills it")
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._bytes:
-            destination.update({f"{prefix}weight{suffix}": tensor for suffix, tensor in matrix_to_tensors(self.matrix).items()})
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        shape = (self.num_embeddings, self.embedding_dim)
-        matrix = load_matrix_tensors(state_dict, f"{prefix}weight", self.scheme, shape, missing_keys, unexpected_keys, error_msgs)
-        if matrix is not None:
-            self.load_matrix(matrix)
 
     def extra_repr(self) -> str:
         """As `torch.nn.Embedding` has it, and how rows are stored."""
-        bits = self.scheme.bits_per_weight(self.num_embeddings, self.embedding_dim)
+        bits = self.scheme.bits_per_weight(*self.shape)
         return f"{self.num_embeddings}, {self.embedding_dim}, format={str(self.scheme)!r}, bits_per_weight={bits:.2f}"
 
 
@@ -456,8 +449,8 @@ class _WeightOnDemand(torch.Tensor):
 
     @classmethod
     def of(cls, layer: MetalQuantizedLinear) -> "_WeightOnDemand":
-        shape = (layer.out_features, layer.in_features)
-        weight: _WeightOnDemand = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=torch.device("cpu"))
+        cpu = torch.device("cpu")
+        weight: _WeightOnDemand = torch.Tensor._make_wrapper_subclass(cls, layer.shape, dtype=layer.dtype, device=cpu)
         weight._layer = layer
         return weight
 

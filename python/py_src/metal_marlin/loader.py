@@ -52,7 +52,8 @@ def from_pretrained(
         kwargs: For the model's own `from_pretrained`, such as `attn_implementation`.
 
     Raises:
-        ValueError: The format is unknown or does not fit; weights expect rotated activations; Transformers has no such model.
+        ValueError: The format is unknown or does not fit; weights expect rotated activations, or are missing; Transformers has no
+            such model.
         RuntimeError: The checkpoint cannot be read; the message says why.
     """
     checkpoint = Checkpoint.open(None if path is None else str(path), revision)
@@ -62,9 +63,25 @@ def from_pretrained(
     quantization.source = source = Source(checkpoint, resolve_scheme(bits, format, group_size) if wanted else None)
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.float32
-    model: PreTrainedModel = _model_class(config).from_pretrained(
-        None, config=config, state_dict=_PlainTensors(source), quantization_config=quantization, dtype=dtype, **kwargs
+    model, info = cast(
+        tuple[PreTrainedModel, dict[str, set[str]]],
+        _model_class(config).from_pretrained(
+            None,
+            config=config,
+            state_dict=_PlainTensors(source),
+            quantization_config=quantization,
+            dtype=dtype,
+            output_loading_info=True,
+            **kwargs,
+        ),
     )
+    if missing := sorted(info["missing_keys"]):
+        # Transformers only warns, and leaves random values there.
+        raise ValueError(
+            f"{checkpoint.name} lacks {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}, which "
+            f"{type(model).__name__} of Transformers {transformers.__version__} needs: is a weight file missing? Or run the "
+            "model with metal_marlin.inference.pipeline.MarlinPipeline"
+        )
     if checkpoint.folder is not None:
         model.name_or_path = model.config.name_or_path = checkpoint.folder
         if model.can_generate() and (Path(checkpoint.folder) / "generation_config.json").is_file():

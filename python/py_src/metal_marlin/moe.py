@@ -120,17 +120,17 @@ class MetalQuantizedMoE(nn.Module):
 
         Args:
             layout: Their number, sizes and activation.
-            bits: See `resolve_scheme`.
-            format: See `resolve_scheme`.
-            group_size: See `resolve_scheme`.
-            scheme: What these three say otherwise.
-            activations: "int8" rounds inputs to 8 bits in fine groups, which is fast; "f32" computes with them as they are.
+            bits: As of `resolve_scheme`, like the next ones.
+            format: See there.
+            group_size: See there.
+            scheme: See there.
+            activations: As of `MetalQuantizedLinear`.
             dtype: Of biases, and of what `dequantize` makes; torch's default if left out.
         """
         super().__init__()
         self.layout = layout
         self.num_experts = layout.experts
-        scheme = scheme if scheme is not None else resolve_scheme(bits, format, group_size)
+        scheme = resolve_scheme(bits, format, group_size, scheme)
         for part in range(len(PARTS)):
             scheme.parts(*layout.shape(part))
         self.schemes = [(scheme, scheme, scheme)] * layout.experts
@@ -162,7 +162,7 @@ class MetalQuantizedMoE(nn.Module):
         if isinstance(experts, MetalQuantizedMoE):
             raise TypeError("the experts are quantised already: quantise the original")
         layout = ExpertsLayout.of(experts)
-        scheme = scheme if scheme is not None else resolve_scheme(bits, format, group_size)
+        scheme = resolve_scheme(bits, format, group_size, scheme)
         gate_up, down = _parameter(experts, "gate_up_proj"), _parameter(experts, "down_proj")
 
         def expert(index: int) -> Expert:
@@ -196,6 +196,12 @@ class MetalQuantizedMoE(nn.Module):
             biases = (gate, up, self.down_proj_bias.detach().float().contiguous().numpy())
         self._packed = PackedExperts(matrices, self.layout.activation, biases, self.activations)
         self.schemes = self._packed.schemes
+
+    def set_activations(self, activations: str) -> None:
+        """Computes with "int8" or "f32" activations from now on. Raises ValueError for others."""
+        if self._packed is not None:
+            self._packed = self._packed.with_activations(activations)
+        self.activations = activations
 
     @property
     def matrices(self) -> list[Expert]:

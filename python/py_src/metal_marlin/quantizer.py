@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ._native import Checkpoint, Scheme
 from ._runtime import scheme_fields
-from .layers import MetalQuantizedEmbedding, MetalQuantizedLinear
+from .layers import MetalQuantizedEmbedding, MetalQuantizedLinear, PackedModule
 from .moe import PARTS, MetalQuantizedMoE
 from .replace import DEFAULT_SKIP
 from .schemes import resolve_scheme
@@ -269,10 +269,8 @@ def _open(files: list[str] | None) -> Checkpoint:
 def _matrices(model: nn.Module) -> Iterable[tuple[str, Scheme, tuple[int, int]]]:
     """Packed matrices of a model: name, scheme, shape."""
     for name, module in model.named_modules():
-        if isinstance(module, MetalQuantizedLinear):
-            yield f"{name}.weight", module.scheme, (module.out_features, module.in_features)
-        elif isinstance(module, MetalQuantizedEmbedding):
-            yield f"{name}.weight", module.scheme, (module.num_embeddings, module.embedding_dim)
+        if isinstance(module, PackedModule):
+            yield f"{name}.weight", module.scheme, module.shape
         elif isinstance(module, MetalQuantizedMoE):
             for index, schemes in enumerate(module.schemes):
                 for part, scheme in enumerate(schemes):

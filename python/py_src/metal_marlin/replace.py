@@ -54,13 +54,13 @@ def replace_linear_layers(
     Args:
         model: Any module with `torch.nn.Linear` inside.
         layer_class: What takes their place, made by its `from_linear`.
-        bits: Bits of a weight: 4 for fp4, 8 for int8, 3 for int3, 2 for int2, unless `format` says which of so many bits.
-        group_size: Columns that share a scale; the format's own if left out.
-        format: fp4 (if `bits` is left out, too), int4, int4-sym, mxfp4, nvfp4, int8, fp8, int3, int2, bf16, f16, f32.
+        bits: As of `metal_marlin.schemes.resolve_scheme`, like the next two.
+        group_size: See there.
+        format: See there.
         skip: Layers to leave alone, by patterns of their names or of how these end. A head that is tied to the embedding and not
             skipped becomes a layer by itself; the embedding stays as it is.
-        search: How scales are chosen: "mse" or "absmax".
-        activations: "int8" rounds inputs to 8 bits in fine groups, which is fast; "f32" computes with them as they are.
+        search: As of `MetalQuantizedLinear.from_linear`.
+        activations: As of `MetalQuantizedLinear`.
 
     Returns:
         The model; a lone `torch.nn.Linear` is given back quantised.
@@ -110,6 +110,30 @@ def replace_moe_layers(
     chosen = _choose(layers, skip, model, "layer of experts", MetalQuantizedMoE, "")
     del layers
     return _replace(model, chosen, quantized)
+
+
+def set_activations(model: Model, activations: str) -> Model:
+    """Lets all quantised layers and experts of a model compute with other activations from now on, one after the other.
+
+    For models that `AutoModelForCausalLM.from_pretrained` opens, which always begin with "int8"; other functions take
+    `activations` themselves. Copies of the model stay as they are.
+
+    Args:
+        model: Any module with quantised ones inside.
+        activations: As of `MetalQuantizedLinear`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: There are no such activations, or nothing is quantised.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MetalQuantizedLinear | MetalQuantizedMoE)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no quantised layer: replace_linear_layers and from_pretrained make them")
+    for layer in layers:
+        layer.set_activations(activations)
+    return model
 
 
 def _choose(

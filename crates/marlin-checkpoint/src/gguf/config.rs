@@ -160,8 +160,12 @@ impl Keys<'_> {
         if let Some(scaling) = self.rope_scaling(theta, rotated)? {
             config["rope_scaling"] = scaling;
         }
-        for token in ["bos_token_id", "eos_token_id"] {
-            let key = format!("tokenizer.ggml.{token}");
+        // A config that does not say so has, for Transformers, the padding of the family's first model, which this vocabulary may lack.
+        config["pad_token_id"] = Value::Null;
+        for (token, name) in
+            [("bos_token_id", "bos_token_id"), ("eos_token_id", "eos_token_id"), ("pad_token_id", "padding_token_id")]
+        {
+            let key = format!("tokenizer.ggml.{name}");
             if let Some(value) = gguf.value(&key) {
                 let id = value
                     .as_u64()

@@ -63,6 +63,10 @@ def main(arguments: Sequence[str]) -> int:
     serving.add_argument(
         "--target-requests", metavar="N", help="requests under way per replica before there are more replicas [default: 16]"
     )
+    serving.add_argument("--upscale-delay", metavar="SECONDS", help="of too much to do before a replica is added [default: 30]")
+    serving.add_argument(
+        "--downscale-delay", metavar="SECONDS", help="of too little to do before a replica is taken away [default: 600]"
+    )
     serving.add_argument("--max-requests", metavar="N", help="most requests of a replica at a time [default: 64]")
     serving.add_argument("--max-body", metavar="SIZE", help="largest body of a request [default: 16MiB]")
     serving.add_argument(
@@ -105,8 +109,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _serve(options: argparse.Namespace, others: list[str]) -> int:
     """Serves until the process is told to end."""
-    names = ("replicas", "cpus", "gpus", "target_requests", "max_requests", "max_body", "affinity", "gateways", "drain")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    # The options of this command bear the names of the arguments.
+    given = {name: value for name, value in vars(options).items() if name in serve.ServeArgs.model_fields and value is not None}
     args = serve.ServeArgs.model_validate({"options": others, **given})
     ends = threading.Event()
     ray.init(options.address, log_to_driver=False)

@@ -51,6 +51,9 @@ class ServeArgs(BaseModel):
     gpus: float = Field(default=0, ge=0)
     #: Requests a replica has under way in the mean before there are more of them.
     target_requests: float = Field(default=16, gt=0)
+    #: Seconds that there must be too much to do before a replica is added, and too little before one is taken away.
+    upscale_delay: float = Field(default=30, ge=0)
+    downscale_delay: float = Field(default=600, ge=0)
     #: Most requests that a replica has at a time; further ones wait in the gateway.
     max_requests: int = Field(default=64, ge=1)
     #: Most requests that wait in a gateway; further ones are told to come again (429). -1 for no limit.
@@ -120,6 +123,8 @@ def app(args: ServeArgs) -> serve.Application:
                 "min_replicas": least,
                 "max_replicas": most,
                 "target_ongoing_requests": args.target_requests,
+                "upscale_delay_s": args.upscale_delay,
+                "downscale_delay_s": args.downscale_delay,
             }
         }
     replicas = serve.deployment(
