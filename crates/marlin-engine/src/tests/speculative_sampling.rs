@@ -1,30 +1,39 @@
 //! That guessing leaves the distribution of what is sampled as it is, on a small real model.
 //!
-//! Tokens are sampled many times behind guesses, and their frequencies held against probabilities that are computed without any engine, by a
-//! χ² test. Seeds are fixed, so that the result is always the same; with other seeds a right engine would fail once in [`FALSE_ALARMS`].
+//! Tokens are sampled many times with guesses, some likely and some not, and their frequencies held against probabilities that are computed
+//! from the model's logits without any engine, by a χ² test. Seeds are fixed, so that the result is always the same: with other seeds a right
+//! engine would fail each of the [`TESTS`] of a setting with a probability of [`FALSE_ALARM`], so any of the twelve with one of 1.2 · 10⁻⁵. That
+//! wrong ones are found out is tested as well.
 
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use marlin_checkpoint::Checkpoint;
 use marlin_kernels::KvType;
 use marlin_kernels::cpu::{Arithmetic, CpuBackend, CpuOptions};
 use marlin_model::{LanguageModel, LoadOptions, LogitRows, StepBatch, load_model};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
 
+use super::chi_squared::p_value;
 use super::tokenizers::byte_level;
-use crate::{DraftModel, Engine, EngineOptions, Request, SamplingParams, StopConditions};
+use crate::{
+    AnswerId, DraftModel, Drafter, Engine, EngineError, EngineOptions, Request, RequestId, SamplingParams,
+    StopConditions,
+};
 
 /// The model's vocabulary.
 const VOCABULARY: usize = 67;
 const PROMPT: [u32; 3] = [5, 31, 60];
-/// Tokens of an answer: the first is not guessed.
+/// Tokens of an answer. The second is guessed: it is the guess, if that is right, or else replaces it. The first comes before, and the third
+/// after it, in the same step if the guess was right.
 const TOKENS: usize = 3;
 const ANSWERS: usize = 6_000;
 /// At a time.
 const TOGETHER: usize = 16;
-/// The false-alarm rate of each test is one in so many: there are six.
-const FALSE_ALARMS: f64 = 1e6;
-/// The place that a normal variable exceeds once in [`FALSE_ALARMS`].
-const DEVIATIONS: f64 = 4.753;
+/// Of each test.
+const FALSE_ALARM: f64 = 1e-6;
 /// Pairs of tokens are counted in so many groups.
 const GROUPS: usize = 53;
 
@@ -37,20 +46,66 @@ fn model() -> Box<dyn LanguageModel> {
     load_model(&CpuBackend::new(cpu).unwrap(), &checkpoint, &options).unwrap()
 }
 
-fn sampling(temperature: f64, top_k: u32) -> SamplingParams {
-    SamplingParams { temperature, top_k, ..SamplingParams::greedy() }
+fn sampling(temperature: f64, top_k: u32, top_p: f64) -> SamplingParams {
+    SamplingParams { temperature, top_k, top_p, ..SamplingParams::greedy() }
 }
 
-/// Counts of second and third tokens, sampled with guesses, and how many guesses were right and wrong.
-fn sampled(params: &SamplingParams) -> (Vec<[u32; 2]>, [u64; 2]) {
+/// Guesses the model's most likely token in every second answer, and any other one in the rest.
+struct Moody {
+    model: DraftModel,
+    /// What was guessed, by answers.
+    guesses: Arc<Mutex<BTreeMap<RequestId, u32>>>,
+}
+
+impl Moody {
+    fn is_sensible(request: RequestId) -> bool {
+        request.0.is_multiple_of(2)
+    }
+}
+
+impl Drafter for Moody {
+    fn draft(
+        &mut self,
+        answer: AnswerId,
+        tokens: &[u32],
+        most: usize,
+        draft: &mut Vec<u32>,
+    ) -> Result<(), EngineError> {
+        self.model.draft(answer, tokens, most, draft)?;
+        assert_eq!(draft.len(), 1, "only the second token can be guessed");
+        if !Self::is_sensible(answer.request) {
+            let others = VOCABULARY as u64 - 1;
+            draft[0] = (draft[0] + 1 + (answer.request.0 / 2 % others) as u32) % VOCABULARY as u32;
+        }
+        let before = self.guesses.lock().unwrap().insert(answer.request, draft[0]);
+        assert_eq!(before, None, "once");
+        Ok(())
+    }
+
+    fn forget(&mut self, answer: AnswerId) {
+        self.model.forget(answer);
+    }
+}
+
+/// What was said, and what had been guessed in the place of the second token.
+#[derive(Debug, Clone, Copy)]
+struct Answer {
+    tokens: [u32; TOKENS],
+    guess: u32,
+    /// The guess was the most likely token.
+    is_sensible: bool,
+}
+
+/// Answers that are sampled with guesses.
+fn sampled(params: &SamplingParams) -> Vec<Answer> {
     let target = model();
-    let drafter = DraftModel::new(model(), target.info());
+    let guesses = Arc::default();
+    let drafter = Moody { model: DraftModel::new(model(), target.info()), guesses: Arc::clone(&guesses) };
     let options = EngineOptions { always_draft: true, max_running: Some(TOGETHER), ..EngineOptions::default() };
     let tokenizer = byte_level(&[], &[]).into();
     let mut engine = Engine::with_options(target, tokenizer, Vec::new(), &options).with_drafter(Box::new(drafter));
-    let mut pairs = Vec::new();
+    let (mut said, mut events) = (BTreeMap::<RequestId, Vec<u32>>::new(), Vec::new());
     for wave in 0..ANSWERS / TOGETHER {
-        let mut answers = std::collections::BTreeMap::new();
         for index in 0..TOGETHER {
             let seed = (wave * TOGETHER + index) as u64;
             let request = Request {
@@ -59,23 +114,31 @@ fn sampled(params: &SamplingParams) -> (Vec<[u32; 2]>, [u64; 2]) {
                 stop: StopConditions { max_tokens: TOKENS, ..StopConditions::default() },
                 ..Request::default()
             };
-            answers.insert(engine.add(request).unwrap(), Vec::new());
+            engine.add(request).unwrap();
         }
-        let mut events = Vec::new();
         while !engine.is_idle() {
             engine.step(&mut events).unwrap();
         }
-        for event in events {
-            answers.get_mut(&event.request).unwrap().extend(event.token);
+        for event in events.drain(..) {
+            said.entry(event.request).or_default().extend(event.token);
         }
-        pairs.extend(answers.into_values().map(|tokens| [tokens[1], tokens[2]]));
     }
+    let guesses = guesses.lock().unwrap();
+    let answer = |(request, tokens): (RequestId, Vec<u32>)| Answer {
+        tokens: tokens.try_into().unwrap(),
+        guess: guesses[&request],
+        is_sensible: Moody::is_sensible(request),
+    };
+    let answers: Vec<Answer> = said.into_iter().map(answer).collect();
     let stats = engine.stats();
-    (pairs, [stats.accepted_tokens, stats.drafted_tokens - stats.accepted_tokens])
+    let right = answers.iter().filter(|answer| answer.tokens[1] == answer.guess).count();
+    assert_eq!((stats.drafted_tokens, stats.accepted_tokens), (ANSWERS as u64, right as u64));
+    assert!((ANSWERS / 10..ANSWERS * 9 / 10).contains(&right), "{right} guesses were right");
+    answers
 }
 
 /// Probabilities of what comes after each of several texts of the same length.
-fn probabilities(model: &mut dyn LanguageModel, texts: &[Vec<u32>], params: &SamplingParams) -> Vec<Vec<f64>> {
+fn after(model: &mut dyn LanguageModel, texts: &[Vec<u32>], params: &SamplingParams) -> Vec<Vec<f64>> {
     let mut all = Vec::new();
     let mut batch = StepBatch::new();
     for texts in texts.chunks(TOGETHER) {
@@ -96,95 +159,123 @@ fn probabilities(model: &mut dyn LanguageModel, texts: &[Vec<u32>], params: &Sam
     all
 }
 
+/// The probabilities of tokens by these logits: those of the most likely ones that top-k and then top-p leave.
 fn softmax(logits: &[f32], params: &SamplingParams) -> Vec<f64> {
-    let mut sorted = logits.to_vec();
-    sorted.sort_by(|a, b| b.total_cmp(a));
-    let least = if params.top_k == 0 { f32::NEG_INFINITY } else { sorted[params.top_k as usize - 1] };
-    let weight = |&logit: &f32| {
-        if logit < least { 0.0 } else { (f64::from(logit - sorted[0]) / params.temperature).exp() }
-    };
-    let weights: Vec<f64> = logits.iter().map(weight).collect();
-    let sum: f64 = weights.iter().sum();
-    weights.into_iter().map(|weight| weight / sum).collect()
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+    if params.top_k > 0 {
+        order.truncate(params.top_k as usize);
+    }
+    let weight = |&token: &usize| (f64::from(logits[token] - logits[order[0]]) / params.temperature).exp();
+    let of_top_k: f64 = order.iter().map(weight).sum();
+    let (mut weights, mut kept) = (vec![0.0; logits.len()], 0.0);
+    for token in &order {
+        if kept >= params.top_p * of_top_k {
+            break;
+        }
+        weights[*token] = weight(token);
+        kept += weights[*token];
+    }
+    weights.into_iter().map(|weight| weight / kept).collect()
 }
 
-/// How likely each pair of second and third token is.
-fn pair_probabilities(params: &SamplingParams) -> Vec<f64> {
-    let mut model = model();
-    let grow = |texts: &[Vec<u32>]| -> Vec<Vec<u32>> {
-        let longer = |text: &Vec<u32>| (0..VOCABULARY as u32).map(|token| [&text[..], &[token]].concat()).collect();
-        texts.iter().flat_map(|text| -> Vec<Vec<u32>> { longer(text) }).collect()
-    };
-    let texts = [vec![PROMPT.to_vec()], grow(&[PROMPT.to_vec()]), grow(&grow(&[PROMPT.to_vec()]))];
-    let [first, second, third] = texts.map(|texts| probabilities(model.as_mut(), &texts, params));
-    let mut pairs = vec![0.0; VOCABULARY * VOCABULARY];
-    for (one, p_one) in first[0].iter().enumerate() {
-        for (two, p_two) in second[one].iter().enumerate() {
-            for (three, p_three) in third[one * VOCABULARY + two].iter().enumerate() {
-                pairs[two * VOCABULARY + three] += p_one * p_two * p_three;
+/// What the model makes of the prompt.
+struct Truth {
+    /// Probabilities of the second token after each first one.
+    second: Vec<Vec<f64>>,
+    /// Those of second and third tokens together.
+    pairs: Vec<f64>,
+}
+
+impl Truth {
+    fn new(params: &SamplingParams) -> Self {
+        let mut model = model();
+        let grow = |texts: &[Vec<u32>]| -> Vec<Vec<u32>> {
+            let longer = |text: &Vec<u32>| (0..VOCABULARY as u32).map(|token| [&text[..], &[token]].concat()).collect();
+            texts.iter().flat_map(|text| -> Vec<Vec<u32>> { longer(text) }).collect()
+        };
+        let texts = [vec![PROMPT.to_vec()], grow(&[PROMPT.to_vec()]), grow(&grow(&[PROMPT.to_vec()]))];
+        let [first, second, third] = texts.map(|texts| after(model.as_mut(), &texts, params));
+        let mut pairs = vec![0.0; VOCABULARY * VOCABULARY];
+        for (one, p_one) in first[0].iter().enumerate() {
+            for (two, p_two) in second[one].iter().enumerate() {
+                for (three, p_three) in third[one * VOCABULARY + two].iter().enumerate() {
+                    pairs[two * VOCABULARY + three] += p_one * p_two * p_three;
+                }
             }
         }
+        Self { second, pairs }
     }
-    pairs
 }
 
-/// Whether what was counted in cells may have these probabilities. Cells that are too rare for the test are taken together.
-fn is_plausible(counts: &[f64], probabilities: &[f64]) -> bool {
-    let total: f64 = counts.iter().sum();
-    let (mut cells, mut statistic) = (0, 0.0);
-    let mut add = |count: f64, expected: f64| {
-        cells += 1;
-        statistic += (count - expected).powi(2) / expected;
-    };
-    let (mut rare, mut rare_expected) = (0.0, 0.0);
-    for (&count, &probability) in counts.iter().zip(probabilities) {
-        let expected = total * probability;
-        if expected >= 5.0 {
-            add(count, expected);
-        } else {
-            (rare, rare_expected) = (rare + count, rare_expected + expected);
+/// A test: its name, which answers it counts, in how many cells, and where it counts a second and a third token.
+type Test = (&'static str, fn(&Answer) -> bool, usize, fn(usize, usize) -> usize);
+
+const TESTS: [Test; 4] = [
+    ("where a likely token was guessed", |answer| answer.is_sensible, VOCABULARY, |two, _| two),
+    ("where another token was guessed", |answer| !answer.is_sensible, VOCABULARY, |two, _| two),
+    ("after a guess", |_| true, VOCABULARY, |_, three| three),
+    ("both together", |_| true, GROUPS, |two, three| (31 * two + three) % GROUPS),
+];
+
+/// Those of the [`TESTS`] that find answers implausible.
+fn alarms(answers: &[Answer], truth: &Truth) -> Vec<&'static str> {
+    let is_alarmed = |(_, is_counted, cells, cell): &Test| {
+        let (mut counts, mut wanted) = (vec![0.0; *cells], vec![0.0; *cells]);
+        for Answer { tokens: [_, two, three], .. } in answers.iter().filter(|answer| is_counted(answer)) {
+            counts[cell(*two as usize, *three as usize)] += 1.0;
         }
-    }
-    if rare_expected >= 5.0 {
-        add(rare, rare_expected);
-    } else if rare > 5.0 + 10.0 * rare_expected {
-        return false;
-    }
-    // Wilson and Hilferty's approximation of the quantile.
-    let degrees = f64::from(cells - 1);
-    let spread = 2.0 / (9.0 * degrees);
-    statistic <= degrees * (1.0 - spread + DEVIATIONS * spread.sqrt()).powi(3)
-}
-
-/// Where a pair of tokens is counted.
-type Cell = fn(usize, usize) -> usize;
-
-/// The three tests of one setting: second tokens, third tokens, and both.
-fn verdicts(pairs: &[[u32; 2]], probabilities: &[f64]) -> [bool; 3] {
-    let cells: [(usize, Cell); 3] = [
-        (VOCABULARY, |two, _| two),
-        (VOCABULARY, |_, three| three),
-        (GROUPS, |two, three| (31 * two + three) % GROUPS),
-    ];
-    cells.map(|(cells, cell)| {
-        let (mut counts, mut wanted) = (vec![0.0; cells], vec![0.0; cells]);
-        pairs.iter().for_each(|[two, three]| counts[cell(*two as usize, *three as usize)] += 1.0);
-        for (pair, probability) in probabilities.iter().enumerate() {
+        for (pair, probability) in truth.pairs.iter().enumerate() {
             wanted[cell(pair / VOCABULARY, pair % VOCABULARY)] += probability;
         }
-        is_plausible(&counts, &wanted)
-    })
+        p_value(&counts, &wanted) < FALSE_ALARM
+    };
+    TESTS.iter().filter(|test| is_alarmed(test)).map(|(name, ..)| *name).collect()
 }
+
+/// What a sampler that does it wrong makes of a right answer, given a random number.
+type Wrong = fn(Answer, &Truth, f64) -> u32;
+
+/// Second tokens as wrong samplers would say them.
+const WRONG: [(&str, Wrong); 3] = [
+    ("takes every guess", |answer, _, _| answer.guess),
+    ("takes one of ten wrong guesses", |answer, _, random| if random < 0.1 { answer.guess } else { answer.tokens[1] }),
+    ("replaces a wrong guess by what may be the guess again", |answer, truth, random| {
+        if answer.tokens[1] == answer.guess {
+            return answer.guess;
+        }
+        let mut left = random;
+        let probabilities = &truth.second[answer.tokens[0] as usize];
+        let place = probabilities.iter().position(|probability| {
+            left -= probability;
+            left < 0.0
+        });
+        place.map_or(answer.tokens[1], |token| token as u32)
+    }),
+];
 
 #[test]
 fn guesses_leave_the_distribution_as_it_is() {
-    assert!((FALSE_ALARMS - 1e6).abs() < 1.0, "the deviations are those of this rate");
-    for (params, other) in [(sampling(0.5, 0), sampling(0.55, 0)), (sampling(0.4, 6), sampling(0.4, 7))] {
-        let (pairs, [right, wrong]) = sampled(&params);
-        let enough = ANSWERS as u64 / 10;
-        assert!(right > enough && wrong > enough, "{right} guesses were right and {wrong} wrong");
-        assert_eq!(verdicts(&pairs, &pair_probabilities(&params)), [true; 3], "{params:?}");
-        // The test would notice a distribution that is a little different.
-        assert!(verdicts(&pairs, &pair_probabilities(&other)).contains(&false), "{other:?}");
+    let settings = [
+        (sampling(0.5, 0, 1.0), sampling(0.55, 0, 1.0)),
+        (sampling(0.4, 6, 1.0), sampling(0.4, 7, 1.0)),
+        (sampling(0.6, 20, 0.8), sampling(0.6, 20, 0.75)),
+    ];
+    for (params, other) in settings {
+        let (answers, truth) = (sampled(&params), Truth::new(&params));
+        assert!(alarms(&answers, &truth).is_empty(), "{params:?}: {:?}", alarms(&answers, &truth));
+        // A distribution that is a little different is found out,
+        assert!(!alarms(&answers, &Truth::new(&other)).is_empty(), "{other:?}");
+        // and so are samplers that do not do what rejection sampling does.
+        for (name, wrong) in WRONG {
+            let mut random = ChaCha8Rng::seed_from_u64(1);
+            let say = |answer: &Answer| {
+                let number = f64::from(random.next_u32()) / (u32::MAX as f64 + 1.0);
+                let [first, _, third] = answer.tokens;
+                Answer { tokens: [first, wrong(*answer, &truth, number), third], ..*answer }
+            };
+            let biased: Vec<Answer> = answers.iter().map(say).collect();
+            assert!(!alarms(&biased, &truth).is_empty(), "a sampler that {name} is not found out: {params:?}");
+        }
     }
 }

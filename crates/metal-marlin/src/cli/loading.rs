@@ -9,6 +9,7 @@ use marlin_checkpoint::{Checkpoint, ExportLayout};
 use marlin_engine::{BlockStore, Engine, EngineOptions};
 use marlin_model::{LoadOptions, MemoryPlan};
 
+use super::draft::{self, Draft};
 use super::model::{self, HubOptions, QuantizeOptions};
 use super::models::{GivesBack, NoRoom, Room, SharedMemory};
 use super::progress;
@@ -124,7 +125,10 @@ impl LoadingOptions {
         let about = read(&checkpoint)?;
         let machine = memory.machine(self)?;
         let (device, room) = (&*machine.device, memory.room(&machine));
-        let (options, plan) = self.load_options(&checkpoint, device, room.as_ref(), memory.is_for_several())?;
+        let speculation = if is_first { self.speculation.clone() } else { self.speculation.without_draft_model() };
+        let draft = speculation.open_draft(&tokenizer, self.max_running())?;
+        let (options, plan) =
+            self.load_options(&checkpoint, device, draft.as_ref(), room.as_ref(), memory.is_for_several())?;
         let plan = plan.map(|plan| memory.take(plan));
         let loaded = progress::spinner(&format!("Loading {}", checkpoint.name()), || {
             self.quantize.load()(&checkpoint, device, &options)
@@ -136,8 +140,7 @@ impl LoadingOptions {
             Some(store) => engine.with_block_store(store)?,
             None => engine,
         };
-        let speculation = if is_first { self.speculation.clone() } else { self.speculation.without_draft_model() };
-        let engine = speculation.apply(engine, device, CONTEXTS)?;
+        let engine = speculation.apply(engine, draft, device, self.quantize.load())?;
         Ok(Loaded { engine, about, kept: Box::new((machine, temporary, GivesBack, plan)) })
     }
 
@@ -147,13 +150,14 @@ impl LoadingOptions {
         Ok(Some(open_kv_store(folder.clone(), self.kv_cache_size, checkpoint, device)?))
     }
 
-    /// How to load the model: with the largest context and KV cache that the options, the model and the memory allow, and what it then takes.
-    /// Where there are several models, it leaves half of the memory that it could have to others, unless that is too little for a context
-    /// of a usual length.
+    /// How to load the model: with the largest context and KV cache that the options, the model and the memory allow, and what it then takes,
+    /// its draft model included, if it has one. Where there are several models, it leaves half of the memory that it could have to others,
+    /// unless that is too little for a context of a usual length.
     fn load_options(
         &self,
         checkpoint: &Checkpoint,
         device: &Device,
+        draft: Option<&Draft>,
         room: Option<&Room>,
         is_for_several: bool,
     ) -> anyhow::Result<(LoadOptions, Option<MemoryPlan>)> {
@@ -172,7 +176,7 @@ impl LoadingOptions {
             prediction: self.speculation.predicts(),
             ..defaults
         };
-        let plan = planner.plan(&options).map_err(LoadError::Model)?;
+        let plan = draft::plan(&planner, device, &options, draft)?;
         let blocks_of = |tokens: usize| tokens.div_ceil(plan.block_tokens) + 1;
         let wanted = blocks_of(self.kv_tokens.map_or(context.saturating_mul(CONTEXTS), NonZeroUsize::get));
         let Some(room) = room else { return Ok((LoadOptions { kv_blocks: Some(wanted), ..options }, None)) };
@@ -184,11 +188,13 @@ impl LoadingOptions {
             let least = if self.kv_tokens.is_some() { wanted } else { wanted.min(blocks_of(usual)) };
             if room.is_shared {
                 let options = LoadOptions { context: Some(usual), kv_blocks: Some(least), ..options };
-                let plan = Box::new(planner.plan(&options).map_err(LoadError::Model)?);
+                let plan = Box::new(draft::plan(&planner, device, &options, draft)?);
                 if !room.left.fits(&plan) {
                     let alone = Room { left: room.all, is_shared: false, ..*room };
-                    self.load_options(checkpoint, device, Some(&alone), is_for_several)?;
-                    let (model, Room { all, left, .. }) = (checkpoint.name().to_owned(), *room);
+                    self.load_options(checkpoint, device, draft, Some(&alone), is_for_several)?;
+                    let with_draft = draft.map(|draft| format!(" with its draft model {}", draft.name()));
+                    let model = format!("{}{}", checkpoint.name(), with_draft.unwrap_or_default());
+                    let Room { all, left, .. } = *room;
                     bail!(NoRoom { model, plan, left, all });
                 }
             }
@@ -199,7 +205,7 @@ impl LoadingOptions {
         let longest = (blocks.max(2) - 1) * plan.block_tokens;
         let context = if self.context.is_some() { context } else { context.min(longest) };
         let options = LoadOptions { context: Some(context), kv_blocks: Some(blocks.max(2)), ..options };
-        let plan = memory::require_fit(device, checkpoint, &options, &room.left)?;
+        let plan = draft::require_fit(device, checkpoint, &options, draft, &room.left)?;
         Ok((options, Some(plan)))
     }
 }

@@ -24,6 +24,7 @@ mod calibration;
 mod chat;
 mod completions;
 mod doctor;
+mod draft;
 mod embedded;
 mod eval;
 mod inspect;

@@ -9,6 +9,7 @@ use anyhow::{Context, bail, ensure};
 use marlin_model::{MemoryPlan, format_size};
 use marlin_server::{LoadFailure, LoadedModel, ModelLoader, Models};
 
+use super::draft::DraftDoesNotFit;
 use super::loading::LoadingOptions;
 use super::serving::ServingOptions;
 use crate::LoadError;
@@ -187,7 +188,7 @@ impl ModelLoader for Loader {
             }
             if error.is::<NoRoom>() {
                 LoadFailure::NoRoom(said)
-            } else if matches!(error.downcast_ref(), Some(LoadError::DoesNotFit(_))) {
+            } else if matches!(error.downcast_ref(), Some(LoadError::DoesNotFit(_))) || error.is::<DraftDoesNotFit>() {
                 LoadFailure::TooLarge(said)
             } else {
                 LoadFailure::Broken(said)

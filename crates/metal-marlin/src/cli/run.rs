@@ -14,13 +14,14 @@ use marlin_engine::{Engine, EngineStats, Finish, FinishReason, Message, Request,
 use marlin_model::{HostExpertsInfo, LoadOptions, ModelInfo};
 use serde_json::{Value, json};
 
+use super::draft::{self, Draft};
 use super::model::{self, HubOptions, QuantizeOptions};
 use super::sampling::SamplingOptions;
 use super::speculation::SpeculationOptions;
 use super::template::TemplateOptions;
 use crate::cli::progress;
 use crate::device::{Device, KvFormat};
-use crate::memory::{self, MemoryOptions};
+use crate::memory::MemoryOptions;
 use crate::{DeviceOptions, LoadError, load};
 
 const EXAMPLES: &str = "\
@@ -159,12 +160,13 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     request.stop.validate().with_context(settings)?;
 
     let device = args.device.open().map_err(LoadError::Device)?;
-    let options = args.load_options(&request, &checkpoint, &device)?;
+    let draft = args.speculation.open_draft(&tokenizer, 1)?;
+    let options = args.load_options(&request, &checkpoint, draft.as_ref(), &device)?;
     let model = progress::spinner(&format!("Loading {}", checkpoint.name()), || {
         args.quantize.load()(&checkpoint, &device, &options)
     })?;
     let engine = Engine::new(model, Arc::new(tokenizer), generation.eos_token_id);
-    let mut engine = args.speculation.apply(engine, &device, 1)?;
+    let mut engine = args.speculation.apply(engine, draft, &device, args.quantize.load())?;
     let load = started.elapsed();
 
     engine.add(request)?;
@@ -234,7 +236,13 @@ impl Args {
 
     /// How to load the model, if there is memory for it: with the context asked for, or with no more than this one request can use
     /// and than fits; the prompt must.
-    fn load_options(&self, request: &Request, checkpoint: &Checkpoint, device: &Device) -> anyhow::Result<LoadOptions> {
+    fn load_options(
+        &self,
+        request: &Request,
+        checkpoint: &Checkpoint,
+        draft: Option<&Draft>,
+        device: &Device,
+    ) -> anyhow::Result<LoadOptions> {
         let planner = device.planner(checkpoint).map_err(LoadError::Model)?;
         let shape = planner.shape();
         request.check(shape.vocabulary, self.context.map_or(shape.context, NonZeroUsize::get))?;
@@ -250,14 +258,8 @@ impl Args {
             ..LoadOptions::default()
         };
         let Some(budget) = self.memory.budget(device) else { return Ok(options) };
-        let plan = planner.plan(&options).map_err(LoadError::Model)?;
-        let context = match plan.longest_context(budget.device, 1) {
-            Some(fits) if self.context.is_none() && fits > request.prompt.len() => fits.min(context),
-            _ => context,
-        };
-        let options = LoadOptions { context: Some(context), ..options };
-        memory::require_fit(device, checkpoint, &options, &budget)?;
-        Ok(options)
+        let least = if self.context.is_none() { Some(request.prompt.len()) } else { None };
+        draft::fit_one_answer(device, checkpoint, options, draft, &budget, least)
     }
 }
 

@@ -2,18 +2,14 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::ValueEnum;
 use marlin_checkpoint::Tokenizer;
-use marlin_engine::{DraftModel, Engine, MOST_DRAFT, MtpDrafter, PromptLookup};
-use marlin_kernels::KvType;
-use marlin_model::LoadOptions;
+use marlin_engine::{Drafter, Engine, MOST_DRAFT, MtpDrafter, PromptLookup};
 
-use super::model::{self, HubOptions};
-use crate::LoadError;
-use crate::cli::progress;
+use super::draft::Draft;
+use super::model::Load;
 use crate::device::Device;
-use crate::tile_cache::load_model_kept;
 
 /// How tokens are guessed ahead.
 #[derive(Debug, Clone, clap::Args)]
@@ -67,46 +63,29 @@ impl SpeculationOptions {
         }
     }
 
-    /// Lets the engine guess as the options say. A draft model is loaded beside its model, with room for `sequences` answers.
-    pub(crate) fn apply(&self, mut engine: Engine, device: &Device, sequences: usize) -> anyhow::Result<Engine> {
-        if self.predicts() {
-            let layer = engine.take_prediction_layer().context("the model was loaded without its prediction layer")?;
-            return Ok(engine.with_drafter(Box::new(MtpDrafter::new(layer))));
-        }
-        let Some(path) = &self.draft_model else {
-            let looks_up = self.looks_up(device);
-            return Ok(if looks_up { engine.with_drafter(Box::new(PromptLookup::default())) } else { engine });
-        };
-        let checkpoint = model::open(Some(path), &HubOptions { revision: None })?;
-        let name = path.display();
-        if let Some(difference) = difference(engine.tokenizer(), &checkpoint.tokenizer()?) {
-            bail!("{name} cannot guess for this model, because {difference}; a draft model must have the same tokens");
-        }
-        let planner = device.planner(&checkpoint).map_err(LoadError::Model)?;
-        let context = engine.info().context.min(planner.shape().context);
-        let options = LoadOptions {
-            context: Some(context),
-            kv_type: KvType::F16,
-            kv_blocks: Some(planner.kv_blocks(context, sequences)),
-            logit_rows: 1,
-            ..LoadOptions::default()
-        };
-        let loaded = progress::spinner(&format!("Loading {}", checkpoint.name()), || {
-            load_model_kept(&checkpoint, device, &options)
-        })?;
-        let drafter = DraftModel::new(loaded, engine.info());
-        Ok(engine.with_drafter(Box::new(drafter)))
+    /// Opens the draft model, if there is one, for a model with this tokenizer that computes so many answers at a time.
+    pub(crate) fn open_draft(&self, tokenizer: &Tokenizer, answers: usize) -> anyhow::Result<Option<Draft>> {
+        self.draft_model.as_deref().map(|path| Draft::open(path, tokenizer, answers)).transpose()
     }
-}
 
-/// The first token that two tokenizers do not spell alike.
-fn difference(tokenizer: &Tokenizer, other: &Tokenizer) -> Option<String> {
-    let shared = tokenizer.vocabulary_size().min(other.vocabulary_size());
-    (0..shared as u32).find_map(|id| {
-        let (one, two) = (tokenizer.id_to_token(id), other.id_to_token(id));
-        (one != two).then(|| {
-            let [two, one] = [two, one].map(|token| token.unwrap_or_else(|| "nothing".to_owned()));
-            format!("its token {id} is {two:?} and not {one:?}")
-        })
-    })
+    /// Lets the engine guess as the options say; the draft model that was opened for that is loaded.
+    pub(super) fn apply(
+        &self,
+        mut engine: Engine,
+        draft: Option<Draft>,
+        device: &Device,
+        load: Load,
+    ) -> anyhow::Result<Engine> {
+        let drafter: Box<dyn Drafter> = if let Some(draft) = draft {
+            Box::new(draft.load(&mut engine, device, load)?)
+        } else if self.predicts() {
+            let layer = engine.take_prediction_layer().context("the model was loaded without its prediction layer")?;
+            Box::new(MtpDrafter::new(layer))
+        } else if self.looks_up(device) {
+            Box::new(PromptLookup::default())
+        } else {
+            return Ok(engine);
+        };
+        Ok(engine.with_drafter(drafter))
+    }
 }

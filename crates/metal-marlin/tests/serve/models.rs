@@ -334,6 +334,21 @@ fn an_end_does_not_wait_for_a_load() {
     assert!(started.elapsed() < Duration::from_secs(10) && started.elapsed() < PATIENCE);
 }
 
+/// A server whose model guesses for itself has less room for keys and values.
+#[test]
+fn a_draft_model_takes_its_share_of_the_memory() {
+    let memory = memory_for(2);
+    let options = ["bundled", "--no-cache", "--threads", "1", "--memory", &memory];
+    let alone = Server::start(&options);
+    let together = Server::start(&[&options[..], &["--draft-model", "bundled"]].concat());
+    let [alone, together] = [alone, together].map(|server| {
+        let prompt = json!({ "prompt": "Once upon a time", "max_tokens": 8 });
+        assert_eq!(server.ask(TEXT, &of("bundled", prompt))["model"], "bundled");
+        server.metric("metal_marlin_kv_blocks")
+    });
+    assert!(2.0 <= together && together < alone, "{together} blocks beside the draft model, {alone} without");
+}
+
 #[test]
 fn models_share_a_gpu() {
     if !has_gpu() {

@@ -15,12 +15,14 @@ use marlin_model::LoadOptions;
 
 use self::conversation::{Answer, Conversation};
 use self::input::{Input, Lines, Pipe, Terminal};
+use super::draft;
 use super::model::{self, HubOptions, QuantizeOptions};
 use super::sampling::SamplingOptions;
 use super::speculation::SpeculationOptions;
 use super::template::TemplateOptions;
 use crate::cli::{interrupt, progress};
 use crate::device::KvFormat;
+use crate::memory::MemoryOptions;
 use crate::{DeviceOptions, LoadError, load};
 
 const EXAMPLES: &str = "\
@@ -88,7 +90,10 @@ pub(crate) struct Args {
     #[command(flatten)]
     device: DeviceOptions,
 
-    /// Most tokens of the conversation [default: what the model allows, up to 8192]
+    #[command(flatten)]
+    memory: MemoryOptions,
+
+    /// Most tokens of the conversation [default: what the model and the memory allow, up to 8192]
     #[arg(long, value_name = "N", help_heading = "Device")]
     context: Option<NonZeroUsize>,
 
@@ -117,6 +122,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     stop.validate()?;
 
     let device = args.device.open().map_err(LoadError::Device)?;
+    let draft = args.speculation.open_draft(&tokenizer, 1)?;
     let options = LoadOptions {
         context: args.context.map(NonZeroUsize::get).or(default_context),
         kv_type: args.kv.into(),
@@ -124,11 +130,18 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         prediction: args.speculation.predicts(),
         ..Default::default()
     };
+    let options = match args.memory.budget(&device) {
+        Some(budget) => {
+            let least = if args.context.is_none() { Some(0) } else { None };
+            draft::fit_one_answer(&device, &checkpoint, options, draft.as_ref(), &budget, least)?
+        }
+        None => options,
+    };
     let model = progress::spinner(&format!("Loading {}", checkpoint.name()), || {
         args.quantize.load()(&checkpoint, &device, &options)
     })?;
     let engine = Engine::new(model, tokenizer, generation.eos_token_id);
-    let engine = args.speculation.apply(engine, &device, 1)?;
+    let engine = args.speculation.apply(engine, draft, &device, args.quantize.load())?;
     let context = engine.info().context;
     let mut conversation = Conversation::new(engine, prompter, sampling, stop, args.template.first_messages());
 
