@@ -175,6 +175,7 @@ impl Persistence {
                 Arrival::Block(payload) => {
                     left = left.saturating_sub(payload.len().max(1));
                     let adopted = adopt(model, &fetch.keys[fetch.came - 1], &payload);
+                    fetch.give_back(payload);
                     if matches!(adopted, Ok(true)) {
                         self.hits += self.block_tokens as u64;
                     } else {

@@ -15,7 +15,7 @@
 //! Numbers are little endian. The checksum tells what a disk or a power cut does to a file; who may write to the folder can write any block with
 //! its checksum, whatever the hash.
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 
 use marlin_model::BlockHash;
 use xxhash_rust::xxh3::Xxh3;
@@ -80,24 +80,36 @@ impl BlockKey {
         file.write_all(&checksum)
     }
 
-    /// Checks that a file's bytes are this block, every one of them, and leaves its `payload` bytes of keys and values.
-    pub(super) fn verify(&self, mut file: Vec<u8>, payload: usize) -> Result<Vec<u8>, Damage> {
+    /// Reads the `payload` bytes of keys and values of this block into `bytes`, and checks that every byte of the file is what it must be.
+    ///
+    /// # Errors
+    /// The file cannot be read, or is not this block; what is in `bytes` is then of no use.
+    pub(super) fn read(
+        &self,
+        file: &mut impl Read,
+        payload: usize,
+        bytes: &mut Vec<u8>,
+    ) -> io::Result<Result<(), Damage>> {
         let known = MAGIC.len() + size_of_val(&VERSION);
         let ours = self.header(payload);
-        if file.get(..known) != Some(&ours[..known]) {
-            return Err(Damage::Foreign);
+        let mut header = Vec::with_capacity(ours.len());
+        file.by_ref().take(ours.len() as u64).read_to_end(&mut header)?;
+        if header.get(..known) != Some(&ours[..known]) {
+            return Ok(Err(Damage::Foreign));
         }
-        // The header is that of the block that is meant, so no length in it is believed.
-        if file.len() as u64 != Self::file_bytes(self.tokens.len(), payload) || !file.starts_with(&ours) {
-            return Err(Damage::Broken);
+        // The header is that of the block that is meant, so no length in it is believed. A file that is larger is read no further than to see that.
+        if header != ours {
+            return Ok(Err(Damage::Broken));
         }
-        let (content, stored) = file.split_at(file.len() - CHECKSUM_BYTES);
-        if stored != checksum(&[content]) {
-            return Err(Damage::Broken);
+        let rest = payload + CHECKSUM_BYTES;
+        bytes.clear();
+        bytes.reserve(rest + 1);
+        file.by_ref().take(rest as u64 + 1).read_to_end(bytes)?;
+        if bytes.len() != rest || bytes[payload..] != checksum(&[&ours, &bytes[..payload]]) {
+            return Ok(Err(Damage::Broken));
         }
-        file.truncate(file.len() - CHECKSUM_BYTES);
-        file.drain(..ours.len());
-        Ok(file)
+        bytes.truncate(payload);
+        Ok(Ok(()))
     }
 }
 
@@ -124,12 +136,18 @@ mod tests {
         file
     }
 
+    /// Reads a block into memory that held another one.
+    fn read(key: &BlockKey, file: &[u8], payload: usize) -> Result<Vec<u8>, Damage> {
+        let mut bytes = vec![0xA5; 300];
+        key.read(&mut &file[..], payload, &mut bytes).unwrap().map(|()| bytes)
+    }
+
     #[test]
     fn what_was_written_is_read() {
         for payload in [&b""[..], &b"keys and values"[..]] {
             let file = file(payload);
             assert_eq!(file.len() as u64, BlockKey::file_bytes(32, payload.len()));
-            assert_eq!(key().verify(file, payload.len()), Ok(payload.to_vec()));
+            assert_eq!(read(&key(), &file, payload.len()), Ok(payload.to_vec()));
         }
     }
 
@@ -143,13 +161,13 @@ mod tests {
             BlockKey { tokens: (0..31).collect(), ..key() },
         ];
         for other in others {
-            assert_eq!(other.verify(file(&payload), payload.len()), Err(Damage::Broken), "{other:?}");
+            assert_eq!(read(&other, &file(&payload), payload.len()), Err(Damage::Broken), "{other:?}");
         }
-        assert_eq!(key().verify(file(&payload), 99), Err(Damage::Broken), "other sizes of keys and values");
-        assert_eq!(key().verify(b"not ours".to_vec(), 100), Err(Damage::Foreign));
+        assert_eq!(read(&key(), &file(&payload), 99), Err(Damage::Broken), "other sizes of keys and values");
+        assert_eq!(read(&key(), b"not ours", 100), Err(Damage::Foreign));
         let mut newer = file(&payload);
         newer[8] += 1;
-        assert_eq!(key().verify(newer, 100), Err(Damage::Foreign), "another version");
+        assert_eq!(read(&key(), &newer, 100), Err(Damage::Foreign), "another version");
     }
 
     #[test]
@@ -159,19 +177,19 @@ mod tests {
         for bit in 0..8 * whole.len() {
             let mut flipped = whole.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
-            assert!(key().verify(flipped, payload.len()).is_err(), "bit {bit}");
+            assert!(read(&key(), &flipped, payload.len()).is_err(), "bit {bit}");
         }
         for len in 0..whole.len() {
-            assert!(key().verify(whole[..len].to_vec(), payload.len()).is_err(), "cut to {len}");
+            assert!(read(&key(), &whole[..len], payload.len()).is_err(), "cut to {len}");
         }
-        assert!(key().verify([&whole[..], b"x"].concat(), payload.len()).is_err(), "a byte more");
+        assert!(read(&key(), &[&whole[..], b"x"].concat(), payload.len()).is_err(), "a byte more");
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(500))]
         #[test]
         fn any_bytes_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
-            prop_assert!(key().verify(bytes, 100).is_err());
+            prop_assert!(read(&key(), &bytes, 100).is_err());
         }
     }
 }

@@ -148,6 +148,8 @@ pub(crate) struct Fetch {
     /// How many of them came.
     pub(crate) came: usize,
     blocks: Receiver<Vec<u8>>,
+    /// Takes the memory of blocks back.
+    spare: Sender<Vec<u8>>,
     /// When somebody began to wait for it, and when something came last.
     begun: Instant,
     last: Instant,
@@ -269,13 +271,14 @@ impl BlockStore {
         self.is_stalled = false;
         let (sender, blocks) = mpsc::sync_channel((READ_AHEAD_BYTES / payload.max(1)).max(1));
         self.shared.fetching.fetch_add(1, Ordering::AcqRel);
-        let job = FetchJob { keys: keys.clone(), payload, blocks: sender };
+        let (spare, taken) = mpsc::channel();
+        let job = FetchJob { keys: keys.clone(), payload, blocks: sender, spare: taken };
         if self.fetches.as_ref()?.try_send(job).is_err() {
             self.shared.fetching.fetch_sub(1, Ordering::AcqRel);
             return None;
         }
         let now = Instant::now();
-        Some(Fetch { keys, came: 0, blocks, begun: now, last: now })
+        Some(Fetch { keys, came: 0, blocks, spare, begun: now, last: now })
     }
 
     /// A fetch was given up because nothing came.
@@ -307,6 +310,12 @@ impl Fetch {
     /// For how long somebody has waited for it.
     pub(crate) fn seconds(&self) -> f64 {
         self.begun.elapsed().as_secs_f64()
+    }
+
+    /// The memory of a block that came is needed no more: blocks to come are read into it.
+    pub(crate) fn give_back(&self, block: Vec<u8>) {
+        // If all are read, it is freed here.
+        let _ = self.spare.send(block);
     }
 
     /// What has come, waiting no longer than `wait`.

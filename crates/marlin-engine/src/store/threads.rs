@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender};
@@ -53,6 +53,8 @@ pub(super) struct FetchJob {
     pub(super) keys: Vec<BlockKey>,
     pub(super) payload: usize,
     pub(super) blocks: SyncSender<Vec<u8>>,
+    /// Memory of blocks that were taken, for those to come.
+    pub(super) spare: Receiver<Vec<u8>>,
 }
 
 impl Shared {
@@ -99,9 +101,12 @@ impl Shared {
 
     /// Reads the blocks of one sequence after the other, as long as somebody asks.
     pub(super) fn read_all(&self, asked: &Receiver<FetchJob>) {
-        for FetchJob { keys, payload, blocks } in asked {
+        for FetchJob { keys, payload, blocks, spare } in asked {
             for (index, key) in keys.iter().enumerate() {
-                let Some(block) = self.read(key, payload) else { break };
+                let mut block = spare.try_recv().unwrap_or_default();
+                if !self.read(key, payload, &mut block) {
+                    break;
+                }
                 self.touch_file(&key.name, LastUse::now(index));
                 if blocks.send(block).is_err() {
                     // Nobody waits any more.
@@ -112,20 +117,20 @@ impl Shared {
         }
     }
 
-    /// The keys and values of a block, if its file is what it must be.
-    fn read(&self, key: &BlockKey, payload: usize) -> Option<Vec<u8>> {
+    /// Reads the keys and values of a block; tells whether its file is what it must be.
+    fn read(&self, key: &BlockKey, payload: usize, bytes: &mut Vec<u8>) -> bool {
         let path = path_of(&self.folder, &key.name);
-        let found = match read_file(&path, BlockKey::file_bytes(key.tokens.len(), payload)) {
-            Ok(file) => key.verify(file, payload),
+        match File::open(&path).and_then(|mut file| key.read(&mut file, payload, bytes)) {
+            Ok(Ok(())) => return true,
+            Ok(Err(damage)) => self.discard(&key.name, path, damage),
             Err(source) => {
                 self.index().remove(&key.name);
                 if source.kind() != io::ErrorKind::NotFound {
                     self.report(&StoreError::Read { path, source });
                 }
-                return None;
             }
-        };
-        found.map_err(|damage| self.discard(&key.name, path, damage)).ok()
+        }
+        false
     }
 
     /// A file is not what its name says. What another program wrote is left alone.
@@ -209,13 +214,6 @@ impl Writer {
             let _ = fs::remove_file(&partial);
         })
     }
-}
-
-/// Reads a file of so many bytes; what is larger is read no further than to see that.
-fn read_file(path: &Path, bytes: u64) -> io::Result<Vec<u8>> {
-    let mut file = Vec::with_capacity(bytes as usize + 1);
-    File::open(path)?.take(bytes + 1).read_to_end(&mut file)?;
-    Ok(file)
 }
 
 /// Sees whether files can be written.
