@@ -61,7 +61,7 @@ use crate::{
 const MAX_WORKGROUPS: usize = 65535;
 
 /// A GPU.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct GpuBackend {
     gpu: Arc<Gpu>,
 }

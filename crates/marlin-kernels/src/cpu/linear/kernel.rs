@@ -184,7 +184,7 @@ impl<D: Dot> WithSimd for Run<'_, D> {
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { tiles, panel, mut x, sums } = self;
         let mut rest = sums;
-        while most_rows::<S, D>() >= 8 && rest.len() >= 8 * S::LANES {
+        while const { most_rows::<S, D>() >= 8 } && rest.len() >= 8 * S::LANES {
             rest = panel_sums::<S, D, 8>(simd, tiles, panel, &mut x, rest);
         }
         while rest.len() >= 4 * S::LANES {

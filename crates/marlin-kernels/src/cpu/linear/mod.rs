@@ -251,12 +251,12 @@ impl ChooseKernel<'_> {
 
     fn integer<S: Simd, C: Codes, P: Pattern>(self, simd: S) -> Box<dyn PanelKernel> {
         match self.arithmetic {
-            Arithmetic::Exact => Box::new(Kernel::<S, ExactDot<C, P>>::new(simd)),
+            Arithmetic::Exact => Box::new(Kernel::<S::Base, ExactDot<C, P>>::new(simd.base())),
             Arithmetic::Int8 => Box::new(Kernel::<S, IntegerDot<C, P>>::new(simd)),
         }
     }
 }
 
 fn float<S: Simd, F: Floats, P: Pattern>(simd: S) -> Box<dyn PanelKernel> {
-    Box::new(Kernel::<S, FloatDot<F, P>>::new(simd))
+    Box::new(Kernel::<S::Base, FloatDot<F, P>>::new(simd.base()))
 }

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 use std::fmt;
 use std::marker::PhantomData;
 
-use super::dots::Dots;
+use super::dots::{Dots, Maddubs};
 use super::{Simd, WithSimd, first, first_mut};
 
 /// Proof that the processor has AVX2, FMA and F16C, and what `D` needs besides.
@@ -69,6 +69,11 @@ impl<D: Dots> Simd for Avx2<D> {
     type Bytes = __m256i;
     type I32 = __m256i;
     type F32 = __m256;
+    type Base = Avx2<Maddubs>;
+
+    fn base(self) -> Avx2<Maddubs> {
+        Avx2(PhantomData)
+    }
 
     #[inline]
     fn vectorize<W: WithSimd>(self, operation: W) -> W::Output {

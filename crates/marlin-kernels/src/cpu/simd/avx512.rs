@@ -41,6 +41,11 @@ impl Simd for Avx512 {
     type Bytes = __m512i;
     type I32 = __m512i;
     type F32 = __m512;
+    type Base = Self;
+
+    fn base(self) -> Self {
+        self
+    }
 
     #[inline]
     fn vectorize<W: WithSimd>(self, operation: W) -> W::Output {

@@ -135,6 +135,11 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type I32: Copy;
     /// An f32 a lane.
     type F32: Copy;
+    /// The level of this family that has no more than this one but dot products of bytes. What multiplies in f32 is compiled for that one only.
+    type Base: Simd;
+
+    /// The processor has it, too.
+    fn base(self) -> Self::Base;
 
     /// Runs `operation` with this instruction set enabled.
     fn vectorize<W: WithSimd>(self, operation: W) -> W::Output;

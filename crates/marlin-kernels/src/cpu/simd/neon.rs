@@ -5,7 +5,7 @@ use std::arch::{asm, is_aarch64_feature_detected};
 use std::fmt;
 use std::marker::PhantomData;
 
-use super::neon_dots::Dots;
+use super::neon_dots::{Dots, Widening};
 use super::{Simd, WithSimd, first, first_mut};
 
 /// Proof that the processor has Advanced SIMD, and what `D` needs besides.
@@ -110,6 +110,11 @@ impl<D: Dots> Simd for Neon<D> {
     type Bytes = Bytes;
     type I32 = I32;
     type F32 = F32;
+    type Base = Neon<Widening>;
+
+    fn base(self) -> Neon<Widening> {
+        Neon(PhantomData)
+    }
 
     #[inline]
     fn vectorize<W: WithSimd>(self, operation: W) -> W::Output {

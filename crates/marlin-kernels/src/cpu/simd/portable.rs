@@ -22,6 +22,11 @@ impl Simd for Portable {
     type Bytes = [u8; 32];
     type I32 = [i32; 8];
     type F32 = [f32; 8];
+    type Base = Self;
+
+    fn base(self) -> Self {
+        self
+    }
 
     fn vectorize<W: WithSimd>(self, operation: W) -> W::Output {
         operation.with_simd(self)
