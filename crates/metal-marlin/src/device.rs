@@ -169,6 +169,14 @@ impl Device {
         }
     }
 
+    /// The same device, on which models run whole.
+    pub fn without_offload(&self) -> Self {
+        match self {
+            Self::Cpu(backend) => Self::Cpu(backend.clone()),
+            Self::Gpu { backend, host, .. } => Self::Gpu { backend: backend.clone(), host: *host, offload: None },
+        }
+    }
+
     /// The experts that a GPU leaves to the processor.
     pub fn offload(&self) -> Option<&ExpertOffload> {
         match self {

@@ -6,7 +6,7 @@ use anyhow::bail;
 use marlin_checkpoint::{Checkpoint, Tokenizer};
 use marlin_engine::{DraftModel, Engine};
 use marlin_kernels::KvType;
-use marlin_model::{HostPlan, LoadOptions, MemoryPlan, Planner, format_size};
+use marlin_model::{LoadOptions, MemoryPlan, Planner, format_size};
 
 use super::model::{self, HubOptions, Load};
 use crate::LoadError;
@@ -17,22 +17,24 @@ use crate::memory::{self, MemoryBudget, or_else};
 /// A smaller model that is to guess for another one: opened, but not loaded.
 pub(crate) struct Draft {
     checkpoint: Checkpoint,
+    /// Where it runs whole, whatever is left to the processor of the other model.
+    device: Device,
     /// Most answers that are computed at a time.
     answers: usize,
 }
 
 impl Draft {
-    /// Opens the model at `path` for one with this tokenizer.
+    /// Opens the model at `path` for one with this tokenizer on the device.
     ///
     /// # Errors
     /// It cannot be opened, or has other tokens.
-    pub(super) fn open(path: &Path, tokenizer: &Tokenizer, answers: usize) -> anyhow::Result<Self> {
+    pub(super) fn open(path: &Path, tokenizer: &Tokenizer, device: &Device, answers: usize) -> anyhow::Result<Self> {
         let checkpoint = model::open(Some(path), &HubOptions { revision: None })?;
         if let Some(difference) = difference(tokenizer, &checkpoint.tokenizer()?) {
             let name = path.display();
             bail!("{name} cannot guess for this model, because {difference}; a draft model must have the same tokens");
         }
-        Ok(Self { checkpoint, answers })
+        Ok(Self { checkpoint, device: device.without_offload(), answers })
     }
 
     /// What it is called.
@@ -40,8 +42,8 @@ impl Draft {
         self.checkpoint.name()
     }
 
-    fn planner<'a>(&'a self, device: &'a Device) -> Result<Planner<'a>, LoadError> {
-        device.planner(&self.checkpoint).map_err(LoadError::Model)
+    fn planner(&self) -> Result<Planner<'_>, LoadError> {
+        self.device.planner(&self.checkpoint).map_err(LoadError::Model)
     }
 
     /// How it is loaded beside a model of this context and so many KV blocks: with as many, unless its answers cannot fill them. (Blocks of
@@ -58,8 +60,8 @@ impl Draft {
     }
 
     /// What it takes beside a model of this plan.
-    fn plan(&self, device: &Device, model: &MemoryPlan) -> Result<MemoryPlan, LoadError> {
-        let planner = self.planner(device)?;
+    fn plan(&self, model: &MemoryPlan) -> Result<MemoryPlan, LoadError> {
+        let planner = self.planner()?;
         let kv_blocks = usize::try_from(model.kv_cache / model.block_bytes.max(1)).unwrap_or(usize::MAX);
         let plan = planner.plan(&self.load_options(&planner, model.context, kv_blocks)).map_err(LoadError::Model)?;
         // Code and tokenizer are the model's.
@@ -67,11 +69,11 @@ impl Draft {
     }
 
     /// Loads it beside the engine's model.
-    pub(super) fn load(&self, engine: &mut Engine, device: &Device, load: Load) -> anyhow::Result<DraftModel> {
+    pub(super) fn load(&self, engine: &mut Engine, load: Load) -> anyhow::Result<DraftModel> {
         let (context, kv_blocks) = (engine.info().context, engine.stats().kv_blocks);
-        let options = self.load_options(&self.planner(device)?, context, kv_blocks);
+        let options = self.load_options(&self.planner()?, context, kv_blocks);
         let loaded =
-            progress::spinner(&format!("Loading {}", self.name()), || load(&self.checkpoint, device, &options))?;
+            progress::spinner(&format!("Loading {}", self.name()), || load(&self.checkpoint, &self.device, &options))?;
         Ok(DraftModel::new(loaded, engine.info()))
     }
 }
@@ -107,21 +109,16 @@ pub(crate) struct DraftDoesNotFit {
 /// What a model takes that is loaded with these options, together with its draft model, if it has one.
 pub(super) fn plan(
     planner: &Planner<'_>,
-    device: &Device,
     options: &LoadOptions,
     draft: Option<&Draft>,
 ) -> Result<MemoryPlan, LoadError> {
     let plan = planner.plan(options).map_err(LoadError::Model)?;
     let Some(draft) = draft else { return Ok(plan) };
-    Ok(together(&plan, &draft.plan(device, &plan)?))
+    Ok(together(&plan, &draft.plan(&plan)?))
 }
 
 /// The plan of a model whose blocks hold the keys and values of its draft model as well.
 fn together(model: &MemoryPlan, draft: &MemoryPlan) -> MemoryPlan {
-    let host = [model.host, draft.host].into_iter().flatten().reduce(|one, other| HostPlan {
-        weights: one.weights.saturating_add(other.weights),
-        activations: one.activations.saturating_add(other.activations),
-    });
     MemoryPlan {
         weights: model.weights.saturating_add(draft.weights),
         kv_cache: model.kv_cache.saturating_add(draft.kv_cache),
@@ -130,7 +127,6 @@ fn together(model: &MemoryPlan, draft: &MemoryPlan) -> MemoryPlan {
         program: model.program.saturating_add(draft.program),
         block_bytes: model.block_bytes.saturating_add(draft.block_bytes),
         most_blocks: model.most_blocks.min(draft.most_blocks),
-        host,
         ..*model
     }
 }
@@ -149,7 +145,7 @@ pub(super) fn require_fit(
     let Some(draft) = draft else { return Ok(memory::require_fit(device, checkpoint, options, budget)?) };
     let planner = device.planner(checkpoint).map_err(LoadError::Model)?;
     let plan = planner.plan(options).map_err(LoadError::Model)?;
-    let draft_plan = draft.plan(device, &plan)?;
+    let draft_plan = draft.plan(&plan)?;
     let both = together(&plan, &draft_plan);
     let alone = memory::require_fit(device, checkpoint, options, budget);
     if budget.fits(&both) {
@@ -189,7 +185,7 @@ pub(super) fn fit_one_answer(
     least: Option<usize>,
 ) -> anyhow::Result<LoadOptions> {
     let planner = device.planner(checkpoint).map_err(LoadError::Model)?;
-    let plan = plan(&planner, device, &options, draft)?;
+    let plan = plan(&planner, &options, draft)?;
     let fits = plan.longest_context(budget.device, 1);
     let context = match fits.zip(least) {
         Some((fits, least)) if fits > least => fits.min(plan.context),
@@ -202,6 +198,10 @@ pub(super) fn fit_one_answer(
 
 #[cfg(test)]
 mod tests {
+    use marlin_kernels::cpu::{CpuBackend, CpuOptions};
+    use marlin_kernels::gpu::{GpuBackend, GpuCaps, GpuOptions};
+    use marlin_model::{ExpertLayers, ExpertOffload};
+
     use crate::device::{DeviceChoice, DeviceOptions};
 
     use super::*;
@@ -215,15 +215,16 @@ mod tests {
     #[test]
     fn a_budget_is_for_both_models() {
         let device = DeviceOptions { device: DeviceChoice::Cpu, ..DeviceOptions::default() }.open().unwrap();
-        let (checkpoint, draft) = (tiny(), Draft { checkpoint: tiny(), answers: 2 });
+        let checkpoint = tiny();
+        let draft = Draft { checkpoint: tiny(), device: device.without_offload(), answers: 2 };
         let planner = device.planner(&checkpoint).unwrap();
         let options = LoadOptions { kv_blocks: Some(20), ..LoadOptions::default() };
         let alone = planner.plan(&options).unwrap();
-        let both = plan(&planner, &device, &options, Some(&draft)).unwrap();
+        let both = plan(&planner, &options, Some(&draft)).unwrap();
         assert_eq!((both.weights, both.program), (2 * alone.weights, alone.program));
         // Two answers cannot fill more than four blocks, and one is to spare.
         assert_eq!((both.kv_cache, both.block_bytes), (25 * alone.block_bytes, 2 * alone.block_bytes));
-        assert_eq!(plan(&planner, &device, &options, None).unwrap(), alone);
+        assert_eq!(plan(&planner, &options, None).unwrap(), alone);
 
         let fit = |bytes: u64| {
             let budget = MemoryBudget { device: bytes, host: None };
@@ -240,5 +241,23 @@ mod tests {
             }
             assert!(error.to_string().contains(advice), "{advice}: {error}");
         }
+    }
+
+    #[test]
+    fn a_draft_model_runs_whole_where_experts_are_left_to_the_processor() {
+        let caps = GpuCaps { shares_memory: false, ..GpuCaps::apple() };
+        let backend = GpuBackend::imaginary(caps, GpuOptions::default()).unwrap();
+        let host = CpuOptions { threads: Some(1), ..CpuOptions::default() };
+        let offload = ExpertOffload { host: CpuBackend::new(host).unwrap(), layers: ExpertLayers::All };
+        let device = Device::Gpu { backend, host, offload: Some(offload) };
+        let mixture = concat!(env!("CARGO_MANIFEST_DIR"), "/../marlin-model/tests/goldens/mixtral-top2");
+        let mixture = Checkpoint::open(mixture.as_ref()).unwrap();
+        // It has no experts.
+        let draft = Draft { checkpoint: tiny(), device: device.without_offload(), answers: 1 };
+        let (planner, options) = (device.planner(&mixture).unwrap(), LoadOptions::default());
+        let (alone, both) = (planner.plan(&options).unwrap(), plan(&planner, &options, Some(&draft)).unwrap());
+        assert!(both.weights > alone.weights);
+        assert!(alone.host_total() > 0);
+        assert_eq!(both.host_total(), alone.host_total());
     }
 }

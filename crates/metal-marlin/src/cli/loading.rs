@@ -126,7 +126,7 @@ impl LoadingOptions {
         let machine = memory.machine(self)?;
         let (device, room) = (&*machine.device, memory.room(&machine));
         let speculation = if is_first { self.speculation.clone() } else { self.speculation.without_draft_model() };
-        let draft = speculation.open_draft(&tokenizer, self.max_running())?;
+        let draft = speculation.open_draft(&tokenizer, device, self.max_running())?;
         let (options, plan) =
             self.load_options(&checkpoint, device, draft.as_ref(), room.as_ref(), memory.is_for_several())?;
         let plan = plan.map(|plan| memory.take(plan));
@@ -176,7 +176,7 @@ impl LoadingOptions {
             prediction: self.speculation.predicts(),
             ..defaults
         };
-        let plan = draft::plan(&planner, device, &options, draft)?;
+        let plan = draft::plan(&planner, &options, draft)?;
         let blocks_of = |tokens: usize| tokens.div_ceil(plan.block_tokens) + 1;
         let wanted = blocks_of(self.kv_tokens.map_or(context.saturating_mul(CONTEXTS), NonZeroUsize::get));
         let Some(room) = room else { return Ok((LoadOptions { kv_blocks: Some(wanted), ..options }, None)) };
@@ -188,7 +188,7 @@ impl LoadingOptions {
             let least = if self.kv_tokens.is_some() { wanted } else { wanted.min(blocks_of(usual)) };
             if room.is_shared {
                 let options = LoadOptions { context: Some(usual), kv_blocks: Some(least), ..options };
-                let plan = Box::new(draft::plan(&planner, device, &options, draft)?);
+                let plan = Box::new(draft::plan(&planner, &options, draft)?);
                 if !room.left.fits(&plan) {
                     let alone = Room { left: room.all, is_shared: false, ..*room };
                     self.load_options(checkpoint, device, draft, Some(&alone), is_for_several)?;

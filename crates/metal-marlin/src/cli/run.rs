@@ -160,7 +160,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     request.stop.validate().with_context(settings)?;
 
     let device = args.device.open().map_err(LoadError::Device)?;
-    let draft = args.speculation.open_draft(&tokenizer, 1)?;
+    let draft = args.speculation.open_draft(&tokenizer, &device, 1)?;
     let options = args.load_options(&request, &checkpoint, draft.as_ref(), &device)?;
     let model = progress::spinner(&format!("Loading {}", checkpoint.name()), || {
         args.quantize.load()(&checkpoint, &device, &options)

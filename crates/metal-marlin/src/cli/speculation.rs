@@ -63,9 +63,14 @@ impl SpeculationOptions {
         }
     }
 
-    /// Opens the draft model, if there is one, for a model with this tokenizer that computes so many answers at a time.
-    pub(crate) fn open_draft(&self, tokenizer: &Tokenizer, answers: usize) -> anyhow::Result<Option<Draft>> {
-        self.draft_model.as_deref().map(|path| Draft::open(path, tokenizer, answers)).transpose()
+    /// Opens the draft model, if there is one, for a model with this tokenizer that computes so many answers at a time on the device.
+    pub(crate) fn open_draft(
+        &self,
+        tokenizer: &Tokenizer,
+        device: &Device,
+        answers: usize,
+    ) -> anyhow::Result<Option<Draft>> {
+        self.draft_model.as_deref().map(|path| Draft::open(path, tokenizer, device, answers)).transpose()
     }
 
     /// Lets the engine guess as the options say; the draft model that was opened for that is loaded.
@@ -77,7 +82,7 @@ impl SpeculationOptions {
         load: Load,
     ) -> anyhow::Result<Engine> {
         let drafter: Box<dyn Drafter> = if let Some(draft) = draft {
-            Box::new(draft.load(&mut engine, device, load)?)
+            Box::new(draft.load(&mut engine, load)?)
         } else if self.predicts() {
             let layer = engine.take_prediction_layer().context("the model was loaded without its prediction layer")?;
             Box::new(MtpDrafter::new(layer))

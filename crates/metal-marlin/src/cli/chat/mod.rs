@@ -122,7 +122,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     stop.validate()?;
 
     let device = args.device.open().map_err(LoadError::Device)?;
-    let draft = args.speculation.open_draft(&tokenizer, 1)?;
+    let draft = args.speculation.open_draft(&tokenizer, &device, 1)?;
     let options = LoadOptions {
         context: args.context.map(NonZeroUsize::get).or(default_context),
         kv_type: args.kv.into(),
