@@ -168,11 +168,7 @@ impl SliceMut<'_> {
     }
 
     /// Lets `write` write values in single precision, in `converted` where they are to be stored otherwise. They are zeros or whatever was there.
-    fn fill<E>(
-        &mut self,
-        converted: &mut Vec<f32>,
-        write: impl FnOnce(&mut [f32]) -> Result<(), E>,
-    ) -> Result<(), E> {
+    fn fill<E>(&mut self, converted: &mut Vec<f32>, write: impl FnOnce(&mut [f32]) -> Result<(), E>) -> Result<(), E> {
         match self {
             Self::F32(values) => write(values),
             Self::F16(values) => write_narrow(values, converted, write),

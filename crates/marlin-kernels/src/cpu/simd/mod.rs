@@ -135,7 +135,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type I32: Copy;
     /// An f32 a lane.
     type F32: Copy;
-    /// The level of this family that has no more than this one but dot products of bytes. What multiplies in f32 is compiled for that one only.
+    /// The level of this family that lacks nothing of this one but its dot products of bytes: what multiplies in f32 is compiled for that one only.
     type Base: Simd;
 
     /// The processor has it, too.
