@@ -186,6 +186,8 @@ pub(crate) struct Scratch {
 
 /// Bytes of a [`Scratch`], about, unless a single row takes more.
 const SCRATCH_BYTES: usize = 32 << 20;
+/// Rows that layers multiply at a time at most, for which they read all weights once: parts are of whole such steps where there is room.
+const STEP_ROWS: usize = 512;
 
 /// Lets `work` make rows of `out`, `[rows, width]`, from rows of `x`, `[rows, cols]`, both in single precision. It is told which: all of them,
 /// or where Python has other values as many at a time as there is scratch memory for, since logits of a long text take gigabytes.
@@ -196,9 +198,13 @@ pub(crate) fn map_rows<E>(
     rows: usize,
     mut work: impl FnMut(Range<usize>, &[f32], &mut [f32]) -> Result<(), E>,
 ) -> Result<(), E> {
-    let most = if x.is_f32() && out.is_f32() { rows } else { SCRATCH_BYTES / (size_of::<f32>() * (cols + width)) };
-    for first in (0..rows).step_by(most.max(1)) {
-        let step = first..rows.min(first + most.max(1));
+    let most = match SCRATCH_BYTES / (size_of::<f32>() * (cols + width)) {
+        _ if x.is_f32() && out.is_f32() => rows.max(1),
+        most if most < STEP_ROWS => most.max(1),
+        most => most - most % STEP_ROWS,
+    };
+    for first in (0..rows).step_by(most) {
+        let step = first..rows.min(first + most);
         let x = x.part(step.start * cols..step.end * cols).to_f32(&mut scratch.input);
         let mut out = out.part(step.start * width..step.end * width);
         out.fill(&mut scratch.output, |out| work(step, x, out))?;

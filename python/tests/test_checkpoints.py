@@ -137,6 +137,8 @@ def test_activations_of_a_model_that_transformers_opened(family, tmp_path):
     assert torch.equal(logits(set_activations(model, "int8")), rounded)
     with pytest.raises(ValueError, match="activations must be one of 'int8', 'f32', found 'bf16'"):
         set_activations(model, "bf16")
+    with pytest.raises(ValueError, match="activations must be one of"):
+        MetalQuantizedLinear(32, 8).set_activations("bf16")
     assert torch.equal(logits(model), rounded)
     with pytest.raises(ValueError, match="Linear has no quantised layer"):
         set_activations(nn.Linear(2, 2), "f32")

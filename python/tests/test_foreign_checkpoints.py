@@ -31,8 +31,8 @@ PACKED = {
     **{file: file.parent for file in sorted(LLAMA_CPP_GOLDENS.glob("*/model.gguf"))},
 }  # fmt: skip
 PLAIN = {
-    **{folder: folder for folder in sorted(GOLDENS.iterdir())},
-    **{file: GOLDENS / file.stem for file in sorted(GGUF_GOLDENS.iterdir())},
+    **{golden.parent: golden.parent for golden in sorted(GOLDENS.glob("*/golden.safetensors"))},
+    **{file: GOLDENS / file.stem for file in sorted(GGUF_GOLDENS.glob("*.gguf"))},
 }
 PLAIN = {model: golden for model, golden in PLAIN.items() if model not in PACKED}
 

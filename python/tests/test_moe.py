@@ -59,6 +59,15 @@ def test_dtypes(dtype):
     assert relative_error(y, experts(x, index, weights.to(dtype))) < 0.03
 
 
+def test_many_tokens_of_half_precision_are_those_of_single_precision():
+    # As many as are widened in two steps.
+    experts = tiny_model("mixtral").get_submodule(LAYER)
+    quantized = MetalQuantizedMoE.from_experts(experts, bits=8)
+    x, index, weights = routed(experts, tokens=70_000)
+    x = x.bfloat16()
+    assert torch.equal(quantized(x, index, weights), quantized(x.float(), index, weights).bfloat16())
+
+
 def test_an_index_of_no_expert_counts_for_nothing():
     experts = tiny_model("mixtral").get_submodule(LAYER)
     quantized = MetalQuantizedMoE.from_experts(experts, activations="f32")

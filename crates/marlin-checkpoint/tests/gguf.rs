@@ -202,6 +202,7 @@ fn common_config(architecture: &str, class: &str) -> Value {
         "mlp_bias": false,
         "bos_token_id": 1,
         "eos_token_id": 2,
+        "pad_token_id": null,
     })
 }
 

@@ -173,16 +173,18 @@ fn tokenizers_that_are_not_read_say_why() {
 /// As in llama.cpp.
 #[test]
 fn special_tokens_beyond_the_vocabulary_are_none() {
-    let config = |bytes: &[u8]| {
+    let padding = |bytes: &[u8]| {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("changed.gguf");
         fs::write(&path, bytes).unwrap();
-        Checkpoint::open(&path).unwrap().generation_config().unwrap()
+        let model = Checkpoint::open(&path).unwrap();
+        (model.generation_config().unwrap().pad_token_id, model.config().get("pad_token_id").cloned())
     };
     let chat = Changed::of("chat.gguf");
-    assert_eq!(config(&chat.0).pad_token_id, Some(0));
+    assert_eq!(padding(&chat.0), (Some(0), Some(0.into())));
     let changed = chat.bytes("tokenizer.ggml.padding_token_id", 0, &[0xff; 4]);
-    assert_eq!(config(&changed.0).pad_token_id, None);
+    // Without a word of it, Transformers would presume a token of its own.
+    assert_eq!(padding(&changed.0), (None, Some(serde_json::Value::Null)));
 }
 
 /// Tokens that are parts of each other in as many ways as possible may not take memory without end.

@@ -248,7 +248,7 @@ class Placement:
         heads = range(1 + max(head for _, head in halves))
         missing = [f"{half}.{head}" for head in heads for half in _HALVES if (half, head) not in halves]
         if missing:
-            raise ValueError(f"{self.checkpoint.name} lacks {missing[0]} and {len(missing) - 1} more of the heads of {name}")
+            raise ValueError(f"{self.checkpoint.name} lacks {_first_of(missing)} of the heads of {name}")
         rows = []
         for head in heads:
             keys, values = (torch.from_numpy(self.checkpoint.dequantized(halves[half, head])) for half in _HALVES)
@@ -278,9 +278,7 @@ class Placement:
                 f"{name}.{i}.{part}.weight" for i in range(layout.experts) for part in PARTS if (i, part) not in source.single
             ]
             if missing:
-                raise ValueError(
-                    f"{self.checkpoint.name} lacks {missing[0]} and {len(missing) - 1} more of the experts' matrices"
-                )
+                raise ValueError(f"{self.checkpoint.name} lacks {_first_of(missing)} of the experts' matrices")
             matrices = []
             for index in range(layout.experts):
                 names = [source.single[index, part] for part in PARTS]
@@ -321,6 +319,11 @@ class Placement:
 
     def _plain(self, stored: str) -> torch.Tensor:
         return plain_tensor(self.checkpoint, stored)
+
+
+def _first_of(names: list[str]) -> str:
+    """One of them, and how many more there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _kv_b(head: re.Match[str]) -> str:

@@ -19,6 +19,13 @@ ACTIVATIONS = ("int8", "f32")
 Floats = npt.NDArray[Any]
 
 
+def check_activations(activations: str) -> str:
+    """The same. Raises ValueError if nothing computes with them."""
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations must be one of {', '.join(map(repr, ACTIVATIONS))}, found {activations!r}")
+    return activations
+
+
 @cache
 def _runtime(activations: str, threads: int) -> Runtime:
     return Runtime(threads, activations)
@@ -26,9 +33,7 @@ def _runtime(activations: str, threads: int) -> Runtime:
 
 def runtime(activations: str) -> Runtime:
     """The processor with as many threads as torch has when its first layer is made. Layers share it and take turns."""
-    if activations not in ACTIVATIONS:
-        raise ValueError(f"activations must be one of {', '.join(map(repr, ACTIVATIONS))}, found {activations!r}")
-    return _runtime(activations, torch.get_num_threads())
+    return _runtime(check_activations(activations), torch.get_num_threads())
 
 
 class PackedLinear:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ._native import Matrix, Scheme
-from ._runtime import PackedLinear
+from ._runtime import PackedLinear, check_activations
 from ._tensors import FLOATS, as_numpy, encode, matrix_from_tensors, matrix_to_tensors
 from .schemes import resolve_scheme
 
@@ -118,7 +118,7 @@ class MetalQuantizedLinear(PackedModule):
         super().__init__(out_features, in_features, resolve_scheme(bits, format, group_size, scheme), dtype)
         self.in_features = in_features
         self.out_features = out_features
-        self.activations = activations
+        self.activations = check_activations(activations)
         self._packed: PackedLinear | None = None
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=self.dtype), requires_grad=False)
@@ -210,6 +210,7 @@ class MetalQuantizedLinear(PackedModule):
 
     def set_activations(self, activations: str) -> None:
         """Computes with "int8" or "f32" activations from now on. Raises ValueError for others."""
+        check_activations(activations)
         if self._packed is not None:
             self._packed = self._packed.with_activations(activations)
         self.activations = activations

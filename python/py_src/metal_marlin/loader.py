@@ -56,6 +56,8 @@ def from_pretrained(
             such model.
         RuntimeError: The checkpoint cannot be read; the message says why.
     """
+    if kwargs.pop("output_loading_info", False):
+        raise ValueError("output_loading_info is of no use here: a weight that is missing is an error")
     checkpoint = Checkpoint.open(None if path is None else str(path), revision)
     config = _config(checkpoint)
     quantization = MetalMarlinConfig(bits, format, group_size, skip, search, activations)

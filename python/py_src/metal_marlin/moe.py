@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ._native import Matrix, Scheme
-from ._runtime import PackedExperts
+from ._runtime import PackedExperts, check_activations
 from ._tensors import as_numpy, encode, matrix_to_tensors
 from .layers import check_input, is_usual, load_matrix_tensors
 from .schemes import resolve_scheme
@@ -134,7 +134,7 @@ class MetalQuantizedMoE(nn.Module):
         for part in range(len(PARTS)):
             scheme.parts(*layout.shape(part))
         self.schemes = [(scheme, scheme, scheme)] * layout.experts
-        self.activations = activations
+        self.activations = check_activations(activations)
         self.dtype = dtype if dtype is not None else torch.get_default_dtype()
         self._packed: PackedExperts | None = None
         for name, features in (("gate_up_proj_bias", 2 * layout.width), ("down_proj_bias", layout.hidden)):
@@ -199,6 +199,7 @@ class MetalQuantizedMoE(nn.Module):
 
     def set_activations(self, activations: str) -> None:
         """Computes with "int8" or "f32" activations from now on. Raises ValueError for others."""
+        check_activations(activations)
         if self._packed is not None:
             self._packed = self._packed.with_activations(activations)
         self.activations = activations

@@ -115,7 +115,7 @@ def replace_moe_layers(
 def set_activations(model: Model, activations: str) -> Model:
     """Lets all quantised layers and experts of a model compute with other activations from now on, one after the other.
 
-    For models that `AutoModelForCausalLM.from_pretrained` opens, which always begin with "int8"; other functions take
+    For quantised checkpoints that `AutoModelForCausalLM.from_pretrained` opens, which begin with "int8"; other functions take
     `activations` themselves. Copies of the model stay as they are.
 
     Args:

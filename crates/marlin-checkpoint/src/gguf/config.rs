@@ -170,6 +170,9 @@ impl Keys<'_> {
                 let id = value
                     .as_u64()
                     .ok_or_else(|| format!("metadata `{key}` is {value:?}, wanted a token; {DAMAGED}"))?;
+                if token == "pad_token_id" && id >= vocabulary as u64 {
+                    continue;
+                }
                 config[token] = id.into();
             }
         }

@@ -46,32 +46,39 @@ impl Draft {
         self.device.planner(&self.checkpoint).map_err(LoadError::Model)
     }
 
-    /// How it is loaded beside a model of this context and so many KV blocks: with as many, unless its answers cannot fill them. (Blocks of
-    /// all models hold as many tokens.)
-    fn load_options(&self, planner: &Planner<'_>, context: usize, kv_blocks: usize) -> LoadOptions {
-        let context = context.min(planner.shape().context);
+    /// How it is loaded with so many KV blocks beside a model of this context.
+    fn load_options(planner: &Planner<'_>, context: usize, kv_blocks: usize) -> LoadOptions {
         LoadOptions {
-            context: Some(context),
+            context: Some(context.min(planner.shape().context)),
             kv_type: KvType::F16,
-            kv_blocks: Some(kv_blocks.min(planner.kv_blocks(context, self.answers))),
+            kv_blocks: Some(kv_blocks),
             logit_rows: 1,
             ..LoadOptions::default()
         }
     }
 
+    /// KV blocks that its answers can fill beside a model of this context, as far as the device can have them.
+    fn most_blocks(&self, planner: &Planner<'_>, context: usize) -> Result<usize, LoadError> {
+        let all = planner.kv_blocks(context.min(planner.shape().context), self.answers);
+        let plan = planner.plan(&Self::load_options(planner, context, all)).map_err(LoadError::Model)?;
+        Ok(usize::try_from(plan.most_blocks).map_or(all, |most| most.min(all)))
+    }
+
     /// What it takes beside a model of this plan.
-    fn plan(&self, model: &MemoryPlan) -> Result<MemoryPlan, LoadError> {
+    fn plan(&self, model: &MemoryPlan) -> Result<DraftPlan, LoadError> {
         let planner = self.planner()?;
+        let most_blocks = self.most_blocks(&planner, model.context)?;
         let kv_blocks = usize::try_from(model.kv_cache / model.block_bytes.max(1)).unwrap_or(usize::MAX);
-        let plan = planner.plan(&self.load_options(&planner, model.context, kv_blocks)).map_err(LoadError::Model)?;
+        let options = Self::load_options(&planner, model.context, kv_blocks.min(most_blocks));
+        let plan = planner.plan(&options).map_err(LoadError::Model)?;
         // Code and tokenizer are the model's.
-        Ok(MemoryPlan { program: 0, ..plan })
+        Ok(DraftPlan { plan: MemoryPlan { program: 0, ..plan }, most_blocks: most_blocks as u64 })
     }
 
     /// Loads it beside the engine's model.
     pub(super) fn load(&self, engine: &mut Engine, load: Load) -> anyhow::Result<DraftModel> {
-        let (context, kv_blocks) = (engine.info().context, engine.stats().kv_blocks);
-        let options = self.load_options(&self.planner()?, context, kv_blocks);
+        let (context, kv_blocks, planner) = (engine.info().context, engine.stats().kv_blocks, self.planner()?);
+        let options = Self::load_options(&planner, context, kv_blocks.min(self.most_blocks(&planner, context)?));
         let loaded =
             progress::spinner(&format!("Loading {}", self.name()), || load(&self.checkpoint, &self.device, &options))?;
         Ok(DraftModel::new(loaded, engine.info()))
@@ -106,28 +113,62 @@ pub(crate) struct DraftDoesNotFit {
     advice: String,
 }
 
-/// What a model takes that is loaded with these options, together with its draft model, if it has one.
-pub(super) fn plan(
-    planner: &Planner<'_>,
-    options: &LoadOptions,
-    draft: Option<&Draft>,
-) -> Result<MemoryPlan, LoadError> {
-    let plan = planner.plan(options).map_err(LoadError::Model)?;
-    let Some(draft) = draft else { return Ok(plan) };
-    Ok(together(&plan, &draft.plan(&plan)?))
+/// What a model takes, together with its draft model, if it has one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct JointPlan {
+    model: MemoryPlan,
+    draft: Option<DraftPlan>,
 }
 
-/// The plan of a model whose blocks hold the keys and values of its draft model as well.
-fn together(model: &MemoryPlan, draft: &MemoryPlan) -> MemoryPlan {
-    MemoryPlan {
-        weights: model.weights.saturating_add(draft.weights),
-        kv_cache: model.kv_cache.saturating_add(draft.kv_cache),
-        activations: model.activations.saturating_add(draft.activations),
-        logits: model.logits.saturating_add(draft.logits),
-        program: model.program.saturating_add(draft.program),
-        block_bytes: model.block_bytes.saturating_add(draft.block_bytes),
-        most_blocks: model.most_blocks.min(draft.most_blocks),
-        ..*model
+/// What a draft model takes, which has as many KV blocks as its model, unless it has no use for them. (Blocks of all models hold as many tokens.)
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct DraftPlan {
+    plan: MemoryPlan,
+    /// The KV blocks that it has use for.
+    most_blocks: u64,
+}
+
+impl JointPlan {
+    /// The model of these options, and its draft model beside it.
+    pub(super) fn new(planner: &Planner<'_>, options: &LoadOptions, draft: Option<&Draft>) -> Result<Self, LoadError> {
+        let model = planner.plan(options).map_err(LoadError::Model)?;
+        Ok(Self { model, draft: draft.map(|draft| draft.plan(&model)).transpose()? })
+    }
+
+    /// Both as one.
+    pub(super) fn sum(&self) -> MemoryPlan {
+        let Self { model, draft: Some(DraftPlan { plan: draft, .. }) } = self else { return self.model };
+        MemoryPlan {
+            weights: model.weights.saturating_add(draft.weights),
+            kv_cache: model.kv_cache.saturating_add(draft.kv_cache),
+            activations: model.activations.saturating_add(draft.activations),
+            logits: model.logits.saturating_add(draft.logits),
+            program: model.program.saturating_add(draft.program),
+            ..*model
+        }
+    }
+
+    /// KV blocks of the model for which `memory` bytes have room, beside those of the draft model.
+    pub(super) fn most_blocks(&self, memory: u64) -> u64 {
+        let (sum, of_model) = (self.sum(), self.model.block_bytes.max(1));
+        let room = memory.saturating_sub(sum.total() - sum.kv_cache);
+        let blocks = match self.draft {
+            None => room / of_model,
+            Some(DraftPlan { plan, most_blocks }) => {
+                let as_many = room / of_model.saturating_add(plan.block_bytes);
+                let beside_all = room.saturating_sub(plan.block_bytes.saturating_mul(most_blocks)) / of_model;
+                as_many.max(beside_all)
+            }
+        };
+        blocks.min(self.model.most_blocks)
+    }
+
+    /// The longest context for which `memory` bytes have room; at most the model's own. `None` if there is none.
+    fn longest_context(&self, memory: u64) -> Option<usize> {
+        let MemoryPlan { block_tokens, model_context, .. } = self.model;
+        // One block is to spare.
+        let tokens = self.most_blocks(memory).saturating_sub(1).saturating_mul(block_tokens as u64);
+        Some(tokens.min(model_context as u64) as usize).filter(|&tokens| tokens > 0)
     }
 }
 
@@ -145,14 +186,14 @@ pub(super) fn require_fit(
     let Some(draft) = draft else { return Ok(memory::require_fit(device, checkpoint, options, budget)?) };
     let planner = device.planner(checkpoint).map_err(LoadError::Model)?;
     let plan = planner.plan(options).map_err(LoadError::Model)?;
-    let draft_plan = draft.plan(&plan)?;
-    let both = together(&plan, &draft_plan);
+    let of_draft = draft.plan(&plan)?;
+    let both = JointPlan { model: plan, draft: Some(of_draft) };
     let alone = memory::require_fit(device, checkpoint, options, budget);
-    if budget.fits(&both) {
+    if budget.fits(&both.sum()) {
         alone?;
-        return Ok(both);
+        return Ok(both.sum());
     }
-    let shorter = match both.longest_context(budget.device, 1).filter(|&context| context < plan.context) {
+    let shorter = match both.longest_context(budget.device).filter(|&context| context < plan.context) {
         Some(context) => format!("--context {context} fits; "),
         None => String::new(),
     };
@@ -165,7 +206,7 @@ pub(super) fn require_fit(
         model: checkpoint.name().to_owned(),
         plan: Box::new(plan),
         draft: draft.name().to_owned(),
-        draft_plan: Box::new(draft_plan),
+        draft_plan: Box::new(of_draft.plan),
         budget: *budget,
         advice: format!("{shorter}without --draft-model, {without}"),
     })
@@ -185,11 +226,11 @@ pub(super) fn fit_one_answer(
     least: Option<usize>,
 ) -> anyhow::Result<LoadOptions> {
     let planner = device.planner(checkpoint).map_err(LoadError::Model)?;
-    let plan = plan(&planner, &options, draft)?;
-    let fits = plan.longest_context(budget.device, 1);
+    let plan = JointPlan::new(&planner, &options, draft)?;
+    let (fits, wanted) = (plan.longest_context(budget.device), plan.model.context);
     let context = match fits.zip(least) {
-        Some((fits, least)) if fits > least => fits.min(plan.context),
-        _ => plan.context,
+        Some((fits, least)) if fits > least => fits.min(wanted),
+        _ => wanted,
     };
     let options = LoadOptions { context: Some(context), ..options };
     require_fit(device, checkpoint, &options, draft, budget)?;
@@ -220,11 +261,20 @@ mod tests {
         let planner = device.planner(&checkpoint).unwrap();
         let options = LoadOptions { kv_blocks: Some(20), ..LoadOptions::default() };
         let alone = planner.plan(&options).unwrap();
-        let both = plan(&planner, &options, Some(&draft)).unwrap();
+        let both = JointPlan::new(&planner, &options, Some(&draft)).unwrap();
+        assert_eq!(JointPlan::new(&planner, &options, None).unwrap().sum(), alone);
+        let (joint, both) = (both, both.sum());
         assert_eq!((both.weights, both.program), (2 * alone.weights, alone.program));
         // Two answers cannot fill more than four blocks, and one is to spare.
-        assert_eq!((both.kv_cache, both.block_bytes), (25 * alone.block_bytes, 2 * alone.block_bytes));
-        assert_eq!(plan(&planner, &options, None).unwrap(), alone);
+        assert_eq!(both.kv_cache, 25 * alone.block_bytes);
+        let without_kv = both.total() - both.kv_cache;
+        for (room, blocks) in [(0, 0), (1, 0), (2, 1), (9, 4), (10, 5), (11, 6), (25, 20), (1025, 1020)] {
+            assert_eq!(joint.most_blocks(without_kv + room * alone.block_bytes), blocks, "{room}");
+        }
+        assert_eq!(joint.most_blocks(without_kv - 1), 0);
+        // The model's own context are two blocks.
+        let context = |room: u64| joint.longest_context(without_kv + room * alone.block_bytes);
+        assert_eq!([3, 4, 6, 100].map(context), [None, Some(32), Some(64), Some(64)]);
 
         let fit = |bytes: u64| {
             let budget = MemoryBudget { device: bytes, host: None };
@@ -255,7 +305,8 @@ mod tests {
         // It has no experts.
         let draft = Draft { checkpoint: tiny(), device: device.without_offload(), answers: 1 };
         let (planner, options) = (device.planner(&mixture).unwrap(), LoadOptions::default());
-        let (alone, both) = (planner.plan(&options).unwrap(), plan(&planner, &options, Some(&draft)).unwrap());
+        let (alone, both) =
+            (planner.plan(&options).unwrap(), JointPlan::new(&planner, &options, Some(&draft)).unwrap().sum());
         assert!(both.weights > alone.weights);
         assert!(alone.host_total() > 0);
         assert_eq!(both.host_total(), alone.host_total());

@@ -9,7 +9,7 @@ use marlin_checkpoint::{Checkpoint, ExportLayout};
 use marlin_engine::{BlockStore, Engine, EngineOptions};
 use marlin_model::{LoadOptions, MemoryPlan};
 
-use super::draft::{self, Draft};
+use super::draft::{self, Draft, JointPlan};
 use super::model::{self, HubOptions, QuantizeOptions};
 use super::models::{GivesBack, NoRoom, Room, SharedMemory};
 use super::progress;
@@ -176,19 +176,19 @@ impl LoadingOptions {
             prediction: self.speculation.predicts(),
             ..defaults
         };
-        let plan = draft::plan(&planner, &options, draft)?;
-        let blocks_of = |tokens: usize| tokens.div_ceil(plan.block_tokens) + 1;
+        let joint = JointPlan::new(&planner, &options, draft)?;
+        let block_tokens = joint.sum().block_tokens;
+        let blocks_of = |tokens: usize| tokens.div_ceil(block_tokens) + 1;
         let wanted = blocks_of(self.kv_tokens.map_or(context.saturating_mul(CONTEXTS), NonZeroUsize::get));
         let Some(room) = room else { return Ok((LoadOptions { kv_blocks: Some(wanted), ..options }, None)) };
-        let left = room.left.device.saturating_sub(plan.total() - plan.kv_cache);
-        let fit = usize::try_from((left / plan.block_bytes.max(1)).min(plan.most_blocks)).unwrap_or(usize::MAX);
+        let fit = usize::try_from(joint.most_blocks(room.left.device)).unwrap_or(usize::MAX);
         let mut most = fit;
         if is_for_several {
             let usual = if self.context.is_some() { context } else { memory::usual_context(&planner) };
             let least = if self.kv_tokens.is_some() { wanted } else { wanted.min(blocks_of(usual)) };
             if room.is_shared {
                 let options = LoadOptions { context: Some(usual), kv_blocks: Some(least), ..options };
-                let plan = Box::new(draft::plan(&planner, &options, draft)?);
+                let plan = Box::new(JointPlan::new(&planner, &options, draft)?.sum());
                 if !room.left.fits(&plan) {
                     let alone = Room { left: room.all, is_shared: false, ..*room };
                     self.load_options(checkpoint, device, draft, Some(&alone), is_for_several)?;
@@ -202,7 +202,7 @@ impl LoadingOptions {
         }
         let blocks = if self.kv_tokens.is_some() { wanted } else { wanted.min(most) };
         // One that nobody asked for is as long as the cache has room for.
-        let longest = (blocks.max(2) - 1) * plan.block_tokens;
+        let longest = (blocks.max(2) - 1) * block_tokens;
         let context = if self.context.is_some() { context } else { context.min(longest) };
         let options = LoadOptions { context: Some(context), kv_blocks: Some(blocks.max(2)), ..options };
         let plan = draft::require_fit(device, checkpoint, &options, draft, &room.left)?;

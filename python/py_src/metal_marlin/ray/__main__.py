@@ -63,9 +63,15 @@ def main(arguments: Sequence[str]) -> int:
     serving.add_argument(
         "--target-requests", metavar="N", help="requests under way per replica before there are more replicas [default: 16]"
     )
-    serving.add_argument("--upscale-delay", metavar="SECONDS", help="of too much to do before a replica is added [default: 30]")
     serving.add_argument(
-        "--downscale-delay", metavar="SECONDS", help="of too little to do before a replica is taken away [default: 600]"
+        "--upscale-delay",
+        metavar="SECONDS",
+        help="how long there must be too much to do before a replica is added, with --replicas N-M [default: 30]",
+    )
+    serving.add_argument(
+        "--downscale-delay",
+        metavar="SECONDS",
+        help="how long there must be too little to do before one is taken away, with --replicas N-M [default: 600]",
     )
     serving.add_argument("--max-requests", metavar="N", help="most requests of a replica at a time [default: 64]")
     serving.add_argument("--max-body", metavar="SIZE", help="largest body of a request [default: 16MiB]")
@@ -98,9 +104,10 @@ def main(arguments: Sequence[str]) -> int:
         return _serve(options, others) if options.command == "serve" else _quantize(options, others)
     except pydantic.ValidationError as error:
         for problem in error.errors():
-            option = "--" + str(problem["loc"][0]).replace("_", "-") + ": "
-            message = problem["msg"].removeprefix("Value error, ")
-            print(f"error: {option if option != '--options: ' else ''}{message}", file=sys.stderr)
+            # What is wrong of several together, or of those of another program, says so itself.
+            field = str(problem["loc"][0]) if problem["loc"] else "options"
+            option = "" if field == "options" else f"--{field.replace('_', '-')}: "
+            print(f"error: {option}{problem['msg'].removeprefix('Value error, ')}", file=sys.stderr)
         return 2
     except (ProgramError, RayError, OSError, ConnectionError, RuntimeError) as error:
         print(str(error) if isinstance(error, ProgramError) else f"error: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ import shlex
 from typing import Any
 
 import ray
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
@@ -51,7 +51,8 @@ class ServeArgs(BaseModel):
     gpus: float = Field(default=0, ge=0)
     #: Requests a replica has under way in the mean before there are more of them.
     target_requests: float = Field(default=16, gt=0)
-    #: Seconds that there must be too much to do before a replica is added, and too little before one is taken away.
+    #: Seconds that there must be too much to do before a replica is added, and too little before one is taken away; where
+    #: ``replicas`` has a least and a most.
     upscale_delay: float = Field(default=30, ge=0)
     downscale_delay: float = Field(default=600, ge=0)
     #: Most requests that a replica has at a time; further ones wait in the gateway.
@@ -83,6 +84,16 @@ class ServeArgs(BaseModel):
                     f"{option} is no option of a replica; set {elsewhere}, or the option of `python -m metal_marlin.ray serve`"
                 )
         return options
+
+    @model_validator(mode="after")
+    def _refuse_idle_delays(self) -> "ServeArgs":
+        least, most = _bounds(self.replicas)
+        for delay in ("upscale_delay", "downscale_delay"):
+            if least == most and delay in self.model_fields_set:
+                raise ValueError(
+                    f"{delay} is for replicas that come and go: give replicas as the least and the most, such as 1-4"
+                )
+        return self
 
     @field_validator("replicas", mode="before")
     @classmethod

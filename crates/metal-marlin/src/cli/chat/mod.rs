@@ -133,7 +133,13 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let options = match args.memory.budget(&device) {
         Some(budget) => {
             let least = if args.context.is_none() { Some(0) } else { None };
-            draft::fit_one_answer(&device, &checkpoint, options, draft.as_ref(), &budget, least)?
+            let fitting = draft::fit_one_answer(&device, &checkpoint, options, draft.as_ref(), &budget, least)?;
+            if let (Some(wanted), Some(fits)) = (options.context, fitting.context)
+                && fits < wanted
+            {
+                eprintln!("note: the memory has room for a conversation of {fits} tokens, not of {wanted}");
+            }
+            fitting
         }
         None => options,
     };
